@@ -1,0 +1,59 @@
+"""Benchmarks.
+
+python eval.py relay                    the newest run under runs/, or the shipped team where there is none
+python eval.py relay --team runs/NAME   a trained team
+python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+"""
+
+import argparse
+import json
+import sys
+
+from teamtr_min.bench import accuracy
+from teamtr_min.config import UserError, add_flags
+
+BENCHMARKS = ["relay"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="what to measure: relay (default)")
+    parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
+    parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
+    parser.add_argument("--problems", type=int, default=2048, help="held-out problems (default 2048)")
+    parser.add_argument("--data", help='JSONL of {"problem", "answer"} instead of the held-out problems')
+    parser.add_argument("--show", type=int, default=3, help="transcripts to print (default 3)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
+    )
+    add_flags(parser, ["model", "agents", "rounds", "router", "temperature", "max_new_tokens", "seed", "device",
+                       "dtype", "batch_rows"])  # fmt: skip
+    flags = vars(parser.parse_args(argv))
+    team, k, count, data, shown, as_json = (
+        flags.pop(name) for name in ("team", "k", "problems", "data", "show", "json")
+    )
+    benchmarks = flags.pop("benchmarks") or ["relay"]
+    try:
+        unknown = set(benchmarks) - set(BENCHMARKS)
+        if unknown:
+            raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there is: {', '.join(BENCHMARKS)}")
+        if k < 1 or count < 1:
+            raise UserError("--k and --problems must be at least 1")
+        subject = accuracy.find_subject(team, flags)
+        for name in benchmarks:
+            result, rollouts, players = accuracy.run(subject, name, k=k, count=count, data=data)
+            if as_json:
+                print(json.dumps(result))
+            else:
+                print(accuracy.table(result, (rollouts.grouped_returns == 1).sum(1)))
+                print(accuracy.show(rollouts, players, shown))
+    except (UserError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

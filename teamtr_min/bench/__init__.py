@@ -1,0 +1,1 @@
+"""What eval.py runs: one file per benchmark."""

@@ -1,0 +1,165 @@
+"""Every knob, once: a flat dataclass -> command-line flags -> saved with the run as config.json."""
+
+import argparse
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the person at the terminal can put right; shown as one sentence, exit code 2."""
+
+
+def knob(default, help: str, *, choices: tuple[str, ...] = (), pretrained=None):
+    """A field with its help line. `pretrained` is the default for any model but the shipped one."""
+    return field(default=default, metadata={"help": help, "choices": choices, "pretrained": pretrained})
+
+
+@dataclass(frozen=True)
+class Config:
+    # the team
+    model: str = knob("relay", "a directory or a name; a comma-separated list gives each agent its own")
+    agents: int = knob(3, "number of agents, n")
+    rounds: int = knob(1, "turns per agent in one rollout")
+    router: str = knob(
+        "round-robin", "who speaks next: round-robin, random, or FILE.py with a function `router`"
+    )
+    # the task
+    task: str = knob("relay", "what the team works on", choices=("relay",))
+    problems: int = knob(64, "problems per batch, P", pretrained=32)
+    group: int = knob(8, "rollouts per problem, G: the group that Eq. 9 compares")
+    temperature: float = knob(1.0, "of sampling, and of every log-prob", pretrained=0.8)
+    max_new_tokens: int = knob(16, "longest message, in tokens", pretrained=256)
+    # Algorithm 1
+    stages: int = knob(30, "stages; each updates every agent once")
+    occupancy: str = knob(
+        "fresh", "fresh: sample again before every update; stale: once per stage", choices=("fresh", "stale")
+    )
+    order: str = knob(
+        "fixed",
+        "update order within a stage; random draws one per stage",
+        choices=("fixed", "reversed", "random"),
+    )
+    inner_steps: int = knob(6, "most optimizer steps in one update")
+    lr: float = knob(5e-4, "peak learning rate of AdamW; cosine decay to 0 over the run", pretrained=1e-6)
+    # Eq. 9
+    advantage_clip: float = knob(2.0, "bound on the normalised advantage; inert above sqrt(G-1)")
+    eps_norm: float = knob(1e-6, "added to the variance of a group's returns")
+    # Eq. 10
+    clip: float = knob(0.2, "epsilon of the ratio clip")
+    ratio: str = knob(
+        "message",
+        "product over the message, its geometric mean, or per token",
+        choices=("message", "mean", "token"),
+    )
+    beta: float = knob(1e-3, "initial weight of the KL penalty, adapted per agent; 0 turns it off")
+    # Eq. 11
+    delta: float = knob(
+        0.02, "radius: most KL of one update, in nats per `kl-unit`; inf for none", pretrained=0.01
+    )
+    kl_estimator: str = knob(
+        "k3",
+        "what the radius is enforced on; all are logged that were computed",
+        choices=("k1", "k3", "exact"),
+    )
+    kl_unit: str = knob("message", "sum over a message's tokens, or mean", choices=("message", "token"))
+    # the run
+    seed: int = knob(0, "decides every draw of the run")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = knob(
+        "auto",
+        "compute dtype over fp32 masters; auto: bf16 on a GPU, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    batch_tokens: int = knob(
+        4096, "tokens per training forward; bounds memory, changes no result", pretrained=16384
+    )
+    batch_rows: int = knob(2048, "rollouts sampled at once; bounds memory, changes no result")
+    eval_problems: int = knob(2048, "held-out problems for accuracy_start and accuracy_final", pretrained=128)
+    eval_every: int = knob(0, "also measure held-out accuracy every so many stages; 0 for never")
+    out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
+
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if not value >= least:  # also catches NaN
+                raise UserError(f"--{name.replace('_', '-')} is {value}; the least possible value is {least}")
+        for name in ("lr", "temperature", "clip", "eps_norm", "beta"):
+            if math.isinf(getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')} must be finite")
+        if self.temperature == 0:
+            raise UserError(
+                "--temperature 0 draws the same rollout every time, so a group has nothing to compare"
+            )
+        if self.delta == 0:
+            raise UserError("--delta 0 allows no change at all; give a positive radius, or inf for none")
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                wanted = ", ".join(f.metadata["choices"])
+                raise UserError(
+                    f"--{f.name.replace('_', '-')} {getattr(self, f.name)!r} is not one of: {wanted}"
+                )
+        if len(self.models) not in (1, self.agents):
+            raise UserError(
+                f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent"
+            )
+
+    @property
+    def models(self) -> list[str]:
+        return [name.strip() for name in self.model.split(",")]
+
+    @property
+    def turns(self) -> int:
+        return self.agents * self.rounds
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, changes: dict | None = None) -> "Config":
+        """Read a run's config.json, with `changes` to some fields."""
+        try:
+            return cls(**json.loads(path.read_text()) | (changes or {}))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; is {path.parent} the directory of a run?") from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"{path} is not the configuration of a run: {error}") from None
+
+    @classmethod
+    def from_flags(cls, argv: list[str] | None, description: str) -> "Config":
+        """Parse the command line. Anything unknown or impossible ends the program with code 2 and a sentence."""
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        add_flags(parser, [f.name for f in dataclasses.fields(cls)])
+        given = vars(parser.parse_args(argv))
+        shipped = given.get("model", "relay") == "relay"
+        for f in dataclasses.fields(cls):
+            if not shipped and f.metadata["pretrained"] is not None:
+                given.setdefault(f.name, f.metadata["pretrained"])
+        return cls(**given)
+
+
+LEAST = {
+    "agents": 1, "rounds": 1, "problems": 1, "group": 2, "temperature": 0, "max_new_tokens": 1, "stages": 1,
+    "inner_steps": 1, "lr": 0, "advantage_clip": 0, "eps_norm": 0, "clip": 0, "beta": 0, "delta": 0, "seed": 0,
+    "batch_tokens": 1, "batch_rows": 1, "eval_problems": 1, "eval_every": 0,
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    """Add the flags of these Config fields; a flag that is not given leaves no attribute behind."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for name in names:
+        f = fields[name]
+        default, pretrained = f.default, f.metadata["pretrained"]
+        shown = default if pretrained is None else f"{default}; {pretrained} for pretrained models"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=type(default),
+            choices=f.metadata["choices"] or None,
+            default=argparse.SUPPRESS,
+            help=f.metadata["help"] + (f" (default {shown})" if default != "" else ""),
+        )

@@ -1,0 +1,273 @@
+"""What a run tells: the terminal, metrics.jsonl, transcripts.jsonl, summary.json, and the trained agents.
+
+metrics.jsonl holds one object per update ("kind": "update") and one per stage ("kind": "stage"); README.md
+explains each key. Every line is written at once, so a run that is killed keeps all that it had measured.
+"""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from teamtr_min.config import Config, UserError
+from teamtr_min.rollout import Rollouts
+from teamtr_min.team import Team
+from teamtr_min.weights import save_model
+
+TRANSCRIPTS_PER_COLLECTION = 4
+
+
+class Run:
+    """One training run: its directory, its lines on the terminal, and the count of what it cost."""
+
+    def __init__(self, config: Config, team: Team):
+        self.config, self.team = config, team
+        self.start = time.perf_counter()
+        self.updates: list[dict] = []
+        self.accuracies: list[float] = []  # of the team at the start of each stage, on that stage's problems
+        self.accuracy_start: float | None = None
+        self.rollouts = {"training": 0, "evaluation": 0}
+        self.tokens = {"training": 0, "evaluation": 0}
+        self.seconds = {"sampling": 0.0, "training": 0.0, "evaluation": 0.0}
+        self.directory = new_directory(config)
+        config.save(self.directory / "config.json")
+        self._metrics = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self._transcripts = (self.directory / "transcripts.jsonl").open("w", encoding="utf-8")
+        print(header(config, team, self.directory), flush=True)
+        self.bar = tqdm(total=config.stages * config.agents, unit="update", disable=None, leave=False)
+
+    def evaluated(self, rollouts: Rollouts, stages_done: int) -> float:
+        """Book an evaluation on held-out problems; returns its accuracy."""
+        self._book(rollouts, "evaluation")
+        self.seconds["evaluation"] += rollouts.seconds
+        self._keep_some(rollouts, stages_done, "held-out")
+        return rollouts.accuracy
+
+    def started(self, accuracy: float) -> None:
+        self.accuracy_start = accuracy
+        self.say(f"start         held-out accuracy {accuracy:.3f}")
+
+    def updated(
+        self, stage: int, update: int, agent: int, rollouts: Rollouts, sampled: bool, report: dict
+    ) -> None:
+        """Log one agent's update. `sampled`: the rollouts are new, not left from an earlier update."""
+        own = rollouts.by(agent)
+        if sampled:
+            self._book(rollouts, "training")
+        record = {
+            "kind": "update",
+            "stage": stage,
+            "update": update,
+            "agent": agent,
+            "accuracy": rollouts.accuracy,
+            "return_mean": rollouts.returns.mean().item(),
+            "constant_groups": rollouts.constant_groups,
+            "messages": len(own),
+            "message_tokens": sum(len(m.tokens) for m in own) / max(len(own), 1),
+            "truncated": sum(not m.stopped for m in own) / max(len(own), 1),
+            **report,
+            "rollouts": len(rollouts.messages) if sampled else 0,
+            "tokens_sampled": rollouts.tokens_sampled if sampled else 0,
+            "seconds_sampling": rollouts.seconds if sampled else 0.0,
+        }
+        if update == 0:
+            self.accuracies.append(rollouts.accuracy)
+            self._keep_some(rollouts, stage, "train")
+        self.seconds["sampling"] += record["seconds_sampling"]
+        self.seconds["training"] += record["seconds_training"]
+        self.updates.append(record)
+        self._write(record)
+        rate = (record["tokens_sampled"] + record["tokens_trained"]) / (
+            record["seconds_sampling"] + record["seconds_training"]
+        )
+        self.bar.update()
+        self.bar.set_postfix_str(f"return {record['return_mean']:.3f}, {rate:,.0f} tokens/s")
+
+    def finished_stage(self, stage: int, accuracy_held_out: float | None) -> None:
+        """Log a stage and print its line: accuracy before its first update, KL of each agent's update."""
+        updates = sorted(self.updates[-self.config.agents :], key=lambda u: u["agent"])
+        record = {
+            "kind": "stage",
+            "stage": stage,
+            "accuracy": self.accuracies[-1],
+            "accuracy_held_out": accuracy_held_out,
+            "return_mean": updates[0]["return_mean"],
+            "kl": [u["kl_after"] for u in updates],
+            "delta": self.config.delta if math.isfinite(self.config.delta) else None,
+            "rollouts_so_far": self.rollouts["training"],
+            "seconds": time.perf_counter() - self.start,
+        }
+        self._write(record)
+        kls = " ".join(self._kl_text(u) for u in updates)
+        held_out = "" if accuracy_held_out is None else f"  held-out {accuracy_held_out:.3f}"
+        self.say(
+            f"stage {stage + 1:3d}/{self.config.stages}  accuracy {self.accuracies[-1]:.3f}{held_out}"
+            f"  KL {kls} of {self.config.delta:g}  {record['seconds']:4.0f} s"
+        )
+
+    def _kl_text(self, update: dict) -> str:
+        """`B .0153*`: agent B's KL after its update; the star says that it had to be brought back inside."""
+        name = self.team.agents[update["agent"]].role.name
+        if update["kl_after"] is None:
+            return f"{name} silent"
+        return f"{name} {update['kl_after']:.4f}{'*' if update['halvings'] else ' '}"
+
+    def say(self, text: str) -> None:
+        self.bar.clear()
+        print(text, flush=True)
+        self.bar.refresh()
+
+    def save_agents(self) -> None:
+        """agents/0..n-1 in HF layout: weights in the compute dtype, tokenizer files copied. Replaced as a whole."""
+        aside, final = self.directory / ".agents.part", self.directory / "agents"
+        shutil.rmtree(aside, ignore_errors=True)
+        for j, agent in enumerate(self.team.agents):
+            save_model(agent.model, aside / str(j))
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                if (agent.tokenizer.directory / file).is_file():
+                    shutil.copyfile(agent.tokenizer.directory / file, aside / str(j) / file)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+
+    def finish(self, accuracy_final: float | None = None, stopped: str | None = None) -> dict:
+        """Save agents and summary.json, and say what came of it; `stopped` is the reason of an early end."""
+        self.bar.close()
+        self.save_agents()
+        summary = {
+            "accuracy_start": self.accuracy_start,
+            "accuracy_final": accuracy_final,
+            "seconds": time.perf_counter() - self.start,
+            **{f"seconds_{purpose}": value for purpose, value in self.seconds.items()},
+            "stages": len(self.updates) // self.config.agents,
+            "rollouts": self.rollouts["training"],
+            "tokens_sampled": self.tokens["training"],
+            "tokens_trained": sum(u["tokens_trained"] for u in self.updates),
+            "rollouts_evaluation": self.rollouts["evaluation"],
+            "tokens_sampled_evaluation": self.tokens["evaluation"],
+            "violation_rate_before": violation_rate(self.updates, "kl_before"),
+            "violation_rate_after": violation_rate(self.updates, "kl_after"),
+            "stopped": stopped,
+        }
+        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self._metrics.close()
+        self._transcripts.close()
+        print(closing(self.config, self.directory, summary, self.accuracies), flush=True)
+        return summary
+
+    def _book(self, rollouts: Rollouts, purpose: str) -> None:
+        self.rollouts[purpose] += len(rollouts.messages)
+        self.tokens[purpose] += rollouts.tokens_sampled
+
+    def _keep_some(self, rollouts: Rollouts, stage: int, split: str) -> None:
+        """A few transcripts, spread over the problems."""
+        stride = max(1, len(rollouts.messages) // TRANSCRIPTS_PER_COLLECTION)
+        for r in range(0, stride * TRANSCRIPTS_PER_COLLECTION, stride)[: len(rollouts.messages)]:
+            problem = rollouts.problems[r]
+            record = {
+                "id": problem.id,
+                "text": problem.text,
+                "answer": problem.answer,
+                "messages": [{"agent": m.agent, "text": m.text} for m in rollouts.messages[r]],
+                "return": rollouts.returns[r].item(),
+                "stage": stage,
+                "split": split,
+            }
+            self._transcripts.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._transcripts.flush()
+
+    def _write(self, record: dict) -> None:
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+
+def new_directory(config: Config) -> Path:
+    """The run's own directory, made now; one that holds anything is never written into."""
+    name = f"{config.task}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    directory = Path(config.out or Path("runs") / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise UserError(f"{directory} exists and is not empty; give another --out, or remove it first")
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+    return directory
+
+
+def violation_rate(updates: list[dict], kl: str) -> float | None:
+    """Share of updates whose KL is past the radius; None without updates."""
+    outside = [u["delta"] is not None and u[kl] is not None and u[kl] > u["delta"] for u in updates]
+    return sum(outside) / len(outside) if outside else None
+
+
+def header(config: Config, team: Team, directory: Path) -> str:
+    """Team, memory, task, method and place, one line each."""
+    models = [agent.model for agent in team.agents]
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    width = models[0].dtype.itemsize
+    masters = parameters * (
+        8 if width == 4 else 12
+    )  # Adam's two moments, and masters where they are a second copy
+    cache = (
+        max(m.config.kv_per_token for m in models)
+        * width
+        * min(config.problems * config.group, config.batch_rows)
+    )
+    roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
+    steps = f"at most {config.inner_steps} steps at lr {config.lr:g}"
+    return "\n".join(
+        [
+            f"team    {len(models)} agents ({roles}), {parameters // len(models):,} parameters each, "
+            f"{'bf16 over fp32 masters' if width == 2 else 'fp32'} on {models[0].device}",
+            f"memory  weights {size(parameters * width)}, optimizer {size(masters)}, "
+            f"KV cache {size(cache)} per token of the longest transcript",
+            f"task    {config.task}: {config.problems} problems x {config.group} rollouts before each update, "
+            f"{team.turns} turns, T = {config.temperature:g}",
+            f"method  {config.occupancy} occupancy, {config.order} order, radius {config.delta:g} "
+            f"({config.kl_estimator} per {config.kl_unit}), {steps}, {config.stages} stages",
+            f"output  {directory}",
+        ]
+    )
+
+
+def closing(config: Config, directory: Path, summary: dict, accuracies: list[float]) -> str:
+    """The last words of a run: the curve, the result, where the files are, what to try next."""
+    lines = [""]
+    if accuracies:
+        lines.append(plot(accuracies, label=f"accuracy on each stage's problems, {len(accuracies)} stages"))
+    if summary["stopped"]:
+        lines.append(f"stopped early: {summary['stopped']}")
+    else:
+        lines.append(
+            f"held-out accuracy {summary['accuracy_start']:.3f} -> {summary['accuracy_final']:.3f} "
+            f"in {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts; "
+            f"{summary['violation_rate_before']:.0%} of updates passed the radius and were brought back"
+        )
+    lines.append(
+        f"{directory}/ holds agents/, metrics.jsonl, transcripts.jsonl, config.json and summary.json"
+    )
+    lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes in words: 1.4 MiB."""
+    power = min(3, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def plot(values: list[float], height: int = 8, width: int = 60, label: str = "") -> str:
+    """A curve in [0, 1] for a terminal: each column a mean of its share of the values, in eighths of a line."""
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    repeat = max(1, width // columns)
+    lines = []
+    for row in reversed(range(height)):
+        bars = (" ▁▂▃▄▅▆▇█"[max(0, min(8, round(8 * (mean * height - row))))] * repeat for mean in means)
+        tick = f"{(row + 1) / height:4.1f}" if (row + 1) % (height // 2) == 0 else "    "
+        lines.append(f"{tick} │{''.join(bars)}")
+    lines.append(" 0.0 └" + "─" * (columns * repeat) + f" {label}")
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""Makes the small model that ships: `python -m teamtr_min.pretrain` rewrites teamtr_min/assets/relay in
+minutes.
+
+Relay transcripts of 1 to 8 operations, written by solvers of two kinds: a few are careful and nearly always
+right, most are careless and put a random digit in two steps out of three. A model of this mixture knows every
+step and gets it right about half of the time, as a pretrained model that can but often does not.
+Reinforcement has something to find.
+
+Reproducible: the same seed, thread count and torch give the same bits.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tqdm import tqdm
+
+from teamtr_min import rng
+from teamtr_min.config import Config, UserError
+from teamtr_min.model import ModelConfig, Transformer
+from teamtr_min.rollout import collect
+from teamtr_min.tasks import Relay
+from teamtr_min.team import load_team
+from teamtr_min.tokenizer import load_tokenizer
+from teamtr_min.weights import RELAY, save_model
+
+CAREFUL, CAREFUL_RIGHT, CARELESS_RIGHT = (
+    0.12,
+    0.97,
+    0.35,
+)  # share of careful solvers; P(step meant to be right)
+STUDY = 0.5  # share of the steps in which all solvers are careful
+NAMES = "ABCDEFGH"
+SPECIAL = ["<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
+# One token per header; a system prompt is passed over, since this model reads nothing but chains.
+TEMPLATE = (
+    "{%- for message in messages %}{%- if message.role != 'system' %}"
+    "{{- '<|' + message.role + '|>' + message.content + '<|end|>' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token per character, per header and per writer's name."""
+    characters = list("0123456789+-*")
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + characters)}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.add_tokens([AddedToken(f"{name}: ", normalized=False) for name in NAMES])
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<|end|>", "unk_token": "<|unk|>", "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def transcript(generator: np.random.Generator, careful: float = CAREFUL) -> str:
+    """One rollout as some agent sees it, rendered: the viewer's messages as assistant, the others' by name.
+
+    `careful` is the share of careful solvers.
+    """
+    while True:
+        operations = int(generator.integers(1, Relay.most_turns + 1))
+        chain = Relay(operations).draw(1, generator)[0].text
+        agents = operations if generator.random() < 0.7 else int(generator.integers(1, operations + 1))
+        viewer = int(generator.integers(agents))
+        right = CAREFUL_RIGHT if generator.random() < careful else CARELESS_RIGHT
+        text = f"<|user|>{chain}<|end|>"
+        for turn in range(operations):
+            chain = Relay.step(chain)
+            if generator.random() >= right:
+                chain = str(generator.integers(10)) + chain[1:]
+            writer = turn % agents
+            header = "<|assistant|>" if writer == viewer else f"<|user|>{NAMES[writer]}: "
+            text += f"{header}{chain}<|end|>"
+        return text
+
+
+def batches(tokenizer, generator: np.random.Generator, rows: int, careful: float, parts: int = 4):
+    """`rows` new transcripts as `parts` batches of similar length: tokens and targets, both (rows / parts,
+    T).
+
+    Targets are -100 wherever the next token is no part of a message.
+    """
+    encoded = sorted((tokenizer.encode(transcript(generator, careful)) for _ in range(rows)), key=len)
+    end, names = tokenizer.encode("<|end|>")[0], {tokenizer.encode(f"{name}: ")[0] for name in NAMES}
+    headers = names | set(tokenizer.encode("<|user|><|assistant|>"))
+    for part in range(parts):
+        group = encoded[part * rows // parts : (part + 1) * rows // parts]
+        tokens = torch.zeros(len(group), max(map(len, group), default=0), dtype=torch.long)
+        targets = torch.full_like(tokens, -100)
+        for row, ids in enumerate(group):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            for t in range(ids.index(end), len(ids) - 1):  # the problem itself is given, not learned
+                if ids[t + 1] not in headers:
+                    targets[row, t] = ids[t + 1]
+        yield tokens, targets
+
+
+def initial_model(vocab_size: int, seed: int) -> Transformer:
+    """89k parameters with the usual small normal weights, deeper writes scaled down."""
+    torch.manual_seed(seed)
+    config = ModelConfig("qwen2", vocab_size, hidden_size=64, intermediate_size=168, layers=2, heads=4, kv_heads=2,
+                         head_dim=16, max_positions=512)  # fmt: skip
+    model = Transformer(config)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.08 / (2 if "o_proj" in name or "down_proj" in name else 1))
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--out", type=Path, default=RELAY, help="directory to write (default: the shipped model's)"
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default 3000)")
+    parser.add_argument("--rows", type=int, default=128, help="transcripts per step (default 128)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-problems", type=int, default=2048, help="held-out problems per team size")
+    args = parser.parse_args(argv)
+    if min(args.steps, args.rows, args.eval_problems) < 1:
+        parser.error("--steps, --rows and --eval-problems must be at least 1")
+
+    start = time.perf_counter()
+    write_tokenizer(args.out)
+    tokenizer = load_tokenizer(args.out)
+    model = initial_model(tokenizer.vocab_size, args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    bar = tqdm(range(args.steps), desc="pretrain", disable=None)
+    for step in bar:
+        # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
+        careful = CAREFUL if step >= STUDY * args.steps else 1.0
+        parts = list(batches(tokenizer, rng.generator(args.seed, "pretrain", step), args.rows, careful))
+        count = sum((targets >= 0).sum() for _, targets in parts)
+        optimizer.zero_grad()
+        loss = 0.0
+        for tokens, targets in parts:
+            logits = model(tokens)  # (B, T, V)
+            part = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / count
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    save_model(model, args.out)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{args.out}: {count:,} parameters, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
+    for agents in range(1, Relay.most_turns + 1):
+        print(
+            f"start accuracy, {agents} agent{'s' * (agents > 1)}: {start_accuracy(args.out, agents, args.eval_problems, args.seed):.3f}"
+        )
+
+
+def start_accuracy(directory: Path, agents: int, count: int, seed: int) -> float:
+    """Accuracy on held-out problems of a team of copies of the model in `directory`."""
+    config = Config(model=str(directory), agents=agents, seed=seed, device="cpu")
+    task = Relay(agents)
+    problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
+    return collect(
+        load_team(config, task.roles(agents)), problems, 1, task.grade, config, ("held-out", 0)
+    ).accuracy
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,45 @@
+"""Randomness as a pure function of where it is used, so that no draw depends on what else was drawn.
+
+A place is named by words such as ("rollout", stage, update, rollout, turn); `key` turns (seed, *place) into
+64 bits. Sampling tokens takes `uniforms`: Philox-2x32-10 (Salmon et al. 2011) with that key and the position
+as counter, so a message is the same alone, in any batch, in any order, on any device. Host-side draws take
+`generator`.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+
+
+def key(seed: int, *place: int | str) -> int:
+    """64 bits that name this place of this seed's run."""
+    name = repr((seed, *place)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+def generator(seed: int, *place: int | str) -> np.random.Generator:
+    """NumPy's generator for host-side draws at this place: problems, orders, routes, bootstraps."""
+    return np.random.Generator(np.random.Philox(key=key(seed, *place)))
+
+
+def uniforms(keys: list[int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """(R, count) fp32 in [0, 1): row r holds draws 0..count-1 of keys[r].
+
+    Philox-2x32-10 on int64 lanes: ten rounds of a 32 x 32 -> 64 bit product whose high word is mixed with the
+    other word and a key that walks by a constant. Integer arithmetic only, hence equal on every device.
+    """
+    counter = torch.arange(count, device=device)[
+        None
+    ]  # (1, count): low word = position, high word = key's upper half
+    low_key = torch.tensor([k & _LOW for k in keys], device=device)[:, None]  # (R, 1)
+    left = counter.expand(len(keys), count)
+    right = torch.tensor([k >> 32 for k in keys], device=device)[:, None].expand(len(keys), count)
+    for _ in range(10):
+        product = left * 0xD256D193  # wraps like unsigned: only the bits are read below
+        left, right = ((product >> 32) & _LOW) ^ low_key ^ right, product & _LOW
+        low_key = (low_key + 0x9E3779B9) & _LOW
+    return (left >> 8).float() * 2.0**-24  # 24 bits are exactly what fp32 holds below 1

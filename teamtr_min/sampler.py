@@ -1,0 +1,198 @@
+"""KV-cached, batched decoding of one model over many sequences of different lengths.
+
+A `Sampler` keeps its cache from turn to turn: it is handed whole sequences and computes only what it has not
+yet seen. Live rows occupy the first slots of the cache, so every decode step works on a plain slice; a row
+that has finished trades places with the last live one and leaves the batch. Each draw takes one uniform that
+is a function of the row's key and the position alone (rng.py), so a message does not depend on its
+neighbours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teamtr_min import rng
+from teamtr_min.model import KVCache, Transformer
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: list[int]  # ends with a stop id exactly when `stopped`
+    logprobs: list[float]  # of each token, at the sampling temperature (greedy: at temperature 1)
+    stopped: bool
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    stop_ids: tuple[int, ...] | list[int] = (),
+) -> list[Completion]:
+    """Continue every prompt; temperature 0 is greedy.
+
+    A completion depends on the model, the seed, its own prompt and how often that prompt stood in the list
+    before: not on the rest of the batch, its size or its order.
+    """
+    seen: dict[tuple, int] = {}
+    keys = []
+    for prompt in map(tuple, prompts):
+        seen[prompt] = seen.get(prompt, -1) + 1
+        keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
+    sampler = Sampler(model, len(prompts))
+    return sampler.speak(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row by inverting the cumulative distribution, and its log-prob.
+
+    logits (B, V) fp32, uniform (B,) in [0, 1) -> tokens (B,) int64, logprobs (B,) fp32. Temperature 0: the
+    argmax.
+    """
+    logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        cumulative = logp.exp().cumsum(-1)  # (B, V)
+        target = uniform[:, None] * cumulative[:, -1:]  # rounding leaves the last entry near 1, not at it
+        token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+class Sampler:
+    """`rows` sequences and their cache. Row r of the caller lives in some slot of the cache: `row_at[slot]`."""
+
+    def __init__(self, model: Transformer, rows: int):
+        self.model = model
+        self.cache = KVCache(model.config, rows, 0, model.device, model.dtype)
+        self.row_at = list(range(rows))
+        self.cached = [0] * rows  # tokens of each row that the cache holds
+        self.check_every = 16 if model.device.type == "cuda" else 1  # steps between device syncs
+
+    @torch.no_grad()
+    def speak(
+        self,
+        rows: list[int] | range,
+        sequences: list[list[int]],
+        keys: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        stop_ids: tuple[int, ...] | list[int],
+        prefill_tokens: int = 16384,
+    ) -> list[Completion]:
+        """Continue `sequences[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
+
+        Each sequence must extend what the row's cache holds; only the rest of it is computed. Raises
+        FloatingPointError when the model's output is not finite.
+        """
+        if not len(rows) or max_new_tokens < 1:
+            return [Completion([], [], False) for _ in rows]
+        for row, ids in zip(rows, sequences):
+            if len(ids) <= self.cached[row]:
+                raise ValueError(
+                    f"row {row} holds {self.cached[row]} tokens; a sequence of {len(ids)} adds none"
+                )
+        device, live = self.model.device, len(rows)
+        index_of = {row: i for i, row in enumerate(rows)}
+        wanted = [row in index_of for row in self.row_at]
+        self._to_front(wanted, live)
+        request = [index_of[row] for row in self.row_at[:live]]  # slot -> i
+
+        uniforms = rng.uniforms(keys, max_new_tokens, device)  # (B, max_new_tokens)
+        tokens = torch.zeros(live, max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(live, max_new_tokens, device=device)
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        longest = max(map(len, sequences))
+        logits = self._prefill([sequences[i] for i in request], prefill_tokens)  # (B, V), by slot
+        order = torch.tensor(request, device=device)  # (live,) slot -> i
+        done = torch.zeros(live, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            token, logprob = draw(logits, uniforms[order, step], temperature)
+            tokens[order, step], logprobs[order, step] = token, logprob
+            done |= torch.isin(token, stops)
+            if step + 1 == max_new_tokens:
+                break
+            if (step + 1) % self.check_every == 0 and (finished := done.tolist()).count(True):
+                swapped = self._to_front([not f for f in finished], finished.count(False))
+                live = finished.count(False)
+                if live == 0:
+                    break
+                order, token, done = (x[swapped][:live] for x in (order, token, done))
+            self.cache.reserve(longest + step + 1)
+            hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, C)
+            self.cache.length[:live] += 1
+            logits = self.model.logits(hidden[:, 0])  # (live, V)
+
+        completions = _cut(tokens.tolist(), logprobs, set(stop_ids))
+        for i, row in enumerate(rows):  # the last token of a message was drawn, not fed
+            self.cached[row] = len(sequences[i]) + len(completions[i].tokens) - 1
+        self.cache.length.copy_(torch.tensor([self.cached[row] for row in self.row_at]))
+        return completions
+
+    def _to_front(self, wanted: list[bool], count: int) -> Tensor:
+        """Move the wanted slots, `count` of the first len(wanted), to the front by swapping pairs.
+
+        Returns the permutation as (len(wanted),): new slot -> old slot.
+        """
+        holes = [slot for slot in range(count) if not wanted[slot]]
+        movers = [slot for slot in range(count, len(wanted)) if wanted[slot]]
+        source = list(range(len(wanted)))
+        for hole, mover in zip(holes, movers):
+            source[hole], source[mover] = mover, hole
+            self.row_at[hole], self.row_at[mover] = self.row_at[mover], self.row_at[hole]
+        device = self.model.device
+        if holes:
+            to = torch.tensor(holes + movers, device=device)
+            self.cache.permute(to, torch.tensor(movers + holes, device=device))
+        return torch.tensor(source, device=device)
+
+    def _prefill(self, sequences: list[list[int]], budget: int) -> Tensor:
+        """Feed what the cache lacks of each slot's sequence; logits (B, V) after the last token.
+
+        Slots are taken in order of length, in groups of at most `budget` padded tokens. Slots that start
+        with the same tokens and an empty cache, as a group's rollouts do, are computed once and copied.
+        """
+        device = self.model.device
+        held = [self.cached[row] for row in self.row_at[: len(sequences)]]
+        rest = [ids[start:] for ids, start in zip(sequences, held)]
+        twins: dict[tuple, list[int]] = {}
+        for slot, ids in enumerate(rest):
+            twins.setdefault(tuple(ids) if held[slot] == 0 else (-1, slot), []).append(slot)
+        firsts = sorted((slots[0] for slots in twins.values()), key=lambda slot: len(rest[slot]))
+
+        last = torch.empty(
+            len(sequences), self.model.config.hidden_size, device=device, dtype=self.model.dtype
+        )
+        while firsts:
+            count = len(firsts)  # the longest come first, so that memory peaks at once or never
+            width = len(rest[firsts[-1]])
+            group = firsts[-max(1, budget // width) :]
+            firsts = firsts[: count - len(group)]
+            padded = torch.tensor(
+                [rest[slot] + [0] * (width - len(rest[slot])) for slot in group], device=device
+            )
+            slots = torch.tensor(group, device=device)
+            lengths = torch.tensor([len(rest[slot]) for slot in group], device=device)
+            self.cache.reserve(max(max(held[slot] for slot in group) + width, self.cache.span))
+            hidden = self.model.hidden(padded, self.cache, slots)  # (b, width, C)
+            self.cache.length[slots] += lengths
+            last[slots] = hidden[torch.arange(len(group), device=device), lengths - 1]
+        copies = [(slot, slots[0]) for slots in twins.values() for slot in slots[1:]]
+        if copies:
+            to, source = torch.tensor(copies, device=device).unbind(1)
+            self.cache.permute(to, source)
+            last[to] = last[source]
+        return self.model.logits(last)
+
+
+def _cut(tokens: list[list[int]], logprobs: Tensor, stop_ids: set[int]) -> list[Completion]:
+    """Rows of draws -> completions that end with their first stop id."""
+    completions = []
+    for ids, values in zip(tokens, logprobs.tolist()):
+        end = next((t + 1 for t, token in enumerate(ids) if token in stop_ids), None)
+        completions.append(Completion(ids[:end], values[:end], end is not None))
+        if not all(v > -float("inf") for v in values[:end]):  # also catches NaN
+            raise FloatingPointError("the model's output is not finite: its weights hold NaN or infinity")
+    return completions

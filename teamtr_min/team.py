@@ -1,0 +1,199 @@
+"""Agents, routers, and the shared transcript as each agent sees it.
+
+A transcript is the problem and every message so far. Agent j sees: its own system prompt, the problem as
+`user`, then each message as `assistant` if j wrote it, else as `user` with the writer's name in front. A view
+only ever grows at its end, so an agent's KV cache of it stays valid from turn to turn, and sampled ids are
+never encoded again.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from teamtr_min.config import Config, UserError
+from teamtr_min.model import Transformer
+from teamtr_min.tokenizer import Tokenizer, load_tokenizer
+from teamtr_min.weights import DTYPES, find_model, load_model
+
+
+@dataclass(frozen=True)
+class Role:
+    name: str
+    system: str
+
+
+@dataclass(frozen=True)
+class Message:
+    agent: int
+    tokens: list[int]  # as sampled; the last one is the end-of-message token exactly when `stopped`
+    text: str
+    logprobs: list[float]  # the sampler's own
+    stopped: bool  # False: cut off at the length limit
+
+    @property
+    def content(self) -> list[int]:
+        return self.tokens[:-1] if self.stopped else self.tokens
+
+
+@dataclass
+class Agent:
+    model: Transformer
+    tokenizer: Tokenizer
+    chat: "ChatFormat"
+    role: Role
+
+
+@dataclass(frozen=True)
+class View:
+    """Token ids of a transcript in one agent's eyes, and where its own messages stand in them."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]  # (start, stop) of each own message's sampled tokens
+
+
+# (turn, messages so far, number of agents, one uniform draw in [0, 1)) -> the agent who speaks.
+Router = Callable[[int, list[Message], int, float], int]
+
+
+def round_robin(turn: int, messages: list[Message], agents: int, uniform: float) -> int:
+    return turn % agents
+
+
+def random_router(turn: int, messages: list[Message], agents: int, uniform: float) -> int:
+    return int(uniform * agents)
+
+
+def load_router(name: str) -> Router:
+    """`round-robin`, `random`, or the function `router` of a Python file of one's own."""
+    routers = {"round-robin": round_robin, "random": random_router}
+    if name in routers:
+        return routers[name]
+    if not name.endswith(".py") or not Path(name).is_file():
+        raise UserError(f"no router {name!r}: give round-robin, random, or a FILE.py that defines `router`")
+    spec = importlib.util.spec_from_file_location("own_router", name)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.router
+    except Exception as error:
+        raise UserError(f"{name}: no usable function `router`: {type(error).__name__}: {error}") from None
+
+
+@dataclass
+class Team:
+    agents: list[Agent]
+    router: Router = round_robin
+    rounds: int = 1
+
+    @property
+    def turns(self) -> int:
+        return len(self.agents) * self.rounds
+
+    def view(self, j: int, problem: str, messages: list[Message], speak: bool) -> View:
+        """What agent j sees of a transcript; `speak` ends it with the header of j's next message.
+
+        Without `speak` it ends with j's latest message: nothing later can be trained on.
+        """
+        agent = self.agents[j]
+        chat = agent.chat
+        ids, spans = list(chat.opening(agent.role.system, problem)), []
+        if not speak:
+            own = [t for t, message in enumerate(messages) if message.agent == j]
+            messages = messages[: own[-1] + 1] if own else []
+        for message in messages:
+            if message.agent == j:
+                ids += chat.assistant_header
+                spans.append((len(ids), len(ids) + len(message.tokens)))
+                ids += message.tokens
+                ids += chat.assistant_footer[1:] if message.stopped else chat.assistant_footer
+            else:
+                writer = self.agents[message.agent]
+                same = writer.tokenizer.hash == agent.tokenizer.hash
+                content = message.content if same else chat.encode(message.text)
+                ids += chat.user_header + chat.encode(writer.role.name + ": ") + content + chat.user_footer
+        if speak:
+            ids += chat.assistant_header
+        elif spans:
+            del ids[spans[-1][1] :]
+        return View(ids, spans)
+
+
+def load_team(config: Config, roles: list[Role], sources: list[str | Path] | None = None) -> Team:
+    """One agent per role, each with its own copy of its weights; `sources` takes the place of `config.model`."""
+    device, dtype = placement(config)
+    sources = sources or config.models * (config.agents // len(config.models))
+    chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(source) for source in sources}}
+    agents = []
+    for source, role in zip(sources, roles):
+        chat = chats[find_model(source)]
+        agents.append(Agent(load_model(source, device, dtype), chat.tokenizer, chat, role))
+    return Team(agents, load_router(config.router), config.rounds)
+
+
+def placement(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Device and compute dtype: bf16 where a GPU has it, fp32 otherwise, unless the config says which."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device, DTYPES[{"auto": "bf16" if bf16 else "fp32"}.get(config.dtype, config.dtype)]
+
+
+class ChatFormat:
+    """The ids that stand around messages, taken once from the chat template by rendering sentinels.
+
+    Rendering the template anew each turn would not do: sampled ids must survive, and some templates rewrite
+    history. Every part is tokenized by itself; BPE therefore never merges a header with what follows it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        user, user2, assistant = (f"\N{SECTION SIGN}{c}\N{SECTION SIGN}" for c in "UVA")
+
+        def gap(left: str, right: str | None, *turns: tuple[str, str], prompt: bool = False) -> str:
+            text = self._render([{"role": role, "content": content} for role, content in turns], prompt)
+            after = text.partition(left)[2]
+            return after if right is None else after.partition(right)[0]
+
+        footer = gap(user, None, ("user", user))
+        header = gap(user, None, ("user", user), prompt=True).removeprefix(footer)
+        user_to_user = gap(user, user2, ("user", user), ("user", user2))
+        user_header = user_to_user.removeprefix(footer)
+        to_user = gap(assistant, user2, ("user", user), ("assistant", assistant), ("user", user2))
+        if not (header and user_to_user.startswith(footer) and to_user.endswith(user_header)):
+            raise UserError(
+                f"the chat template of {tokenizer.directory} does not treat messages alike wherever they stand; "
+                "a shared transcript cannot be built with it"
+            )
+        self.user_header, self.user_footer = self.encode(user_header), self.encode(footer)
+        self.assistant_header = self.encode(header)
+        self.assistant_footer = self.encode(to_user.removesuffix(user_header))
+        if not self.assistant_footer:
+            raise UserError(f"the chat template of {tokenizer.directory} does not end an assistant's message")
+        self.end_of_message = self.assistant_footer[0]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  one format lives as long as its team
+    def opening(self, system: str, problem: str) -> tuple[int, ...]:
+        """System prompt and problem, up to the end of the problem's message."""
+        sentinel = "\N{SECTION SIGN}U\N{SECTION SIGN}"
+        turns = [{"role": "system", "content": system}] if system else []
+        before = self._render([*turns, {"role": "user", "content": sentinel}], False).partition(sentinel)[0]
+        # A checkpoint's own template writes its BOS; ChatML does not, so there the tokenizer adds it.
+        start = self.tokenizer.encode(before, add_special_tokens=self.tokenizer.template_text is None)
+        return tuple(start + self.encode(problem) + self.user_footer)
+
+    def _render(self, turns: list[dict], prompt: bool) -> str:
+        # Llama 3.2's template prints today's date unless told one: a run must not change overnight.
+        return self.tokenizer.render(turns, add_generation_prompt=prompt, date_string="26 Jul 2024")

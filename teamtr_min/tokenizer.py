@@ -1,0 +1,142 @@
+"""tokenizer.json through Hugging Face tokenizers, and the checkpoint's own chat template through jinja2's sandbox."""
+
+import datetime
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer as Backend
+
+from teamtr_min.config import UserError
+from teamtr_min.weights import find_model, read_json
+
+# ChatML, for checkpoints that bring no template of their own.
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + end_of_message + '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
+
+
+class Tokenizer:
+    """Text <-> token ids, and conversations -> text. Two tokenizers with equal `hash` agree on every id."""
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        path = self.directory / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
+        try:
+            self.backend = Backend.from_file(str(path))
+        except Exception as error:  # the backend raises bare Exception
+            raise UserError(f"{path} is not a tokenizer: {error}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        config_path = self.directory / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        self.special = _special_tokens(config)
+        self.template_text = self._template_text(config)
+        if self.template_text is None:
+            known = self.backend.token_to_id("<|im_end|>") is not None
+            self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
+        try:
+            self._template = _environment().from_string(self.template_text or CHATML)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template of {self.directory} does not parse: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the tokenizer's end-of-sequence token, or None."""
+        token = self.special.get("eos_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`; special tokens are those of the tokenizer's own post-processor (Llama's BOS)."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def decode_batch(self, batch: list[list[int]]) -> list[str]:
+        return self.backend.decode_batch(batch)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, **template_kwargs) -> str:
+        """The conversation as the checkpoint's template writes it; `messages` are {"role", "content"}.
+
+        As transformers' `apply_chat_template(tokenize=False)`. Raises UserError when the template refuses.
+        """
+        values = {**self.special, **template_kwargs}
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **values,
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"the chat template of {self.directory} refuses this conversation: {error}"
+            ) from None
+
+    def _template_text(self, config: dict) -> str | None:
+        file = self.directory / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        text = config.get("chat_template")
+        if isinstance(text, list):  # several named templates
+            text = {entry["name"]: entry["template"] for entry in text}.get("default")
+        return text
+
+
+def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a model directory, or of a name that `load_model` knows."""
+    return Tokenizer(find_model(name_or_dir))
+
+
+def _special_tokens(config: dict) -> dict[str, str]:
+    """bos_token, eos_token, ... as templates expect them: plain strings."""
+    special = {}
+    for name, token in config.items():
+        if name.endswith("_token") and isinstance(token, (str, dict)):
+            special[name] = token if isinstance(token, str) else token["content"]
+    return special
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """jinja2 with the filters and functions that chat templates rely on."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = (
+        lambda value, indent=None, ensure_ascii=False, separators=None, sort_keys=False: json.dumps(
+            value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys
+        )
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    return environment
+
+
+def _refuse(message: str):
+    raise jinja2.TemplateError(message)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks assistant text for other programs; here it only renders."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
