@@ -13,6 +13,17 @@ from teamtr_min.bench import accuracy
 from teamtr_min.config import UserError, add_flags
 
 BENCHMARKS = ["relay"]
+TEAM_FLAGS = [
+    "model",
+    "agents",
+    "rounds",
+    "router",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+    "device",
+    "dtype",
+]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
     )
-    add_flags(parser, ["model", "agents", "rounds", "router", "temperature", "max_new_tokens", "seed", "device",
-                       "dtype", "batch_rows"])  # fmt: skip
+    add_flags(parser, TEAM_FLAGS)
     flags = vars(parser.parse_args(argv))
     team, k, count, data, shown, as_json = (
         flags.pop(name) for name in ("team", "k", "problems", "data", "show", "json")

@@ -103,7 +103,8 @@ class Config:
                 )
         if len(self.models) not in (1, self.agents):
             raise UserError(
-                f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent"
+                f"--model names {len(self.models)} models for {self.agents} agents; "
+                "give one, or one per agent"
             )
 
     @property
@@ -129,7 +130,7 @@ class Config:
 
     @classmethod
     def from_flags(cls, argv: list[str] | None, description: str) -> "Config":
-        """Parse the command line. Anything unknown or impossible ends the program with code 2 and a sentence."""
+        """Parse the command line; anything unknown or impossible is a sentence and exit code 2."""
         parser = argparse.ArgumentParser(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
@@ -143,10 +144,11 @@ class Config:
 
 
 LEAST = {
-    "agents": 1, "rounds": 1, "problems": 1, "group": 2, "temperature": 0, "max_new_tokens": 1, "stages": 1,
-    "inner_steps": 1, "lr": 0, "advantage_clip": 0, "eps_norm": 0, "clip": 0, "beta": 0, "delta": 0, "seed": 0,
-    "batch_tokens": 1, "batch_rows": 1, "eval_problems": 1, "eval_every": 0,
-}  # fmt: skip
+    **dict.fromkeys(("agents", "rounds", "problems", "max_new_tokens", "stages", "inner_steps"), 1),
+    **dict.fromkeys(("batch_tokens", "batch_rows", "eval_problems"), 1),
+    **dict.fromkeys(("temperature", "lr", "advantage_clip", "eps_norm", "clip", "beta", "delta", "seed"), 0),
+    **{"group": 2, "eval_every": 0},
+}
 
 
 def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:

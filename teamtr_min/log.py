@@ -121,7 +121,7 @@ class Run:
         self.bar.refresh()
 
     def save_agents(self) -> None:
-        """agents/0..n-1 in HF layout: weights in the compute dtype, tokenizer files copied. Replaced as a whole."""
+        """agents/0..n-1 in HF layout, weights in the compute dtype; the directory is replaced as a whole."""
         aside, final = self.directory / ".agents.part", self.directory / "agents"
         shutil.rmtree(aside, ignore_errors=True)
         for j, agent in enumerate(self.team.agents):
@@ -223,8 +223,8 @@ def header(config: Config, team: Team, directory: Path) -> str:
             f"{'bf16 over fp32 masters' if width == 2 else 'fp32'} on {models[0].device}",
             f"memory  weights {size(parameters * width)}, optimizer {size(masters)}, "
             f"KV cache {size(cache)} per token of the longest transcript",
-            f"task    {config.task}: {config.problems} problems x {config.group} rollouts before each update, "
-            f"{team.turns} turns, T = {config.temperature:g}",
+            f"task    {config.task}: {team.turns} turns, {config.problems} problems x {config.group} rollouts "
+            f"before each update, T = {config.temperature:g}",
             f"method  {config.occupancy} occupancy, {config.order} order, radius {config.delta:g} "
             f"({config.kl_estimator} per {config.kl_unit}), {steps}, {config.stages} stages",
             f"output  {directory}",
@@ -259,7 +259,7 @@ def size(count: float) -> str:
 
 
 def plot(values: list[float], height: int = 8, width: int = 60, label: str = "") -> str:
-    """A curve in [0, 1] for a terminal: each column a mean of its share of the values, in eighths of a line."""
+    """A curve in [0, 1] for a terminal; a column is the mean of its share of the values."""
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]

@@ -9,6 +9,7 @@ messages (pi_old).
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is still far inside fp32, and no ratio past 1 + clip matters
@@ -57,21 +58,21 @@ def teamtr_loss(
     M = len(advantage)
     agent = torch.zeros(M, dtype=torch.long, device=logp.device) if agent is None else agent
     valid = message >= 0
-    owner = torch.where(valid, message, 0)
+    owner = torch.where(valid, message, M)  # ignored slots go to a spare message past the end
     log_ratio = torch.where(valid, logp, 0.0) - torch.where(
         valid, old_logp, 0.0
     )  # (N,); masked before any exp
 
     def per_message(x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""
-        return x.new_zeros(M).index_add(0, owner, torch.where(valid, x, 0.0))
+        return x.new_zeros(M + 1).index_add(0, owner, x)[:M]
 
     length = per_message(torch.ones_like(log_ratio)).clamp(min=1)  # (M,)
     if ratio == "token":
         w = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N,)
-        surrogate = per_message(_clipped(w, advantage[owner], clip)) / length  # (M,)
+        surrogate = per_message(_clipped(w, F.pad(advantage, (0, 1))[owner], clip)) / length  # (M,)
         clipped, mean_w = per_message(((w - 1).abs() > clip).to(w)) / length, per_message(w) / length
-        max_w = w.new_zeros(M).index_reduce(0, owner, torch.where(valid, w, 0.0), "amax")
+        max_w = w.new_zeros(M + 1).scatter_reduce(0, owner, w, "amax")[:M]
     elif ratio in ("message", "mean"):
         total = per_message(log_ratio)  # (M,)
         total = total / length if ratio == "mean" else total
@@ -104,7 +105,7 @@ def teamtr_loss(
             "kl_k3": per_agent(k3),
             "clip_fraction": per_agent(clipped),
             "ratio_mean": per_agent(mean_w),
-            "ratio_max": logp.new_zeros(n_agents).index_reduce(0, agent, max_w.detach(), "amax"),
+            "ratio_max": logp.new_zeros(n_agents).scatter_reduce(0, agent, max_w.detach(), "amax"),
             "messages": messages,
         }
     return loss, stats

@@ -107,8 +107,9 @@ def batches(tokenizer, generator: np.random.Generator, rows: int, careful: float
 def initial_model(vocab_size: int, seed: int) -> Transformer:
     """89k parameters with the usual small normal weights, deeper writes scaled down."""
     torch.manual_seed(seed)
-    config = ModelConfig("qwen2", vocab_size, hidden_size=64, intermediate_size=168, layers=2, heads=4, kv_heads=2,
-                         head_dim=16, max_positions=512)  # fmt: skip
+    config = ModelConfig(
+        "qwen2", vocab_size, hidden_size=64, intermediate_size=168, layers=2, heads=4, kv_heads=2, head_dim=16
+    )
     model = Transformer(config)
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -160,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.out}: {count:,} parameters, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
     for agents in range(1, Relay.most_turns + 1):
         print(
-            f"start accuracy, {agents} agent{'s' * (agents > 1)}: {start_accuracy(args.out, agents, args.eval_problems, args.seed):.3f}"
+            f"start accuracy, {agents} agent{'s' * (agents > 1)}: "
+            f"{start_accuracy(args.out, agents, args.eval_problems, args.seed):.3f}"
         )
 
 

@@ -134,7 +134,7 @@ def collect(
 def _play(
     team: Team, problems: list[Problem], first: int, config: Config, place: tuple
 ) -> list[list[Message]]:
-    """All turns of one batch of rollouts; `first` is the number of its first rollout in the whole collection."""
+    """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
     transcripts: list[list[Message]] = [[] for _ in problems]
     samplers: dict[int, Sampler] = {}
     n = len(team.agents)

@@ -62,7 +62,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 class Sampler:
-    """`rows` sequences and their cache. Row r of the caller lives in some slot of the cache: `row_at[slot]`."""
+    """`rows` sequences and their cache. Each of the caller's rows lives in some slot: `row_at[slot]`."""
 
     def __init__(self, model: Transformer, rows: int):
         self.model = model

@@ -1,4 +1,4 @@
-"""Problems, roles and verifiers. A task offers what `Relay` offers; the rest of the code asks for nothing more."""
+"""Problems, roles and verifiers. Whatever offers what `Relay` offers is a task."""
 
 import json
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def load_task(name: str, turns: int) -> Relay:
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Problems from a JSONL file of {"problem", "answer"}, optionally "id". UserError names the file and the line."""
+    """Problems from a JSONL file of {"problem", "answer"} and optionally "id"; errors name the line."""
     problems = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

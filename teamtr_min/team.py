@@ -123,7 +123,7 @@ class Team:
 
 
 def load_team(config: Config, roles: list[Role], sources: list[str | Path] | None = None) -> Team:
-    """One agent per role, each with its own copy of its weights; `sources` takes the place of `config.model`."""
+    """One agent per role, each with its own copy of its weights; `sources` replaces `config.model`."""
     device, dtype = placement(config)
     sources = sources or config.models * (config.agents // len(config.models))
     chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(source) for source in sources}}

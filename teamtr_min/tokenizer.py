@@ -1,4 +1,4 @@
-"""tokenizer.json through Hugging Face tokenizers, and the checkpoint's own chat template through jinja2's sandbox."""
+"""tokenizer.json through tokenizers, and the checkpoint's own chat template through jinja2's sandbox."""
 
 import datetime
 import hashlib
@@ -132,7 +132,7 @@ def _refuse(message: str):
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks assistant text for other programs; here it only renders."""
+    """{% generation %} ... {% endgeneration %} marks assistant text for other programs; here it is inert."""
 
     tags = {"generation"}
 

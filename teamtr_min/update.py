@@ -58,7 +58,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     def add_gradients(self) -> None:
-        """Move the model's gradients into the masters', which add them up in fp32. Call after each backward."""
+        """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
         if self.masters is not self.parameters:
             for master, p in zip(self.masters, self.parameters):
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)

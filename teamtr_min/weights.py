@@ -32,7 +32,7 @@ _STORED = {"F32", "F16", "BF16"}
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b or a hub id in the HF cache."""
+    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, a hub id in the cache."""
     if str(name) == "relay":
         return RELAY
     path = Path(name)
@@ -53,8 +53,10 @@ def find_model(name: str | os.PathLike) -> Path:
             f"{repo} is not in the Hugging Face cache; fetch it with `hf download {repo}`, "
             "or give --model the directory of a checkpoint"
         )
-    raise UserError(f"no model {str(name)!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or one of: "
-                    f"relay, {', '.join(ALIASES)}")  # fmt: skip
+    raise UserError(
+        f"no model {str(name)!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
+        f"or one of: relay, {', '.join(ALIASES)}"
+    )
 
 
 def load_model(

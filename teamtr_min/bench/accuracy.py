@@ -84,7 +84,7 @@ def run(
 
 
 def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
-    """Unbiased chance that one of j rollouts is right, per problem, from `right` (P,) right ones of `drawn`."""
+    """Unbiased chance that one of j rollouts is right, per problem, of whose `drawn` ones `right` (P,) are."""
     total = math.comb(drawn, j)
     return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
 
@@ -99,8 +99,10 @@ def mean_with_interval(values: np.ndarray, seed: int) -> tuple[float, list[float
 def table(result: dict, right: Tensor) -> str:
     """The result in words: avg@k, and pass@j for j = 1, 2, 4, ... up to k."""
     k, seed = result["k"], result["seed"]
-    lines = [f"{result['benchmark']}: {result['team']}, {result['agents']} agents, {result['problems']:,} problems "
-             f"x {k}, T = {result['temperature']:g}, {result['seconds']:.1f} s"]  # fmt: skip
+    lines = [
+        f"{result['benchmark']}: {result['team']}, {result['agents']} agents, "
+        f"{result['problems']:,} problems x {k}, T = {result['temperature']:g}, {result['seconds']:.1f} s"
+    ]
     rows = [(f"avg@{k}", right / k)]
     rows += [(f"pass@{j}", pass_at(right, k, j)) for j in sorted({2**i for i in range(k.bit_length())} | {k})]
     for name, values in rows:
