@@ -121,7 +121,7 @@ class Run:
         self.bar.refresh()
 
     def save_agents(self) -> None:
-        """agents/0..n-1 in HF layout, weights in the compute dtype; the directory is replaced as a whole."""
+        """agents/0..n-1 in HF layout, weights in the compute dtype; replaced as a whole."""
         aside, final = self.directory / ".agents.part", self.directory / "agents"
         shutil.rmtree(aside, ignore_errors=True)
         for j, agent in enumerate(self.team.agents):

@@ -59,9 +59,7 @@ def teamtr_loss(
     agent = torch.zeros(M, dtype=torch.long, device=logp.device) if agent is None else agent
     valid = message >= 0
     owner = torch.where(valid, message, M)  # ignored slots go to a spare message past the end
-    log_ratio = torch.where(valid, logp, 0.0) - torch.where(
-        valid, old_logp, 0.0
-    )  # (N,); masked before any exp
+    log_ratio = torch.where(valid, logp, 0.0) - torch.where(valid, old_logp, 0.0)  # (N,), masked before exp
 
     def per_message(x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""

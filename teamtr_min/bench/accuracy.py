@@ -84,7 +84,7 @@ def run(
 
 
 def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
-    """Unbiased chance that one of j rollouts is right, per problem, of whose `drawn` ones `right` (P,) are."""
+    """Unbiased chance that one of j rollouts is right, from the `right` (P,) ones among `drawn`."""
     total = math.comb(drawn, j)
     return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
 

@@ -1,0 +1,181 @@
+"""Eq. 9, 10 and 11 against loops written from the paper's formulas, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from teamtr_min.objective import group_advantages, teamtr_loss
+
+
+def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.15) -> dict:
+    """Messages of 1 to 6 tokens by agents in any order, ratios on both sides of the clip, some slots to ignore."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 7, (messages,), generator=g)
+    message = torch.arange(messages).repeat_interleave(lengths)
+    old = -2 * torch.rand(len(message), generator=g, dtype=torch.float64)
+    new = old + scale * torch.randn(len(message), generator=g, dtype=torch.float64)
+    ignored = torch.rand(len(message), generator=g) < 0.1
+    ignored[message == 0] = False
+    return {
+        "logp": new.masked_fill(ignored, math.nan),
+        "old_logp": old.masked_fill(ignored, -math.inf),
+        "message": message.masked_fill(ignored, -1),
+        "advantage": torch.randn(messages, generator=g, dtype=torch.float64),
+        "agent": torch.randint(0, agents, (messages,), generator=g),
+        "n_agents": agents + 1,  # the last one wrote nothing
+    }
+
+
+def by_loop(x: dict, clip: float, beta, ratio: str, kl_unit: str) -> tuple[float, dict]:
+    """The same numbers, one message and one token at a time."""
+    M, A = len(x["advantage"]), x["n_agents"]
+    total, stats = 0.0, {name: [0.0] * A for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max")}
+    count = [0] * A
+    for m in range(M):
+        tokens = [t for t in range(len(x["message"])) if x["message"][t] == m]
+        logs = [(x["logp"][t] - x["old_logp"][t]).item() for t in tokens]
+        advantage, agent, length = x["advantage"][m].item(), x["agent"][m].item(), max(len(logs), 1)
+        if ratio == "token":
+            ratios = [math.exp(v) for v in logs]
+        else:
+            ratios = [math.exp(sum(logs) / (length if ratio == "mean" else 1))]
+        terms = [min(w * advantage, min(max(w, 1 - clip), 1 + clip) * advantage) for w in ratios]
+        unit = length if kl_unit == "token" else 1
+        k3 = sum(math.exp(v) - 1 - v for v in logs) / unit
+        total += sum(terms) / max(len(terms), 1) - beta[agent] * k3
+        count[agent] += 1
+        stats["kl_k1"][agent] += -sum(logs) / unit
+        stats["kl_k3"][agent] += k3
+        stats["clip_fraction"][agent] += sum(abs(w - 1) > clip for w in ratios) / max(len(ratios), 1)
+        stats["ratio_mean"][agent] += sum(ratios) / max(len(ratios), 1)
+        stats["ratio_max"][agent] = max([stats["ratio_max"][agent], *ratios])
+    for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
+        stats[name] = [v / max(c, 1) for v, c in zip(stats[name], count)]
+    return -total / M, {**stats, "messages": [float(c) for c in count]}
+
+
+@pytest.mark.parametrize("kl_unit", ["message", "token"])
+@pytest.mark.parametrize("ratio", ["message", "mean", "token"])
+def test_loss_and_every_statistic_equal_a_loop_over_messages(ratio, kl_unit):
+    for seed in range(5):
+        x, beta = example(seed), torch.tensor([0.0, 0.3, 1.0, 0.5], dtype=torch.float64)
+        loss, stats = teamtr_loss(**x, clip=0.2, beta=beta, ratio=ratio, kl_unit=kl_unit)
+        wanted, wanted_stats = by_loop(x, 0.2, beta.tolist(), ratio, kl_unit)
+        assert loss.item() == pytest.approx(wanted, abs=1e-12)
+        for name, values in wanted_stats.items():
+            assert stats[name].tolist() == pytest.approx(values, abs=1e-12), name
+
+
+@pytest.mark.parametrize("ratio", ["message", "mean", "token"])
+def test_gradient_equals_finite_differences(ratio):
+    x = example(3)
+    valid = x["message"] >= 0
+    logp = x.pop("logp")[valid].requires_grad_()
+    x["old_logp"], x["message"] = x["old_logp"][valid], x["message"][valid]
+    assert torch.autograd.gradcheck(lambda v: teamtr_loss(v, **x, clip=0.2, beta=0.3, ratio=ratio)[0], logp)
+
+
+def test_ignored_slots_get_no_gradient_and_spoil_nothing():
+    x = example(1)
+    x["logp"].requires_grad_()
+    loss, _ = teamtr_loss(**x, beta=0.1)
+    loss.backward()
+    gradient = x["logp"].grad
+    assert torch.isfinite(loss) and torch.isfinite(gradient).all()
+    assert (gradient[x["message"] < 0] == 0).all() and (gradient[x["message"] >= 0] != 0).any()
+
+
+@pytest.mark.parametrize("ratio", ["message", "mean", "token"])
+def test_an_unchanged_policy_has_ratio_exactly_one_and_pulls_along_the_advantage(ratio):
+    old = -torch.rand(9)
+    message, advantage = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1]), torch.tensor([1.5, -0.5])
+    logp = old.clone().requires_grad_()
+    loss, stats = teamtr_loss(logp, old, message, advantage, beta=0.7, ratio=ratio)
+    loss.backward()
+    assert stats["ratio_max"].item() == 1 and stats["ratio_mean"].item() == 1
+    assert stats["kl_k1"].item() == stats["kl_k3"].item() == stats["clip_fraction"].item() == 0
+    share = 1 if ratio == "message" else 1 / torch.tensor([4.0] * 4 + [5.0] * 5)
+    assert torch.allclose(logp.grad, -advantage[message] * share / 2, atol=1e-7)
+
+
+def test_a_message_past_the_clip_pulls_no_further():
+    old, message = torch.full((4,), -1.0), torch.tensor([0, 0, 1, 1])
+    logp = (old + torch.tensor([0.2, 0.2, -0.2, -0.2])).requires_grad_()  # ratios e^0.4 and e^-0.4
+    teamtr_loss(logp, old, message, torch.tensor([1.0, -1.0]))[0].backward()
+    assert (logp.grad == 0).all()
+    logp.grad = None
+    teamtr_loss(logp, old, message, torch.tensor([-1.0, 1.0]))[0].backward()
+    assert (logp.grad != 0).all(), "the pessimistic side of the clip must keep its gradient"
+
+
+def test_the_message_ratio_is_the_full_product():
+    old, logp = torch.zeros(5), torch.full((5,), 0.03)
+    message, advantage = torch.zeros(5, dtype=torch.long), torch.ones(1)
+    ratios = {r: teamtr_loss(logp, old, message, advantage, ratio=r)[1]["ratio_max"] for r in ("message", "mean")}
+    assert ratios["message"].item() == pytest.approx(math.exp(0.15))
+    assert ratios["mean"].item() == pytest.approx(math.exp(0.03))
+
+
+def test_log_ratios_of_200_stay_finite():
+    for value in (200.0, -200.0):
+        logp = torch.full((3,), value, requires_grad=True)
+        for ratio in ("message", "mean", "token"):
+            loss, stats = teamtr_loss(
+                logp, torch.zeros(3), torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0]), beta=0.1, ratio=ratio
+            )
+            loss.backward()
+            assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
+            assert all(torch.isfinite(v).all() for v in stats.values())
+
+
+def test_nothing_to_train_on_is_zero_loss():
+    empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    assert teamtr_loss(empty, empty, none, empty)[0].item() == 0
+    loss, stats = teamtr_loss(torch.zeros(2), torch.zeros(2), torch.full((2,), -1), torch.tensor([2.0]))
+    assert loss.item() == -2 and stats["kl_k3"].item() == 0  # an empty product is 1
+
+
+def test_k1_and_k3_have_the_exact_kl_as_expectation():
+    """Enumerated: one token over a vocabulary of 6; expectations under the old policy."""
+    g = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    exact = (old.exp() * (old - new)).sum()
+    stats = [teamtr_loss(new[v : v + 1], old[v : v + 1], torch.zeros(1, dtype=torch.long),
+                         torch.zeros(1, dtype=torch.float64))[1] for v in range(6)]  # fmt: skip
+    for name in ("kl_k1", "kl_k3"):
+        assert sum(p * s[name] for p, s in zip(old.exp(), stats)).item() == pytest.approx(exact.item(), abs=1e-12)
+    assert all(s["kl_k3"] >= 0 for s in stats) and any(s["kl_k1"] < 0 for s in stats)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7])
+def test_a_constant_group_pulls_exactly_nowhere(value):
+    for G in (2, 3, 7, 8):
+        assert (group_advantages(torch.full((5, G), value), clip=2.0, eps_norm=1e-6) == 0).all()
+
+
+def test_advantages_equal_a_loop_with_the_population_deviation():
+    returns = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    returns[2] = 0.3
+    advantages = group_advantages(returns, clip=1.2, eps_norm=1e-4)
+    for p in range(6):
+        mean = sum(returns[p].tolist()) / 5
+        sigma = math.sqrt(sum((r - mean) ** 2 for r in returns[p].tolist()) / 5 + 1e-4)
+        for g in range(5):
+            wanted = 0.0 if p == 2 else min(max((returns[p, g].item() - mean) / sigma, -1.2), 1.2)
+            assert advantages[p, g].item() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_an_advantage_never_exceeds_the_root_of_the_group_less_one():
+    for G in (2, 4, 8):
+        one_hit = torch.zeros(1, G)
+        one_hit[0, 0] = 1.0
+        assert group_advantages(one_hit, eps_norm=0.0).max().item() == pytest.approx(math.sqrt(G - 1), rel=1e-6)
+
+
+def test_unknown_modes_are_named():
+    x = example()
+    with pytest.raises(ValueError, match="geometric"):
+        teamtr_loss(**x, ratio="geometric")
+    with pytest.raises(ValueError, match="nats"):
+        teamtr_loss(**x, kl_unit="nats")

@@ -1,0 +1,55 @@
+"""Counter-based randomness: a pure function of the place, and good enough to sample from."""
+
+import numpy as np
+import torch
+
+from teamtr_min import rng
+
+
+def philox(counter: int, key: int) -> int:
+    """Philox-2x32-10 as its authors write it, on Python integers; returns the first output word."""
+    left, right, k = counter & 0xFFFFFFFF, counter >> 32, key
+    for _ in range(10):
+        product = left * 0xD256D193
+        left, right = (product >> 32) ^ k ^ right, product & 0xFFFFFFFF
+        k = (k + 0x9E3779B9) & 0xFFFFFFFF
+    return left
+
+
+def test_the_published_test_vectors():
+    """Known answers that come with the Random123 library, for the first word."""
+    assert philox(0, 0) == 0xFF1DAE59
+    assert philox(0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF) == 0x2C3F628B
+
+
+def test_uniforms_equal_philox_on_python_integers():
+    keys = [0, 1, 2**63 + 12345, 2**64 - 1, rng.key(7, "rollout", 3)]
+    u = rng.uniforms(keys, 5)
+    for row, key in enumerate(keys):
+        for position in range(5):
+            word = philox(position | (key >> 32) << 32, key & 0xFFFFFFFF)
+            assert u[row, position].item() == (word >> 8) * 2.0**-24
+
+
+def test_a_draw_depends_on_its_key_and_position_alone():
+    keys = [rng.key(0, "rollout", r) for r in range(9)]
+    whole = rng.uniforms(keys, 16)
+    assert torch.equal(rng.uniforms(keys[4:5], 16)[0], whole[4])
+    assert torch.equal(rng.uniforms(keys, 3), whole[:, :3])
+    assert len(set(whole.flatten().tolist())) > 140
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    u = rng.uniforms([rng.key(0, r) for r in range(2000)], 50).double().numpy()
+    assert 0 <= u.min() and u.max() < 1
+    counts = np.histogram(u, bins=64, range=(0, 1))[0]
+    chi2 = ((counts - u.size / 64) ** 2 / (u.size / 64)).sum()
+    assert chi2 < 63 + 5 * np.sqrt(2 * 63)
+    for a, b in ((u[:, :-1], u[:, 1:]), (u[:-1], u[1:])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(u.size)
+
+
+def test_places_do_not_collide():
+    places = {rng.key(s, name, i, j) for s in range(3) for name in ("a", "b") for i in range(20) for j in range(20)}
+    assert len(places) == 3 * 2 * 20 * 20
+    assert rng.key(0, "a", 12) != rng.key(0, "a", 1, 2)
