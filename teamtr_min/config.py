@@ -33,7 +33,7 @@ class Config:
     temperature: float = knob(1.0, "of sampling, and of every log-prob", pretrained=0.8)
     max_new_tokens: int = knob(16, "longest message, in tokens", pretrained=256)
     # Algorithm 1
-    stages: int = knob(60, "stages; each updates every agent once")
+    stages: int = knob(50, "stages; each updates every agent once")
     occupancy: str = knob(
         "fresh", "fresh: sample again before every update; stale: once per stage", choices=("fresh", "stale")
     )

@@ -223,8 +223,8 @@ def header(config: Config, team: Team, directory: Path) -> str:
             f"{'bf16 over fp32 masters' if width == 2 else 'fp32'} on {models[0].device}",
             f"memory  weights {size(parameters * width)}, optimizer {size(masters)}, "
             f"KV cache {size(cache)} per token of the longest transcript",
-            f"task    {config.task}: {team.turns} turns, {config.problems} problems x {config.group} rollouts "
-            f"before each update, T = {config.temperature:g}",
+            f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "
+            f"{config.problems} problems x {config.group} rollouts before each update",
             f"method  {config.occupancy} occupancy, {config.order} order, radius {config.delta:g} "
             f"({config.kl_estimator} per {config.kl_unit}), {steps}, {config.stages} stages",
             f"output  {directory}",

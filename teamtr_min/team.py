@@ -171,8 +171,8 @@ class ChatFormat:
         to_user = gap(assistant, user2, ("user", user), ("assistant", assistant), ("user", user2))
         if not (header and user_to_user.startswith(footer) and to_user.endswith(user_header)):
             raise UserError(
-                f"the chat template of {tokenizer.directory} does not treat messages alike wherever they stand; "
-                "a shared transcript cannot be built with it"
+                f"the chat template of {tokenizer.directory} does not treat messages alike wherever they "
+                "stand, so no shared transcript can be built with it"
             )
         self.user_header, self.user_footer = self.encode(user_header), self.encode(footer)
         self.assistant_header = self.encode(header)

@@ -9,7 +9,7 @@ from teamtr_min.objective import group_advantages, teamtr_loss
 
 
 def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.15) -> dict:
-    """Messages of 1 to 6 tokens by agents in any order, ratios on both sides of the clip, some slots to ignore."""
+    """Messages of 1 to 6 tokens, agents in any order, ratios on both sides of the clip, slots to ignore."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 7, (messages,), generator=g)
     message = torch.arange(messages).repeat_interleave(lengths)
@@ -30,7 +30,10 @@ def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.
 def by_loop(x: dict, clip: float, beta, ratio: str, kl_unit: str) -> tuple[float, dict]:
     """The same numbers, one message and one token at a time."""
     M, A = len(x["advantage"]), x["n_agents"]
-    total, stats = 0.0, {name: [0.0] * A for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max")}
+    total, stats = (
+        0.0,
+        {name: [0.0] * A for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max")},
+    )
     count = [0] * A
     for m in range(M):
         tokens = [t for t in range(len(x["message"])) if x["message"][t] == m]
@@ -112,7 +115,9 @@ def test_a_message_past_the_clip_pulls_no_further():
 def test_the_message_ratio_is_the_full_product():
     old, logp = torch.zeros(5), torch.full((5,), 0.03)
     message, advantage = torch.zeros(5, dtype=torch.long), torch.ones(1)
-    ratios = {r: teamtr_loss(logp, old, message, advantage, ratio=r)[1]["ratio_max"] for r in ("message", "mean")}
+    ratios = {
+        r: teamtr_loss(logp, old, message, advantage, ratio=r)[1]["ratio_max"] for r in ("message", "mean")
+    }
     assert ratios["message"].item() == pytest.approx(math.exp(0.15))
     assert ratios["mean"].item() == pytest.approx(math.exp(0.03))
 
@@ -122,7 +127,12 @@ def test_log_ratios_of_200_stay_finite():
         logp = torch.full((3,), value, requires_grad=True)
         for ratio in ("message", "mean", "token"):
             loss, stats = teamtr_loss(
-                logp, torch.zeros(3), torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0]), beta=0.1, ratio=ratio
+                logp,
+                torch.zeros(3),
+                torch.tensor([0, 0, 1]),
+                torch.tensor([1.0, -1.0]),
+                beta=0.1,
+                ratio=ratio,
             )
             loss.backward()
             assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
@@ -144,7 +154,9 @@ def test_k1_and_k3_have_the_exact_kl_as_expectation():
     stats = [teamtr_loss(new[v : v + 1], old[v : v + 1], torch.zeros(1, dtype=torch.long),
                          torch.zeros(1, dtype=torch.float64))[1] for v in range(6)]  # fmt: skip
     for name in ("kl_k1", "kl_k3"):
-        assert sum(p * s[name] for p, s in zip(old.exp(), stats)).item() == pytest.approx(exact.item(), abs=1e-12)
+        assert sum(p * s[name] for p, s in zip(old.exp(), stats)).item() == pytest.approx(
+            exact.item(), abs=1e-12
+        )
     assert all(s["kl_k3"] >= 0 for s in stats) and any(s["kl_k1"] < 0 for s in stats)
 
 
@@ -170,7 +182,9 @@ def test_an_advantage_never_exceeds_the_root_of_the_group_less_one():
     for G in (2, 4, 8):
         one_hit = torch.zeros(1, G)
         one_hit[0, 0] = 1.0
-        assert group_advantages(one_hit, eps_norm=0.0).max().item() == pytest.approx(math.sqrt(G - 1), rel=1e-6)
+        assert group_advantages(one_hit, eps_norm=0.0).max().item() == pytest.approx(
+            math.sqrt(G - 1), rel=1e-6
+        )
 
 
 def test_unknown_modes_are_named():

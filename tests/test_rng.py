@@ -50,6 +50,8 @@ def test_uniforms_are_uniform_and_uncorrelated():
 
 
 def test_places_do_not_collide():
-    places = {rng.key(s, name, i, j) for s in range(3) for name in ("a", "b") for i in range(20) for j in range(20)}
+    places = {
+        rng.key(s, name, i, j) for s in range(3) for name in ("a", "b") for i in range(20) for j in range(20)
+    }
     assert len(places) == 3 * 2 * 20 * 20
     assert rng.key(0, "a", 12) != rng.key(0, "a", 1, 2)

@@ -1,4 +1,4 @@
-"""What is sampled is a function of the model, the key and the position: not of the cache, the batch or its order."""
+"""What is sampled depends on the model, the key and the position, not on the cache or the batch."""
 
 import math
 
@@ -11,8 +11,13 @@ from teamtr_min.sampler import Sampler, draw, generate
 from teamtr_min.weights import RELAY
 
 END = 1
-PROMPTS = [[2, 11, 14, 12, 1, 3], [2, 5, 15, 6, 16, 7, 14, 9, 1, 3], [2, 1, 3], [2, 4, 14, 4, 1, 2, 17, 8, 1, 3],
-           [2, 12, 15, 12, 15, 12, 1, 3]]  # fmt: skip
+PROMPTS = [
+    [2, 11, 14, 12, 1, 3],
+    [2, 5, 15, 6, 16, 7, 14, 9, 1, 3],
+    [2, 1, 3],
+    [2, 4, 14, 4, 1, 2, 17, 8, 1, 3],
+    [2, 12, 15, 12, 15, 12, 1, 3],
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,9 @@ def test_the_samplers_logprob_is_that_of_a_plain_forward_pass(model):
     for temperature in (1.0, 0.6):
         for prompt, c in zip(PROMPTS, generate(model, PROMPTS, 12, temperature, seed=3, stop_ids=[END])):
             logits = model(torch.tensor([prompt + c.tokens]))[0] / temperature
-            logp = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(c.tokens)[:, None])[:, 0]
+            logp = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(c.tokens)[:, None])[
+                :, 0
+            ]
             assert c.logprobs == pytest.approx(logp.tolist(), abs=1e-5)
 
 
@@ -92,7 +99,9 @@ def test_draws_follow_the_distribution():
 
 def test_finished_rows_leave_the_batch(model, monkeypatch):
     sizes, hidden = [], type(model).hidden
-    monkeypatch.setattr(type(model), "hidden", lambda self, t, *a: sizes.append(t.shape) or hidden(self, t, *a))
+    monkeypatch.setattr(
+        type(model), "hidden", lambda self, t, *a: sizes.append(t.shape) or hidden(self, t, *a)
+    )
     done = generate(model, PROMPTS * 4, 12, 1.0, seed=1, stop_ids=[END])
     decode = [rows for rows, width in sizes if width == 1]
     lengths = [len(c.tokens) for c in done]
@@ -126,7 +135,9 @@ def test_a_turn_of_some_rows_equals_each_row_alone(model):
 def test_prefill_in_small_groups_changes_nothing_and_wastes_little(model, monkeypatch):
     shapes, hidden = [], type(model).hidden
     whole = Sampler(model, 5).speak(range(5), PROMPTS, keys(5), 5, 1.0, [END])
-    monkeypatch.setattr(type(model), "hidden", lambda self, t, *a: shapes.append(t.shape) or hidden(self, t, *a))
+    monkeypatch.setattr(
+        type(model), "hidden", lambda self, t, *a: shapes.append(t.shape) or hidden(self, t, *a)
+    )
     parts = Sampler(model, 5).speak(range(5), PROMPTS, keys(5), 5, 1.0, [END], prefill_tokens=12)
     same(whole, parts)
     assert [tuple(s) for s in shapes[:4]] == [(1, 10), (1, 10), (1, 8), (2, 6)]
@@ -136,7 +147,9 @@ def test_equal_prompts_are_computed_once(model, monkeypatch):
     shapes, hidden = [], type(model).hidden
     prompts = [PROMPTS[0], PROMPTS[1]] * 6
     apart = [Sampler(model, 1).speak([0], [p], [k], 8, 1.0, [END])[0] for p, k in zip(prompts, keys(12))]
-    monkeypatch.setattr(type(model), "hidden", lambda self, t, *a: shapes.append(t.shape) or hidden(self, t, *a))
+    monkeypatch.setattr(
+        type(model), "hidden", lambda self, t, *a: shapes.append(t.shape) or hidden(self, t, *a)
+    )
     same(Sampler(model, 12).speak(range(12), prompts, keys(12), 8, 1.0, [END]), apart)
     assert shapes[0][0] == 2
 

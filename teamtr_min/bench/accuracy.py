@@ -89,10 +89,12 @@ def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
     return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
 
 
-def mean_with_interval(values: np.ndarray, seed: int) -> tuple[float, list[float]]:
+def mean_with_interval(
+    values: np.ndarray, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, list[float]]:
     """Mean of per-problem values and its 95% bootstrap interval over problems."""
     generator = rng.generator(seed, "bootstrap")
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     return float(values.mean()), [float(q) for q in np.quantile(means, (0.025, 0.975))]
 
 

@@ -1,0 +1,81 @@
+"""avg@k, unbiased pass@k and their intervals."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from teamtr_min.bench.accuracy import mean_with_interval, pass_at
+
+
+def test_pass_at_j_is_the_share_of_all_choices_of_j_that_hold_a_right_one():
+    drawn = 6
+    for right in range(drawn + 1):
+        outcomes = [1] * right + [0] * (drawn - right)
+        for j in range(1, drawn + 1):
+            choices = [max(c) for c in itertools.combinations(outcomes, j)]
+            wanted = sum(choices) / len(choices)
+            assert pass_at(torch.tensor([right]), drawn, j).item() == pytest.approx(wanted)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    g = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        mean, (low, high) = mean_with_interval((g.random(100) < 0.3).astype(float), seed=trial, resamples=300)
+        covered += low <= 0.3 <= high
+        assert low <= mean <= high
+    assert 0.88 < covered / 200 < 0.99
+
+
+def test_json_prints_one_object_with_the_promised_fields(capsys, tmp_path):
+    flags = ["--agents", "2", "--problems", "20", "--k", "3", "--device", "cpu"]
+    assert evaluation.main(["relay", "--json", *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in (
+        "benchmark",
+        "mode",
+        "k",
+        "problems",
+        "avg_at_k",
+        "pass_at_k",
+        "avg_at_k_ci",
+        "pass_at_k_ci",
+    ):
+        assert name in result
+    assert result["problems"] == 20 and result["k"] == 3 and result["avg_at_k"] <= result["pass_at_k"]
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"problem": "7+8*3", "answer": "5"}\n{"problem": "1+1-1", "answer": "impossible"}\n')
+    assert (
+        evaluation.main(["relay", "--json", "--data", str(data), *flags[:2], "--k", "40", "--device", "cpu"])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["problems"] == 2 and result["pass_at_k"] == 0.5 and 0 < result["avg_at_k"] < 0.5
+
+
+def test_the_table_shows_three_transcripts(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # no runs here: the shipped team
+    assert evaluation.main(["--problems", "8", "--k", "4", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("untrained team", "avg@4", "pass@1", "pass@2", "pass@4"))
+    assert text.count("(answer ") == 3 and text.count("\n  A: ") == 3
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["chess"], "no benchmark chess"),
+        (["--k", "0"], "must be at least 1"),
+        (["--team", "nowhere"], "nowhere/config.json does not exist"),
+        (["--team", "x", "--agents", "2"], "leave out --agents"),
+        (["--agents", "2", "--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_a_sentence(capsys, flags, message):
+    assert evaluation.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

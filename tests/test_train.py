@@ -1,0 +1,285 @@
+"""The commands, as people type them, at toy size: what they write, that they repeat, and what they refuse."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from teamtr_min import load_model, pretrain, rng
+from teamtr_min.config import Config
+from teamtr_min.log import plot, size
+from teamtr_min.tasks import Relay
+
+ROOT = Path(__file__).parent.parent
+TOY = ["--agents", "2", "--stages", "2", "--problems", "4", "--group", "4", "--inner-steps", "2",
+       "--eval-problems", "32", "--device", "cpu"]  # fmt: skip
+
+
+def run(out: Path, *flags: str) -> tuple[dict, list[dict]]:
+    """Train in this process; returns the summary and the metrics."""
+    assert train.main([*TOY, "--out", str(out), *flags]) == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), metrics
+
+
+def without_time(record: dict) -> dict:
+    return {name: value for name, value in record.items() if not name.startswith("seconds")}
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    summary, metrics = run(out)
+    return out, summary, metrics
+
+
+def test_a_run_writes_what_it_promises(toy_run):
+    out, summary, metrics = toy_run
+    wanted = {"config.json", "metrics.jsonl", "transcripts.jsonl", "summary.json", "agents"}
+    assert {p.name for p in out.iterdir()} == wanted
+    assert [m["kind"] for m in metrics] == ["update", "update", "stage"] * 2
+    assert [(m["stage"], m["agent"]) for m in metrics if m["kind"] == "update"] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert summary["stages"] == 2 and summary["rollouts"] == 2 * 2 * 16 and summary["stopped"] is None
+    assert summary["tokens_sampled"] == sum(m.get("tokens_sampled", 0) for m in metrics)
+    assert summary["tokens_trained"] == sum(m.get("tokens_trained", 0) for m in metrics) > 0
+    assert summary["violation_rate_after"] == 0
+    for m in metrics:
+        if m["kind"] == "update":
+            assert m["kl_after"] <= m["delta"] and m["messages"] == 16
+            assert m["sampler_mismatch_max"] < 1e-3 and m["entropy"] > 0 and m["grad_norm"] > 0
+    for line in (out / "transcripts.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert {"id", "text", "answer", "messages", "return", "stage", "split"} == set(record)
+        assert [m["agent"] for m in record["messages"]] == [0, 1]
+        assert Relay.is_held_out(record["text"]) == (record["split"] == "held-out")
+        assert record["return"] == float(record["messages"][-1]["text"] == record["answer"])
+
+
+def test_every_metrics_key_is_explained_in_the_readme(toy_run):
+    text = (ROOT / "README.md").read_text()
+    keys = {key for m in toy_run[2] for key in m} | set(toy_run[1])
+    assert not [key for key in keys if f"`{key}`" not in text]
+
+
+def test_the_saved_agents_are_those_that_accuracy_final_was_read_from(toy_run, capsys):
+    out, summary, _ = toy_run
+    capsys.readouterr()
+    assert evaluation.main(["relay", "--team", str(out), "--problems", "32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["avg_at_k"] == pytest.approx(summary["accuracy_final"], abs=0.3)
+    config, task = Config.load(out / "config.json"), Relay(2)
+    sources = [out / "agents" / str(j) for j in range(2)]
+    from teamtr_min.rollout import collect
+    from teamtr_min.team import load_team
+
+    team = load_team(config, task.roles(2), sources)
+    problems = task.draw(32, rng.generator(0, "held-out"), held_out=True)
+    again = collect(team, problems, 1, task.grade, config, ("held-out", 2))
+    assert again.accuracy == summary["accuracy_final"]
+
+
+def test_the_same_seed_gives_the_same_bits(toy_run, tmp_path):
+    out, summary, metrics = toy_run
+    summary2, metrics2 = run(tmp_path / "again")
+    assert list(map(without_time, metrics)) == list(map(without_time, metrics2))
+    assert without_time(summary) == without_time(summary2)
+    for j in range(2):
+        a, b = load_model(out / "agents" / str(j)), load_model(tmp_path / "again" / "agents" / str(j))
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    _, other = run(tmp_path / "other", "--seed", "1")
+    assert other[0]["kl_after"] != metrics[0]["kl_after"]
+
+
+def test_sampling_fewer_rows_at_once_trains_the_same_team(toy_run, tmp_path):
+    _, metrics = run(tmp_path / "run", "--batch-rows", "5")
+    for a, b in zip(toy_run[2], metrics):
+        a, b = ({k: v for k, v in without_time(m).items() if "mismatch" not in k} for m in (a, b))
+        assert a == b
+
+
+def test_fresh_and_stale_differ_in_what_the_second_agent_learns_from(toy_run, tmp_path, monkeypatch):
+    """Agent B's contexts hold what the updated agent A writes (fresh), or what the old A wrote (stale)."""
+    seen = {"fresh": [], "stale": []}
+    original = train.update_agent
+    for occupancy in seen:
+
+        def spy(learner, batches, config, lr, kept=seen[occupancy]):
+            kept.append([b.tokens.tolist() for b in batches])
+            return original(learner, batches, config, lr)
+
+        monkeypatch.setattr(train, "update_agent", spy)
+        # A large first step, so that A's messages change.
+        flags = ["--occupancy", occupancy, "--delta", "inf", "--lr", "0.01", "--stages", "1"]
+        summary, metrics = run(tmp_path / occupancy, *flags)
+        updates = [m for m in metrics if m["kind"] == "update"]
+        assert [m["rollouts"] for m in updates] == ([16, 16] if occupancy == "fresh" else [16, 0])
+        assert summary["rollouts"] == sum(m["rollouts"] for m in updates)
+    assert seen["fresh"][0] == seen["stale"][0]
+    assert seen["fresh"][1] != seen["stale"][1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--order", "reversed", "--ratio", "token", "--kl-estimator", "exact"],
+        ["--order", "random", "--ratio", "mean", "--kl-estimator", "k1", "--kl-unit", "token"],
+        ["--router", "random", "--rounds", "2", "--beta", "0", "--eval-every", "1"],
+        ["--agents", "1", "--delta", "inf"],
+        ["--dtype", "bf16"],
+        ["--model", "relay,relay", "--temperature", "0.8"],
+    ],
+)
+def test_every_choice_runs(tmp_path, flags):
+    _, metrics = run(tmp_path / "run", *flags)
+    updates = [m["agent"] for m in metrics if m["kind"] == "update"]
+    if "reversed" in flags:
+        assert updates == [1, 0, 1, 0] and metrics[0]["kl_exact_after"] is not None
+    if "--eval-every" in flags:
+        assert [m["accuracy_held_out"] is None for m in metrics if m["kind"] == "stage"] == [False, True]
+
+
+def test_a_team_learns(tmp_path):
+    """The whole method at small size: two agents, a few seconds, well beyond what chance could give."""
+    flags = {"stages": 12, "problems": 24, "group": 8, "inner-steps": 6, "eval-problems": 512}
+    summary, _ = run(tmp_path / "run", *(word for k, v in flags.items() for word in (f"--{k}", str(v))))
+    assert summary["accuracy_final"] > summary["accuracy_start"] + 0.25
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--agents", "0"], "--agents is 0; the least possible value is 1"),
+        (["--agents", "9"], "at most 8 operations"),
+        (["--group", "1"], "--group is 1"),
+        (["--delta", "0"], "--delta 0 allows no change"),
+        (["--delta", "nan"], "--delta is nan"),
+        (["--lr", "inf"], "--lr must be finite"),
+        (["--temperature", "0"], "nothing to compare"),
+        (["--model", "relay,relay,relay"], "3 models for 2 agents"),
+        (["--model", "nonesuch"], "no model 'nonesuch'"),
+        (["--model", "qwen2.5-1.5b"], "Qwen/Qwen2.5-1.5B-Instruct is not in the Hugging Face cache"),
+        (["--router", "nonesuch"], "no router 'nonesuch'"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
+    ],
+)
+def test_impossible_values_are_a_sentence_before_any_work(tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert train.main([*TOY, "--out", str(out), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--learning-rate", "1"], ["--agents", "three"], ["--order", "zigzag"], ["--agent", "2"]]
+)
+def test_unknown_flags_and_words_are_errors(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_an_existing_output_directory_is_never_written_into(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert train.main([*TOY, "--out", str(tmp_path / "mine")]) == 2
+    assert "is not empty; give another --out" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert train.main([*TOY, "--out", str(tmp_path / "mine" / "thesis.tex")]) == 2
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_last_good_team(tmp_path, capsys, monkeypatch):
+    out, original = tmp_path / "run", train.group_advantages
+
+    def spoil(returns, *rest):
+        advantage = original(returns, *rest)
+        spoil.calls += 1
+        return advantage * float("nan") if spoil.calls == 4 else advantage
+
+    spoil.calls = 0
+    monkeypatch.setattr(train, "group_advantages", spoil)
+    assert train.main([*TOY, "--out", str(out)]) == 1
+    assert "stopped: loss is nan" in capsys.readouterr().err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["accuracy_final"] is None and "loss is nan" in summary["stopped"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    for j in range(2):
+        assert all(torch.isfinite(p).all() for p in load_model(out / "agents" / str(j)).parameters())
+
+
+def test_help_prints_every_flag_with_its_default():
+    text = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    text = " ".join(text.split())
+    for f in dataclasses.fields(Config):
+        assert f"--{f.name.replace('_', '-')} " in text
+        if f.default != "":
+            assert f"(default {f.default}" in text
+
+
+def readme_commands() -> list[str]:
+    """Every `python ...` line in the README's code blocks."""
+    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line.split("&&")[-1].strip() for line in lines if re.search(r"(^|&& )python ", line)]
+
+
+def test_the_readmes_commands_run(tmp_path):
+    """At toy size, from a directory of their own; a model from the hub is replaced by the shipped one."""
+    commands = [c for c in readme_commands() if "pytest" not in c]
+    assert any(c.startswith("python train.py") for c in commands) and any("eval.py" in c for c in commands)
+    for i, command in enumerate(commands):
+        words = [w.replace("qwen2.5-1.5b", "relay") for w in command.split()[1:]]
+        words[0] = str(ROOT / words[0]) if words[0].endswith(".py") else words[0]
+        if "train.py" in words[0]:
+            toy = dict(zip(TOY[::2], TOY[1::2])) | {"--stages": "1", "--out": str(tmp_path / "runs" / str(i))}
+            toy.pop("--agents")
+            words += [w for pair in toy.items() for w in pair]
+        elif "eval.py" in words[0]:
+            words = [str(tmp_path / "runs" / "0") if w == "runs/NAME" else w for w in words] + [
+                "--problems",
+                "16",
+            ]
+        elif "teamtr_min.pretrain" in words:
+            words += ["--steps", "2", "--rows", "8", "--eval-problems", "8", "--out", str(tmp_path / "relay")]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path if words[0] != "-m" else ROOT,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_pretraining_is_reproducible(tmp_path, capsys):
+    for name in ("a", "b"):
+        pretrain.main(["--out", str(tmp_path / name), "--steps", "3", "--rows", "8", "--eval-problems", "16"])
+    text = capsys.readouterr().out
+    assert all(f"start accuracy, {n} agent" in text for n in range(1, 9))
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_shipped_model_is_small_and_its_tokenizer_is_what_pretrain_writes(tmp_path):
+    pretrain.write_tokenizer(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (pretrain.RELAY / file).read_bytes()
+    assert sum(p.stat().st_size for p in pretrain.RELAY.iterdir()) < 1e6
+
+
+def test_the_plot_and_sizes_read_well():
+    lines = plot([0.0, 0.5, 1.0], height=4, width=3).splitlines()
+    assert lines[0] == " 1.0 │  █" and lines[3].endswith("│ ██") and len(lines) == 5
+    assert len(plot([0.3] * 500, width=60).splitlines()[0]) == 66
+    assert size(1) == "1.0 B" and size(1536) == "1.5 KiB" and size(3.1 * 1024**3) == "3.1 GiB"
