@@ -210,11 +210,8 @@ def header(config: Config, team: Team, directory: Path) -> str:
     masters = parameters * (
         8 if width == 4 else 12
     )  # Adam's two moments, and masters where they are a second copy
-    cache = (
-        max(m.config.kv_per_token for m in models)
-        * width
-        * min(config.problems * config.group, config.batch_rows)
-    )
+    rows = min(config.problems * config.group, config.batch_rows)
+    cache = sum(m.config.kv_per_token for m in models) * width * rows
     roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
     steps = f"at most {config.inner_steps} steps at lr {config.lr:g}"
     return "\n".join(

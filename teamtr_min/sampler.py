@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from teamtr_min import rng
+from teamtr_min.config import UserError
 from teamtr_min.model import KVCache, Transformer
 
 
@@ -104,7 +105,12 @@ class Sampler:
         tokens = torch.zeros(live, max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(live, max_new_tokens, device=device)
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        longest = max(map(len, sequences))
+        longest, most = max(map(len, sequences)), self.model.config.max_positions
+        if longest + max_new_tokens > most:
+            raise UserError(
+                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} pass the model's "
+                f"{most} positions; lower --max-new-tokens or --rounds"
+            )
         logits = self._prefill([sequences[i] for i in request], prefill_tokens)  # (B, V), by slot
         order = torch.tensor(request, device=device)  # (live,) slot -> i
         done = torch.zeros(live, dtype=torch.bool, device=device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from teamtr_min import load_model, rng
+from teamtr_min.config import UserError
 from teamtr_min.model import KVCache
 from teamtr_min.sampler import Sampler, draw, generate
 from teamtr_min.weights import RELAY
@@ -159,6 +160,11 @@ def test_a_sequence_that_adds_nothing_is_refused(model):
     (c,) = sampler.speak([0], [PROMPTS[0]], keys(1), 3, 1.0, [END])
     with pytest.raises(ValueError, match="adds none"):
         sampler.speak([0], [PROMPTS[0] + c.tokens[:-1]], keys(1), 3, 1.0, [END])
+
+
+def test_a_transcript_longer_than_the_models_positions_is_refused(model):
+    with pytest.raises(UserError, match="510 tokens .* up to 3 pass the model's 512 positions"):
+        generate(model, [[2] * 510, [2]], 3, 1.0)
 
 
 def test_weights_that_are_not_numbers_stop_the_sampler():

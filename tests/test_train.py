@@ -202,20 +202,26 @@ def test_an_existing_output_directory_is_never_written_into(tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-def test_not_a_number_stops_the_run_and_keeps_the_last_good_team(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_not_a_number_or_ctrl_c_stops_the_run_and_keeps_the_last_good_team(
+    tmp_path, capsys, monkeypatch, interrupt
+):
     out, original = tmp_path / "run", train.group_advantages
 
     def spoil(returns, *rest):
         advantage = original(returns, *rest)
         spoil.calls += 1
+        if interrupt and spoil.calls == 4:
+            raise KeyboardInterrupt
         return advantage * float("nan") if spoil.calls == 4 else advantage
 
     spoil.calls = 0
     monkeypatch.setattr(train, "group_advantages", spoil)
-    assert train.main([*TOY, "--out", str(out)]) == 1
-    assert "stopped: loss is nan" in capsys.readouterr().err
+    assert train.main([*TOY, "--out", str(out)]) == (130 if interrupt else 1)
+    assert interrupt or "stopped: loss is nan" in capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["accuracy_final"] is None and "loss is nan" in summary["stopped"]
+    assert summary["accuracy_final"] is None
+    assert ("interrupted" if interrupt else "loss is nan") in summary["stopped"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
     for j in range(2):
         assert all(torch.isfinite(p).all() for p in load_model(out / "agents" / str(j)).parameters())
