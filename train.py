@@ -14,7 +14,8 @@ import math
 import sys
 import time
 
-from teamtr_min import rng
+from teamtr_min import checkpoint, rng
+from teamtr_min.checkpoint import Progress
 from teamtr_min.config import Config, UserError
 from teamtr_min.log import Run
 from teamtr_min.objective import group_advantages
@@ -29,8 +30,11 @@ def train(config: Config) -> dict:
     task = load_task(config.task, config.turns)
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(agent.model, config.beta) for agent in team.agents]
-    run = Run(config, team)
     held_out = task.draw(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
+    run, progress = Run(config, team), Progress()
+
+    def stage_problems(stage: int) -> list:
+        return task.draw(config.problems, rng.generator(config.seed, "problems", stage))
 
     def play(problems: list, group: int, *place) -> Rollouts:
         return collect(team, problems, group, task.grade, config, place)
@@ -39,16 +43,20 @@ def train(config: Config) -> dict:
         return run.evaluated(play(held_out, 1, "held-out", stages_done), stages_done)
 
     try:
-        run.started(held_out_accuracy(0))
-        for stage in range(config.stages):
-            problems = task.draw(config.problems, rng.generator(config.seed, "problems", stage))
-            rollouts = None
-            for i, agent in enumerate(update_order(config, stage)):
+        if config.resume:
+            progress, log_state = checkpoint.load(run.directory, learners, team, stage_problems)
+            run.restore(log_state)
+        if run.accuracy_start is None:
+            run.started(held_out_accuracy(0))
+        for stage in range(progress.stage, config.stages):
+            problems, order = stage_problems(stage), update_order(config, stage)
+            rollouts = progress.rollouts
+            for i in range(progress.update, config.agents):
                 sample_again = rollouts is None or config.occupancy == "fresh"
                 if sample_again:  # from team^{i-1}, the agents before this one already updated
                     rollouts = play(problems, config.group, "train", stage, i)
 
-                start = time.perf_counter()
+                start, agent = time.perf_counter(), order[i]
                 advantage = group_advantages(
                     rollouts.grouped_returns, config.advantage_clip, config.eps_norm
                 )  # Eq. 9
@@ -60,8 +68,13 @@ def train(config: Config) -> dict:
                 report["seconds_training"] = time.perf_counter() - start
                 run.updated(stage, i, agent, rollouts, sample_again, report)
 
+                needed = config.occupancy == "stale" and i + 1 < config.agents
+                progress = Progress(stage, i + 1, rollouts if needed else None)
+                checkpoint.save(run.directory, progress, learners, {agent}, run.state(), config.keep)
+
             due = config.eval_every and (stage + 1) % config.eval_every == 0 and stage + 1 < config.stages
             run.finished_stage(stage, held_out_accuracy(stage + 1) if due else None)
+            progress = Progress(stage + 1)
         return run.finish(accuracy_final=held_out_accuracy(config.stages))
     except (Diverged, FloatingPointError, KeyboardInterrupt) as reason:
         run.finish(stopped=str(reason) or "interrupted")

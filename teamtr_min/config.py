@@ -79,7 +79,9 @@ class Config:
     batch_rows: int = knob(2048, "rollouts sampled at once; bounds memory, changes no result")
     eval_problems: int = knob(2048, "held-out problems for accuracy_start and accuracy_final", pretrained=128)
     eval_every: int = knob(0, "also measure held-out accuracy every so many stages; 0 for never")
+    keep: int = knob(2, "checkpoints to keep, each one update apart")
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
+    resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
 
     def __post_init__(self):
         for name, least in LEAST.items():
@@ -116,7 +118,9 @@ class Config:
         return self.agents * self.rounds
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        aside.rename(path)
 
     @classmethod
     def load(cls, path: Path, changes: dict | None = None) -> "Config":
@@ -136,16 +140,29 @@ class Config:
         )
         add_flags(parser, [f.name for f in dataclasses.fields(cls)])
         given = vars(parser.parse_args(argv))
+        if given.get("resume"):
+            return cls._resumed(given)
         shipped = given.get("model", "relay") == "relay"
         for f in dataclasses.fields(cls):
             if not shipped and f.metadata["pretrained"] is not None:
                 given.setdefault(f.name, f.metadata["pretrained"])
         return cls(**given)
 
+    @classmethod
+    def _resumed(cls, given: dict) -> "Config":
+        """The saved configuration of the run to resume, which flags may repeat but not change."""
+        directory = given.pop("resume")
+        saved = cls.load(Path(directory) / "config.json")
+        changed = [f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
+                   for name, value in given.items() if value != getattr(saved, name)]  # fmt: skip
+        if changed:
+            raise UserError(f"--resume continues a run as it was started; not with {', '.join(changed)}")
+        return dataclasses.replace(saved, resume=directory)
+
 
 LEAST = {
     **dict.fromkeys(("agents", "rounds", "problems", "max_new_tokens", "stages", "inner_steps"), 1),
-    **dict.fromkeys(("batch_tokens", "batch_rows", "eval_problems"), 1),
+    **dict.fromkeys(("batch_tokens", "batch_rows", "eval_problems", "keep"), 1),
     **dict.fromkeys(("temperature", "lr", "advantage_clip", "eps_norm", "clip", "beta", "delta", "seed"), 0),
     **{"group": 2, "eval_every": 0},
 }

@@ -6,6 +6,7 @@ explains each key. Every line is written at once, so a run that is killed keeps 
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -32,12 +33,46 @@ class Run:
         self.rollouts = {"training": 0, "evaluation": 0}
         self.tokens = {"training": 0, "evaluation": 0}
         self.seconds = {"sampling": 0.0, "training": 0.0, "evaluation": 0.0}
-        self.directory = new_directory(config)
-        config.save(self.directory / "config.json")
-        self._metrics = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self._transcripts = (self.directory / "transcripts.jsonl").open("w", encoding="utf-8")
+        self.directory = Path(config.resume) if config.resume else new_directory(config)
+        try:
+            if not config.resume:
+                config.save(self.directory / "config.json")
+            self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+            self._transcripts = (self.directory / "transcripts.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
         print(header(config, team, self.directory), flush=True)
         self.bar = tqdm(total=config.stages * config.agents, unit="update", disable=None, leave=False)
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of this log, for `restore`."""
+        return {
+            "accuracy_start": self.accuracy_start,
+            "metrics_bytes": (self.directory / "metrics.jsonl").stat().st_size,
+            "transcripts_bytes": (self.directory / "transcripts.jsonl").stat().st_size,
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "seconds_elapsed": time.perf_counter() - self.start,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint's `state()`: what was logged after it will happen, and be logged, again."""
+        os.truncate(self.directory / "metrics.jsonl", state.get("metrics_bytes", 0))
+        os.truncate(self.directory / "transcripts.jsonl", state.get("transcripts_bytes", 0))
+        if not state:
+            return
+        self.rollouts, self.tokens, self.seconds = state["rollouts"], state["tokens"], state["seconds"]
+        self.start -= state["seconds_elapsed"]
+        self.accuracy_start = state["accuracy_start"]
+        for line in (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["kind"] == "update":
+                self.updates.append(record)
+                if record["update"] == 0:
+                    self.accuracies.append(record["accuracy"])
+        self.bar.update(len(self.updates))
+        self.say(f"resumed after {len(self.updates)} of {self.bar.total} updates")
 
     def evaluated(self, rollouts: Rollouts, stages_done: int) -> float:
         """Book an evaluation on held-out problems; returns its accuracy."""
@@ -235,7 +270,7 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
     if accuracies:
         lines.append(plot(accuracies, label=f"accuracy on each stage's problems, {len(accuracies)} stages"))
     if summary["stopped"]:
-        lines.append(f"stopped early: {summary['stopped']}")
+        lines.append(f"stopped early: {summary['stopped']}; to go on: python train.py --resume {directory}")
     else:
         lines.append(
             f"held-out accuracy {summary['accuracy_start']:.3f} -> {summary['accuracy_final']:.3f} "

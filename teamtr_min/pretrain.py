@@ -109,7 +109,7 @@ def initial_model(vocab_size: int, seed: int) -> Transformer:
     torch.manual_seed(seed)
     config = ModelConfig(
         "qwen2", vocab_size, hidden_size=64, intermediate_size=168, layers=2, heads=4, kv_heads=2, head_dim=16,
-        max_positions=512,
+        max_positions=512
     )  # fmt: skip
     model = Transformer(config)
     for name, p in model.named_parameters():
