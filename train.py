@@ -27,7 +27,7 @@ from teamtr_min.update import Diverged, Learner, update_agent
 
 def train(config: Config) -> dict:
     """Run Algorithm 1 as `config` says; fills the run's directory and returns its summary."""
-    task = load_task(config.task, config.turns)
+    task = load_task(config)
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(agent.model, config.beta) for agent in team.agents]
     held_out = task.draw(config.eval_problems, rng.generator(0, "held-out"), held_out=True)

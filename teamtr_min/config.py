@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +29,10 @@ class Config:
         "round-robin", "who speaks next: round-robin, random, or FILE.py with a function `router`"
     )
     # the task
-    task: str = knob("relay", "what the team works on", choices=("relay",))
+    task: str = knob("relay", "relay, gsm8k, jsonl, or FILE.py with a function `task`")
+    data: str = knob("", "JSONL file of problems, or a directory with train.jsonl and test.jsonl")
+    question_field: str = knob("question", "field of the JSONL that holds the problem")
+    answer_field: str = knob("answer", "field of the JSONL that holds the answer")
     problems: int = knob(64, "problems per batch, P", pretrained=32)
     group: int = knob(8, "rollouts per problem, G: the group that Eq. 9 compares")
     temperature: float = knob(1.0, "of sampling, and of every log-prob", pretrained=0.8)
@@ -158,6 +163,20 @@ class Config:
         if changed:
             raise UserError(f"--resume continues a run as it was started; not with {', '.join(changed)}")
         return dataclasses.replace(saved, resume=directory)
+
+
+def function_from_file(path: str, name: str) -> Callable:
+    """The function `name` of a Python file of the user's own, which is run to get it."""
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:
+        raise UserError(f"{path}: no usable function `{name}`: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise UserError(f"{path}: `{name}` is not a function")
+    return function
 
 
 LEAST = {

@@ -68,7 +68,7 @@ def transcript(generator: np.random.Generator, careful: float = CAREFUL) -> str:
     """
     while True:
         operations = int(generator.integers(1, Relay.most_turns + 1))
-        chain = Relay(operations).draw(1, generator)[0].text
+        chain = Relay(Config(agents=operations)).draw(1, generator)[0].text
         agents = operations if generator.random() < 0.7 else int(generator.integers(1, operations + 1))
         viewer = int(generator.integers(agents))
         right = CAREFUL_RIGHT if generator.random() < careful else CARELESS_RIGHT
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
 def start_accuracy(directory: Path, agents: int, count: int, seed: int) -> float:
     """Accuracy on held-out problems of a team of copies of the model in `directory`."""
     config = Config(model=str(directory), agents=agents, seed=seed, device="cpu")
-    task = Relay(agents)
+    task = Relay(config)
     problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
     return collect(
         load_team(config, task.roles(agents)), problems, 1, task.grade, config, ("held-out", 0)

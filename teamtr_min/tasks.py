@@ -1,13 +1,26 @@
-"""Problems, roles and verifiers. Whatever offers what `Relay` offers is a task."""
+"""Problems, roles and verifiers: relay arithmetic, word problems from JSONL files, and tasks of one's own.
+
+A task is any object with
+
+    roles(agents) -> list[Role]                            who they are
+    draw(count, generator, held_out=False) -> list[Problem]
+    grade(problem, messages) -> float                      the return of a rollout, in [0, 1]
+
+A file of one's own, `--task my_task.py`, defines a function `task(config)` that returns one; README.md shows
+it.
+"""
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from teamtr_min import rng
-from teamtr_min.config import UserError
+from teamtr_min.config import Config, UserError, function_from_file
 from teamtr_min.team import Message, Role
 
 
@@ -18,8 +31,19 @@ class Problem:
     answer: str
 
 
+def load_task(config: Config):
+    """The task that `config.task` names: relay, gsm8k, jsonl, or a Python file."""
+    if config.task == "relay":
+        return Relay(config)
+    if config.task in ("gsm8k", "jsonl"):
+        return WordProblems(config)
+    if config.task.endswith(".py"):
+        return own_task(config)
+    raise UserError(f"no task {config.task!r}: give relay, gsm8k, jsonl, or a FILE.py that defines `task`")
+
+
 class Relay:
-    """Relay arithmetic: a chain such as `7+8*3-4`, worked out from left to right, modulo 10, one step per
+    """Relay arithmetic: a chain such as `7+8*3-4`, worked out from left to right, modulo 10, a step per
     message.
 
     With n turns a chain has n operations. Each message carries out the first one and writes the rest:
@@ -27,16 +51,18 @@ class Relay:
     held out: a hash of the text decides, so no training problem is ever a test problem, whatever the seed.
     """
 
-    name = "relay"
     most_turns = 8  # the shipped model was shown chains of 1 to 8 operations
+    fields = ("problem", "answer")  # of a JSONL file to evaluate on
 
-    def __init__(self, turns: int):
-        if turns > self.most_turns:
+    def __init__(self, config: Config):
+        if config.turns > self.most_turns:
             raise UserError(
                 f"relay has chains of at most {self.most_turns} operations, one per turn; "
-                f"{turns} turns (agents x rounds) are too many"
+                f"{config.turns} turns (agents x rounds) are too many"
             )
-        self.turns = turns
+        if config.data:
+            raise UserError("relay makes its own problems; --data goes with --task gsm8k or jsonl")
+        self.turns = config.turns
 
     def roles(self, agents: int) -> list[Role]:
         system = (
@@ -50,10 +76,8 @@ class Relay:
         """`count` problems, uniform over one side of the split, with replacement."""
         problems = []
         while len(problems) < count:
-            digits, signs = (
-                generator.integers(10, size=self.turns + 1),
-                generator.integers(3, size=self.turns),
-            )
+            digits = generator.integers(10, size=self.turns + 1)
+            signs = generator.integers(3, size=self.turns)
             chain = str(digits[0]) + "".join("+-*"[s] + str(d) for s, d in zip(signs, digits[1:]))
             if self.is_held_out(chain) == held_out:
                 problems.append(Problem(chain, chain, self.solve(chain)))
@@ -76,22 +100,65 @@ class Relay:
         return chain
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
-        """The return of a finished rollout, in [0, 1]."""
         return float(messages[-1].text.strip() == problem.answer)
 
-    def answer(self, messages: list[Message]) -> str:
-        """What the team finally said."""
-        return messages[-1].text.strip()
+
+class WordProblems:
+    """Questions with short answers from JSONL: a file, or a directory with train.jsonl and test.jsonl, like
+    GSM8K.
+
+    Of a single file every tenth problem, by a hash of its text, is held out. The team's answer is the last
+    one that any message gives; the return is 1 if it equals the gold answer (`is_correct`), else 0.
+    """
+
+    def __init__(self, config: Config):
+        if not config.data:
+            raise UserError(f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
+                            "test.jsonl (for GSM8K: grade_school_math/data of openai/grade-school-math)")  # fmt: skip
+        self.path, self.fields = Path(config.data), (config.question_field, config.answer_field)
+        if self.path.is_dir():
+            names = ("train.jsonl", "test.jsonl")
+            self.train, self.held_out = (read_problems(self.path / name, *self.fields) for name in names)
+        else:
+            problems = read_problems(self.path, *self.fields)
+            self.train = [p for p in problems if rng.key(0, p.text) % 10]
+            self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
+
+    def roles(self, agents: int) -> list[Role]:
+        """A solver, checkers, and a finisher who gives the answer."""
+        solve = "You are the first of a team that solves a maths problem together. Work it out step by step."
+        check = "You are one of a team that solves a maths problem together. Check the work so far and correct it."
+        finish = "You are the last of a team that solves a maths problem together. Decide what is right."
+        final = " End with the final answer in \\boxed{}."
+        parts = [solve] + [check] * (agents - 2) + [finish] if agents > 1 else [solve]
+        return [Role(f"Agent {j + 1}", part + final) for j, part in enumerate(parts)]
+
+    def draw(self, count: int, generator: np.random.Generator, held_out: bool = False) -> list[Problem]:
+        """`count` different problems (fewer if there are not so many): at random, or the first held-out ones."""
+        if held_out:
+            if not self.held_out:
+                raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
+            return self.held_out[:count]
+        if count > len(self.train):
+            raise UserError(f"--problems {count}, but {self.path} has only {len(self.train)} to train on")
+        return [self.train[i] for i in generator.choice(len(self.train), count, replace=False)]
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        answers = [m.text for m in messages if extract_answer(m.text) is not None]
+        return float(bool(answers) and is_correct(answers[-1], problem.answer))
 
 
-def load_task(name: str, turns: int) -> Relay:
-    if name != "relay":
-        raise UserError(f"no task {name!r}; there is: relay")
-    return Relay(turns)
+def own_task(config: Config):
+    """The object that `task(config)` of the Python file `config.task` returns."""
+    task = function_from_file(config.task, "task")(config)
+    missing = [name for name in ("roles", "draw", "grade") if not callable(getattr(task, name, None))]
+    if missing:
+        raise UserError(f"{config.task}: its task has no {', '.join(missing)}")
+    return task
 
 
-def read_problems(path: str | Path) -> list[Problem]:
-    """Problems from a JSONL file of {"problem", "answer"} and optionally "id"; errors name the line."""
+def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
+    """Problems from a JSONL file; "id" is optional. UserError names the file, the line and what is wrong with it."""
     problems = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -102,12 +169,76 @@ def read_problems(path: str | Path) -> list[Problem]:
             continue
         try:
             record = json.loads(line)
-            text, answer = record["problem"], record["answer"]
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-        except (KeyError, TypeError):
-            raise UserError(f'{path}, line {number}: needs the fields "problem" and "answer"') from None
-        problems.append(Problem(str(record.get("id", number)), str(text), str(answer)))
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: a JSON {type(record).__name__}, not an object")
+        for field in (question_field, answer_field):
+            if not isinstance(record.get(field), (str, int, float)):
+                has = ", ".join(record) or "nothing"
+                raise UserError(f'{path}, line {number}: no text in the field "{field}" (it has: {has}); '
+                                "--question-field and --answer-field name others")  # fmt: skip
+        gold = str(record[answer_field])
+        problems.append(
+            Problem(str(record.get("id", number)), str(record[question_field]), extract_answer(gold) or gold)
+        )
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The last answer that `text` states, as `\boxed{X}`, `#### X` or `answer is X`; None if it states none."""
+    found = list(_boxed(text))
+    found += [(m.start(), m.group(1)) for m in re.finditer(r"####[ \t]*([^\n]+)", text)]
+    # "is" up to the end of the sentence: a full stop inside a number does not end it.
+    says = r"answer\s+is\s*:?\s*((?:[^\n.]|\.(?=\d))+)"
+    found += [
+        (m.start(), m.group(1))
+        for m in re.finditer(says, text, flags=re.IGNORECASE)
+        if "\\boxed" not in m.group(1)
+    ]
+    return max(found)[1].strip() if found else None
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether the last answer that `response` states equals `answer`: exactly as numbers, else as tidied text."""
+    given = extract_answer(response)
+    if given is None:
+        return False
+    wanted = extract_answer(answer) or answer
+    a, b = number(given), number(wanted)
+    return a == b if a is not None and b is not None else _tidy(given) == _tidy(wanted)
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of a number with its trimmings ("$1,234.50", "-3/4", "50%", "12 apples"), or None."""
+    text = re.sub(r"\\text\{[^}]*\}|\\[,;! ]", " ", text)
+    text = re.sub(r"\\d?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"[$€£*\\{}]", "", text.replace("\N{MINUS SIGN}", "-")).strip()
+    m = re.fullmatch(
+        r"([+-]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(?:\s*/\s*(\d+))?\.?\s*%?(?:\s*[^\W\d].*)?", text
+    )
+    if m is None or not m.group(2) or (m.group(3) and int(m.group(3)) == 0):
+        return None
+    value = Fraction(m.group(2).replace(",", "")) / int(m.group(3) or 1)
+    return -value if m.group(1) == "-" else value
+
+
+def _boxed(text: str) -> Iterator[tuple[int, str]]:
+    """(position, content) of every \\boxed{...} whose braces balance."""
+    for m in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for end in range(m.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                yield m.start(), text[m.end() : end]
+                break
+
+
+def _tidy(text: str) -> str:
+    """Text without what does not change an answer: spaces, dollar signs, \\text, case, a final full stop."""
+    text = re.sub(r"\\(?:text|mathrm)\{([^}]*)\}|\\left|\\right|\\[,;! ]", r"\1", text).replace(
+        "dfrac", "frac"
+    )
+    return re.sub(r"[\s$]", "", text).rstrip(".").lower()

@@ -7,14 +7,13 @@ never encoded again.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config, UserError, function_from_file
 from teamtr_min.model import Transformer
 from teamtr_min.tokenizer import Tokenizer, load_tokenizer
 from teamtr_min.weights import DTYPES, find_model, load_model
@@ -72,15 +71,9 @@ def load_router(name: str) -> Router:
     routers = {"round-robin": round_robin, "random": random_router}
     if name in routers:
         return routers[name]
-    if not name.endswith(".py") or not Path(name).is_file():
+    if not name.endswith(".py"):
         raise UserError(f"no router {name!r}: give round-robin, random, or a FILE.py that defines `router`")
-    spec = importlib.util.spec_from_file_location("own_router", name)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.router
-    except Exception as error:
-        raise UserError(f"{name}: no usable function `router`: {type(error).__name__}: {error}") from None
+    return function_from_file(name, "router")
 
 
 @dataclass
@@ -192,7 +185,12 @@ class ChatFormat:
         before = self._render([*turns, {"role": "user", "content": sentinel}], False).partition(sentinel)[0]
         # A checkpoint's own template writes its BOS; ChatML does not, so there the tokenizer adds it.
         start = self.tokenizer.encode(before, add_special_tokens=self.tokenizer.template_text is None)
-        return tuple(start + self.encode(problem) + self.user_footer)
+        text = self.encode(problem)
+        if self.tokenizer.unk_id in text:
+            raise UserError(
+                f"the model in {self.tokenizer.directory} has no tokens for the problem {problem[:60]!r}"
+            )
+        return tuple(start + text + self.user_footer)
 
     def _render(self, turns: list[dict], prompt: bool) -> str:
         # Llama 3.2's template prints today's date unless told one: a run must not change overnight.

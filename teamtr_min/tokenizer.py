@@ -59,6 +59,12 @@ class Tokenizer:
         token = self.special.get("eos_token")
         return None if token is None else self.backend.token_to_id(token)
 
+    @property
+    def unk_id(self) -> int | None:
+        """Id of what stands for text that the tokenizer cannot write, or None."""
+        token = self.special.get("unk_token")
+        return None if token is None else self.backend.token_to_id(token)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; special tokens are those of the tokenizer's own post-processor (Llama's BOS)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids

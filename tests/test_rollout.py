@@ -15,7 +15,7 @@ from teamtr_min.team import load_team
 
 def play(config: Config, problems: int = 5, place=("train", 0, 0), **changes):
     config = dataclasses.replace(config, device="cpu", **changes)
-    task = Relay(config.turns)
+    task = Relay(config)
     team = load_team(config, task.roles(config.agents))
     drawn = task.draw(problems, rng.generator(config.seed, "problems"))
     return collect(team, drawn, config.group, task.grade, config, place), team, task
@@ -121,7 +121,7 @@ def test_a_router_of_ones_own(tmp_path):
 def test_a_changed_agent_changes_the_contexts_of_those_after_it():
     """Fresh occupancy: sampled again, agent 2 reads what the new agent 1 writes."""
     config = dataclasses.replace(Config(group=4), device="cpu")
-    task = Relay(3)
+    task = Relay(config)
     team = load_team(config, task.roles(3))
     problems = task.draw(5, rng.generator(0, "problems"))
     old = collect(team, problems, 4, task.grade, config, ("train", 0, 0))

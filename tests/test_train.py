@@ -79,7 +79,8 @@ def test_the_saved_agents_are_those_that_accuracy_final_was_read_from(toy_run, c
     assert evaluation.main(["relay", "--team", str(out), "--problems", "32", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["avg_at_k"] == pytest.approx(summary["accuracy_final"], abs=0.3)
-    config, task = Config.load(out / "config.json"), Relay(2)
+    config = Config.load(out / "config.json")
+    task = Relay(config)
     sources = [out / "agents" / str(j) for j in range(2)]
     from teamtr_min.rollout import collect
     from teamtr_min.team import load_team

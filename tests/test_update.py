@@ -21,7 +21,7 @@ BASE = Config(agents=2, problems=12, group=6, inner_steps=4, device="cpu")
 def prepared(agent: int = 0, **changes):
     """(learner, batches, config, rollouts, team) ready for an update of `agent`."""
     config = dataclasses.replace(BASE, **changes)
-    task = Relay(config.turns)
+    task = Relay(config)
     team = load_team(config, task.roles(config.agents))
     problems = task.draw(config.problems, rng.generator(config.seed, "problems"))
     rollouts = collect(team, problems, config.group, task.grade, config, ("train", 0, 0))

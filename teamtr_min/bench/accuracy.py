@@ -6,6 +6,7 @@ drawn [Chen et al. 2021]: 1 - C(k - c, j) / C(k, j) for c right ones. Intervals 
 over problems.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,12 @@ def run(
     subject: Subject, task_name: str, *, k: int, count: int, data: str | None
 ) -> tuple[dict, Rollouts, Team]:
     """Evaluate; returns what `--json` prints, the rollouts and the team."""
-    config = subject.config
-    task = load_task(task_name, config.turns)
-    problems = read_problems(data) if data else task.draw(count, rng.generator(0, "held-out"), held_out=True)
+    config = dataclasses.replace(subject.config, task=task_name, data="" if task_name == "relay" else data)
+    task = load_task(config)
+    if data and Path(data).is_file():
+        problems = read_problems(data, *task.fields)
+    else:
+        problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
     rollouts = collect(team, problems, k, task.grade, config, ("eval",))
     right = (rollouts.grouped_returns == 1).sum(1)  # (P,)
