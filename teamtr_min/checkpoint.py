@@ -133,10 +133,9 @@ def _whole(checkpoint: Path, agents: int) -> dict | None:
 
 def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
     names = [name for name, _ in learner.model.named_parameters()]
-    point = learner.point()
-    tensors = {f"master.{name}": value.cpu() for name, value in zip(names, point.masters)}
-    for name, state in zip(names, point.state):
-        tensors |= {f"adam.{key}.{name}": value.cpu().contiguous() for key, value in state.items()}
+    tensors = {f"master.{name}": p.detach().cpu() for name, p in zip(names, learner.masters)}
+    for name, p in zip(names, learner.masters):
+        tensors |= {f"adam.{key}.{name}": value.cpu() for key, value in learner.optimizer.state[p].items()}
     return tensors
 
 
@@ -146,9 +145,8 @@ def _restore(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
     for key, value in tensors.items():
         if key.startswith("adam."):
             _, moment, name = key.split(".", 2)
-            state[name][moment] = value if moment == "step" else value.to(learner.model.device)
-    masters = [tensors[f"master.{name}"].to(learner.model.device) for name in names]
-    learner.go(Point(masters, [state[name] for name in names]))
+            state[name][moment] = value
+    learner.go(Point([tensors[f"master.{name}"] for name in names], [state[name] for name in names]))
 
 
 def _pack(rollouts: Rollouts) -> dict:

@@ -56,6 +56,7 @@ class Learner:
         single = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = self.parameters if single else [p.detach().float() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+        self.park("cpu")
 
     def add_gradients(self) -> None:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
@@ -75,6 +76,14 @@ class Learner:
         self._round()
         return norm
 
+    def park(self, device: torch.device | str) -> None:
+        """Move what only updates need, Adam's moments and masters that are a second copy, to `device`."""
+        if self.masters is not self.parameters:
+            for p in self.masters:
+                p.data = p.data.to(device)
+        for state in self.optimizer.state.values():
+            state |= {name: value.to(device) for name, value in state.items() if name != "step"}
+
     def point(self) -> Point:
         """A copy of where this learner stands."""
         state = self.optimizer.state
@@ -84,10 +93,10 @@ class Learner:
         )
 
     @torch.no_grad()
-    def go(self, base: Point, toward: Point | None = None, fraction: float = 0.0) -> None:
+    def go(self, base: Point, toward: list[Tensor] | None = None, fraction: float = 0.0) -> None:
         """Stand at base + fraction * (toward - base), with the optimizer state of `base` and no gradients."""
         for i, p in enumerate(self.masters):
-            p.copy_(base.masters[i] if toward is None else base.masters[i].lerp(toward.masters[i], fraction))
+            p.copy_(base.masters[i] if toward is None else base.masters[i].lerp(toward[i], fraction))
             self.optimizer.state[p] = {name: value.clone() for name, value in base.state[i].items()}
         self.optimizer.zero_grad(set_to_none=True)
         self._round()
@@ -108,6 +117,7 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
     """
     if not batches:  # a router may leave an agent out of every rollout
         return dict.fromkeys(REPORT) | {"steps": 0, "halvings": 0, "tokens_trained": 0}
+    learner.park(learner.model.device)
     accepted, report = learner.point(), {}
     old_head = learner.model.head.detach().clone() if config.kl_estimator == "exact" else None
 
@@ -124,13 +134,13 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
                 }
             elif here["kl"] > config.delta:
                 break
-            accepted, inside = learner.point(), here
             if last:
                 break
+            accepted, inside = learner.point() if step else accepted, here
             report["grad_norm"] = learner.step(lr)
         halvings = 0
         if attempted["kl"] > config.delta:
-            outside = learner.point()
+            outside = [p.detach().clone() for p in learner.masters]
             while here["kl"] > config.delta and halvings < HALVINGS:
                 halvings += 1
                 learner.go(accepted, toward=outside, fraction=0.5**halvings)
@@ -141,6 +151,8 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
     except (Diverged, KeyboardInterrupt):
         learner.go(accepted)
         raise
+    finally:
+        learner.park("cpu")  # an agent that waits for its turn leaves the device to the others
 
     beta, learner.beta = learner.beta, adapt_beta(learner.beta, attempted["kl"], config.delta)
     report |= {name: here[name] for name in ("loss", "clip_fraction", "ratio_mean", "ratio_max")}

@@ -79,21 +79,22 @@ def test_the_radius_holds_by_an_independent_recomputation(changes):
 def test_going_back_restores_the_optimizer_with_the_weights():
     """After an update that broke out of its radius, Adam's state is that of the last accepted weights."""
     learner, batches, config, *_ = prepared(lr=3e-4, inner_steps=6, delta=0.02)
-    points = []
-    take = learner.point
+    points, outside = [], []
+    take, go = learner.point, learner.go
     learner.point = lambda: points.append(take()) or points[-1]
+    learner.go = lambda base, toward=None, fraction=0.0: outside.append(toward) or go(base, toward, fraction)
     report = update_agent(learner, batches, config, config.lr)
     assert 0 < report["halvings"] < 10 and report["steps"] >= 2, (
         "the case under test: a later step overshoots"
     )
-    accepted, outside = points[-2], points[-1]
+    accepted, outside = points[-1], outside[-1]
     fraction = 0.5 ** report["halvings"]
     for i, p in enumerate(learner.masters):
         state = learner.optimizer.state[p]
         assert state["step"] == accepted.state[i]["step"] == report["steps"] - 1
         assert torch.equal(state["exp_avg"], accepted.state[i]["exp_avg"])
         assert torch.equal(state["exp_avg_sq"], accepted.state[i]["exp_avg_sq"])
-        wanted = accepted.masters[i] + fraction * (outside.masters[i] - accepted.masters[i])
+        wanted = accepted.masters[i] + fraction * (outside[i] - accepted.masters[i])
         assert torch.allclose(p, wanted, atol=1e-7)
         assert p.grad is None
 
