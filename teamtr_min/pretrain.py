@@ -107,10 +107,15 @@ def batches(tokenizer, generator: np.random.Generator, rows: int, careful: float
 def initial_model(vocab_size: int, seed: int) -> Transformer:
     """89k parameters with the usual small normal weights, deeper writes scaled down."""
     torch.manual_seed(seed)
-    config = ModelConfig(
-        "qwen2", vocab_size, hidden_size=64, intermediate_size=168, layers=2, heads=4, kv_heads=2, head_dim=16,
-        max_positions=512
-    )  # fmt: skip
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 168,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+    }
+    config = ModelConfig("qwen2", vocab_size, **shape, max_positions=512)
     model = Transformer(config)
     for name, p in model.named_parameters():
         if p.dim() == 2:

@@ -113,8 +113,10 @@ class WordProblems:
 
     def __init__(self, config: Config):
         if not config.data:
-            raise UserError(f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
-                            "test.jsonl (for GSM8K: grade_school_math/data of openai/grade-school-math)")  # fmt: skip
+            raise UserError(
+                f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and test.jsonl "
+                "(for GSM8K: grade_school_math/data of openai/grade-school-math)"
+            )
         self.path, self.fields = Path(config.data), (config.question_field, config.answer_field)
         if self.path.is_dir():
             names = ("train.jsonl", "test.jsonl")
@@ -127,14 +129,16 @@ class WordProblems:
     def roles(self, agents: int) -> list[Role]:
         """A solver, checkers, and a finisher who gives the answer."""
         solve = "You are the first of a team that solves a maths problem together. Work it out step by step."
-        check = "You are one of a team that solves a maths problem together. Check the work so far and correct it."
+        check = (
+            "You are one of a team that solves a maths problem together. Check the work so far; correct it."
+        )
         finish = "You are the last of a team that solves a maths problem together. Decide what is right."
         final = " End with the final answer in \\boxed{}."
         parts = [solve] + [check] * (agents - 2) + [finish] if agents > 1 else [solve]
         return [Role(f"Agent {j + 1}", part + final) for j, part in enumerate(parts)]
 
     def draw(self, count: int, generator: np.random.Generator, held_out: bool = False) -> list[Problem]:
-        """`count` different problems (fewer if there are not so many): at random, or the first held-out ones."""
+        """`count` different problems: training ones at random, or the first held-out ones."""
         if held_out:
             if not self.held_out:
                 raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
@@ -158,7 +162,7 @@ def own_task(config: Config):
 
 
 def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
-    """Problems from a JSONL file; "id" is optional. UserError names the file, the line and what is wrong with it."""
+    """Problems from a JSONL file; "id" is optional. Errors name the file, the line and what is wrong."""
     problems = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -188,7 +192,7 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The last answer that `text` states, as `\boxed{X}`, `#### X` or `answer is X`; None if it states none."""
+    r"""The last answer that `text` states, as `\boxed{X}`, `#### X` or `answer is X`; None without one."""
     found = list(_boxed(text))
     found += [(m.start(), m.group(1)) for m in re.finditer(r"####[ \t]*([^\n]+)", text)]
     # "is" up to the end of the sentence: a full stop inside a number does not end it.
@@ -202,7 +206,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether the last answer that `response` states equals `answer`: exactly as numbers, else as tidied text."""
+    """Whether the last answer that `response` states equals `answer`: exact as numbers, else as text."""
     given = extract_answer(response)
     if given is None:
         return False
