@@ -114,8 +114,8 @@ class WordProblems:
     def __init__(self, config: Config):
         if not config.data:
             raise UserError(
-                f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and test.jsonl "
-                "(for GSM8K: grade_school_math/data of openai/grade-school-math)"
+                f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
+                "test.jsonl (for GSM8K: grade_school_math/data of openai/grade-school-math)"
             )
         self.path, self.fields = Path(config.data), (config.question_field, config.answer_field)
         if self.path.is_dir():
