@@ -56,15 +56,16 @@ def train(config: Config) -> dict:
                 if sample_again:  # from team^{i-1}, the agents before this one already updated
                     rollouts = play(problems, config.group, "train", stage, i)
 
-                start, agent = time.perf_counter(), order[i]
+                agent, start = order[i], time.perf_counter()
+                # Eq. 9
+                returns = rollouts.grouped_returns  # (P, G)
                 advantage = group_advantages(
-                    rollouts.grouped_returns, config.advantage_clip, config.eps_norm
-                )  # Eq. 9
-                batches = rollouts.view(agent, advantage.flatten(), config.batch_tokens)
+                    returns, config.advantage_clip, config.eps_norm
+                ).flatten()  # (R,)
+                # Eq. 10, until Eq. 11 reaches the radius
+                batches = rollouts.view(agent, advantage, config.batch_tokens)
                 lr = learning_rate(config, stage * config.agents + i)
-                report = update_agent(
-                    learners[agent], batches, config, lr
-                )  # Eq. 10 until Eq. 11 fills its radius
+                report = update_agent(learners[agent], batches, config, lr)
                 report["seconds_training"] = time.perf_counter() - start
                 run.updated(stage, i, agent, rollouts, sample_again, report)
 
