@@ -110,7 +110,7 @@ class KVCache:
             self.values = F.pad(self.values, (0, 0, 0, 0, 0, extra))
 
     def permute(self, to: Tensor, source: Tensor) -> None:
-        """Row `source[i]` moves into row `to[i]`; both hold the same set of rows."""
+        """Row `to[i]` becomes what row `source[i]` was; all reads come before all writes."""
         self.keys[:, to] = self.keys[:, source]
         self.values[:, to] = self.values[:, source]
         self.length[to] = self.length[source]

@@ -39,14 +39,18 @@ class Tokenizer:
         self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
         config_path = self.directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
+        legacy = self.directory / "special_tokens_map.json"
+        if "added_tokens_decoder" not in config and legacy.is_file():  # only then transformers reads it too
+            config |= read_json(legacy)
         self.special = _special_tokens(config)
         self.template_text = self._template_text(config)
         if self.template_text is None:
             known = self.backend.token_to_id("<|im_end|>") is not None
             self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
         try:
-            self._template = _environment().from_string(self.template_text or CHATML)
-        except jinja2.TemplateError as error:
+            text = CHATML if self.template_text is None else self.template_text
+            self._template = _environment().from_string(text)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"the chat template of {self.directory} does not parse: {error}") from None
 
     @property
@@ -66,7 +70,10 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; special tokens are those of the tokenizer's own post-processor (Llama's BOS)."""
+        """Ids of `text`; special tokens are those of the tokenizer's own post-processor (Llama's BOS).
+
+        A special token that is written out in `text` becomes its id, as in a rendered template.
+        """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -80,42 +87,54 @@ class Tokenizer:
 
         As transformers' `apply_chat_template(tokenize=False)`. Raises UserError when the template refuses.
         """
-        values = {**self.special, **template_kwargs}
+        messages = [{key: v for key, v in message.items() if v is not None} for message in messages]
+        values = {"tools": None, "documents": None, **self.special, **template_kwargs}
         try:
             return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **values,
+                values, messages=messages, add_generation_prompt=add_generation_prompt
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is somebody's program: it may raise anything
+            reason = str(error) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.directory} refuses this conversation: {error}"
+                f"the chat template of {self.directory} refuses this conversation: {reason}"
             ) from None
 
     def _template_text(self, config: dict) -> str | None:
         file = self.directory / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{file} cannot be read: {error}") from None
         text = config.get("chat_template")
         if isinstance(text, list):  # several named templates
-            text = {entry["name"]: entry["template"] for entry in text}.get("default")
+            named = {str(one.get("name")): one.get("template") for one in text if isinstance(one, dict)}
+            text = named.get("default", text)
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"the chat_template of {self.directory} is neither a text nor a list of named texts "
+                "with one called default"
+            )
         return text
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model directory, or of a name that `load_model` knows."""
+    """The tokenizer of a model directory, or of a name that `load_model` knows.
+
+    Raises UserError when a file is missing or damaged, or the chat template does not parse.
+    """
     return Tokenizer(find_model(name_or_dir))
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
-    """bos_token, eos_token, ... as templates expect them: plain strings."""
-    special = {}
-    for name, token in config.items():
-        if name.endswith("_token") and isinstance(token, (str, dict)):
-            special[name] = token if isinstance(token, str) else token["content"]
-    return special
+    """bos_token, eos_token, ... and those of the model's own, as templates expect them: plain strings."""
+    extra = config.get("extra_special_tokens")
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    plain = {
+        name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()
+    }
+    return {name: token for name, token in plain.items() if isinstance(token, str)}
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -124,8 +143,8 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = (
-        lambda value, indent=None, ensure_ascii=False, separators=None, sort_keys=False: json.dumps(
-            value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys
+        lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
     )
     environment.globals["raise_exception"] = _refuse

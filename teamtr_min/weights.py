@@ -8,7 +8,6 @@ would compute differently from its author is refused by name, never ignored.
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,32 +28,48 @@ FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForC
 ARCHITECTURES = {family: architecture for architecture, family in FAMILIES.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STORED = {"F32", "F16", "BF16"}
+_SIZES = {  # config.json's name -> ModelConfig's
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_positions",
+}
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, a hub id in the cache."""
-    if str(name) == "relay":
+    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, a hub id in the cache.
+
+    Nothing is downloaded. Raises UserError, which lists what would do, for any other name.
+    """
+    name = str(name)
+    if name == "relay":
         return RELAY
-    path = Path(name)
-    if path.is_dir():
-        return path
-    repo = ALIASES.get(str(name).lower(), str(name))
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.isfile(path):
+        raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
+    repo = ALIASES.get(name.lower(), name)
     if repo.count("/") == 1 and not repo.startswith((".", "/", "~")):
         from huggingface_hub import try_to_load_from_cache  # imported late: most runs never need the hub
         from huggingface_hub.errors import HFValidationError
 
         try:
-            found = try_to_load_from_cache(repo, "config.json")
+            found = try_to_load_from_cache(repo, "config.json", cache_dir=_hub_cache())
         except HFValidationError as error:
             raise UserError(f"{name!r} is neither a directory nor the id of a model: {error}") from None
         if isinstance(found, str):
             return Path(found).parent
         raise UserError(
             f"{repo} is not in the Hugging Face cache; fetch it with `hf download {repo}`, "
-            "or give --model the directory of a checkpoint"
+            "or give the directory of a checkpoint"
         )
     raise UserError(
-        f"no model {str(name)!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
+        f"no model {name!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
         f"or one of: relay, {', '.join(ALIASES)}"
     )
 
@@ -64,29 +79,33 @@ def load_model(
 ) -> Transformer:
     """Read a checkpoint into memory, one tensor at a time: never more than the model plus one tensor.
 
-    Raises UserError, in one sentence, for an unsupported architecture or feature, a damaged file, and for all
+    Parameters arrive in `dtype` on `device`, whatever they are stored in. Raises UserError, in one sentence,
+    for an unsupported architecture or feature, a damaged file, a tensor with NaN or infinity, and for all
     missing, unexpected, misshapen or oddly typed tensors at once.
     """
     directory = find_model(name_or_dir)
-    config = read_config(directory)
+    config, stored = read_config(directory), _index(directory)
+    if config.layers > len(stored):
+        raise UserError(f"{directory} has {len(stored)} tensors, too few for {config.layers} layers")
     with torch.device("meta"):
         model = Transformer(config)
     expected = dict(model.named_parameters())
-    stored = _index(directory)
     problems = [f"missing {name}" for name in expected if name not in stored]
     for name, (_, shape, kind) in stored.items():
         if name not in expected:
-            if not _redundant(name, config):
-                problems.append(f"unexpected {name}")
+            problems += _surplus(name, stored, config)
         elif shape != list(expected[name].shape):
             problems.append(f"{name} has shape {shape}, expected {list(expected[name].shape)}")
         elif kind not in _STORED:
             problems.append(f"{name} is stored as {kind}; supported are {', '.join(sorted(_STORED))}")
     if problems:
         raise UserError(f"{directory} does not hold this {config.family} model: " + "; ".join(problems))
-    for name, tensor in _tensors(directory, stored, expected):
+    for name in expected:
         parent, _, leaf = name.rpartition(".")
-        value = tensor.to(device=device, dtype=dtype, copy=True)  # a copy: the file may be replaced later
+        # A copy in any case: the file may be replaced later.
+        value = _read(stored, name).to(device=device, dtype=dtype, copy=True)
+        if not all(bound.isfinite() for bound in value.aminmax()):  # NaN spreads to both bounds
+            raise UserError(f"{directory}: {name} holds NaN or infinity")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
     return model
 
@@ -111,18 +130,21 @@ def read_config(directory: Path) -> ModelConfig:
     """config.json -> ModelConfig, or a UserError that names what is not supported."""
     path = directory / "config.json"
     raw = read_json(path)
-    architecture = (raw.get("architectures") or [raw.get("model_type", "unknown")])[0]
+    architectures = raw.get("architectures") or [raw.get("model_type", "unknown")]
+    architecture = str(architectures[0] if isinstance(architectures, list) else architectures)
     family = FAMILIES.get(architecture)
     if family is None:
         raise UserError(
             f"{path}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    kinds = raw.get("layer_types") or []
     refused = {
         "quantised weights (quantization_config)": raw.get("quantization_config"),
         "mixture of experts": raw.get("num_experts") or raw.get("num_local_experts"),
-        "sliding-window attention": raw.get("use_sliding_window")
-        or any(kind != "full_attention" for kind in raw.get("layer_types") or [])
-        or (family == "llama" and raw.get("sliding_window")),
+        "sliding-window attention (use_sliding_window)": raw.get("use_sliding_window"),
+        "sliding-window attention (sliding_window)": family == "llama" and raw.get("sliding_window"),
+        f"attention of another kind than full_attention (layer_types {kinds})": not isinstance(kinds, list)
+        or any(kind != "full_attention" for kind in kinds),
         f"activation {raw.get('hidden_act')}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": family != "qwen2" and raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
@@ -130,31 +152,23 @@ def read_config(directory: Path) -> ModelConfig:
     for feature, used in refused.items():
         if used:
             raise UserError(f"{path}: {feature} is not supported")
-    try:
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        theta, scaling = _rope(raw, path)
-        config = ModelConfig(
-            family=family,
-            vocab_size=raw["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            layers=raw["num_hidden_layers"],
-            heads=heads,
-            kv_heads=raw.get("num_key_value_heads") or heads,
-            # Qwen3 without an explicit size means 128; the others divide.
-            head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tied=raw.get("tie_word_embeddings", False),
-            max_positions=raw.get("max_position_embeddings", 32768 if family != "llama" else 2048),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the field {error} is missing") from None
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {name} must be a positive whole number, not {value!r}")
+    hidden, heads = _number(raw, path, "hidden_size", int), _number(raw, path, "num_attention_heads", int)
+    usual = {
+        "num_key_value_heads": heads,
+        "head_dim": 128 if family == "qwen3" else hidden // heads,  # Qwen3's is not derived
+        "max_position_embeddings": 2048 if family == "llama" else 32768,
+    }
+    theta, scaling = _rope(raw, path)
+    config = ModelConfig(
+        family=family,
+        norm_eps=_number(raw, path, "rms_norm_eps", float, 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=raw.get("tie_word_embeddings") or False,
+        **{ours: _number(raw, path, key, int, usual.get(key)) for key, ours in _SIZES.items()},
+    )
+    if config.tied is not True and config.tied is not False:
+        raise UserError(f"{path}: tie_word_embeddings must be true or false, not {config.tied!r}")
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(
             f"{path}: {config.heads} heads over {config.kv_heads} key/value heads of size {config.head_dim} "
@@ -168,19 +182,12 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     raw = {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        **{key: getattr(config, ours) for key, ours in _SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.max_positions,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if config.rope_scaling is not None:
@@ -196,32 +203,56 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
 
 
 def read_json(path: Path) -> dict:
+    """The object that a JSON file holds; UserError when there is none to be had."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
+def _number(raw: dict, path: Path, key: str, kind: type, default: float | None = None) -> int | float:
+    """A positive number of config.json; a null counts as not given."""
+    value = default if raw.get(key) is None else raw[key]
+    if value is None:
+        raise UserError(f"{path}: the field {key} is missing")
+    # A weight's shape is the product of up to three sizes; with these bounds its bytes fit an int64.
+    most = 2**20 if key in _SIZES and key != "max_position_embeddings" else 2**53
+    if type(value) not in (int, kind) or not 0 < value <= most:  # also catches NaN
+        wanted = "whole number" if kind is int else "number"
+        raise UserError(f"{path}: {key} must be a positive {wanted} up to {most}, not {value!r}")
+    return kind(value)
+
+
 def _rope(raw: dict, path: Path) -> tuple[float, tuple | None]:
     """(theta, Llama 3 scaling or None) from either dialect."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: rotary parameters must be one object, not {rope!r}")
+    rope = {**raw, **rope}
+    theta = _number(rope, path, "rope_theta", float, 10_000.0)
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"{path}: partial_rotary_factor is not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UserError(f"{path}: rope scaling {kind!r} is not supported; supported are default and llama3")
-    return theta, (
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope.get("original_max_position_embeddings") or raw["max_position_embeddings"]),
+    factor, low, high = (
+        _number(rope, path, key, float) for key in ("factor", "low_freq_factor", "high_freq_factor")
     )
+    if low >= high:
+        raise UserError(f"{path}: low_freq_factor {low} must lie below high_freq_factor {high}")
+    # Where both levels name the original length the outer one counts, and the current length is the fallback.
+    key = "original_max_position_embeddings"
+    original = _number({**rope, **raw}, path, key, int, raw.get("max_position_embeddings"))
+    return theta, (factor, low, high, original)
 
 
 def _index(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
@@ -231,8 +262,8 @@ def _index(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
         files = [single]
     elif listing.is_file():
         names = read_json(listing).get("weight_map")
-        if not isinstance(names, dict):
-            raise UserError(f"{listing} has no weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{listing} has no weight_map from tensors to files")
         files = [directory / file for file in sorted(set(names.values()))]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
@@ -250,12 +281,10 @@ def _index(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
     return stored
 
 
-def _tensors(directory: Path, stored: dict, expected: dict) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted({file for file, *_ in stored.values()}):
-        with _open(file) as f:
-            for name in f.keys():
-                if name in expected:
-                    yield name, f.get_tensor(name)
+def _read(stored: dict, name: str) -> Tensor:
+    """One tensor, as stored. Its file is opened for it alone: pages of an open file stay in memory."""
+    with _open(stored[name][0]) as f:
+        return f.get_tensor(name)
 
 
 def _open(file: Path):
@@ -265,6 +294,17 @@ def _open(file: Path):
         raise UserError(f"{file} is damaged or cut short: {error}") from None
 
 
-def _redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that some writers add and that carry nothing: a tied head's copy, old rotary tables."""
-    return (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq")
+def _surplus(name: str, stored: dict, config: ModelConfig) -> list[str]:
+    """What is wrong with a tensor that the model has no place for: nothing, if it repeats what is known."""
+    embedding = "model.embed_tokens.weight"
+    if name == "lm_head.weight" and config.tied and embedding in stored:
+        if stored[name][1:] == stored[embedding][1:] and _read(stored, name).equal(_read(stored, embedding)):
+            return []
+        return [f"{name} differs from the embedding, though tie_word_embeddings is set"]
+    return [] if name.endswith("rotary_emb.inv_freq") else [f"unexpected {name}"]
+
+
+def _hub_cache() -> str | None:
+    """Where the environment puts the hub's cache; huggingface_hub itself looks only once, when imported."""
+    home = os.environ.get("HF_HOME")
+    return os.environ.get("HF_HUB_CACHE") or (home and os.path.join(home, "hub"))

@@ -1,0 +1,500 @@
+"""Checkpoints in every layout that transformers writes, and a sentence for everything that is not one."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, FAMILIES, in_transformers, random_model, random_tokens
+
+from teamtr_min import load_model, save_model
+from teamtr_min.config import UserError
+from teamtr_min.weights import ALIASES, RELAY, config_json, find_model, read_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes a checkpoint without the code under test: `tensors` and `config` may be changed on the way."""
+
+    def write(model, shards=1, dtype=torch.float32, config=None, change=lambda tensors: None):
+        tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+        change(tensors)
+        directory = tmp_path / "model"
+        directory.mkdir(exist_ok=True)
+        raw = config_json(model.config, dtype) | (config or {})
+        (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+        if shards == 1:
+            save_file(tensors, directory / "model.safetensors")
+            return directory
+        weight_map = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+            part = dict(list(tensors.items())[i::shards])
+            save_file(part, directory / file)
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        return directory
+
+    return write
+
+
+def assert_same(model, other):
+    a, b = model.state_dict(), other.state_dict()
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def refusal(directory, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(directory, **kwargs)
+    return str(caught.value)
+
+
+# What loads
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_load_like_one_file(checkpoint, family, tied):
+    model = random_model(family, tied)
+    one = load_model(checkpoint(model))
+    assert_same(one, model)
+    assert one.config == model.config
+    assert all(p.requires_grad for p in one.parameters())
+    directory = checkpoint(model, shards=3)
+    (directory / "model.safetensors").unlink()
+    assert_same(load_model(directory), model)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_every_stored_precision_loads_into_every_compute_precision(checkpoint, stored, wanted):
+    model = random_model("qwen2")
+    loaded = load_model(checkpoint(model, dtype=stored), dtype=wanted)
+    assert_same(loaded, model.to(stored).to(wanted))
+
+
+def test_a_tied_model_may_repeat_its_embedding_as_head(checkpoint):
+    model = random_model("llama")
+
+    def repeat(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)  # as old writers did
+
+    assert_same(load_model(checkpoint(model, change=repeat)), model)
+
+
+def test_a_tied_model_with_another_head_is_refused(checkpoint):
+    def differ(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    assert "lm_head.weight differs" in refusal(checkpoint(random_model("llama"), change=differ))
+
+
+def test_an_untied_model_without_head_is_refused(checkpoint):
+    directory = checkpoint(
+        random_model("qwen3", tied=False), change=lambda tensors: tensors.pop("lm_head.weight")
+    )
+    assert "missing lm_head.weight" in refusal(directory)
+
+
+def test_loading_does_not_depend_on_the_file_afterwards(checkpoint):
+    model = random_model("qwen2")
+    directory = checkpoint(model)
+    loaded = load_model(directory)
+    with open(directory / "model.safetensors", "r+b") as file:  # in place, as a copy over the file would
+        file.seek(5000)
+        file.write(b"\xff" * 5000)
+    assert_same(loaded, model)
+
+
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+DIALECTS = {
+    "transformers 4": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "transformers 4, older": {"rope_theta": 500, "rope_scaling": {"type": "llama3", **LLAMA3}},
+    "transformers 5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
+    "both, where the inner one counts": {
+        "rope_theta": 7.0,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3},
+    },
+    "the original length outside": {
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}
+        | {"original_max_position_embeddings": 9},
+    },
+    "the original length left out": {
+        "max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "llama3", "rope_theta": 500.0, **dict(list(LLAMA3.items())[:3])},
+    },
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_both_dialects_of_config_json_mean_the_same(tmp_path, dialect):
+    raw = config_json(CONFIGS["llama"], torch.float32)
+    for key in ("rope_theta", "rope_scaling", "torch_dtype"):
+        del raw[key]
+    raw |= DIALECTS[dialect]
+    raw["dtype" if dialect == "transformers 5" else "torch_dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = read_config(tmp_path)
+    assert (config.rope_theta, config.rope_scaling) == (500.0, (4.0, 1.0, 4.0, 32))
+    assert config == dataclasses.replace(CONFIGS["llama"], max_positions=raw["max_position_embeddings"])
+
+
+@pytest.mark.parametrize("rope", [{"rope_theta": 900.0}, {"rope_parameters": {"rope_theta": 900.0}}])
+def test_fields_may_be_left_to_their_usual_values(tmp_path, rope):
+    raw = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 47,
+        "hidden_size": 36,
+        "intermediate_size": 29,
+    }
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": None, **rope}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = read_config(tmp_path)
+    assert (config.rope_theta, config.norm_eps, config.tied) == (900.0, 1e-6, False)
+    assert (config.kv_heads, config.head_dim) == (6, 128)  # Qwen3's default is not 36 / 6
+    raw["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path).head_dim == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_loads(tmp_path, family):
+    for tied in (True, False):
+        model = random_model(family, tied)
+        in_transformers(model).save_pretrained(tmp_path / str(tied))
+        loaded = load_model(tmp_path / str(tied))
+        assert_same(loaded, model)
+        assert loaded.config == model.config
+
+
+# What does not
+
+
+def test_all_wrong_tensors_are_named_at_once(checkpoint):
+    def spoil(tensors):
+        del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.k_proj.bias"]
+        tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 5)
+        tensors["model.embed_tokens.weight"] = torch.zeros(53, 30, dtype=torch.int8)
+
+    for shards in (1, 2):
+        sentence = refusal(checkpoint(random_model("qwen2"), shards=shards, change=spoil))
+        assert "missing model.norm.weight" in sentence
+        assert "missing model.layers.1.self_attn.k_proj.bias" in sentence
+        assert "unexpected model.layers.7.mlp.up_proj.weight" in sentence
+        assert "model.layers.0.mlp.up_proj.weight has shape [3, 5], expected [41, 30]" in sentence
+        assert "model.embed_tokens.weight is stored as I8" in sentence
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_are_refused_by_name(checkpoint, value, dtype):
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 7] = value
+
+    assert name in refusal(checkpoint(random_model("qwen2"), dtype=dtype, change=spoil), dtype=dtype)
+
+
+def test_a_weight_too_large_for_the_compute_precision_is_refused(checkpoint):
+    def spoil(tensors):
+        tensors["model.norm.weight"][2] = 1e5
+
+    directory = checkpoint(random_model("qwen2"), change=spoil)
+    load_model(directory)
+    assert "model.norm.weight" in refusal(directory, dtype=torch.float16)
+
+
+FEATURES = {
+    "MistralForCausalLM": {"architectures": ["MistralForCausalLM"]},
+    "gpt2": {"architectures": None, "model_type": "gpt2"},
+    "quantised": {"quantization_config": {"bits": 4}},
+    "mixture of experts": {"num_experts": 8},
+    "sliding-window": {"use_sliding_window": True, "sliding_window": 64},
+    "sliding_attention": {"layer_types": ["full_attention", "sliding_attention"]},
+    "activation gelu": {"hidden_act": "gelu"},
+    "'yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
+    "'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "rotary parameters": {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("named", FEATURES)
+def test_what_would_be_computed_differently_is_refused_by_name(checkpoint, named):
+    for family in ("llama", "qwen3"):
+        model = random_model(family, rope_scaling=None)
+        assert named in refusal(checkpoint(model, config=FEATURES[named]))
+
+
+def test_an_unused_sliding_window_is_no_obstacle(checkpoint):
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 1}
+    model = random_model("qwen2")
+    assert_same(
+        load_model(checkpoint(model, config={**unused, "layer_types": ["full_attention"] * 3})), model
+    )
+
+
+ABSURD = [
+    ("hidden_size", None),
+    ("hidden_size", "30"),
+    ("hidden_size", 30.5),
+    ("vocab_size", -1),
+    ("vocab_size", 10**30),
+    ("vocab_size", True),
+    ("num_hidden_layers", 0),
+    ("num_hidden_layers", 10**6),
+    ("num_attention_heads", 0),
+    ("num_key_value_heads", 2),
+    ("head_dim", 7),
+    ("rms_norm_eps", float("nan")),
+    ("rms_norm_eps", "small"),
+    ("rope_theta", 0),
+    ("rope_theta", float("inf")),
+    ("rope_scaling", "llama3"),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("rope_scaling", {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}),
+    ("tie_word_embeddings", "false"),
+    ("architectures", [{}]),
+    ("architectures", 7),
+    ("layer_types", 7),
+]
+
+
+@pytest.mark.parametrize("key, value", ABSURD)
+def test_missing_and_absurd_fields_are_named(checkpoint, key, value):
+    names = {"num_key_value_heads": "key/value heads", "head_dim": "size 7", "architectures": "architecture"}
+    names |= {"num_hidden_layers": "layers", "rope_scaling": ("factor", "rotary")}
+    sentence = refusal(checkpoint(random_model("qwen2"), config={key: value}))
+    wanted = names.get(key, key)
+    assert any(part in sentence for part in ([wanted] if isinstance(wanted, str) else wanted)), sentence
+
+
+BROKEN_CONFIGS = {
+    b"{": "not valid JSON",
+    b"\xff\xfe": "not valid JSON",
+    b"[1]": "not an object",
+    b"": "not valid",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN_CONFIGS)
+def test_a_broken_config_json_is_named(tmp_path, content):
+    assert "config.json does not exist" in refusal(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    assert BROKEN_CONFIGS[content] in refusal(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    assert "config.json cannot be read" in refusal(tmp_path)
+
+
+def test_damaged_weight_files_are_named(checkpoint):
+    model = random_model("qwen3")
+    file = checkpoint(model) / "model.safetensors"
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    damaged = [b"", whole[:5], whole[:200], whole[:-1], whole + b"\0", b"\xff" * 8 + whole[8:]]
+    damaged += [whole[:8] + b"x" * size + whole[8 + size :], b"<html>no such file</html>" * 99]
+    for content in damaged:
+        file.write_bytes(content)
+        assert "model.safetensors is damaged" in refusal(file.parent), content[:40]
+    file.unlink()
+    assert "holds no model.safetensors" in refusal(file.parent)
+
+
+def test_missing_shards_and_broken_indices_are_named(checkpoint):
+    directory = checkpoint(random_model("qwen2"), shards=3)
+    index = directory / "model.safetensors.index.json"
+    listing = index.read_text()
+    second = directory / "model-00002-of-00003.safetensors"
+    content = second.read_bytes()
+    second.unlink()
+    assert second.name in refusal(directory)
+    second.write_bytes(content[:-7])
+    assert f"{second.name} is damaged" in refusal(directory)
+    second.write_bytes((directory / "model-00001-of-00003.safetensors").read_bytes())
+    assert "is in both" in refusal(directory)
+    second.write_bytes(content)
+    load_model(directory)
+    for broken in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(broken)
+        assert index.name in refusal(directory)
+    index.write_text(listing.replace("model.norm.weight", "model.norm.bias"))
+    load_model(directory)  # the shards themselves say what they hold
+
+
+# Saving
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_reads_back_bit_for_bit(tmp_path, family, tied, dtype):
+    model = random_model(family, tied).to(dtype)
+    save_model(model, tmp_path / "new" / "directory")
+    loaded = load_model(tmp_path / "new" / "directory", dtype=dtype)
+    assert_same(loaded, model)
+    assert loaded.config == model.config
+    assert sorted(os.listdir(tmp_path / "new" / "directory")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_loads_in_transformers(tmp_path, family, tied, dtype):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    model = random_model(family, tied).to(dtype)
+    save_model(model, tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.dtype == dtype
+    model, theirs = model.float(), theirs.float().eval()
+    tokens = random_tokens(model, 2, 61)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    old = random_model("qwen2", seed=1)
+    save_model(old, tmp_path)
+
+    def interrupted(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teamtr_min.weights.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(random_model("qwen2", seed=2), tmp_path)
+    assert_same(load_model(tmp_path), old)
+    monkeypatch.undo()
+    new = random_model("qwen2", seed=3)
+    save_model(new, tmp_path)  # over what the interrupted one left behind
+    assert_same(load_model(tmp_path), new)
+
+
+def test_readers_never_see_half_a_checkpoint(tmp_path):
+    models = [random_model("qwen2", seed=seed) for seed in range(2)]
+    sums = [sum(p.double().sum() for p in model.parameters()) for model in models]
+    save_model(models[0], tmp_path)
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for model in models:
+                save_model(model, tmp_path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(20):
+            tensors = load_file(tmp_path / "model.safetensors")
+            assert any(abs(sum(t.double().sum() for t in tensors.values()) - s) < 1e-9 for s in sums)
+    finally:
+        stop.set()
+        writer.join()
+
+
+# Memory
+
+
+PEAK = """
+import sys, torch
+from teamtr_min import load_model
+
+def mib(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+load_model("relay")  # whatever is imported on the way is imported now
+before = mib("VmRSS")
+for dtype in (torch.bfloat16, torch.float32):  # the smaller one first: the peak never falls
+    load_model(sys.argv[1], dtype=dtype)
+    print(mib("VmHWM") - before)
+"""
+
+
+def test_loading_takes_the_model_and_one_tensor_no_more(checkpoint):
+    status = Path("/proc/self/status")
+    if not status.is_file() or "VmHWM" not in status.read_text():
+        pytest.skip("this system does not tell a process its peak memory")
+    sizes = dict(vocab_size=30_000, hidden_size=512, intermediate_size=4096, layers=4, head_dim=64)
+    with torch.device("meta"):
+        model = random_model("qwen2", **sizes).to_empty(device="cpu")
+    directory = checkpoint(model, change=lambda tensors: [t.fill_(0.01) for t in tensors.values()])
+    stored = [p.numel() * 4 / 2**20 for p in model.parameters()]  # MiB
+    assert sum(stored) > 150
+    command = [sys.executable, "-c", PEAK, str(directory)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for peak, size in zip(map(float, result.stdout.split()), (sum(stored) / 2, sum(stored)), strict=True):
+        assert size < peak < size + max(stored) + 16
+
+
+# Names
+
+
+def test_names_of_models_lead_to_directories(tmp_path, monkeypatch):
+    assert find_model("relay") == RELAY and (RELAY / "config.json").is_file()
+    assert find_model(tmp_path) == tmp_path and find_model(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    assert find_model("~/here") == tmp_path / "here"
+    monkeypatch.chdir(tmp_path)
+    assert find_model("here") == Path("here")
+
+
+def fill_cache(cache: Path, repo: str) -> Path:
+    home = cache / ("models--" + repo.replace("/", "--"))
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc123")
+    snapshot = home / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    return snapshot
+
+
+@pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", ""), ("HF_HOME", "hub")])
+def test_aliases_and_hub_ids_are_found_in_the_cache(tmp_path, monkeypatch, variable, below):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    snapshot = fill_cache(tmp_path / below, "Qwen/Qwen2.5-1.5B-Instruct")
+    for name in ("qwen2.5-1.5b", "Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct"):
+        assert find_model(name) == snapshot
+    with pytest.raises(UserError, match="hf download Qwen/Qwen3-0.6B"):
+        find_model("qwen3-0.6b")
+
+
+def test_a_model_that_is_not_there_gets_a_helpful_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("")
+    for name, help in {
+        "": "give a directory",
+        "qwen9": "qwen2.5-1.5b",
+        "./nothing/here": "give a directory",
+        "nobody/nothing": "hf download nobody/nothing",
+        "no body/no*thing": "neither a directory nor the id",
+        "x" * 5000: "give a directory",
+        str(tmp_path / "model.safetensors"): "is a file; give the directory",
+    }.items():
+        with pytest.raises(UserError, match=help):
+            find_model(name)
+    assert all(alias == alias.lower() and ALIASES[alias].count("/") == 1 for alias in ALIASES)

@@ -1,0 +1,148 @@
+"""What tests share: tiny random models of each family, a tiny tokenizer, and where the real data lie."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from teamtr_min.model import ModelConfig, Transformer
+
+SHARED = Path(os.environ.get("TEAMTR_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+# Odd sizes on purpose; Qwen3's heads are wider than hidden / heads; Llama's waves are stretched beyond 32.
+CONFIGS = {
+    "qwen2": ModelConfig("qwen2", 53, 30, 41, layers=3, heads=3, kv_heads=1, head_dim=10),
+    "qwen3": ModelConfig("qwen3", 47, 36, 29, layers=2, heads=6, kv_heads=3, head_dim=14, rope_theta=900.0),
+    "llama": ModelConfig(
+        "llama",
+        vocab_size=59,
+        hidden_size=40,
+        intermediate_size=27,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=10,
+        norm_eps=1e-5,
+        rope_theta=500.0,
+        rope_scaling=(4.0, 1.0, 4.0, 32),
+        max_positions=128,
+    ),
+}
+FAMILIES = list(CONFIGS)
+
+
+def random_model(family: str, tied: bool = True, seed: int = 0, **changes) -> Transformer:
+    """Every weight random: biases not zero, norms not one."""
+    model = Transformer(dataclasses.replace(CONFIGS[family], tied=tied, **changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def random_tokens(model: Transformer, *shape: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, shape, generator=generator)
+
+
+def in_transformers(model: Transformer):
+    """The same weights in transformers' own class, put there by name; skips where it is not installed."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    c = model.config
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3", **dict(zip(names, c.rope_scaling))}
+    kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[c.family]
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=c.tied,
+        max_position_embeddings=c.max_positions,
+    )
+    theirs = getattr(transformers, kind + "ForCausalLM")(config)
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and missing == (["lm_head.weight"] if c.tied else [])
+    return theirs.eval()
+
+
+def shared(path: str) -> Path:
+    """A file or directory of real data; skips, saying so, where there is none."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"needs the real data at {found}; TEAMTR_SHARED_DATA can name another place")
+    return found
+
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+
+
+def write_tokenizer(
+    directory: Path, template: str | None = None, shift: int = 0, bos: bool = False, **config
+) -> Path:
+    """A byte-level tokenizer of 262 ids, two of them merges; another `shift` gives every byte another id."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = alphabet[shift:] + alphabet[:shift]
+    pieces = [*alphabet, "ab", "12"]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("a", "b"), ("1", "2")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    if bos:
+        pair = [("<s>", backend.token_to_id("<s>"))]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **config}
+    if template is not None:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "two  spaces and a tab\t.",
+    "\n\nlines\r\n\n\nof it\n",
+    "naïve Ωμέγα 日本語 🧮🇨🇭 e\u0301 \u200b\u00a0",
+    "1234567890 3.14159",
+    "<|im_end|> and <|im_start|>user",
+    "{{ 7 * 7 }} {% if %} \\n '\"&<>",
+]
+
+# In the manner of Llama 3: a BOS of its own, today's date unless told one, trimmed contents.
+LLAMA3_STYLE = """\
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%Y") if strftime_now is defined else "2024" %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{{- "<|header|>system\\n\\nToday: " + date_string + "\\n" + system + "</s>" }}
+{%- for message in messages %}
+    {%- if not (message.role in ('user', 'assistant') or 'tool_calls' in message) %}
+        {{- raise_exception("only users and assistants, not " + message.role) }}
+    {%- endif %}
+    {{- '<|header|>' + message['role'] + '\\n\\n' + message['content'] | trim + '</s>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header|>assistant\\n\\n' }}
+{%- endif %}
+"""
