@@ -42,7 +42,7 @@ def toy_run(tmp_path_factory):
 
 def test_a_run_writes_what_it_promises(toy_run):
     out, summary, metrics = toy_run
-    wanted = {"config.json", "metrics.jsonl", "transcripts.jsonl", "summary.json", "agents"}
+    wanted = {"config.json", "metrics.jsonl", "transcripts.jsonl", "summary.json", "agents", "checkpoints"}
     assert {p.name for p in out.iterdir()} == wanted
     assert [m["kind"] for m in metrics] == ["update", "update", "stage"] * 2
     assert [(m["stage"], m["agent"]) for m in metrics if m["kind"] == "update"] == [
@@ -239,34 +239,75 @@ def test_help_prints_every_flag_with_its_default():
             assert f"(default {f.default}" in text
 
 
-def readme_commands() -> list[str]:
-    """Every `python ...` line in the README's code blocks."""
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line.split("&&")[-1].strip() for line in lines if re.search(r"(^|&& )python ", line)]
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
-def test_the_readmes_commands_run(tmp_path):
-    """At toy size, from a directory of their own; a model from the hub is replaced by the shipped one."""
-    commands = [c for c in readme_commands() if "pytest" not in c]
-    assert any(c.startswith("python train.py") for c in commands) and any("eval.py" in c for c in commands)
-    for i, command in enumerate(commands):
-        words = [w.replace("qwen2.5-1.5b", "relay") for w in command.split()[1:]]
-        words[0] = str(ROOT / words[0]) if words[0].endswith(".py") else words[0]
-        if "train.py" in words[0]:
-            toy = dict(zip(TOY[::2], TOY[1::2])) | {"--stages": "1", "--out": str(tmp_path / "runs" / str(i))}
-            toy.pop("--agents")
-            words += [w for pair in toy.items() for w in pair]
-        elif "eval.py" in words[0]:
-            words = [str(tmp_path / "runs" / "0") if w == "runs/NAME" else w for w in words] + [
-                "--problems",
-                "16",
-            ]
-        elif "teamtr_min.pretrain" in words:
-            words += ["--steps", "2", "--rows", "8", "--eval-problems", "8", "--out", str(tmp_path / "relay")]
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path if words[0] != "-m" else ROOT,
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+def readme_commands() -> list[list[str]]:
+    """The words of every `python ...` line in the README's code blocks."""
+    lines = [
+        line.split("#")[0].split("&&")[-1].strip() for b in readme_blocks("bash") for line in b.splitlines()
+    ]
+    return [line.split() for line in lines if line.startswith("python ")]
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
+    """As printed, at toy size, in a directory of their own. A model from the hub is replaced by one at hand."""
+    stories = ROOT.parent / "shared" / "data" / "stories260K" / "hf_qwen2"
+    monkeypatch.chdir(tmp_path)
+    for side in ("train", "test"):
+        lines = [
+            json.dumps({"question": f"{i} + 1?", "problem": "?", "answer": str(i + 1)}) for i in range(40)
+        ]
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(lines))
+    names = {"runs/NAME": "runs/0", "DIR": ".", "FILE": "train.jsonl"}
+    mains = {"train.py": train.main, "eval.py": evaluation.main}
+    ran = set()
+    for i, (_, *words) in enumerate(readme_commands()):
+        program = words[0] if words[0] != "-m" else words[1]
+        flags = [names.get(w, w) for w in words[1 if program in mains else 2 :]]
+        if "qwen2.5-1.5b" in flags:
+            model = "relay" if "--task" not in flags else str(stories)
+            flags[flags.index("qwen2.5-1.5b")] = model
+            if "--task" in flags and not stories.is_dir():
+                continue  # a model that reads English is not at hand
+            flags += ["--max-new-tokens", "8", "--lr", "1e-4"]
+        if program == "train.py" and not {"--help", "--resume"} & set(flags):
+            toy = dict(zip(TOY[::2], TOY[1::2])) | {"--stages": "1", "--out": f"runs/{i}"}
+            flags += [w for name, value in toy.items() if name not in flags for w in (name, value)]
+        if program == "eval.py":
+            flags += ["--problems", "16", "--device", "cpu"]
+        if program in mains:
+            try:
+                assert mains[program](flags) == 0, (words, capsys.readouterr().err)
+            except SystemExit as stop:
+                assert stop.code == 0 and "--help" in flags
+        elif program == "teamtr_min.pretrain":
+            pretrain.main(
+                ["--steps", "2", "--rows", "8", "--eval-problems", "8", "--out", str(tmp_path / "relay")]
+            )
+        else:
+            assert program == "pytest"
+        ran.add(program)
+    assert ran == {"train.py", "eval.py", "pytest", "teamtr_min.pretrain"}
+
+
+def test_the_first_command_works_as_a_program(tmp_path):
+    words = [sys.executable, str(ROOT / "train.py"), *TOY]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "held-out accuracy" in done.stdout, done.stderr
+    (run_directory,) = (tmp_path / "runs").iterdir()
+    assert (run_directory / "summary.json").is_file()
+
+
+def test_the_readmes_task_of_ones_own_runs(tmp_path):
+    (example,) = readme_blocks("python")
+    (tmp_path / "my_task.py").write_text(example)
+    run(tmp_path / "run", "--task", str(tmp_path / "my_task.py"))
+    texts = [
+        json.loads(line)["text"] for line in (tmp_path / "run" / "transcripts.jsonl").read_text().splitlines()
+    ]
+    assert texts and all(re.fullmatch(r"\d\+\d", text) for text in texts)
 
 
 def test_pretraining_is_reproducible(tmp_path, capsys):

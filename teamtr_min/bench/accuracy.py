@@ -62,7 +62,7 @@ def run(
     """Evaluate; returns what `--json` prints, the rollouts and the team."""
     config = dataclasses.replace(subject.config, task=task_name, data="" if task_name == "relay" else data)
     task = load_task(config)
-    if data and Path(data).is_file():
+    if data and not Path(data).is_dir():
         problems = read_problems(data, *task.fields)
     else:
         problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
