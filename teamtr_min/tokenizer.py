@@ -102,12 +102,12 @@ class Tokenizer:
                 raise UserError(f"{file} cannot be read: {error}") from None
         text = config.get("chat_template")
         if isinstance(text, list):  # several named templates
-            named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
+            named = {str(one.get("name")): one.get("template") for one in text if isinstance(one, dict)}
             text = named.get("default", text)
         if not isinstance(text, str | None):
             raise UserError(
-                f"the chat_template in {self.directory / 'tokenizer_config.json'} is neither a text nor a list "
-                "of named texts with one called default"
+                f"the chat_template of {self.directory} is neither a text nor a list of named texts "
+                "with one called default"
             )
         return text
 
@@ -121,14 +121,14 @@ def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
-    """bos_token, eos_token, ... as templates expect them: plain strings."""
-    special = {}
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            special[name] = token
-    return special
+    """bos_token, eos_token, ... and those of the model's own, as templates expect them: plain strings."""
+    extra = config.get("extra_special_tokens")
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    plain = {
+        name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()
+    }
+    return {name: token for name, token in plain.items() if isinstance(token, str)}
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -1,0 +1,334 @@
+"""Text to ids, and conversations to text exactly as transformers writes them."""
+
+import datetime
+import json
+import random
+
+import pytest
+from tiny import shared, write_tokenizer
+
+from teamtr_min import load_tokenizer
+from teamtr_min.config import UserError
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "two  spaces and a tab\t.",
+    "\n\nlines\r\n\n\nof it\n",
+    "naïve Ωμέγα 日本語 🧮🇨🇭 e\u0301 \u200b\u00a0",
+    "1234567890 3.14159",
+    "<|im_end|> and <|im_start|>user",
+    "{{ 7 * 7 }} {% if %} \\n '\"&<>",
+]
+
+CHATS = [
+    [{"role": "user", "content": "What is 7*8?"}],
+    [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": " hi "}],
+    [
+        {"role": "system", "content": "You are A."},
+        {"role": "user", "content": "B: 3+4"},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "B: no, 8"},
+        {"role": "assistant", "content": "8 it is\n"},
+    ],
+    [{"role": "user", "content": text or "nothing"} for text in ODD_TEXTS],
+    [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"type": "function", "function": {"name": "look", "arguments": {"at": "Zürich <b>"}}}
+            ],
+        },
+        {"role": "tool", "content": '{"degrees": 21}'},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "21 degrees."},
+    ],
+]
+
+# In the manner of Llama 3: a BOS of its own, today's date unless told one, trimmed contents.
+LLAMA3_STYLE = """\
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%Y") if strftime_now is defined else "2024" %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{{- "<|header|>system\\n\\nToday: " + date_string + "\\n" + system + "</s>" }}
+{%- for message in messages %}
+    {%- if not (message.role in ('user', 'assistant') or 'tool_calls' in message) %}
+        {{- raise_exception("only users and assistants, not " + message.role) }}
+    {%- endif %}
+    {{- '<|header|>' + message['role'] + '\\n\\n' + message['content'] | trim + '</s>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header|>assistant\\n\\n' }}
+{%- endif %}
+"""
+
+# Everything else that templates out there rely on.
+ODDITIES = """\
+{% for message in messages %}
+    {% if loop.index > 3 %}
+        {% break %}
+    {% elif message.role == 'system' %}
+        {% continue %}
+    {% endif %}
+    {% if message.role == 'assistant' %}
+        {% generation %}
+{{ message.content }}{{ eos_token }}
+        {% endgeneration %}
+    {% else %}
+{{ message | tojson }}|{{ message | tojson(indent=2) }}|{{ message | tojson(true) }}
+    {% endif %}
+{% endfor %}
+{% set ns = namespace(count=0) %}
+{% for message in messages %}{% set ns.count = ns.count + 1 %}{% endfor %}
+{{ ns.count }}{{ unk_token }}{{ pad_token }}{{ sep_token is defined }}{{ image_token }}{{ additional }}
+{{ tools is none }}{{ documents is none }}{{ extra }}{{ add_generation_prompt }}
+{%- macro twice(x) %}{{ x }}{{ x }}{% endmacro %}
+{{ twice(messages[0].content) }}
+"""
+
+
+def rendered_by_transformers(directory, chat, **kwargs) -> str:
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    return theirs.apply_chat_template(chat, tokenize=False, **kwargs)
+
+
+def refusal(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+# Ids
+
+
+def test_any_text_survives_encoding_and_decoding(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    draw = random.Random(0)
+    texts = ODD_TEXTS + ["".join(chr(draw.randrange(1, 0xD800)) for _ in range(n)) for n in range(40)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.decode_batch([tokenizer.encode(text) for text in texts[-9:]]) == texts[-9:]
+
+
+def test_special_tokens_are_one_id_each_and_not_shown(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    ids = tokenizer.encode("1<|im_end|>2")
+    assert len(ids) == 3
+    assert tokenizer.decode(ids) == "12"
+    assert tokenizer.eos_id == tokenizer.encode("</s>")[0]
+
+
+def test_the_real_tokenizer_encodes_like_transformers():
+    directory = shared("qwen2.5-tokenizer")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    theirs, mine = transformers.PreTrainedTokenizerFast.from_pretrained(directory), load_tokenizer(directory)
+    for text in ODD_TEXTS:
+        assert mine.encode(text) == theirs(text)["input_ids"]
+        assert mine.decode(mine.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert mine.eos_id == theirs.eos_token_id
+
+
+def test_a_batch_setting_in_the_file_neither_pads_nor_truncates(tmp_path):
+    file = write_tokenizer(tmp_path) / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    raw["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    file.write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(tmp_path)
+    assert [len(tokenizer.encode(text)) for text in ("x", "xxxxx")] == [1, 5]
+
+
+def test_equal_hash_means_equal_ids(tmp_path):
+    one, same, other = (load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i // 2)) for i in range(3))
+    assert one.hash == same.hash != other.hash
+    assert one.encode("x1") == same.encode("x1") != other.encode("x1")
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("number", range(len(CHATS)))
+def test_qwens_own_template_renders_as_in_transformers(number, prompt):
+    directory, chat = shared("qwen2.5-tokenizer"), CHATS[number]
+    text = load_tokenizer(directory).render(chat, add_generation_prompt=prompt)
+    assert text == rendered_by_transformers(directory, chat, add_generation_prompt=prompt)
+    assert text.endswith("<|im_start|>assistant\n") == prompt
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"date_string": "26 Jul 2024"}, {"bos_token": "other"}, {"tools": []}]
+)
+@pytest.mark.parametrize("number", range(4))
+def test_a_llama3_style_template_renders_as_in_transformers(tmp_path, number, kwargs):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
+    chat = CHATS[number]
+    text = tokenizer.render(chat, **kwargs)
+    assert text.startswith(kwargs.get("bos_token", "<s>") + "<|header|>system")
+    assert f"Today: {kwargs.get('date_string', datetime.datetime.now().strftime('%Y'))}\n" in text
+    assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=True, **kwargs)
+
+
+@pytest.mark.parametrize("number", range(len(CHATS)))
+def test_every_construct_that_templates_rely_on_renders_as_in_transformers(tmp_path, number):
+    tokens = {"unk_token": {"content": "<|im_end|>", "__type": "AddedToken"}, "pad_token": None}
+    tokens |= {"image_token": "</s>", "extra_special_tokens": {"additional": "<s>"}}
+    write_tokenizer(tmp_path, ODDITIES, **tokens)
+    chat = [{key: value for key, value in message.items() if value is not None} for message in CHATS[number]]
+    text = load_tokenizer(tmp_path).render(chat, add_generation_prompt=False, extra="é")
+    assert "Falseé" not in text and "Trueé" in text  # the variables arrived
+    # transformers follows the body of a generation block in a macro, which makes no difference to the text
+    assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=False, extra="é")
+
+
+def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path):
+    template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}"
+    write_tokenizer(tmp_path, template, eos_token="<s>")
+    listing = {"eos_token": {"content": "</s>", "lstrip": False}, "pad_token": "<|im_end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(listing))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.render(CHATS[0]) == "<s>|</s>|<|im_end|>"
+    assert tokenizer.render(CHATS[0]) == rendered_by_transformers(tmp_path, CHATS[0])
+    write_tokenizer(tmp_path, template, eos_token="<s>", added_tokens_decoder={})
+    tokenizer = load_tokenizer(tmp_path)  # a newer file says everything itself
+    assert tokenizer.render(CHATS[0]) == "<s>|<s>|"
+
+
+def test_of_several_named_templates_the_default_counts(tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    assert load_tokenizer(write_tokenizer(tmp_path, named)).render(CHATS[0]) == "plain"
+    assert rendered_by_transformers(tmp_path, CHATS[0]) == "plain"
+    assert "default" in refusal(load_tokenizer, write_tokenizer(tmp_path, named[:1]))
+
+
+def test_a_template_file_goes_before_the_configuration(tmp_path):
+    write_tokenizer(tmp_path, "from the configuration")
+    (tmp_path / "chat_template.jinja").write_text("from the file, é", encoding="utf-8")
+    assert load_tokenizer(tmp_path).render(CHATS[0]) == "from the file, é"
+    assert rendered_by_transformers(tmp_path, CHATS[0]) == "from the file, é"
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path).render(CHATS[0]) == "from the file, é"
+
+
+def test_an_empty_template_is_a_template(tmp_path):
+    assert load_tokenizer(write_tokenizer(tmp_path, "")).render(CHATS[0]) == ""
+
+
+def test_without_a_template_it_is_chatml(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    text = tokenizer.render(CHATS[2])
+    expected = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHATS[2])
+    assert text == expected + "<|im_start|>assistant\n"
+    assert tokenizer.render(CHATS[2], add_generation_prompt=False) == expected
+
+
+def test_chatml_ends_messages_with_the_end_of_sequence_of_those_who_have_no_im_end():
+    tokenizer = load_tokenizer(shared("stories260K/hf_llama"))
+    assert tokenizer.render(CHATS[0], False) == "<|im_start|>user\nWhat is 7*8?</s>\n"
+
+
+def test_rendering_leaves_the_messages_alone(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, ODDITIES))
+    before = json.dumps(CHATS)
+    for chat in CHATS:
+        tokenizer.render(chat)
+    assert json.dumps(CHATS) == before
+
+
+# Templates are programs of strangers
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__['os'].getcwd() }}",
+    "{{ strftime_now.__globals__.keys() | list }}",
+    "{{ strftime_now.__code__.co_consts }}",
+    "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ (messages | attr('__class__')).mro() }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ '{x.__class__.__mro__}'.format_map({'x': messages}) }}",
+    "{{ dict.mro() }}",
+    "{{ dict.__subclasses__() }}",
+    "{{ self._TemplateReference__context.environment }}",
+    "{{ messages.append(1) }}{{ 1/0 }}",
+    "{{ messages[0].update(content='changed') }}",
+    "{{ [messages] | map(attribute='__class__') | map(attribute='__mro__') | first | first }}",
+    "{% set ns = namespace() %}{% set ns.x = ''.__class__ %}{{ ns.x.mro() }}",
+    "{% include 'tokenizer_config.json' %}",
+    "{% import 'os' as os %}{{ os.getcwd() }}",
+]
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_templates_cannot_reach_python(tmp_path, template):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
+    chat = [{"role": "user", "content": "x"}]
+    assert "refuses this conversation" in refusal(tokenizer.render, chat)
+    assert chat == [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'x' * 10**15 }}", "MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ nowhere.attribute }}", "undefined"),
+        ("{{ messages[0] | nosuchthing }}", None),
+        ("{% for %}", None),
+        ("{{ unclosed", None),
+        ("{% generation %} never ends", None),
+    ],
+)
+def test_a_broken_template_gets_a_sentence(tmp_path, template, reason):
+    write_tokenizer(tmp_path, template)
+    if reason is None:
+        sentence = refusal(load_tokenizer, tmp_path)
+        assert "does not parse" in sentence
+    else:
+        sentence = refusal(load_tokenizer(tmp_path).render, CHATS[0])
+        assert "refuses this conversation" in sentence and reason in sentence
+    assert str(tmp_path) in sentence
+
+
+# Damaged files
+
+
+def test_missing_and_damaged_files_get_a_sentence(tmp_path):
+    assert "tokenizer.json does not exist" in refusal(load_tokenizer, tmp_path)
+    write_tokenizer(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    for content in ("", "{}", whole[:-20], whole.replace('"BPE"', '"Unheard"'), "[1, 2]"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        assert "tokenizer.json is not a tokenizer" in refusal(load_tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(whole)
+    for content in (b"{", b"[]", b"\xff"):
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
+        assert "tokenizer_config.json" in refusal(load_tokenizer, tmp_path)
+    for template in (7, {"default": "x"}, ["x"]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert "neither a text nor a list" in refusal(load_tokenizer, tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert "chat_template.jinja cannot be read" in refusal(load_tokenizer, tmp_path)
+
+
+def test_an_unknown_name_gets_a_sentence():
+    assert "give a directory" in refusal(load_tokenizer, "qwen9")
