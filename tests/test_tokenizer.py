@@ -5,21 +5,10 @@ import json
 import random
 
 import pytest
-from tiny import shared, write_tokenizer
+from tiny import LLAMA3_STYLE, ODD_TEXTS, shared, write_tokenizer
 
 from teamtr_min import load_tokenizer
 from teamtr_min.config import UserError
-
-ODD_TEXTS = [
-    "",
-    " ",
-    "two  spaces and a tab\t.",
-    "\n\nlines\r\n\n\nof it\n",
-    "naïve Ωμέγα 日本語 🧮🇨🇭 e\u0301 \u200b\u00a0",
-    "1234567890 3.14159",
-    "<|im_end|> and <|im_start|>user",
-    "{{ 7 * 7 }} {% if %} \\n '\"&<>",
-]
 
 CHATS = [
     [{"role": "user", "content": "What is 7*8?"}],
@@ -46,30 +35,6 @@ CHATS = [
         {"role": "assistant", "content": "21 degrees."},
     ],
 ]
-
-# In the manner of Llama 3: a BOS of its own, today's date unless told one, trimmed contents.
-LLAMA3_STYLE = """\
-{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- set date_string = strftime_now("%Y") if strftime_now is defined else "2024" %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system = "" %}
-{%- endif %}
-{{- "<|header|>system\\n\\nToday: " + date_string + "\\n" + system + "</s>" }}
-{%- for message in messages %}
-    {%- if not (message.role in ('user', 'assistant') or 'tool_calls' in message) %}
-        {{- raise_exception("only users and assistants, not " + message.role) }}
-    {%- endif %}
-    {{- '<|header|>' + message['role'] + '\\n\\n' + message['content'] | trim + '</s>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|header|>assistant\\n\\n' }}
-{%- endif %}
-"""
 
 # Everything else that templates out there rely on.
 ODDITIES = """\

@@ -105,3 +105,39 @@ def write_tokenizer(directory: Path, template: str | None = None, shift: int = 0
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "two  spaces and a tab\t.",
+    "\n\nlines\r\n\n\nof it\n",
+    "naïve Ωμέγα 日本語 🧮🇨🇭 e\u0301 \u200b\u00a0",
+    "1234567890 3.14159",
+    "<|im_end|> and <|im_start|>user",
+    "{{ 7 * 7 }} {% if %} \\n '\"&<>",
+]
+
+# In the manner of Llama 3: a BOS of its own, today's date unless told one, trimmed contents.
+LLAMA3_STYLE = """\
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%Y") if strftime_now is defined else "2024" %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{{- "<|header|>system\\n\\nToday: " + date_string + "\\n" + system + "</s>" }}
+{%- for message in messages %}
+    {%- if not (message.role in ('user', 'assistant') or 'tool_calls' in message) %}
+        {{- raise_exception("only users and assistants, not " + message.role) }}
+    {%- endif %}
+    {{- '<|header|>' + message['role'] + '\\n\\n' + message['content'] | trim + '</s>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header|>assistant\\n\\n' }}
+{%- endif %}
+"""

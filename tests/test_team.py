@@ -1,0 +1,224 @@
+"""The shared transcript as each agent sees it: spliced from ids, growing only at its end."""
+
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tiny import LLAMA3_STYLE, ODD_TEXTS, shared, write_tokenizer
+
+from teamtr_min import load_tokenizer
+from teamtr_min.config import UserError
+from teamtr_min.team import Agent, ChatFormat, Message, Role, Team
+
+# Histories are rewritten: thinking is only shown while it is fresh, as with Qwen3.
+FORGETFUL = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>')[-1] }}
+{%- else %}{{ message.content }}{% endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+
+ALTERNATING = """\
+{%- for message in messages -%}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('roles must alternate') }}{% endif -%}
+<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>
+{% endfor -%}"""
+
+
+def team_of(*tokenizers) -> Team:
+    return Team(
+        [
+            Agent(None, tokenizer, ChatFormat(tokenizer), Role("ABCD"[j], f"You are {'ABCD'[j]}.\nBe brief."))
+            for j, tokenizer in enumerate(tokenizers)
+        ]
+    )
+
+
+def say(team: Team, j: int, text: str, stopped: bool = True, ids: list[int] | None = None) -> Message:
+    """A message as agent j would have sampled it, by default in the ids that encoding gives."""
+    chat = team.agents[j].chat
+    ids = chat.encode(text) if ids is None else ids
+    tokens = ids + [chat.end_of_message] if stopped else ids
+    return Message(j, tokens, text, [-1.0] * len(tokens), stopped)
+
+
+def rendered(team: Team, j: int, problem: str, messages: list[Message]) -> str:
+    """The transcript by the template itself, every turn anew."""
+    agent = team.agents[j]
+    turns = [{"role": "system", "content": agent.role.system}, {"role": "user", "content": problem}]
+    for message in messages:
+        if message.agent == j:
+            turns.append({"role": "assistant", "content": message.text})
+        else:
+            name = team.agents[message.agent].role.name
+            turns.append({"role": "user", "content": f"{name}: {message.text}"})
+    return agent.tokenizer.render(turns, add_generation_prompt=True, date_string="26 Jul 2024")
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return load_tokenizer(shared("qwen2.5-tokenizer"))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return load_tokenizer(write_tokenizer(tmp_path / "tiny"))
+
+
+def test_a_soloists_transcript_is_what_the_template_encodes_to(qwen):
+    """Qwen2.5's real tokenizer, messages in the ids that encoding gives: splicing shows in no id."""
+    team = team_of(qwen)
+    texts = [text for text in ODD_TEXTS if text and text[0] != "\n" and "<|" not in text] + ["42", "x\ny"]
+    for problem in texts:
+        messages = [say(team, 0, text) for text in texts]
+        view = team.view(0, problem, messages, speak=True)
+        assert view.ids == qwen.encode(rendered(team, 0, problem, messages))
+
+
+def test_a_teams_transcript_reads_as_the_template_writes_it(qwen):
+    team = team_of(qwen, qwen, qwen)
+    draw = random.Random(0)
+    for _ in range(25):
+        texts = draw.choices([text for text in ODD_TEXTS if "<|" not in text], k=6)
+        messages = [say(team, draw.randrange(3), text) for text in texts]
+        for j in range(3):
+            ids = team.view(j, "12 + 3\n\n", messages, speak=True).ids
+            text = rendered(team, j, "12 + 3\n\n", messages)
+            text = unicodedata.normalize("NFC", text)  # as this tokenizer does to all it reads
+            assert qwen.decode(ids, skip_special_tokens=False) == text
+    # A name and a number share no token, so there even the ids agree.
+    messages = [say(team, 1, "15"), say(team, 0, "15, so 16"), say(team, 2, "1"), say(team, 2, "6\n")]
+    assert team.view(0, "?", messages, speak=True).ids == qwen.encode(rendered(team, 0, "?", messages))
+
+
+@pytest.mark.parametrize("template", [None, LLAMA3_STYLE, FORGETFUL])
+def test_other_templates_read_alike_too(tmp_path, template):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
+    team = team_of(tokenizer, tokenizer)
+    messages = [say(team, 0, "7*8"), say(team, 1, "56"), say(team, 1, "or so"), say(team, 0, "yes, 56")]
+    for j in range(2):
+        ids = team.view(j, "What is 7*8?", messages, speak=True).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(team, j, "What is 7*8?", messages)
+
+
+def random_transcript(team: Team, draw: random.Random) -> list[Message]:
+    """Any order of writers; messages of any ids, cut off or not, some with nothing in them but their end."""
+    messages = []
+    for _ in range(draw.randrange(9)):
+        j, stopped = draw.randrange(len(team.agents)), draw.random() < 0.6
+        tokenizer = team.agents[j].tokenizer
+        ids = [draw.randrange(250) for _ in range(draw.randrange(0 if stopped else 1, 6))]
+        messages.append(say(team, j, tokenizer.decode(ids), stopped, ids))
+    return messages
+
+
+@pytest.mark.parametrize("agents", [1, 2, 3, 4])
+def test_views_only_ever_grow_at_their_end(tmp_path, agents):
+    tokenizers = [load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i)) for i in range(2)]
+    team = team_of(*(tokenizers[j % 2] for j in range(agents)))
+    draw = random.Random(agents)
+    for _ in range(60):
+        messages = random_transcript(team, draw)
+        for j in range(agents):
+            final = team.view(j, "2+2", messages, speak=True)
+            trained = team.view(j, "2+2", messages, speak=False)
+            own = [(t, message) for t, message in enumerate(messages) if message.agent == j]
+            assert len(trained.spans) == len(own) and trained.spans == final.spans
+            assert trained.ids == final.ids[: len(trained.ids)]
+            for (t, message), (start, stop) in zip(own, final.spans):
+                before = team.view(j, "2+2", messages[:t], speak=True)
+                # What was sampled stands right behind what was prefilled, and nothing of either ever changes.
+                assert final.ids[:stop] == before.ids + message.tokens and start == len(before.ids)
+            if own:
+                assert len(trained.ids) == trained.spans[-1][1]  # no context behind the last trainable token
+            else:
+                assert tuple(trained.ids) == team.agents[j].chat.opening(team.agents[j].role.system, "2+2")
+
+
+def test_sampled_ids_are_never_encoded_anew(qwen):
+    team = team_of(qwen, qwen)
+    spelled = [qwen.encode(letter)[0] for letter in "hello"]  # encoding "hello" gives one id
+    assert len(qwen.encode("hello")) == 1
+    message = say(team, 0, "hello", ids=spelled)
+    for j in range(2):
+        ids = team.view(j, "?", [message], speak=True).ids
+        assert any(ids[i : i + 5] == spelled for i in range(len(ids)))
+
+
+def test_a_message_cut_off_is_closed_as_context(tiny):
+    team = team_of(tiny, tiny)
+    whole, cut = say(team, 0, "12 and"), say(team, 0, "12 and", stopped=False)
+    end = team.agents[0].chat.end_of_message
+    for j in range(2):
+        closed = team.view(j, "?", [whole], speak=True)
+        open_ended = team.view(j, "?", [cut], speak=True)
+        assert open_ended.ids == closed.ids and closed.ids.count(end) == open_ended.ids.count(end) == 3
+    view = team.view(0, "?", [whole, cut], speak=True)
+    (start, stop), (start_cut, stop_cut) = view.spans
+    assert view.ids[start:stop] == whole.tokens and view.ids[stop - 1] == end
+    assert view.ids[start_cut:stop_cut] == cut.tokens
+    assert view.ids[stop_cut] == end  # behind the span: never trained
+
+
+def test_agents_with_other_tokenizers_read_each_others_text(tmp_path):
+    one, other = (load_tokenizer(write_tokenizer(tmp_path / str(shift), shift=shift)) for shift in (0, 5))
+    team = team_of(one, other)
+    messages = [say(team, 0, "ab12"), say(team, 1, "né\n"), say(team, 0, "cut", stopped=False)]
+    for j, tokenizer in enumerate((one, other)):
+        view = team.view(j, "?", messages, speak=True)
+        text = tokenizer.decode(view.ids, skip_special_tokens=False)
+        assert text == rendered(team, j, "?", messages)
+        assert len(view.spans) == 2 - j
+    assert team.view(0, "?", messages, True).ids != team.view(1, "?", messages, True).ids
+
+
+def test_a_problem_is_taken_literally(tiny):
+    team = team_of(tiny)
+    for problem in ("", "  ", "\n", "\N{SECTION SIGN}U\N{SECTION SIGN}", "{{ 1 + 1 }}"):
+        ids = team.view(0, problem, [], speak=True).ids
+        assert tiny.decode(ids, skip_special_tokens=False) == rendered(team, 0, problem, [])
+
+
+def test_the_end_of_message_is_one_special_id(qwen, tiny):
+    assert ChatFormat(qwen).end_of_message == qwen.encode("<|im_end|>")[0] == qwen.eos_id
+    assert ChatFormat(tiny).end_of_message == tiny.encode("<|im_end|>")[0]
+    stories = load_tokenizer(shared("stories260K/hf_llama"))
+    chat = ChatFormat(stories)
+    assert chat.end_of_message == 2
+    assert chat.opening("", "Once")[0] == 1  # ChatML writes no BOS, so the tokenizer's own comes first
+
+
+def test_a_template_writes_its_own_bos_once(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
+    ids = ChatFormat(tokenizer).opening("Be brief.", "Hi")
+    assert ids[0] == tokenizer.encode("<s>")[0] and ids.count(ids[0]) == 1
+
+
+def test_todays_date_is_not_in_a_transcript(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
+    assert "Today: 26 Jul 2024" in tokenizer.decode(ChatFormat(tokenizer).opening("", "Hi"))
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (ALTERNATING, "roles must alternate"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not treat messages alike"),
+        ("{{ messages[-1].content }}", "does not treat messages alike"),
+        ("nothing at all", "does not treat messages alike"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% else %}{{ m.content }}"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}:{% endif %}",
+            "does not end an assistant's message",
+        ),
+    ],
+)
+def test_a_template_that_cannot_carry_a_team_is_refused(tmp_path: Path, template, reason):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
+    with pytest.raises(UserError, match=reason) as caught:
+        ChatFormat(tokenizer)
+    assert str(tmp_path) in str(caught.value)
