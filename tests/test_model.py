@@ -179,10 +179,11 @@ def test_cache_rows_trade_places_and_copy():
     cache = KVCache(model.config, 3, 0, model.device, model.dtype)
     cache.reserve(9)
     model.hidden(tokens[:, :8], cache)
-    cache.length += torch.tensor([8, 8, 8])
+    cache.length += torch.tensor([8, 5, 7])
     cache.permute(torch.tensor([0, 2, 1]), torch.tensor([2, 0, 0]))  # a swap, and a copy into row 1
-    last = model.hidden(tokens[[2, 0, 0]][:, 8:], cache)[:, 0]
-    torch.testing.assert_close(last, model.hidden(tokens)[[2, 0, 0], 8], atol=1e-5, rtol=0)
+    row, at = [2, 0, 0], [7, 8, 8]
+    last = model.hidden(tokens[row, at][:, None], cache)[:, 0]
+    torch.testing.assert_close(last, model.hidden(tokens)[row, at], atol=1e-5, rtol=0)
     assert cache.keys[:, 0].numel() + cache.values[:, 0].numel() == 9 * model.config.kv_per_token
 
 

@@ -1,5 +1,6 @@
 """Checkpoints in every layout that transformers writes, and a sentence for everything that is not one."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -127,6 +128,19 @@ DIALECTS = {
     "transformers 4": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     "transformers 4, older": {"rope_theta": 500, "rope_scaling": {"type": "llama3", **LLAMA3}},
     "transformers 5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
+    "both, where the inner one counts": {
+        "rope_theta": 7.0,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3},
+    },
+    "the original length outside": {
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}
+        | {"original_max_position_embeddings": 9},
+    },
+    "the original length left out": {
+        "max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "llama3", "rope_theta": 500.0, **dict(list(LLAMA3.items())[:3])},
+    },
 }
 
 
@@ -138,7 +152,9 @@ def test_both_dialects_of_config_json_mean_the_same(tmp_path, dialect):
     raw |= DIALECTS[dialect]
     raw["dtype" if dialect == "transformers 5" else "torch_dtype"] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert read_config(tmp_path) == CONFIGS["llama"]
+    config = read_config(tmp_path)
+    assert (config.rope_theta, config.rope_scaling) == (500.0, (4.0, 1.0, 4.0, 32))
+    assert config == dataclasses.replace(CONFIGS["llama"], max_positions=raw["max_position_embeddings"])
 
 
 @pytest.mark.parametrize("rope", [{"rope_theta": 900.0}, {"rope_parameters": {"rope_theta": 900.0}}])
