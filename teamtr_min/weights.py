@@ -49,7 +49,7 @@ def find_model(name: str | os.PathLike) -> Path:
     if name == "relay":
         return RELAY
     path = os.path.expanduser(name)
-    if os.path.isdir(path) and name:
+    if os.path.isdir(path):
         return Path(path)
     if os.path.isfile(path):
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")

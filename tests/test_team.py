@@ -188,14 +188,17 @@ def test_the_end_of_message_is_one_special_id(qwen, tiny):
     assert ChatFormat(tiny).end_of_message == tiny.encode("<|im_end|>")[0]
     stories = load_tokenizer(shared("stories260K/hf_llama"))
     chat = ChatFormat(stories)
-    assert chat.end_of_message == 2
-    assert chat.opening("", "Once")[0] == 1  # ChatML writes no BOS, so the tokenizer's own comes first
+    assert (chat.end_of_message, chat.opening("", "Once")[0]) == (2, 1)
 
 
-def test_a_template_writes_its_own_bos_once(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
-    ids = ChatFormat(tokenizer).opening("Be brief.", "Hi")
-    assert ids[0] == tokenizer.encode("<s>")[0] and ids.count(ids[0]) == 1
+@pytest.mark.parametrize("template", [None, LLAMA3_STYLE])
+def test_a_transcript_has_one_bos(tmp_path, template):
+    """A checkpoint's template writes it; ChatML does not, so there the tokenizer puts its own."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template, bos=True))
+    team = team_of(tokenizer, tokenizer)
+    messages = [say(team, 0, "7*8"), say(team, 1, "56")]
+    ids = team.view(0, "Hi", messages, speak=True).ids
+    assert ids[0] == tokenizer.encode("")[0] and ids.count(ids[0]) == 1
 
 
 def test_todays_date_is_not_in_a_transcript(tmp_path):

@@ -95,6 +95,13 @@ def test_special_tokens_are_one_id_each_and_not_shown(tmp_path):
     assert tokenizer.eos_id == tokenizer.encode("</s>")[0]
 
 
+def test_the_tokenizers_own_special_tokens_can_be_left_out(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, bos=True))
+    plain = tokenizer.encode("x1", add_special_tokens=False)
+    assert tokenizer.encode("x1") == [*tokenizer.encode("<s>", add_special_tokens=False), *plain]
+    assert len(plain) == 2
+
+
 def test_the_real_tokenizer_encodes_like_transformers():
     directory = shared("qwen2.5-tokenizer")
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
@@ -147,16 +154,32 @@ def test_a_llama3_style_template_renders_as_in_transformers(tmp_path, number, kw
     assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=True, **kwargs)
 
 
+TOKENS = {
+    "unk_token": {"content": "<|im_end|>", "__type": "AddedToken"},
+    "pad_token": None,
+    "image_token": "</s>",
+    "extra_special_tokens": {"additional": "<s>"},
+}
+
+
+def test_every_construct_that_templates_rely_on_renders(tmp_path):
+    chat = [{"role": "user", "content": "é<b>"}, {"role": "system", "content": "s"}]
+    chat += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "behind the break"}]
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, ODDITIES, **TOKENS))
+    assert tokenizer.render(chat, add_generation_prompt=False, extra="é") == (
+        '{"role": "user", "content": "é<b>"}|{\n  "role": "user",\n  "content": "é<b>"\n}|'
+        '{"role": "user", "content": "\\u00e9<b>"}\n'
+        "7</s>\n"
+        "4<|im_end|>False</s><s>\n"
+        "TrueTrueéFalseé<b>é<b>"
+    )
+
+
 @pytest.mark.parametrize("number", range(len(CHATS)))
-def test_every_construct_that_templates_rely_on_renders_as_in_transformers(tmp_path, number):
-    tokens = {"unk_token": {"content": "<|im_end|>", "__type": "AddedToken"}, "pad_token": None}
-    tokens |= {"image_token": "</s>", "extra_special_tokens": {"additional": "<s>"}}
-    write_tokenizer(tmp_path, ODDITIES, **tokens)
-    chat = [{key: value for key, value in message.items() if value is not None} for message in CHATS[number]]
-    text = load_tokenizer(tmp_path).render(chat, add_generation_prompt=False, extra="é")
-    assert "Falseé" not in text and "Trueé" in text  # the variables arrived
-    # transformers follows the body of a generation block in a macro, which makes no difference to the text
-    assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=False, extra="é")
+def test_every_construct_renders_as_in_transformers(tmp_path, number):
+    write_tokenizer(tmp_path, ODDITIES, **TOKENS)
+    text = load_tokenizer(tmp_path).render(CHATS[number], add_generation_prompt=False, extra="é")
+    assert text == rendered_by_transformers(tmp_path, CHATS[number], add_generation_prompt=False, extra="é")
 
 
 def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from teamtr_min.model import ModelConfig, Transformer
 
@@ -89,8 +89,10 @@ def shared(path: str) -> Path:
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 
 
-def write_tokenizer(directory: Path, template: str | None = None, shift: int = 0, **config) -> Path:
-    """A byte-level tokenizer of 260 ids, with a merge or two; another `shift` gives every byte another id."""
+def write_tokenizer(
+    directory: Path, template: str | None = None, shift: int = 0, bos: bool = False, **config
+) -> Path:
+    """A byte-level tokenizer of 262 ids, two of them merges; another `shift` gives every byte another id."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = alphabet[shift:] + alphabet[:shift]
     pieces = [*alphabet, "ab", "12"]
@@ -98,6 +100,9 @@ def write_tokenizer(directory: Path, template: str | None = None, shift: int = 0
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    if bos:
+        pair = [("<s>", backend.token_to_id("<s>"))]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **config}
