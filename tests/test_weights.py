@@ -278,8 +278,10 @@ def fill_cache(cache: Path, repo: str) -> Path:
 
 @pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", ""), ("HF_HOME", "hub")])
 def test_aliases_and_hub_ids_are_found_in_the_cache(tmp_path, monkeypatch, variable, below):
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv(variable, str(tmp_path))
+    for other in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv(variable, f"~/{tmp_path.name}")
     snapshot = fill_cache(tmp_path / below, "Qwen/Qwen2.5-1.5B-Instruct")
     for name in ("qwen2.5-1.5b", "Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct"):
         assert find_model(name) == snapshot
