@@ -18,6 +18,10 @@ from teamtr_min.rollout import Rollouts
 from teamtr_min.team import Team
 from teamtr_min.weights import save_model
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
 TRANSCRIPTS_PER_COLLECTION = 4
 
 
@@ -161,7 +165,7 @@ class Run:
         shutil.rmtree(aside, ignore_errors=True)
         for j, agent in enumerate(self.team.agents):
             save_model(agent.model, aside / str(j))
-            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            for file in TOKENIZER_FILES:
                 if (agent.tokenizer.directory / file).is_file():
                     shutil.copyfile(agent.tokenizer.directory / file, aside / str(j) / file)
         shutil.rmtree(final, ignore_errors=True)

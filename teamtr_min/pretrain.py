@@ -54,7 +54,7 @@ def write_tokenizer(directory: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    backend.add_tokens([AddedToken(f"{name}: ", normalized=False) for name in NAMES])
+    backend.add_tokens([AddedToken(f"{name}:\n", normalized=False) for name in NAMES])
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|end|>", "unk_token": "<|unk|>", "chat_template": TEMPLATE}
@@ -78,7 +78,7 @@ def transcript(generator: np.random.Generator, careful: float = CAREFUL) -> str:
             if generator.random() >= right:
                 chain = str(generator.integers(10)) + chain[1:]
             writer = turn % agents
-            header = "<|assistant|>" if writer == viewer else f"<|user|>{NAMES[writer]}: "
+            header = "<|assistant|>" if writer == viewer else f"<|user|>{NAMES[writer]}:\n"
             text += f"{header}{chain}<|end|>"
         return text
 
@@ -90,7 +90,7 @@ def batches(tokenizer, generator: np.random.Generator, rows: int, careful: float
     Targets are -100 wherever the next token is no part of a message.
     """
     encoded = sorted((tokenizer.encode(transcript(generator, careful)) for _ in range(rows)), key=len)
-    end, names = tokenizer.encode("<|end|>")[0], {tokenizer.encode(f"{name}: ")[0] for name in NAMES}
+    end, names = tokenizer.encode("<|end|>")[0], {tokenizer.encode(f"{name}:\n")[0] for name in NAMES}
     headers = names | set(tokenizer.encode("<|user|><|assistant|>"))
     for part in range(parts):
         group = encoded[part * rows // parts : (part + 1) * rows // parts]

@@ -182,6 +182,8 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
                 has = ", ".join(record) or "nothing"
                 raise UserError(f'{path}, line {number}: no text in the field "{field}" (it has: {has}); '
                                 "--question-field and --answer-field name others")  # fmt: skip
+        if any("\ud800" <= c <= "\udfff" for c in f"{record[question_field]}{record[answer_field]}"):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair is not text")
         gold = str(record[answer_field])
         problems.append(
             Problem(str(record.get("id", number)), str(record[question_field]), extract_answer(gold) or gold)

@@ -107,7 +107,7 @@ class Team:
                 writer = self.agents[message.agent]
                 same = writer.tokenizer.hash == agent.tokenizer.hash
                 content = message.content if same else chat.encode(message.text)
-                ids += chat.user_header + chat.encode(writer.role.name + ": ") + content + chat.user_footer
+                ids += chat.user_header + chat.encode(writer.role.name + ":\n") + content + chat.user_footer
         if speak:
             ids += chat.assistant_header
         elif spans:
@@ -123,7 +123,13 @@ def load_team(config: Config, roles: list[Role], sources: list[str | Path] | Non
     agents = []
     for source, role in zip(sources, roles):
         chat = chats[find_model(source)]
-        agents.append(Agent(load_model(source, device, dtype), chat.tokenizer, chat, role))
+        model = load_model(source, device, dtype)
+        if chat.tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{source}: the tokenizer has {chat.tokenizer.vocab_size} tokens, "
+                f"but the model only {model.config.vocab_size}"
+            )
+        agents.append(Agent(model, chat.tokenizer, chat, role))
     return Team(agents, load_router(config.router), config.rounds)
 
 
@@ -170,8 +176,12 @@ class ChatFormat:
         self.user_header, self.user_footer = self.encode(user_header), self.encode(footer)
         self.assistant_header = self.encode(header)
         self.assistant_footer = self.encode(to_user.removesuffix(user_header))
-        if not self.assistant_footer:
-            raise UserError(f"the chat template of {tokenizer.directory} does not end an assistant's message")
+        # What ends a message is sampled, so it must be a token that ordinary text never holds.
+        if not self.assistant_footer or not tokenizer.is_special(self.assistant_footer[0]):
+            raise UserError(
+                f"the chat template of {tokenizer.directory} does not end an assistant's message "
+                "with a special token"
+            )
         self.end_of_message = self.assistant_footer[0]
 
     def encode(self, text: str) -> list[int]:

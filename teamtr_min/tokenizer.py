@@ -69,6 +69,11 @@ class Tokenizer:
         token = self.special.get("unk_token")
         return None if token is None else self.backend.token_to_id(token)
 
+    def is_special(self, token: int) -> bool:
+        """Whether this id is one of the tokenizer's special tokens, which text is never split into."""
+        added = self.backend.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; special tokens are those of the tokenizer's own post-processor (Llama's BOS).
 

@@ -307,4 +307,6 @@ def _surplus(name: str, stored: dict, config: ModelConfig) -> list[str]:
 def _hub_cache() -> str | None:
     """Where the environment puts the hub's cache; huggingface_hub itself looks only once, when imported."""
     home = os.environ.get("HF_HOME")
-    return os.environ.get("HF_HUB_CACHE") or (home and os.path.join(home, "hub"))
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    cache = cache or (home and os.path.join(home, "hub"))
+    return cache and os.path.expanduser(cache)

@@ -55,7 +55,7 @@ def rendered(team: Team, j: int, problem: str, messages: list[Message]) -> str:
             turns.append({"role": "assistant", "content": message.text})
         else:
             name = team.agents[message.agent].role.name
-            turns.append({"role": "user", "content": f"{name}: {message.text}"})
+            turns.append({"role": "user", "content": f"{name}:\n{message.text}"})
     return agent.tokenizer.render(turns, add_generation_prompt=True, date_string="26 Jul 2024")
 
 

@@ -252,13 +252,11 @@ def readme_commands() -> list[list[str]]:
 
 
 def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
-    """As printed, at toy size, in a directory of their own. A model from the hub is replaced by one at hand."""
+    """As printed, at toy size, in a directory of their own; a hub model is replaced by one at hand."""
     stories = ROOT.parent / "shared" / "data" / "stories260K" / "hf_qwen2"
     monkeypatch.chdir(tmp_path)
     for side in ("train", "test"):
-        lines = [
-            json.dumps({"question": f"{i} + 1?", "problem": "?", "answer": str(i + 1)}) for i in range(40)
-        ]
+        lines = [json.dumps({"question": f"{i}?", "problem": f"{i}?", "answer": i}) for i in range(40)]
         (tmp_path / f"{side}.jsonl").write_text("\n".join(lines))
     names = {"runs/NAME": "runs/0", "DIR": ".", "FILE": "train.jsonl"}
     mains = {"train.py": train.main, "eval.py": evaluation.main}

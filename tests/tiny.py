@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from teamtr_min.model import ModelConfig, Transformer
+from teamtr_min.weights import config_json
+
+torch.set_num_threads(1)  # with models this small a second thread only waits for the first
 
 SHARED = Path(os.environ.get("TEAMTR_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
@@ -34,6 +38,14 @@ CONFIGS = {
 }
 FAMILIES = list(CONFIGS)
 
+# The stretching of CONFIGS["llama"] as config.json names it.
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 
 def random_model(family: str, tied: bool = True, seed: int = 0, **changes) -> Transformer:
     """Every weight random: biases not zero, norms not one."""
@@ -56,8 +68,7 @@ def in_transformers(model: Transformer):
     c = model.config
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3", **dict(zip(names, c.rope_scaling))}
+        rope |= {"rope_type": "llama3", **dict(zip(LLAMA3, c.rope_scaling))}
     kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[c.family]
     config = getattr(transformers, kind + "Config")(
         vocab_size=c.vocab_size,
@@ -76,6 +87,43 @@ def in_transformers(model: Transformer):
     missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and missing == (["lm_head.weight"] if c.tied else [])
     return theirs.eval()
+
+
+def write_checkpoint(
+    directory: Path,
+    model: Transformer,
+    shards=1,
+    dtype=torch.float32,
+    config=None,
+    change=lambda tensors: None,
+) -> Path:
+    """Write a model without `save_model`; `config` updates config.json (None removes), `change` tensors."""
+    tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    change(tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = config_json(model.config, dtype) | (config or {})
+    raw = {key: value for key, value in raw.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(raw))
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[i::shards])
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def assert_same(model: Transformer, other: Transformer) -> None:
+    """Bit for bit, and by the same names."""
+    a, b = model.state_dict(), other.state_dict()
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 def shared(path: str) -> Path:
