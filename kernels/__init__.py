@@ -1,4 +1,4 @@
-"""The one door to the heavy operations. For now each is its torch reference; callers need not know."""
+"""The one door to the heavy operations: Triton on CUDA, the torch reference elsewhere (TEAMTR_KERNELS)."""
 
 from kernels.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats
 

@@ -1,0 +1,52 @@
+"""Where a kernel may run, and the one way to start it."""
+
+import os
+from collections import Counter
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only the torch references run
+    triton = TensorDescriptor = None
+    tl = SimpleNamespace(constexpr=lambda value: value)
+
+# TRITON_INTERPRET=1 makes every kernel a Python function on CPU tensors. Triton reads it when a kernel is
+# defined, so it has to be set before this package is imported.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+launches: Counter[str] = Counter()  # kernel name -> times started in this process
+
+
+def jit(kernel):
+    """triton.jit, where there is Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether the kernels handle `tensor`: on CUDA and in the interpreter, unless TEAMTR_KERNELS=torch.
+
+    TEAMTR_KERNELS=triton insists: it raises where `auto`, the default, would take the torch reference.
+    """
+    mode = os.environ.get("TEAMTR_KERNELS") or "auto"
+    if mode not in ("auto", "triton", "torch"):
+        raise ValueError(f"TEAMTR_KERNELS is {mode!r}; it must be auto, triton or torch")
+    able = triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+    if mode == "triton" and not able:
+        raise ValueError(
+            f"TEAMTR_KERNELS=triton needs Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU; "
+            f"this tensor is on {tensor.device}"
+        )
+    return able and mode != "torch"
+
+
+def start(kernel, programs: int, *arguments, **options) -> None:
+    """Run `programs` programs of a kernel, and count the start."""
+    launches[kernel.__name__] += 1
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton starts on the current device
+        kernel[(programs,)](*arguments, **options)
