@@ -44,9 +44,33 @@ def use_triton(tensor: Tensor) -> bool:
     return able and mode != "torch"
 
 
+def capability(device: torch.device) -> int:
+    """Major compute capability: 8 is A100, 9 H100, 10 B200. Elsewhere 9, whose code the interpreter runs."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
 def start(kernel, programs: int, *arguments, **options) -> None:
     """Run `programs` programs of a kernel, and count the start."""
     launches[kernel.__name__] += 1
     device = next(a for a in arguments if isinstance(a, Tensor)).device
     with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton starts on the current device
         kernel[(programs,)](*arguments, **options)
+
+
+def operands(tile: dict, x: Tensor, w: Tensor) -> tuple:
+    """x (N, H) and w (V, H) as a product's kernel reads them: TMA descriptors, or without TMA contiguous."""
+    if not tile["TMA"]:
+        return x.contiguous(), w.contiguous()
+    return (
+        TensorDescriptor.from_tensor(_aligned(x), [tile["BLOCK_M"], tile["BLOCK_K"]]),
+        TensorDescriptor.from_tensor(_aligned(w), [tile["BLOCK_N"], tile["BLOCK_K"]]),
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it as TMA needs it: rows in one piece that begin at multiples of 16 bytes."""
+    unit = 16 // x.itemsize
+    if x.stride(1) == 1 and x.stride(0) % unit == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
+        return x
+    copy = x.new_empty(x.shape[0], -(-x.shape[1] // unit) * unit)[:, : x.shape[1]]
+    return copy.copy_(x)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import INTERPRETED, TensorDescriptor, jit, start, tl, use_triton
+from kernels.launch import INTERPRETED, capability, jit, operands, start, tl, use_triton
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
@@ -48,50 +48,59 @@ def linear_logprob_reference(
 
 
 def _forward_reference(hidden, weight, targets, temperature, entropy, old):
-    """-> logp, lse, entropy or None, kl or None; each (N,) fp32.
+    """-> logp, lse, entropy or None, kl or None, each (N,) fp32; then every log-prob if one chunk held all.
 
-    Every chunk gives its log-sum-exp and means under its own softmax; a chunk's share of the whole softmax
-    is exp(its lse - lse).
+    By the chain rule a token is its chunk, then the token within the chunk; log_share is the first factor.
     """
     chosen = torch.full(targets.shape, math.nan, device=hidden.device)  # stays NaN where no chunk has it
-    lse, old_lse, mean_z, mean_shift = [], [], [], []  # one (N,) per chunk
-    for part in _chunks(len(hidden), len(weight), 4):
+    parts = _chunks(len(hidden), len(weight), 4)
+    lse, spread, old_lse, kl = [], [], [], []  # one (N,) per chunk
+    for part in parts:
         z = _logits(hidden, weight[part], temperature)  # (N, chunk)
-        lse.append(z.logsumexp(1))
-        here = (targets >= part.start) & (targets < part.stop)
-        at = (targets - part.start).clamp(0, z.shape[1] - 1)[:, None]
-        chosen = torch.where(here, z.gather(1, at)[:, 0], chosen)
+        logp = z.log_softmax(1)
+        here, at = _column(targets, part)
+        z_at, logp_at = z.gather(1, at)[:, 0], logp.gather(1, at)[:, 0]
+        lse.append(z_at - logp_at)
+        chosen = torch.where(here, logp_at, chosen)
         if entropy:
-            mean_z.append(((z - lse[-1][:, None]).exp_() * z).sum(1))
+            spread.append(-torch.exp(logp, out=z).mul_(logp).sum(1))
         if old is not None:
             old_z = _logits(old[0], old[1][part], temperature)
-            old_lse.append(old_z.logsumexp(1))
-            shift = torch.sub(old_z, z, out=z)
-            mean_shift.append((old_z.sub_(old_lse[-1][:, None]).exp_() * shift).sum(1))
-    lses = torch.stack(lse)  # (chunks, N)
-    lse = lses.logsumexp(0)
-    spread = kl = None
+            old_logp = torch.log_softmax(old_z, 1, out=z)
+            old_lse.append(old_z[:, 0] - old_logp[:, 0])
+            kl.append((torch.sub(old_logp, logp, out=old_z).mul_(old_logp.exp_())).sum(1))
+    if len(parts) == 1:  # its log-probs spare backward making them again
+        return chosen, lse[0], spread[0] if entropy else None, kl[0] if old else None, logp
+    log_share = torch.stack(lse).log_softmax(0)  # (chunks, N)
+    home = (targets // parts[0].stop).clamp(0, len(parts) - 1)
+    whole = chosen + log_share.gather(0, home[None])[0]
     if entropy:
-        spread = lse - ((lses - lse).exp() * torch.stack(mean_z)).sum(0)
+        spread = (log_share.exp() * (torch.stack(spread) - log_share)).sum(0)
     if old is not None:
-        old_lses = torch.stack(old_lse)
-        old_lse = old_lses.logsumexp(0)
-        kl = lse - old_lse + ((old_lses - old_lse).exp() * torch.stack(mean_shift)).sum(0)
-    return chosen - lse, lse, spread, kl
+        old_share = torch.stack(old_lse).log_softmax(0)
+        kl = (old_share.exp() * (torch.stack(kl) + old_share - log_share)).sum(0)
+    return whole, lse[0] - log_share[0], spread if entropy else None, kl if old else None
 
 
-def _dlogits_reference(hidden, weight, targets, lse, grad, part, temperature):
+def _dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, logp=None):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) fp32."""
+    if logp is None:
+        logp = _logits(hidden, weight[part], temperature).sub_(lse[:, None])
     scale = (grad / temperature)[:, None]  # (N, 1)
-    dz = _logits(hidden, weight[part], temperature).sub_(lse[:, None]).exp_().mul_(-scale)
-    here = (targets >= part.start) & (targets < part.stop)
-    at = (targets - part.start).clamp(0, dz.shape[1] - 1)[:, None]
-    return dz.scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
+    here, at = _column(targets, part)
+    return logp.exp().mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
 
 
 def _logits(hidden, weight, temperature):
     z = hidden.float() @ weight.float().t()
     return z if temperature == 1 else z.div_(temperature)
+
+
+def _column(targets, part):
+    """Whether each target lies in the chunk `part` (N,), and a column of the chunk to look at (N, 1)."""
+    at = targets - part.start
+    last = part.stop - part.start - 1
+    return (at >= 0) & (at <= last), at.clamp(0, last)[:, None]
 
 
 def _chunks(N: int, V: int, itemsize: int) -> list[slice]:
@@ -103,9 +112,10 @@ def _chunks(N: int, V: int, itemsize: int) -> list[slice]:
 @jit
 def _product(
     x, w, row, column, N, V,
-    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, UP: tl.constexpr,
+    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """The (BM, BN) tile of x w^T at (row, column), fp32. Rows past N and columns past V hold anything finite."""
+    """The (BM, BN) tile of x (N, H) w (V, H)^T at (row, column), fp32; what lies outside is arbitrary."""
     tile = tl.zeros((BM, BN), tl.float32)
     ks = tl.arange(0, BK)
     rows = ((row + tl.arange(0, BM)) % N).to(tl.int64)
@@ -236,9 +246,7 @@ def logprob_dlogits(
     across = tl.cdiv(width, BLOCK_N)
     block, tile = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_M), across, GROUP)
     row, column = block * BLOCK_M, tile * BLOCK_N
-    z = scale * _product(
-        hidden, weight, row, first + column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP
-    )
+    z = scale * _product(hidden, weight, row, first + column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP)
     rows = row + tl.arange(0, BLOCK_M)
     columns = first + column + tl.arange(0, BLOCK_N)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
@@ -271,7 +279,7 @@ def _forward_triton(hidden, weight, targets, temperature, entropy, old):
     """-> logp, lse, entropy or None, kl or None; each (N,) fp32."""
     N, V = len(hidden), len(weight)
     strips = -(-V // STRIP)
-    tile = _tile(hidden, old is not None)
+    tile = blocks(hidden.dtype, capability(hidden.device), old is not None)
 
     def empty(wanted, *shape):
         return torch.empty(*shape, N, device=hidden.device) if wanted else None
@@ -284,7 +292,7 @@ def _forward_triton(hidden, weight, targets, temperature, entropy, old):
         return logp, total, spread, kl
     start(
         logprob_strips, -(-N // tile["BLOCK_M"]) * strips,
-        *_inputs(tile, hidden, weight), *(_inputs(tile, *old) if old else (None, None)),
+        *operands(tile, hidden, weight), *(operands(tile, *old) if old else (None, None)),
         targets, chosen, lse, mean_z, old_lse, mean_shift, N, V, strips, 1 / temperature,
         H=hidden.shape[1], STRIP=STRIP, GROUP=GROUP, UP=INTERPRETED, **tile,
     )  # fmt: skip
@@ -297,41 +305,18 @@ def _forward_triton(hidden, weight, targets, temperature, entropy, old):
 
 def _dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) in hidden's dtype."""
-    N, V, width, tile = len(hidden), len(weight), part.stop - part.start, _tile(hidden)
+    N, V, width = len(hidden), len(weight), part.stop - part.start
+    tile = blocks(hidden.dtype, capability(hidden.device))
     dtype = torch.float32 if INTERPRETED else hidden.dtype  # the interpreter truncates what it stores as bf16
     dz = torch.empty(N, -(-width // 64) * 64, dtype=dtype, device=hidden.device)[:, :width]  # aligned rows
     if N:
         start(
             logprob_dlogits, -(-N // tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"]),
-            *_inputs(tile, hidden, weight), targets, lse, grad.contiguous(), dz,
+            *operands(tile, hidden, weight), targets, lse, grad.contiguous(), dz,
             N, V, part.start, width, dz.stride(0), 1 / temperature,
             H=hidden.shape[1], GROUP=GROUP, UP=INTERPRETED, **tile,
         )  # fmt: skip
     return dz
-
-
-def _tile(hidden, old=False):
-    capability = torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 9
-    return blocks(hidden.dtype, capability, old)
-
-
-def _inputs(tile, hidden, weight):
-    """The two operands as the kernel reads them: TMA descriptors, or contiguous tensors without TMA."""
-    if not tile["TMA"]:
-        return hidden.contiguous(), weight.contiguous()
-    return (
-        TensorDescriptor.from_tensor(_aligned(hidden), [tile["BLOCK_M"], tile["BLOCK_K"]]),
-        TensorDescriptor.from_tensor(_aligned(weight), [tile["BLOCK_N"], tile["BLOCK_K"]]),
-    )
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy of it as TMA needs it: rows in one piece that begin at multiples of 16 bytes."""
-    unit = 16 // x.itemsize
-    if x.stride(1) == 1 and x.stride(0) % unit == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
-        return x
-    copy = x.new_empty(x.shape[0], -(-x.shape[1] // unit) * unit)[:, : x.shape[1]]
-    return copy.copy_(x)
 
 
 class _Logprob(torch.autograd.Function):
@@ -340,8 +325,8 @@ class _Logprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, old, by_triton):
         forward = _forward_triton if by_triton else _forward_reference
-        logp, lse, entropy, kl = forward(hidden, weight, targets, temperature, entropy, old)
-        ctx.save_for_backward(hidden, weight, targets, lse)
+        logp, lse, entropy, kl, *kept = forward(hidden, weight, targets, temperature, entropy, old)
+        ctx.save_for_backward(hidden, weight, targets, lse, *kept)
         ctx.temperature, ctx.by_triton = temperature, by_triton
         ctx.mark_non_differentiable(*(x for x in (entropy, kl) if x is not None))
         return logp, entropy, kl
@@ -349,13 +334,13 @@ class _Logprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, lse, *kept = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dlogits = _dlogits_triton if ctx.by_triton else _dlogits_reference
         dx = torch.zeros(hidden.shape, device=hidden.device) if need_hidden else None  # fp32 for all chunks
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
         for part in _chunks(len(hidden), len(weight), hidden.itemsize if ctx.by_triton else 4):
-            dz = dlogits(hidden, weight, targets, lse, grad, part, ctx.temperature)  # (N, chunk)
+            dz = dlogits(hidden, weight, targets, lse, grad, part, ctx.temperature, *kept)  # (N, chunk)
             if need_weight:
                 dw[part] = dz.t() @ hidden.to(dz.dtype)
             if need_hidden and dz.dtype == torch.bfloat16:
