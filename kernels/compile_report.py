@@ -45,13 +45,9 @@ def launches(arch: int, H: int) -> dict[str, tuple]:
 
     hidden, weight = empty(N, H, dtype=torch.bfloat16), empty(V, H, dtype=torch.bfloat16)
     ids, floats = empty(N, dtype=torch.int64), empty(N)
-    for entropy, old, suffix in (  # noqa: B020
-        (False, None, ""),
-        (True, None, "+entropy"),
-        (False, (hidden, weight), "+kl"),
-        (True, (hidden, weight), "+entropy+kl"),
-    ):
-        logprob._forward_triton(hidden, weight, ids, 1.0, entropy, old)
+    for wanted in ("", "+entropy", "+kl"):
+        suffix, old = wanted, (hidden, weight) if wanted == "+kl" else None
+        logprob._forward_triton(hidden, weight, ids, 1.0, wanted == "+entropy", old)
     suffix = ""
     logprob._dlogits_triton(hidden, weight, ids, floats, floats, slice(0, 3584), 1.0)
     for ratio in trust.RATIOS:

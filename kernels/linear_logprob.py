@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import INTERPRETED, capability, jit, operands, start, tl, use_triton
+from kernels.measure import device_name, example, extra_mib, matmul_rate, milliseconds
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
@@ -85,10 +86,12 @@ def _forward_reference(hidden, weight, targets, temperature, entropy, old):
 def _dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, logp=None):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) fp32."""
     if logp is None:
-        logp = _logits(hidden, weight[part], temperature).sub_(lse[:, None])
+        p = _logits(hidden, weight[part], temperature).sub_(lse[:, None]).exp_()
+    else:
+        p = logp.exp()
     scale = (grad / temperature)[:, None]  # (N, 1)
     here, at = _column(targets, part)
-    return logp.exp().mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
+    return p.mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
 
 
 def _logits(hidden, weight, temperature):
@@ -375,17 +378,14 @@ def linear_logprob_stats(
 
     `old` is that policy's (hidden (N, H), weight (V, H)); only logp carries a gradient.
     """
+    shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.numel() == 0:
-        raise ValueError(
-            f"hidden must be (N, H) and weight (V, H), V and H at least 1; they are {tuple(hidden.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
+        raise ValueError(f"hidden must be (N, H) and weight (V, H), V and H at least 1; they are {shapes}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be ({len(hidden)},), one per row; they are {tuple(targets.shape)}")
+    dtypes = f"{hidden.dtype} and {weight.dtype}"
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(
-            f"hidden and weight must both be bfloat16 or both float32; they are {hidden.dtype} and {weight.dtype}"
-        )
+        raise TypeError(f"hidden and weight must both be bfloat16 or both float32; they are {dtypes}")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"targets must be integers, not {targets.dtype}")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -394,12 +394,8 @@ def linear_logprob_stats(
         if x.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device}, but {name} is on {x.device}")
     if old is not None:
-        for x, like in zip(old, (hidden, weight)):
-            if x.shape != like.shape or x.dtype != like.dtype:
-                raise ValueError(
-                    f"old must be like (hidden, weight): {tuple(like.shape)} {like.dtype}, "
-                    f"not {tuple(x.shape)} {x.dtype}"
-                )
+        if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(old, (hidden, weight))):
+            raise ValueError(f"old must be like (hidden, weight), of shapes {shapes}, {dtypes}")
         old = tuple(x.detach() for x in old)
     targets = targets.long().contiguous()
     if not targets.is_cuda and len(targets) and not (0 <= targets.min() and targets.max() < len(weight)):
@@ -407,3 +403,34 @@ def linear_logprob_stats(
         raise ValueError(f"target {t} is {targets[t]}; it must be within 0..{len(weight) - 1}")
     temperature = float(temperature)
     return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, old, use_triton(hidden)))
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    N, H, V, dtype = (
+        (16384, 1536, 151936, torch.bfloat16) if device == "cuda" else (512, 256, 8192, torch.float32)
+    )
+    hidden, weight, targets, grad = example(N, H, V, dtype, device)
+
+    def step():
+        hidden.grad = weight.grad = None
+        linear_logprob(hidden, weight, targets).backward(grad)
+
+    peak = extra_mib(step, device) - (hidden.nbytes + weight.nbytes) / 2**20
+    floor = 8 * N * H * V / matmul_rate(dtype, device) * 1e3
+    median, low, high = milliseconds(step, device)
+    rows = slice(0, 256)  # float64 logits of all rows would not fit
+    exact = (hidden[rows].double() @ weight.double().t()).log_softmax(1).gather(1, targets[rows, None])[:, 0]
+    error = (linear_logprob(hidden[rows], weight, targets[rows]) - exact).abs().max()
+    how = "Triton" if use_triton(hidden) else "the torch reference"
+    print(f"{how} on {device_name(device)}, N {N:,} H {H:,} V {V:,} {dtype}, forward and backward:")
+    print(f"  max error of a log-prob against float64  {error:.1e} nats")
+    print(
+        f"  {median:.1f} ms ({low:.1f} to {high:.1f}), {floor / median:.0%} of the floor of {floor:.1f} ms at the ",
+        end="",
+    )
+    print(f"matrix rate of this run\n  {peak:.0f} MiB at the peak over inputs and gradients")
+
+
+if __name__ == "__main__":
+    main()

@@ -182,8 +182,8 @@ class _TrustRegion(torch.autograd.Function):
         stats, loss = logp.new_empty(6, agents), logp.new_empty(())
         if M:
             start(
-                trust_messages, M, logp, old_logp, message, bounds, advantage, agent, beta, terms, slope, penalty,
-                M, agents, 1 - clip, 1 + clip, clip,
+                trust_messages, M, logp, old_logp, message, bounds, advantage, agent, beta,
+                terms, slope, penalty, M, agents, 1 - clip, 1 + clip, clip,
                 LIMIT=LOG_RATIO_LIMIT, RATIO=ratio, KL_UNIT=kl_unit, BLOCK=BLOCK,
             )  # fmt: skip
         start(trust_agents, agents, terms, agent, bounds, stats, loss, M, N, agents, BLOCK=BLOCK)
@@ -200,8 +200,8 @@ class _TrustRegion(torch.autograd.Function):
         gradient = torch.empty_like(logp)
         if len(logp):
             start(
-                trust_gradient, -(-len(logp) // BLOCK), logp, old_logp, message, slope, penalty, upstream, gradient,
-                len(logp), len(slope), low, high, LIMIT=LOG_RATIO_LIMIT, RATIO=ratio, BLOCK=BLOCK,
+                trust_gradient, -(-len(logp) // BLOCK), logp, old_logp, message, slope, penalty, upstream,
+                gradient, len(logp), len(slope), low, high, LIMIT=LOG_RATIO_LIMIT, RATIO=ratio, BLOCK=BLOCK,
             )  # fmt: skip
         return gradient, *[None] * 8
 
@@ -221,9 +221,9 @@ def trust_region_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """teamtr_min.objective.teamtr_loss, which documents arguments and results; the kernels where they run.
 
-    They need one thing that it does not: the ids in `message` (N,) must ascend. Slots to ignore, -1, may stand
-    anywhere and hold anything. An id out of order or past the last message, or an agent past the last, raises
-    ValueError on a CPU; on CUDA, where looking would stall the stream, it makes the loss NaN.
+    They need one thing that it does not: the ids in `message` (N,) must ascend. Slots to ignore, -1, may
+    stand anywhere and hold anything. An id out of order or past the last message, or an agent past the last,
+    raises ValueError on a CPU; on CUDA, where looking would stall the stream, it makes the loss NaN.
     """
     if not use_triton(logp):
         if trust_region_reference is None:
@@ -252,17 +252,18 @@ def _check(logp, old_logp, message, advantage, agent, beta, n_agents, ratio, kl_
         raise ValueError(f"kl_unit is {kl_unit!r}; it must be message or token")
     if n_agents < 1:
         raise ValueError(f"n_agents is {n_agents}; a team has at least one")
-    N, M = logp.shape[:1], advantage.shape[:1]
-    for name, x, shape in [
-        ("logp", logp, N), ("old_logp", old_logp, N), ("message", message, N), ("advantage", advantage, M),
-        ("agent", agent, M),
-    ]:  # fmt: skip
-        if x.shape != shape or x.dim() != 1:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}; it must be one number per {'message' if x.shape == M else 'token'}"
-            )
-        if x.device != logp.device:
-            raise ValueError(f"logp is on {logp.device}, but {name} is on {x.device}")
+    per_token, per_message = logp.shape[:1], advantage.shape[:1]
+    for names, tensors, shape in [
+        (("logp", "old_logp", "message"), (logp, old_logp, message), per_token),
+        (("advantage", "agent"), (advantage, agent), per_message),
+    ]:
+        for name, x in zip(names, tensors):
+            if x.shape != shape or x.dim() != 1:
+                raise ValueError(
+                    f"{name} is {tuple(x.shape)}, not {tuple(shape)} like {names[0]}, in one row"
+                )
+            if x.device != logp.device:
+                raise ValueError(f"logp is on {logp.device}, but {name} is on {x.device}")
     if logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logp must be float32 (or float64), not {logp.dtype}")
     for name, x in (("message", message), ("agent", agent)):

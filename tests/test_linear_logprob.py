@@ -34,7 +34,9 @@ def truth(hidden, weight, targets, grad, temperature=1.0, old=None, dtype=torch.
     if old is not None:
         old_logps = (old[0].to(dtype) @ old[1].to(dtype).t()).div(temperature).log_softmax(1)
         kl = (old_logps.exp() * (old_logps - logps)).sum(1)
-    return tuple(x if x is None else x.detach().double() for x in (logp, hidden.grad, weight.grad, entropy, kl))
+    return tuple(
+        x if x is None else x.detach().double() for x in (logp, hidden.grad, weight.grad, entropy, kl)
+    )
 
 
 def ours(hidden, weight, targets, grad, temperature=1.0, old=None, entropy=True):
@@ -148,15 +150,17 @@ def test_offsets_past_32_bits(launches):
 
 
 def test_the_same_bits_alone_shuffled_and_padded(launches):
-    """The operands are multiples of 1/8, whose products are exact: on a CPU the interpreter leaves tl.dot to a
-    BLAS that rounds a row by its place; the GPU's instruction does not, nor does anything after it."""
+    """The operands are multiples of 1/8, whose products are exact: on a CPU the interpreter leaves tl.dot to
+    a BLAS that rounds a row by its place; the GPU's instruction does not, nor does anything after it."""
     hidden, weight, targets, grad = inputs(130, 64, 2500, torch.bfloat16)
     hidden, weight = (hidden * 8).round() / 8, (weight * 8).round() / 8
     logp = linear_logprob(hidden, weight, targets)
     assert torch.equal(logp, linear_logprob(hidden, weight, targets))
     alone = linear_logprob(hidden[129:], weight, targets[129:])
     order = torch.randperm(130, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    padded = linear_logprob(torch.cat((hidden[:3] * 0, hidden)), weight, torch.cat((targets[:3] * 0, targets)))
+    padded = linear_logprob(
+        torch.cat((hidden[:3] * 0, hidden)), weight, torch.cat((targets[:3] * 0, targets))
+    )
     assert torch.equal(alone, logp[129:])
     assert torch.equal(linear_logprob(hidden[order], weight, targets[order]), logp[order])
     assert torch.equal(padded[3:], logp)

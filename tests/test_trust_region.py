@@ -1,9 +1,7 @@
 """The fused trust-region loss against its definition, teamtr_min.objective.teamtr_loss, in float64."""
 
-import itertools
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -50,10 +48,11 @@ def check(arguments, options, tolerance=2e-6):
     return got
 
 
-@pytest.mark.parametrize("ratio, kl_unit", itertools.product(trust_region.RATIOS, trust_region.KL_UNITS))
+@pytest.mark.parametrize("ratio", trust_region.RATIOS)
+@pytest.mark.parametrize("kl_unit", trust_region.KL_UNITS)
 @pytest.mark.parametrize("scale", [0.02, 200.0])
 def test_equals_the_definition(ratio, kl_unit, scale, launches):
-    """Lengths of 1, of none, past the block of 256; ignored slots; an agent without messages; beta per agent."""
+    """Lengths of 1, of none, past the block; ignored slots; an agent without messages; beta per agent."""
     arguments, options = batch([1, 40, 0, 300, 7, 3], scale, ignored=0.2)
     options |= {"n_agents": 4, "beta": torch.tensor([0.5, 0.0, 0.1, 2.0]).to(DEVICE), "clip": 0.1}
     got = check(arguments, options | {"ratio": ratio, "kl_unit": kl_unit}, tolerance=1e-5)
@@ -165,8 +164,19 @@ def test_the_torch_path_is_the_definition(monkeypatch):
     assert trust_region.trust_region_reference is teamtr_loss
     kernels.launch.launches.clear()
     arguments, options = batch([3, 4], ignored=0.3)
-    got, want = (run(f, arguments, options | {"n_agents": 3}) for f in (kernels.trust_region_loss, teamtr_loss))
+    got, want = (
+        run(f, arguments, options | {"n_agents": 3}) for f in (kernels.trust_region_loss, teamtr_loss)
+    )
     assert all(torch.equal(got[name], want[name]) for name in want) and not kernels.launch.launches
+
+
+def agree(a, b) -> bool:
+    """Equal, and for numbers within 1e-5."""
+    if isinstance(a, list):
+        return len(a) == len(b) and all(agree(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(agree(a[key], b[key]) for key in a)
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5) if isinstance(a, float) else a == b
 
 
 def test_training_is_the_same_by_both_paths(monkeypatch, tmp_path):
@@ -177,7 +187,7 @@ def test_training_is_the_same_by_both_paths(monkeypatch, tmp_path):
     for mode in ("torch", "triton"):
         monkeypatch.setenv("TEAMTR_KERNELS", mode)
         kernels.launch.launches.clear()
-        flags = "--stages 3 --agents 2 --problems 3 --group 2 --inner-steps 2 --eval-problems 8 --beta 0.01"
+        flags = "--stages 3 --agents 2 --problems 2 --group 4 --inner-steps 1 --eval-problems 8 --beta 0.01"
         flags += f" --kl-estimator exact --device {DEVICE} --out {tmp_path / mode}"
         assert train.main(flags.split()) == 0
         assert len(kernels.launch.launches) == (6 if mode == "triton" else 0)
@@ -185,5 +195,6 @@ def test_training_is_the_same_by_both_paths(monkeypatch, tmp_path):
         logged[mode] = [json.loads(line) for line in lines]
     assert len(logged["torch"]) == len(logged["triton"]) >= 9
     for a, b in zip(logged["torch"], logged["triton"]):
-        a, b = ({k: v for k, v in line.items() if "seconds" not in k and "time" not in k} for line in (a, b))
-        assert a == pytest.approx(b, abs=1e-5, rel=1e-5), sys.stdout.write(f"{a}\n{b}\n")
+        assert a.keys() == b.keys()
+        for name in [name for name in a if "seconds" not in name]:
+            assert agree(a[name], b[name]), f"{name}: {a[name]} by torch, {b[name]} by the kernels"
