@@ -57,6 +57,22 @@ def start(kernel, programs: int, *arguments, **options) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
+def blocks(dtype: torch.dtype, major: int, old: bool = False) -> dict:
+    """The pinned tile of the kernels with a matrix product; compile_report shows what each compiles to.
+
+    Never chosen by N, so that a row's sums are added in the same order in every batch. fp32 runs without
+    tensor cores, exact. The KL holds two tiles of logits at once, so each is half as large.
+    """
+    if dtype == torch.float32:
+        m, n, k, stages = 64, 64, 32, 2
+    elif major < 9:  # no TMA, and operands in registers beside the sums
+        m, n, k, stages = 64 if old else 128, 128, 64, 3
+    else:
+        m, n, k, stages = 128, 128 if old else 256, 64, 4
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": major >= 9}
+    return tile | {"num_warps": 8, "num_stages": stages}
+
+
 def operands(tile: dict, x: Tensor, w: Tensor) -> tuple:
     """x (N, H) and w (V, H) as a product's kernel reads them: TMA descriptors, or without TMA contiguous."""
     if not tile["TMA"]:

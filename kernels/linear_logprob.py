@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import INTERPRETED, capability, jit, operands, start, tl, use_triton
+from kernels.launch import INTERPRETED, blocks, capability, jit, operands, start, tl, use_triton
 from kernels.measure import device_name, example, extra_mib, matmul_rate, milliseconds
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
@@ -85,12 +85,8 @@ def _forward_reference(hidden, weight, targets, temperature, entropy, old):
 
 def _dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, logp=None):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) fp32."""
-    if logp is None:
-        p = _logits(hidden, weight[part], temperature).sub_(lse[:, None]).exp_()
-    else:
-        p = logp.exp()
-    scale = (grad / temperature)[:, None]  # (N, 1)
-    here, at = _column(targets, part)
+    p = _logits(hidden, weight[part], temperature).sub_(lse[:, None]).exp_() if logp is None else logp.exp()
+    scale, (here, at) = (grad / temperature)[:, None], _column(targets, part)  # (N, 1), (N,), (N, 1)
     return p.mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
 
 
@@ -137,6 +133,15 @@ def _product(
 
 
 @jit
+def _fold(m, s, z):
+    """Take the columns of z into a running maximum m and sum s of exponentials; also exp(z - new m), and the
+    factor by which what was summed under the old m shrinks."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    p, keep = tl.exp(z - m_new[:, None]), tl.exp(m - m_new)
+    return m_new, s * keep + tl.sum(p, 1), p, keep
+
+
+@jit
 def _tile_of(program, rows, across, GROUP: tl.constexpr):
     """Number of this program's row block and of its strip: GROUP row blocks share a strip at a time."""
     first = program // (GROUP * across) * GROUP
@@ -157,40 +162,28 @@ def logprob_strips(
     """Log-sum-exp of one strip for a block of rows, the target's logit where it lies in the strip, and the
     strip's means of z (entropy) and, under the old policy, of old z - z (KL)."""
     block, strip = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_M), strips, GROUP)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = block * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     lo, hi = strip * STRIP, tl.minimum(strip * STRIP + STRIP, V)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK_M,), tl.float32)
-    z_target = tl.zeros((BLOCK_M,), tl.float32)
-    if mean_z is not None:
-        e = tl.zeros((BLOCK_M,), tl.float32)
-    if old_hidden is not None:
-        old_m, old_s, d = m, s, s
+    none, zero = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    m, s, z_target, e, old_m, old_s, d = none, zero, zero, zero, none, zero, zero
     for column in range(lo, hi, BLOCK_N):
-        z = scale * _product(
-            hidden, weight, block * BLOCK_M, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP
-        )
+        z = scale * _product(hidden, weight, row, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP)
         columns = column + tl.arange(0, BLOCK_N)
         # Columns past V leave before the maximum: their zeros would outweigh a row of negative logits.
         z = tl.where((columns < V)[None, :], z, NEVER)
         z_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-        m_new = tl.maximum(m, tl.max(z, 1))
-        p, keep = tl.exp(z - m_new[:, None]), tl.exp(m - m_new)
-        s = s * keep + tl.sum(p, 1)
-        m = m_new
+        m, s, p, keep = _fold(m, s, z)
         if mean_z is not None:
             e = e * keep + tl.sum(p * z, 1)
         if old_hidden is not None:
             old_z = scale * _product(
-                old_hidden, old_weight, block * BLOCK_M, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP
+                old_hidden, old_weight, row, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP
             )
             old_z = tl.where((columns < V)[None, :], old_z, NEVER)
-            old_m_new = tl.maximum(old_m, tl.max(old_z, 1))
-            p, keep = tl.exp(old_z - old_m_new[:, None]), tl.exp(old_m - old_m_new)
-            old_s = old_s * keep + tl.sum(p, 1)
+            old_m, old_s, p, keep = _fold(old_m, old_s, old_z)
             d = d * keep + tl.sum(p * (old_z - z), 1)
-            old_m = old_m_new
     at = strip.to(tl.int64) * N + rows
     tl.store(lse + at, m + tl.log(s), mask=rows < N)
     tl.store(chosen + rows, z_target, mask=(rows < N) & (target >= lo) & (target < hi))
@@ -260,22 +253,6 @@ def logprob_dlogits(
     at = rows.to(tl.int64)[:, None] * stride + (column + tl.arange(0, BLOCK_N))[None, :]
     inside = (rows < N)[:, None] & (columns < first + width)[None, :]
     tl.store(dz + at, d.to(dz.dtype.element_ty), mask=inside)
-
-
-def blocks(dtype: torch.dtype, capability: int, old: bool = False) -> dict:
-    """The pinned tile of the kernels with a matrix product; compile_report shows what each compiles to.
-
-    Never chosen by N, so that a row's sums are added in the same order in every batch. fp32 runs without
-    tensor cores, exact. The KL holds two tiles of logits at once, so each is half as large.
-    """
-    if dtype == torch.float32:
-        m, n, k, stages = 64, 64, 32, 2
-    elif capability < 9:  # no TMA, and operands in registers beside the sums
-        m, n, k, stages = 64 if old else 128, 128, 64, 3
-    else:
-        m, n, k, stages = 128, 128 if old else 256, 64, 4
-    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": capability >= 9}
-    return tile | {"num_warps": 8, "num_stages": stages}
 
 
 def _forward_triton(hidden, weight, targets, temperature, entropy, old):
@@ -378,12 +355,11 @@ def linear_logprob_stats(
 
     `old` is that policy's (hidden (N, H), weight (V, H)); only logp carries a gradient.
     """
-    shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+    shapes, dtypes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}", f"{hidden.dtype} and {weight.dtype}"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(f"hidden must be (N, H) and weight (V, H), V and H at least 1; they are {shapes}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be ({len(hidden)},), one per row; they are {tuple(targets.shape)}")
-    dtypes = f"{hidden.dtype} and {weight.dtype}"
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float32):
         raise TypeError(f"hidden and weight must both be bfloat16 or both float32; they are {dtypes}")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -406,30 +382,27 @@ def linear_logprob_stats(
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    N, H, V, dtype = (
-        (16384, 1536, 151936, torch.bfloat16) if device == "cuda" else (512, 256, 8192, torch.float32)
-    )
-    hidden, weight, targets, grad = example(N, H, V, dtype, device)
+    device, shape, dtype = "cpu", (512, 256, 8192), torch.float32
+    if torch.cuda.is_available():
+        device, shape, dtype = "cuda", (16384, 1536, 151936), torch.bfloat16
+    hidden, weight, targets, grad = example(*shape, dtype, device)
 
     def step():
         hidden.grad = weight.grad = None
         linear_logprob(hidden, weight, targets).backward(grad)
 
-    peak = extra_mib(step, device) - (hidden.nbytes + weight.nbytes) / 2**20
-    floor = 8 * N * H * V / matmul_rate(dtype, device) * 1e3
+    mib = extra_mib(step, device) - (hidden.nbytes + weight.nbytes) / 2**20
     median, low, high = milliseconds(step, device)
-    rows = slice(0, 256)  # float64 logits of all rows would not fit
-    exact = (hidden[rows].double() @ weight.double().t()).log_softmax(1).gather(1, targets[rows, None])[:, 0]
-    error = (linear_logprob(hidden[rows], weight, targets[rows]) - exact).abs().max()
+    floor = 8 * math.prod(shape) / matmul_rate(dtype, device) * 1e3
+    few = slice(256)  # float64 logits of all rows would not fit
+    exact = (hidden[few].double() @ weight.double().t()).log_softmax(1).gather(1, targets[few, None])[:, 0]
+    error = (linear_logprob(hidden[few], weight, targets[few]) - exact).abs().max()
     how = "Triton" if use_triton(hidden) else "the torch reference"
-    print(f"{how} on {device_name(device)}, N {N:,} H {H:,} V {V:,} {dtype}, forward and backward:")
-    print(f"  max error of a log-prob against float64  {error:.1e} nats")
+    print(f"linear_logprob by {how} on {device_name(device)}, (N, H, V) = {shape}, {dtype}, both ways:")
     print(
-        f"  {median:.1f} ms ({low:.1f} to {high:.1f}), {floor / median:.0%} of the floor of {floor:.1f} ms at the ",
-        end="",
+        f"  {median:.1f} ms ({low:.1f}-{high:.1f}), {floor / median:.0%} of the floor at this run's matmul rate"
     )
-    print(f"matrix rate of this run\n  {peak:.0f} MiB at the peak over inputs and gradients")
+    print(f"  log-prob off by at most {error:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks of this package share: an example, a clock, a memory gauge and the rate to divide by."""
+"""What the benchmarks share: an example, a clock, a memory gauge and the rate to divide by."""
 
 import platform
 import resource
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def example(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """hidden (N, H), weight (V, H), targets (N,), dL/dlogp (N,); logits spread as a language model's, by 4 or so."""
+    """hidden (N, H), weight (V, H), targets (N,), dL/dlogp (N,); logits spread by 4."""
     g = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, H, generator=g, device=device).to(dtype).requires_grad_()
     weight = torch.randn(V, H, generator=g, device=device).mul_(4 / H**0.5).to(dtype).requires_grad_()
