@@ -51,7 +51,7 @@ def linear_logprob_reference(
 def _forward_reference(hidden, weight, targets, temperature, entropy, old):
     """-> logp, lse, entropy or None, kl or None, each (N,) fp32; then every log-prob if one chunk held all.
 
-    By the chain rule a token is its chunk, then the token within the chunk; log_share is the first factor.
+    By the chain rule a token is its chunk, then the token within the chunk; log_share is the first.
     """
     chosen = torch.full(targets.shape, math.nan, device=hidden.device)  # stays NaN where no chunk has it
     parts = _chunks(len(hidden), len(weight), 4)
@@ -334,10 +334,9 @@ class _Logprob(torch.autograd.Function):
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """hidden (N, H), weight (V, H), targets (N,) integers -> log-probs (N,) fp32 at `temperature`.
 
-    hidden and weight are both bf16 or both fp32, on the device of the targets, in any layout (one that is
-    not row by row, 16-byte aligned, is copied once on CUDA). N may be 0. A target outside 0..V-1 raises
-    ValueError on a CPU; on CUDA, where looking would stall the stream, its log-prob is NaN. Anything else
-    that does not fit raises ValueError or TypeError.
+    hidden and weight are both bf16 or both fp32, in any layout (Triton copies what is not in aligned rows).
+    N may be 0. A target outside 0..V-1 raises ValueError on a CPU; on CUDA, where looking would stall the
+    stream, its log-prob is NaN. Anything else that does not fit raises ValueError or TypeError.
     """
     return linear_logprob_stats(hidden, weight, targets, temperature).logp
 
@@ -399,9 +398,7 @@ def main() -> None:
     error = (linear_logprob(hidden[few], weight, targets[few]) - exact).abs().max()
     how = "Triton" if use_triton(hidden) else "the torch reference"
     print(f"linear_logprob by {how} on {device_name(device)}, (N, H, V) = {shape}, {dtype}, both ways:")
-    print(
-        f"  {median:.1f} ms ({low:.1f}-{high:.1f}), {floor / median:.0%} of the floor at this run's matmul rate"
-    )
+    print(f"  {median:.1f} ms ({low:.1f}-{high:.1f}), {floor / median:.0%} of the floor at this run's rate")
     print(f"  log-prob off by at most {error:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
 
 
