@@ -22,11 +22,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(step, device: str, seconds: float = 2.0) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile of step()'s time, from at least 5 runs after one to warm up."""
+def milliseconds(step, device: str, seconds: float = 1.0) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile of step()'s time, from at least 3 runs after one to warm up."""
     step()
     times, begin = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - begin < seconds and len(times) < 200:
+    while len(times) < 3 or time.perf_counter() - begin < seconds and len(times) < 200:
         synchronize(device)
         start = time.perf_counter()
         step()

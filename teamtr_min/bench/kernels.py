@@ -5,6 +5,7 @@ made twice as the kernel does) and beside the floor, their FLOPs at the rate of 
 against float64, at most 512 rows. What no machine here can measure is not printed.
 """
 
+import functools
 import importlib
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from teamtr_min.objective import teamtr_loss
 SHAPES = {"cuda": (16384, 1536, 151936), "cpu": (512, 256, 8192)}  # (N, H, V)
 CHECKED_ROWS = 512  # float64 logits of more would not fit
 MEMORY_SHAPE = (2048, 896, 151936)  # of the CPU's memory rows: Qwen2.5-0.5B
-OPTIONAL = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -57,26 +57,25 @@ def implementations(device: str) -> dict[str, Callable]:
     return found
 
 
-def run(device: str | None = None) -> dict:
-    """Everything `python eval.py kernels` prints, as one object."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def run() -> dict:
+    """Everything that `python eval.py kernels` prints, as one object."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     N, H, V = SHAPES[device]
-    hidden, weight, targets, grad = example(N, H, V, dtype, device)
+    data = example(N, H, V, dtype, device)
     rate = matmul_rate(dtype, device)
-    result = {
+    return {
         "benchmark": "kernels",
         "device": device_name(device),
-        "by": "Triton" if kernels.use_triton(hidden) else "the torch reference",
+        "by": "Triton" if kernels.use_triton(data[0]) else "the torch reference",
         "N": N, "H": H, "V": V, "dtype": str(dtype).removeprefix("torch."),
         "matmul_tflops": rate / 1e12,
         "floor_ms": [2 * N * H * V / rate * 1e3, 8 * N * H * V / rate * 1e3],
-        "products_ms": products(hidden.detach(), weight.detach(), device),
-        "rows": [measure(f, name, hidden, weight, targets, grad, device) for name, f in implementations(device).items()],
+        "products_ms": products(data[0].detach(), data[1].detach(), device),
+        "rows": [measure(name, f, *data, device) for name, f in implementations(device).items()],
         "trust_region": trust_region(N, device),
         "cpu_memory": None if device == "cuda" else [memory(name) for name in ("ours", "eager")],
     }  # fmt: skip
-    return result
 
 
 def products(hidden: Tensor, weight: Tensor, device: str) -> list[float]:
@@ -88,7 +87,7 @@ def products(hidden: Tensor, weight: Tensor, device: str) -> list[float]:
 
 
 def measure(
-    f: Callable, name: str, hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, device: str
+    name: str, f: Callable, hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, device: str
 ) -> dict:
     """One row of the table; of an implementation that cannot run here, the reason."""
 
@@ -113,17 +112,15 @@ def measure(
         few = slice(CHECKED_ROWS)
         got, again = step(few), step(few)
         row["repeats"] = all(torch.equal(a, b) for a, b in zip(got, again))
-        exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-        exact = (exact_hidden[few] @ exact_weight.t()).log_softmax(1).gather(1, targets[few, None])[:, 0]
-        exact.backward(grad[few].double())
-        pairs = zip(got, (exact.detach(), exact_hidden.grad, exact_weight.grad))
-        row["error"] = [((a.double() - b).abs().max()).item() for a, b in pairs]
-        row["error"][1:] = [e / x.abs().max().item() for e, x in zip(row["error"][1:], got[1:])]
-        return row
     except ModuleNotFoundError as error:
         return {"name": name, "missing": f"pip install {name} to compare ({error})"}
     except Exception as error:  # a peer may refuse this shape, device or torch: that is its row
         return {"name": name, "missing": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"}
+    x, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    exact = (x[few] @ w.t()).log_softmax(1).gather(1, targets[few, None])[:, 0]
+    exact.backward(grad[few].double())
+    off = [(a.double() - b).abs().max().item() for a, b in zip(got, (exact.detach(), x.grad, w.grad))]
+    return row | {"error": [off[0], off[1] / x.grad.abs().max().item(), off[2] / w.grad.abs().max().item()]}
 
 
 def trust_region(N: int, device: str) -> dict:
@@ -133,10 +130,8 @@ def trust_region(N: int, device: str) -> dict:
     advantage = torch.randn(int(message[-1]) + 1, device=device)
     times = {"tokens": N}
     for name, f in (("ours_us", kernels.trust_region_loss), ("definition_us", teamtr_loss)):
-        median = milliseconds(
-            lambda f=f: f(logp, old_logp, message, advantage, beta=0.1)[0].backward(), device, 0.5
-        )[0]
-        times[name] = median * 1e3
+        step = functools.partial(f, logp, old_logp, message, advantage, beta=0.1)
+        times[name] = milliseconds(lambda step=step: step()[0].backward(), device, 0.5)[0] * 1e3
     return times
 
 
@@ -156,46 +151,37 @@ def memory_of(name: str) -> float:
 
 
 def table(result: dict) -> str:
-    N, H, V = (result[name] for name in ("N", "H", "V"))
+    N, H, V, dtype, device = (result[name] for name in ("N", "H", "V", "dtype", "device"))
     (product, products), (floor, floors) = result["products_ms"], result["floor_ms"]
-    lines = [
-        f"log-probs of {N:,} tokens, H {H:,}, V {V:,}, {result['dtype']}, on {result['device']}; ours is {result['by']}"
+    trust, memory_rows = result["trust_region"], result["cpu_memory"] or ()
+    lines = [f"log-probs of {N:,} tokens, H {H:,}, V {V:,}, {dtype}, on {device}; ours is {result['by']}"]
+    if memory_rows:
+        lines.append("this is a CPU and a small shape; on a GPU: not measured yet")
+    lines += [
+        f"matrix rate {result['matmul_tflops']:.2f} TFLOP/s; plain products {product:.1f} ms forward, "
+        f"{products:.1f} both ways; floors {floor:.1f} and {floors:.1f}",
+        f"{'ms (p20-p80)':24}{'forward':>24}{'both ways':>24}{'products':>9}{'floor':>6}{'MiB':>6}"
+        f"{'logp err':>9}{'dX':>8}{'dW':>8}  same bits",
     ]
-    if result["cpu_memory"]:
-        lines.append(
-            "this is a CPU and a small shape: it says nothing of a GPU, where nothing has been measured yet"
-        )
-    lines.append(
-        f"matrix rate {result['matmul_tflops']:.2f} TFLOP/s; plain products {product:.1f} ms forward, {products:.1f} ms "
-        f"both ways; floors {floor:.1f} and {floors:.1f} ms"
-    )
-    lines.append(
-        f"{'':24}{'forward ms (p20-p80)':>28}{'both ms (p20-p80)':>28}{'products':>10}{'floor':>7}{'peak MiB':>10}"
-        f"{'logp err':>10}{'dX err':>9}{'dW err':>9}  same bits"
-    )
     for row in result["rows"]:
         if "missing" in row:
             lines.append(f"{row['name']:24}{row['missing']}")
             continue
-        times = "".join(
-            f"{f'{m:.1f} ({low:.1f}-{high:.1f})':>28}" for m, low, high in (row["forward_ms"], row["both_ms"])
-        )
-        share = f"{products / row['both_ms'][0]:>10.0%}{floors / row['both_ms'][0]:>7.0%}"
-        peak = f"{row['peak_mib']:>10.0f}" if row["peak_mib"] is not None else f"{'below':>10}"
-        errors = f"{row['error'][0]:>10.1e}{row['error'][1]:>9.1e}{row['error'][2]:>9.1e}"
-        lines.append(f"{row['name']:24}{times}{share}{peak}{errors}  {'yes' if row['repeats'] else 'NO'}")
-    lines.append(
-        "products, floor: their share of the time both ways. dX, dW errors: relative to the largest entry."
-    )
-    trust = result["trust_region"]
-    lines.append(
-        f"trust-region loss and gradient, {trust['tokens']:,} tokens: {trust['ours_us']:.0f} us; plain torch {trust['definition_us']:.0f} us"
-    )
-    for row in result["cpu_memory"] or ():
+        both, peak = row["both_ms"][0], row["peak_mib"]
+        times = (f"{ms:.1f} ({low:.1f}-{high:.1f})" for ms, low, high in (row["forward_ms"], row["both_ms"]))
+        cells = "".join(f"{cell:>24}" for cell in times) + f"{products / both:>9.0%}{floors / both:>6.0%}"
+        cells += f"{'-' if peak is None else round(peak):>6}{row['error'][0]:>9.1e}"
+        cells += "".join(f"{error:>8.0e}" for error in row["error"][1:])
+        lines.append(f"{row['name']:24}{cells}  {'yes' if row['repeats'] else 'NO'}")
+    lines += [
+        "products, floor: their share of the time both ways; MiB: over inputs and gradients; dX, dW: largest "
+        "error over largest entry",
+        f"trust-region loss and gradient of {trust['tokens']:,} tokens: {trust['ours_us']:.0f} us, "
+        f"as defined in plain torch {trust['definition_us']:.0f} us",
+    ]
+    for row in memory_rows:
         peak = "failed (out of memory?)" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
-        lines.append(
-            f"CPU memory over inputs and gradients, (N, H, V) = {tuple(row['shape'])}, fp32, {row['name']}: {peak}"
-        )
+        lines.append(f"CPU memory, {row['name']}, (N, H, V) = {tuple(row['shape'])} in fp32: {peak}")
     return "\n".join(lines)
 
 
