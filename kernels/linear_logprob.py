@@ -167,7 +167,7 @@ def logprob_strips(
     lo, hi = strip * STRIP, tl.minimum(strip * STRIP + STRIP, V)
     none, zero = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     m, s, z_target, e, old_m, old_s, d = none, zero, zero, zero, none, zero, zero
-    for column in range(lo, hi, BLOCK_N):
+    for column in tl.range(lo, hi, BLOCK_N, num_stages=1):  # the loop over H is the one to pipeline
         z = scale * _product(hidden, weight, row, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP)
         columns = column + tl.arange(0, BLOCK_N)
         # Columns past V leave before the maximum: their zeros would outweigh a row of negative logits.
