@@ -88,11 +88,8 @@ def trust_messages(
     if KL_UNIT == "token":
         k1, k3 = k1 / n, k3 / n
     if RATIO == "token":
-        surrogate, clipped, mean_w = (
-            tl.sum(sum_surrogate, 0) / n,
-            tl.sum(sum_clipped, 0) / n,
-            tl.sum(sum_w, 0) / n,
-        )
+        surrogate, clipped = tl.sum(sum_surrogate, 0) / n, tl.sum(sum_clipped, 0) / n
+        mean_w = tl.sum(sum_w, 0) / n
         top_w = tl.max(max_w, 0) + 0.0 * mean_w  # NaN if any ratio is; a maximum may drop it
         rise = A / n  # of the surrogate with a token's unclipped ratio
     else:
@@ -104,7 +101,7 @@ def trust_messages(
         clipped = tl.where(tl.abs(w - 1.0) > clip, 1.0, 0.0)
         mean_w = w
         top_w = w
-        # ... with each token's log-prob. Inside the clip range `whole` equals `cut`, both rise alike.
+        # of the surrogate with each token's log-prob; inside the clip range `whole` and `cut` are one.
         rise = tl.where((whole <= cut) & (tl.abs(total) <= LIMIT), whole, 0.0)
         if RATIO == "mean":
             rise = rise / n
@@ -238,10 +235,9 @@ def trust_region_loss(
         beta = torch.full((n_agents,), beta, dtype=logp.dtype, device=logp.device)
     beta = beta.expand(n_agents)
     _check(logp, old_logp, message, advantage, agent, beta, n_agents, ratio, kl_unit)
-    loss, stats = _TrustRegion.apply(
-        logp.contiguous(), *(x.detach().contiguous() for x in (old_logp, message, advantage, agent, beta)),
-        clip, ratio, kl_unit,
-    )  # fmt: skip
+    others = (old_logp, message.long(), advantage, agent.long(), beta)
+    others = (x.detach().contiguous() for x in others)
+    loss, stats = _TrustRegion.apply(logp.contiguous(), *others, clip, ratio, kl_unit)
     return loss, dict(zip(STATS, stats))
 
 
@@ -259,9 +255,7 @@ def _check(logp, old_logp, message, advantage, agent, beta, n_agents, ratio, kl_
     ]:
         for name, x in zip(names, tensors):
             if x.shape != shape or x.dim() != 1:
-                raise ValueError(
-                    f"{name} is {tuple(x.shape)}, not {tuple(shape)} like {names[0]}, in one row"
-                )
+                raise ValueError(f"{name} is {tuple(x.shape)}; like {names[0]} it must be {tuple(shape)}")
             if x.device != logp.device:
                 raise ValueError(f"logp is on {logp.device}, but {name} is on {x.device}")
     if logp.dtype not in (torch.float32, torch.float64):

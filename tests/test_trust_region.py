@@ -71,6 +71,14 @@ def test_every_side_of_the_clip(launches):
         assert (got["gradient"] != 0).tolist() == [False, True, True, False, False]
 
 
+def test_layouts_and_small_ids(launches):
+    arguments, options = batch([3, 4, 60], ignored=0.1)
+    arguments[:2] = [torch.stack((x, x), 1)[:, 0] for x in arguments[:2]]
+    arguments[2], options["agent"] = arguments[2].int(), options["agent"].int()
+    assert not arguments[0].is_contiguous()
+    check(arguments, options | {"n_agents": 3, "beta": 0.3})
+
+
 def test_a_message_of_ignored_slots_and_stray_ones(launches):
     arguments, options = batch([3, 4, 5])
     arguments[2][3:7] = -1  # the whole of message 1
