@@ -1,8 +1,9 @@
 """The log-prob kernel beside its peers: time, memory, error and repeatability, in one run on one machine.
 
 Times are put beside the plain matrix products of the same run (one forward; four both ways, with the logits
-made twice, as the kernel does; the torch reference and eager torch keep small ones and do three) and beside the floor, their FLOPs at the rate of one large product. Errors are
-against float64, at most 512 rows. What no machine here can measure is not printed.
+made twice, as the kernels do it; eager torch and, where one chunk holds them all, our reference keep them and
+do three) and beside the floor, their FLOPs at the rate of one large product. Errors are against float64, at
+most 512 rows. What no machine here can measure is not printed.
 """
 
 import functools
