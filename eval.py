@@ -3,16 +3,17 @@
 python eval.py relay                    the newest run under runs/, or the shipped team where there is none
 python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 """
 
 import argparse
 import json
 import sys
 
-from teamtr_min.bench import accuracy
+from teamtr_min.bench import accuracy, kernels
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay"]
+BENCHMARKS = ["relay", "kernels"]
 TEAM_FLAGS = [
     "model",
     "agents",
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help="what to measure: relay (default)")
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="benchmark", help="what to measure: relay (default), kernels"
+    )
     parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
     parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
     parser.add_argument("--problems", type=int, default=2048, help="held-out problems (default 2048)")
@@ -51,8 +54,12 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there is: {', '.join(BENCHMARKS)}")
         if k < 1 or count < 1:
             raise UserError("--k and --problems must be at least 1")
-        subject = accuracy.find_subject(team, flags)
         for name in benchmarks:
+            if name == "kernels":
+                result = kernels.run()
+                print(json.dumps(result) if as_json else kernels.table(result))
+                continue
+            subject = accuracy.find_subject(team, flags)
             result, rollouts, players = accuracy.run(subject, name, k=k, count=count, data=data)
             if as_json:
                 print(json.dumps(result))

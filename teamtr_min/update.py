@@ -17,7 +17,6 @@ from torch import Tensor
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.model import Transformer
-from teamtr_min.objective import teamtr_loss
 from teamtr_min.rollout import AgentBatch
 
 HALVINGS = 10
@@ -196,7 +195,7 @@ def evaluate(
                 add("entropy", token.entropy.sum(), 1 / tokens)
                 add("sampler_mismatch", mismatch.sum(), 1 / tokens)
                 mismatch_max.append(mismatch.max())
-            loss, stats = teamtr_loss(
+            loss, stats = kernels.trust_region_loss(  # objective.teamtr_loss, Eq. 10
                 token.logp,
                 batch.old_logp,
                 batch.message,

@@ -1,5 +1,28 @@
-"""Toy models gain nothing from a second thread and lose a lot on a busy machine: one each, children too."""
+"""Settings that must stand before torch and Triton are imported.
+
+Toy models gain nothing from a second thread and lose a lot on a busy machine: one thread each, children too. Without
+a GPU Triton's interpreter is at hand, so that kernel tests execute the kernels themselves, and TEAMTR_KERNELS=torch,
+so that all other tests take the fast references.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TEAMTR_KERNELS", "torch")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The test runs the kernels; the counter says which started, and none at all is a failure."""
+    from kernels.launch import launches
+
+    monkeypatch.setenv("TEAMTR_KERNELS", "triton")
+    launches.clear()
+    yield launches
+    assert launches, "no kernel was started: this test ran on the torch reference"

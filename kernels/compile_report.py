@@ -1,0 +1,159 @@
+"""Compile every kernel for GPUs that are not here, and say what came out.
+
+    python -m kernels.compile_report [--json] [--hidden 896 1536 2048 3584]
+
+Triton brings its own assembler, so a machine without a GPU builds the very code that an A100 (sm_80), H100
+(sm_90) or B200 (sm_100) would run. The launches are recorded from the product's own calls on tensors without
+storage, so block sizes and argument types are the ones in use. Exit code 1 if a kernel does not compile, if
+one with a matrix product spills registers, if on sm_90 that product is not wgmma, or if one does not fit.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kernels.launch import INTERPRETED, triton
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have, by architecture
+HIDDEN = (896, 1536, 2048, 3584)  # Qwen2.5 0.5B, 1.5B, 3B and 7B
+N, V = 16384, 151936
+COLUMNS = ("kernel", "arch", "H", "V", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma")
+
+
+def launches(arch: int, H: int) -> dict[str, tuple]:
+    """name -> (kernel, arguments, options) of every kernel that a training step may start."""
+    logprob, trust = (
+        importlib.import_module(f"kernels.{name}") for name in ("linear_logprob", "trust_region")
+    )
+    found, suffix = {}, ""
+
+    def record(kernel, programs, *arguments, **options):
+        found.setdefault(kernel.__name__ + suffix, (kernel, arguments, options))
+
+    logprob.start = trust.start = record
+    logprob.capability = lambda device: arch // 10
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    hidden, weight = empty(N, H, dtype=torch.bfloat16), empty(V, H, dtype=torch.bfloat16)
+    ids, floats = empty(N, dtype=torch.int64), empty(N)
+    for wanted in ("", "+entropy", "+kl"):
+        suffix, old = wanted, (hidden, weight) if wanted == "+kl" else None
+        logprob._forward_triton(hidden, weight, ids, 1.0, wanted == "+entropy", old)
+    suffix = ""
+    logprob._dlogits_triton(hidden, weight, ids, floats, floats, slice(0, 3584), 1.0)
+    for ratio in trust.RATIOS:
+        suffix = f"+{ratio}"
+        logp = floats.clone().requires_grad_()
+        loss, _ = trust._TrustRegion.apply(
+            logp, floats, ids, empty(512), empty(512, dtype=torch.int64), empty(3), 0.2, ratio, "message"
+        )
+        loss.backward()
+    return found
+
+
+def compiled(kernel, arguments: tuple, options: dict, arch: int):
+    """The kernel, built for `arch` as a launch with these arguments would build it."""
+    named = dict(zip(kernel.arg_names, arguments))
+    settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    constants = {name: value for name, value in options.items() if name not in settings}
+    constants |= {
+        name: value
+        for name, value in named.items()
+        if value is None or (isinstance(value, int) and value == 1)
+    }
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = named.get(name)
+        signature[name] = "constexpr" if name in constants else triton.runtime.jit.mangle_type(value)
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and name not in constants:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=settings)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack, which these kernels use only to spill registers."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def report(hidden: list[int]) -> tuple[list[dict], list[str]]:
+    """One row per kernel, shape and architecture, and a sentence for each failure."""
+    rows, failures, seen = [], [], set()
+    for arch, limit in SHARED_LIMIT.items():
+        for H in hidden:
+            for name, (kernel, arguments, options) in launches(arch, H).items():
+                matrix = "H" in options
+                row = dict.fromkeys(COLUMNS) | {"kernel": name, "arch": arch, "dtype": "float32"}
+                if matrix:
+                    row |= {"H": H, "V": V, "dtype": "bfloat16"}
+                where = f"{name} on sm_{arch}" + (f" at H {H}" if matrix else "")
+                try:
+                    built = compiled(kernel, arguments, options, arch)
+                except Exception as error:  # whatever the compiler raises is the finding
+                    rows.append(row)
+                    failures.append(f"{where} does not compile: {error}")
+                    continue
+                if built.hash in seen:  # one build serves every H, or every ratio
+                    continue
+                seen.add(built.hash)
+                rows.append(row)
+                row["registers"], row["spill_bytes"] = resources(built.asm["cubin"])
+                row["shared_bytes"] = built.metadata.shared
+                if row["shared_bytes"] > limit:
+                    failures.append(f"{where} needs {row['shared_bytes']} bytes of shared memory")
+                if matrix:
+                    row["wgmma"] = "wgmma.mma_async" in built.asm["ptx"]
+                    if row["spill_bytes"]:
+                        failures.append(f"{where} spills {row['spill_bytes']} bytes")
+                    if arch == 90 and not row["wgmma"]:
+                        failures.append(f"{where} does not use wgmma")
+    return rows, failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row, nothing else")
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", default=HIDDEN, help="hidden sizes (default: Qwen2.5's)"
+    )
+    flags = parser.parse_args(argv)
+    if triton is None or INTERPRETED:
+        print("error: compiling needs Triton (Linux), and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    rows, failures = report(flags.hidden)
+    if flags.json:
+        print(*(json.dumps(row) for row in rows), sep="\n")
+    else:
+        width = max(len(row["kernel"]) for row in rows)
+        print(f"{COLUMNS[0]:{width}}", *(f"{name:>12}" for name in COLUMNS[1:]))
+        for row in rows:
+            cells = ("-" if row[name] is None else str(row[name]) for name in COLUMNS[1:])
+            print(f"{row['kernel']:{width}}", *(f"{cell:>12}" for cell in cells))
+    for failure in failures:
+        print(f"failure: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

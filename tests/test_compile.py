@@ -1,0 +1,31 @@
+"""The kernels, built on this machine for GPUs that it need not have."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_kernel_builds_without_spilling_and_with_wgmma():
+    """In a process of its own: here Triton may have been told to interpret instead of compile."""
+    command = [sys.executable, "-m", "kernels.compile_report", "--json", "--hidden", "1536"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    columns = ["kernel", "arch", "H", "V", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma"]
+    assert all(list(row) == columns and row["registers"] > 0 for row in rows)
+    kernels = {"logprob_strips", "logprob_merge", "logprob_dlogits", "trust_messages", "trust_agents"}
+    kernels.add("trust_gradient")
+    for arch in (80, 90, 100):
+        built = [row for row in rows if row["arch"] == arch]
+        assert {row["kernel"].split("+")[0] for row in built} == kernels
+        products = [row for row in built if row["H"] == 1536]
+        assert len(products) == 4 and all(row["spill_bytes"] == 0 for row in products)
+        assert all(row["wgmma"] == (arch == 90) for row in products)
