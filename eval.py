@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         unknown = set(benchmarks) - set(BENCHMARKS)
         if unknown:
             raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there is: {', '.join(BENCHMARKS)}")
-        if k < 1 or count < 1:
-            raise UserError("--k and --problems must be at least 1")
+        if k < 1 or count < 1 or shown < 0:
+            raise UserError("--k and --problems must be at least 1, --show at least 0")
         for name in benchmarks:
             if name == "kernels":
                 result = kernels.run()
@@ -66,11 +66,15 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print(accuracy.table(result, (rollouts.grouped_returns == 1).sum(1)))
                 print(accuracy.show(rollouts, players, shown))
-    except (UserError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without some characters
     sys.exit(main())

@@ -2,17 +2,19 @@
 
 Algorithm 1, top to bottom. A stage updates every agent once. Before each update the team as it now is works
 on the stage's problems again (fresh occupancy), so each agent learns in the contexts that its already updated
-teammates produce. An update climbs Eq. 10 and ends when the agent's messages have moved by `--delta` nats
+teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--delta` nats of KL per message
 (Eq. 11).
 
     python train.py                                   three small agents learn relay arithmetic in two minutes
-    python train.py --occupancy stale --delta inf     what goes wrong without resampling and radius
+    python train.py --delta inf --lr 2e-3 --inner-steps 20   what goes wrong without the radius
     python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5 from the Hugging Face cache
 """
 
 import math
 import sys
 import time
+
+import torch
 
 from teamtr_min import checkpoint, rng
 from teamtr_min.checkpoint import Progress
@@ -77,8 +79,8 @@ def train(config: Config) -> dict:
             run.finished_stage(stage, held_out_accuracy(stage + 1) if due else None)
             progress = Progress(stage + 1)
         return run.finish(accuracy_final=held_out_accuracy(config.stages))
-    except (Diverged, FloatingPointError, KeyboardInterrupt) as reason:
-        run.finish(stopped=str(reason) or "interrupted")
+    except BaseException as reason:  # whatever ends a run early, the team as it is now stays
+        run.finish(stopped=str(reason) or type(reason).__name__)
         raise
 
 
@@ -100,16 +102,18 @@ def learning_rate(config: Config, update: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     try:
         train(Config.from_flags(argv, __doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Diverged, FloatingPointError) as error:
-        print(f"stopped: {error}; the run's directory holds the last good team", file=sys.stderr)
+    except (Diverged, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without the plot's characters
     sys.exit(main())

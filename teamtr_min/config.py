@@ -89,6 +89,10 @@ class Config:
     resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"{f.name} is {value!r}; it must be of the kind of {f.default!r}")
         for name, least in LEAST.items():
             value = getattr(self, name)
             if not value >= least:  # also catches NaN
@@ -96,10 +100,8 @@ class Config:
         for name in ("lr", "temperature", "clip", "eps_norm", "beta"):
             if math.isinf(getattr(self, name)):
                 raise UserError(f"--{name.replace('_', '-')} must be finite")
-        if self.temperature == 0:
-            raise UserError(
-                "--temperature 0 draws the same rollout every time, so a group has nothing to compare"
-            )
+        if self.beta and not 1e-4 <= self.beta <= 1:
+            raise UserError(f"--beta is {self.beta:g}; it lives between 1e-4 and 1, or is 0 for no penalty")
         if self.delta == 0:
             raise UserError("--delta 0 allows no change at all; give a positive radius, or inf for none")
         for f in dataclasses.fields(self):
@@ -132,9 +134,9 @@ class Config:
         """Read a run's config.json, with `changes` to some fields."""
         try:
             return cls(**json.loads(path.read_text()) | (changes or {}))
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; is {path.parent} the directory of a run?") from None
-        except (json.JSONDecodeError, TypeError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; is {path.parent} the directory of a run?") from None
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path} is not the configuration of a run: {error}") from None
 
     @classmethod
@@ -147,11 +149,23 @@ class Config:
         given = vars(parser.parse_args(argv))
         if given.get("resume"):
             return cls._resumed(given)
-        shipped = given.get("model", "relay") == "relay"
-        for f in dataclasses.fields(cls):
-            if not shipped and f.metadata["pretrained"] is not None:
-                given.setdefault(f.name, f.metadata["pretrained"])
-        return cls(**given)
+        config = cls.of(given)
+        if config.temperature == 0:
+            raise UserError(
+                "--temperature 0 draws the same rollout each time; a group has nothing to compare"
+            )
+        return config
+
+    @classmethod
+    def of(cls, given: dict) -> "Config":
+        """These fields, and for the others the defaults that fit the model: the shipped one or any other."""
+        defaults = {}
+        if set(given.get("model", "relay").split(",")) != {"relay"}:
+            fields = dataclasses.fields(cls)
+            defaults = {
+                f.name: f.metadata["pretrained"] for f in fields if f.metadata["pretrained"] is not None
+            }
+        return cls(**defaults | given)
 
     @classmethod
     def _resumed(cls, given: dict) -> "Config":
@@ -172,7 +186,7 @@ def function_from_file(path: str, name: str) -> Callable:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: no usable function `{name}`: {type(error).__name__}: {error}") from None
     if not callable(function):
         raise UserError(f"{path}: `{name}` is not a function")

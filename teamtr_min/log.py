@@ -172,8 +172,16 @@ class Run:
         aside.rename(final)
 
     def finish(self, accuracy_final: float | None = None, stopped: str | None = None) -> dict:
-        """Save agents and summary.json, and say what came of it; `stopped` is the reason of an early end."""
+        """Save agents and summary.json, and say what came of it; `stopped` is the reason of an early end.
+
+        A new run that ends before its first measurement leaves nothing behind.
+        """
         self.bar.close()
+        if self.accuracy_start is None and not self.config.resume:
+            self._metrics.close()
+            self._transcripts.close()
+            shutil.rmtree(self.directory)
+            return {}
         self.save_agents()
         summary = {
             "accuracy_start": self.accuracy_start,
@@ -224,10 +232,13 @@ class Run:
 
 def new_directory(config: Config) -> Path:
     """The run's own directory, made now; one that holds anything is never written into."""
-    name = f"{config.task}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    task = Path(config.task).stem
+    name = f"{task}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
     directory = Path(config.out or Path("runs") / name)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        while not config.out and directory.exists():  # another run began in the same second
+            directory = directory.with_name(directory.name + "b")
+        directory.mkdir(parents=True, exist_ok=bool(config.out))
         if any(directory.iterdir()):
             raise UserError(f"{directory} exists and is not empty; give another --out, or remove it first")
     except OSError as error:
@@ -236,36 +247,37 @@ def new_directory(config: Config) -> Path:
 
 
 def violation_rate(updates: list[dict], kl: str) -> float | None:
-    """Share of updates whose KL is past the radius; None without updates."""
-    outside = [u["delta"] is not None and u[kl] is not None and u[kl] > u["delta"] for u in updates]
+    """Share of updates whose KL is past the radius; silent agents do not count. None without updates."""
+    outside = [u["delta"] is not None and u[kl] > u["delta"] for u in updates if u[kl] is not None]
     return sum(outside) / len(outside) if outside else None
 
 
 def header(config: Config, team: Team, directory: Path) -> str:
     """Team, memory, task, method and place, one line each."""
     models = [agent.model for agent in team.agents]
-    parameters = sum(p.numel() for model in models for p in model.parameters())
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
     width = models[0].dtype.itemsize
-    masters = parameters * (
-        8 if width == 4 else 12
-    )  # Adam's two moments, and masters where they are a second copy
+    weights = sum(counts) * width
+    # One agent in its update: gradients, Adam, the last accepted point with its Adam, the attempted point;
+    # and where the masters are a second copy, they and their own gradients.
+    update = max(counts) * (width + 8 + 12 + 4 + (8 if width == 2 else 0))
     rows = min(config.problems * config.group, config.batch_rows)
     cache = sum(m.config.kv_per_token for m in models) * width * rows
     roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
-    steps = f"at most {config.inner_steps} steps at lr {config.lr:g}"
-    return "\n".join(
-        [
-            f"team    {len(models)} agents ({roles}), {parameters // len(models):,} parameters each, "
-            f"{'bf16 over fp32 masters' if width == 2 else 'fp32'} on {models[0].device}",
-            f"memory  weights {size(parameters * width)}, optimizer {size(masters)}, "
-            f"KV cache {size(cache)} per token of the longest transcript",
-            f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "
-            f"{config.problems} problems x {config.group} rollouts before each update",
-            f"method  {config.occupancy} occupancy, {config.order} order, radius {config.delta:g} "
-            f"({config.kl_estimator} per {config.kl_unit}), {steps}, {config.stages} stages",
-            f"output  {directory}",
-        ]
-    )
+    precision = "bf16 over fp32 masters" if width == 2 else "fp32"
+    lines = [
+        f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
+        f"{precision} on {models[0].device}",
+        f"memory  weights {size(weights)}, an update {size(update)} besides activations, "
+        f"KV cache {size(cache)} per token of a transcript",
+        f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "
+        f"{config.problems} problems x {config.group} rollouts before each update",
+        f"method  {config.occupancy} occupancy, {config.order} order, radius {config.delta:g} "
+        f"({config.kl_estimator} per {config.kl_unit}), "
+        f"at most {config.inner_steps} steps at lr {config.lr:g}, {config.stages} stages",
+        f"output  {directory}",
+    ]
+    return "\n".join(lines)
 
 
 def closing(config: Config, directory: Path, summary: dict, accuracies: list[float]) -> str:

@@ -106,7 +106,7 @@ def batches(tokenizer, generator: np.random.Generator, rows: int, careful: float
 
 def initial_model(vocab_size: int, seed: int) -> Transformer:
     """89k parameters with the usual small normal weights, deeper writes scaled down."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     shape = {
         "hidden_size": 64,
         "intermediate_size": 168,
@@ -185,5 +185,5 @@ def start_accuracy(directory: Path, agents: int, count: int, seed: int) -> float
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

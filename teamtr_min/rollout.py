@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Team, View
@@ -137,17 +137,11 @@ def _play(
     """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
     transcripts: list[list[Message]] = [[] for _ in problems]
     samplers: dict[int, Sampler] = {}
-    n = len(team.agents)
     for turn in range(team.turns):
         speakers = []
         for r, transcript in enumerate(transcripts):
             uniform = rng.key(config.seed, "route", *place, first + r, turn) / 2**64
-            speaker = team.router(turn, transcript, n, uniform)
-            if speaker not in range(n):
-                raise UserError(
-                    f"the router chose {speaker!r} at turn {turn}; agents are numbered 0 to {n - 1}"
-                )
-            speakers.append(speaker)
+            speakers.append(team.route(turn, transcript, uniform))
         for j in sorted(set(speakers)):
             agent, rows = team.agents[j], [r for r, speaker in enumerate(speakers) if speaker == j]
             sampler = samplers.setdefault(j, Sampler(agent.model, len(problems)))
@@ -159,7 +153,7 @@ def _play(
                 config.temperature,
                 [agent.chat.end_of_message],
             )
-            contents = [c.tokens[:-1] if c.stopped else c.tokens for c in completions]
-            for r, c, text in zip(rows, completions, agent.tokenizer.decode_batch(contents)):
+            texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
+            for r, c, text in zip(rows, completions, texts):
                 transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
     return transcripts

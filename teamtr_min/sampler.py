@@ -95,6 +95,12 @@ class Sampler:
                 raise ValueError(
                     f"row {row} holds {self.cached[row]} tokens; a sequence of {len(ids)} adds none"
                 )
+        longest, most = max(map(len, sequences)), self.model.config.max_positions
+        if longest + max_new_tokens > most:
+            raise UserError(
+                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} pass the model's "
+                f"{most} positions; lower --max-new-tokens or --rounds"
+            )
         device, live = self.model.device, len(rows)
         index_of = {row: i for i, row in enumerate(rows)}
         wanted = [row in index_of for row in self.row_at]
@@ -105,12 +111,6 @@ class Sampler:
         tokens = torch.zeros(live, max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(live, max_new_tokens, device=device)
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        longest, most = max(map(len, sequences)), self.model.config.max_positions
-        if longest + max_new_tokens > most:
-            raise UserError(
-                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} pass the model's "
-                f"{most} positions; lower --max-new-tokens or --rounds"
-            )
         logits = self._prefill([sequences[i] for i in request], prefill_tokens)  # (B, V), by slot
         order = torch.tensor(request, device=device)  # (live,) slot -> i
         done = torch.zeros(live, dtype=torch.bool, device=device)
@@ -200,5 +200,7 @@ def _cut(tokens: list[list[int]], logprobs: Tensor, stop_ids: set[int]) -> list[
         end = next((t + 1 for t, token in enumerate(ids) if token in stop_ids), None)
         completions.append(Completion(ids[:end], values[:end], end is not None))
         if not all(v > -float("inf") for v in values[:end]):  # also catches NaN
-            raise FloatingPointError("the model's output is not finite: its weights hold NaN or infinity")
+            raise FloatingPointError(
+                "the model's output is not finite: its weights hold NaN, or the temperature is too low"
+            )
     return completions

@@ -165,7 +165,9 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
     """Problems from a JSONL file; "id" is optional. Errors name the file, the line and what is wrong."""
     problems = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = (
+            Path(path).read_text(encoding="utf-8-sig").split("\n")
+        )  # a text may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -173,12 +175,13 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: a JSON {type(record).__name__}, not an object")
         for field in (question_field, answer_field):
-            if not isinstance(record.get(field), (str, int, float)):
+            value = record.get(field)
+            if type(value) not in (str, int, float) or value != value or not str(value).strip():
                 has = ", ".join(record) or "nothing"
                 raise UserError(f'{path}, line {number}: no text in the field "{field}" (it has: {has}); '
                                 "--question-field and --answer-field name others")  # fmt: skip

@@ -7,12 +7,14 @@ never encoded again.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import kernels
 from teamtr_min.config import Config, UserError, function_from_file
 from teamtr_min.model import Transformer
 from teamtr_min.tokenizer import Tokenizer, load_tokenizer
@@ -86,6 +88,18 @@ class Team:
     def turns(self) -> int:
         return len(self.agents) * self.rounds
 
+    def route(self, turn: int, messages: list[Message], uniform: float) -> int:
+        """The agent who speaks next; UserError when a router of the user's own fails or names nobody."""
+        n = len(self.agents)
+        try:
+            choice = self.router(turn, messages, n, uniform)
+            speaker = -1 if isinstance(choice, bool) else operator.index(choice)
+        except Exception as error:
+            raise UserError(f"the router failed at turn {turn}: {type(error).__name__}: {error}") from None
+        if not 0 <= speaker < n:
+            raise UserError(f"the router chose {choice!r} at turn {turn}; agents are numbered 0 to {n - 1}")
+        return speaker
+
     def view(self, j: int, problem: str, messages: list[Message], speak: bool) -> View:
         """What agent j sees of a transcript; `speak` ends it with the header of j's next message.
 
@@ -124,6 +138,11 @@ def load_team(config: Config, roles: list[Role], sources: list[str | Path] | Non
     for source, role in zip(sources, roles):
         chat = chats[find_model(source)]
         model = load_model(source, device, dtype)
+        if config.max_new_tokens >= model.config.max_positions:
+            raise UserError(
+                f"--max-new-tokens {config.max_new_tokens} leaves no room in "
+                f"the {model.config.max_positions} positions of {source}"
+            )
         if chat.tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"{source}: the tokenizer has {chat.tokenizer.vocab_size} tokens, "
@@ -140,9 +159,15 @@ def placement(config: Config) -> tuple[torch.device, torch.dtype]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps can")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    try:
+        kernels.use_triton(torch.empty(0, device=device))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return device, DTYPES[{"auto": "bf16" if bf16 else "fp32"}.get(config.dtype, config.dtype)]
 

@@ -59,7 +59,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """Id of the tokenizer's end-of-sequence token, or None."""
+        """Id of the tokenizer's end-of-sequence token, for `generate`'s stop_ids, or None."""
         token = self.special.get("eos_token")
         return None if token is None else self.backend.token_to_id(token)
 

@@ -83,13 +83,15 @@ class Learner:
         for state in self.optimizer.state.values():
             state |= {name: value.to(device) for name, value in state.items() if name != "step"}
 
-    def point(self) -> Point:
-        """A copy of where this learner stands."""
-        state = self.optimizer.state
-        return Point(
-            [p.detach().clone() for p in self.masters],
-            [{name: value.clone() for name, value in state[p].items()} for p in self.masters],
-        )
+    @torch.no_grad()
+    def point(self, into: Point | None = None) -> Point:
+        """A copy of where this learner stands; in the memory of `into`, an earlier one, if given."""
+        point = into or Point([torch.empty_like(p) for p in self.masters], [{} for _ in self.masters])
+        for i, p in enumerate(self.masters):
+            point.masters[i].copy_(p)
+            point.state[i].clear()
+            point.state[i].update({name: value.clone() for name, value in self.optimizer.state[p].items()})
+        return point
 
     @torch.no_grad()
     def go(self, base: Point, toward: list[Tensor] | None = None, fraction: float = 0.0) -> None:
@@ -119,13 +121,15 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
     learner.park(learner.model.device)
     accepted, report = learner.point(), {}
     old_head = learner.model.head.detach().clone() if config.kl_estimator == "exact" else None
+    # Without any advantage there is nothing to climb: a step would only follow Adam's momentum. [ours]
+    steps = config.inner_steps if any(batch.advantage.any() for batch in batches) else 0
 
     def measure(grad: bool) -> dict[str, float]:
         return evaluate(learner, batches, config, old_head, grad)
 
     try:
-        for step in range(config.inner_steps + 1):
-            last = step == config.inner_steps
+        for step in range(steps + 1):
+            last = step == steps
             here = attempted = measure(grad=not last)
             if step == 0:
                 report = {
@@ -135,7 +139,7 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
                 break
             if last:
                 break
-            accepted, inside = learner.point() if step else accepted, here
+            accepted, inside = learner.point(into=accepted) if step else accepted, here
             report["grad_norm"] = learner.step(lr)
         halvings = 0
         if attempted["kl"] > config.delta:
@@ -146,14 +150,17 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
                 here = measure(grad=False)
             if here["kl"] > config.delta:
                 learner.go(accepted)
-                here = inside
+                here, halvings = inside, HALVINGS + 1
     except (Diverged, KeyboardInterrupt):
         learner.go(accepted)
         raise
     finally:
         learner.park("cpu")  # an agent that waits for its turn leaves the device to the others
 
-    beta, learner.beta = learner.beta, adapt_beta(learner.beta, attempted["kl"], config.delta)
+    beta = learner.beta
+    if steps:
+        learner.beta = adapt_beta(beta, attempted["kl"], config.delta)
+    report.setdefault("grad_norm", None)
     report |= {name: here[name] for name in ("loss", "clip_fraction", "ratio_mean", "ratio_max")}
     report |= {f"{name}_before": attempted[name] for name in KL_NAMES}
     report |= {f"{name}_after": here[name] for name in KL_NAMES}

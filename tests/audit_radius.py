@@ -34,6 +34,8 @@ if __name__ == "__main__":
 
     Rollouts.view, train.update_agent = remember, audit
     code = train.main()
+    if not audited:
+        sys.exit(code)
     outside = sum(kl > delta * (1 + 1e-4) for kl, _, delta in audited)
     gap = max(abs(kl - reported) for kl, reported, _ in audited)
     print(

@@ -2,13 +2,17 @@
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
 import eval as evaluation
+import train
+from teamtr_min import load_model, save_model
 from teamtr_min.bench.accuracy import mean_with_interval, pass_at
+from teamtr_min.config import Config
 
 
 def test_pass_at_j_is_the_share_of_all_choices_of_j_that_hold_a_right_one():
@@ -57,6 +61,30 @@ def test_json_prints_one_object_with_the_promised_fields(capsys, tmp_path):
     assert result["problems"] == 2 and result["pass_at_k"] == 0.5 and 0 < result["avg_at_k"] < 0.5
 
 
+def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys, tmp_path, monkeypatch):
+    """A run whose last agent is deaf scores 0; and without --team the newest run is taken."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("older", "newer"):
+        flags = "--agents 2 --stages 1 --problems 2 --group 2 --inner-steps 1 --eval-problems 8 --device cpu"
+        assert train.main([*flags.split(), "--out", f"runs/{name}"]) == 0
+    model = load_model("runs/newer/agents/1")
+    model.model.norm.weight.data.zero_()  # every token equally likely
+    save_model(model, "runs/newer/agents/1")
+    os.utime("runs/older/summary.json", (0, 0))
+    scores = []
+    for flags in (["--team", "runs/older"], ["--team", "runs/newer"], []):
+        capsys.readouterr()
+        assert evaluation.main(["--json", "--problems", "200", *flags]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0]["avg_at_k"] > 0.1 and scores[1]["avg_at_k"] < 0.05
+    assert scores[2]["team"] == "runs/newer" and scores[2]["avg_at_k"] == scores[1]["avg_at_k"]
+
+
+def test_another_model_is_evaluated_with_the_defaults_that_train_uses():
+    assert Config.of({"model": "x"}).temperature == 0.8 and Config.of({"model": "x"}).max_new_tokens == 256
+    assert Config.of({"model": "relay,relay", "agents": 2}) == Config(model="relay,relay", agents=2)
+
+
 def test_the_table_shows_three_transcripts(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # no runs here: the shipped team
     assert evaluation.main(["--problems", "8", "--k", "4", "--device", "cpu"]) == 0
@@ -70,7 +98,7 @@ def test_the_table_shows_three_transcripts(capsys, monkeypatch, tmp_path):
     [
         (["chess"], "no benchmark chess"),
         (["--k", "0"], "must be at least 1"),
-        (["--team", "nowhere"], "nowhere/config.json does not exist"),
+        (["--team", "nowhere"], "nowhere/config.json: No such file"),
         (["--team", "x", "--agents", "2"], "leave out --agents"),
         (["--agents", "2", "--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
     ],

@@ -135,7 +135,7 @@ def test_a_resume_with_another_configuration_names_what_differs(finished, capsys
 
 def test_a_resume_of_nothing_says_so(tmp_path, capsys):
     assert train.main(["--resume", str(tmp_path / "nowhere")]) == 2
-    assert "does not exist; is" in capsys.readouterr().err
+    assert "No such file or directory; is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])

@@ -23,17 +23,22 @@ def play(config: Config, problems: int = 5, place=("train", 0, 0), **changes):
 
 SHORT = Config(group=4, max_new_tokens=4)  # some messages are cut off at four tokens
 TWO_ROUNDS = Config(group=4, agents=2, rounds=2)
+CUT_TWICE = Config(
+    group=4, agents=2, rounds=2, max_new_tokens=3
+)  # cut off, and seen again as one's own context
 
 
 def text_of(rollouts) -> list:
     return [[(m.agent, m.tokens, m.stopped) for m in messages] for messages in rollouts.messages]
 
 
-@pytest.mark.parametrize("config", [SHORT, TWO_ROUNDS, Config(group=4, router="random")])
+@pytest.mark.parametrize("config", [SHORT, TWO_ROUNDS, CUT_TWICE, Config(group=4, router="random")])
 def test_every_sampled_token_is_trained_on_once_and_nothing_else(config):
     """End-of-message tokens are in; contexts, padding and the token that closes a cut-off message are not."""
     rollouts, team, _ = play(config)
-    assert any(not m.stopped for ms in rollouts.messages for m in ms) or config is not SHORT
+    assert any(not m.stopped for ms in rollouts.messages for m in ms) == (config.max_new_tokens < 16)
+    constant = sum(len(set(group)) == 1 for group in rollouts.grouped_returns.tolist())
+    assert rollouts.constant_groups == pytest.approx(constant / 5)
     advantage = torch.arange(len(rollouts.messages)).float()
     for agent in range(config.agents):
         batches = rollouts.view(agent, advantage, batch_tokens=60)
@@ -110,8 +115,21 @@ def test_a_router_of_ones_own(tmp_path):
     file.write_text("def router(turn, messages, agents, uniform):\n    return agents - 1 - turn % agents\n")
     rollouts, _, _ = play(Config(group=2, router=str(file)))
     assert all([m.agent for m in ms] == [2, 1, 0] for ms in rollouts.messages)
-    file.write_text("def router(turn, messages, agents, uniform):\n    return 3\n")
-    with pytest.raises(UserError, match="chose 3 at turn 0; agents are numbered 0 to 2"):
+    for body, fault in {
+        "return 3": "chose 3 at turn 0; agents are numbered 0 to 2",
+        "return -1": "chose -1",
+        "return True": "chose True",
+        "return 1.0": "TypeError: 'float' object",
+        "return None": "TypeError: 'NoneType' object",
+        "return agents / 0": "ZeroDivisionError",
+    }.items():
+        file.write_text(f"def router(turn, messages, agents, uniform):\n    {body}\n")
+        with pytest.raises(UserError, match=fault):
+            play(Config(group=2, router=str(file)))
+    file.write_text("import numpy\ndef router(turn, messages, agents, uniform):\n    return numpy.int64(1)\n")
+    assert type(play(Config(group=2, router=str(file)))[0].messages[0][0].agent) is int
+    file.write_text("raise SystemExit(0)\n")
+    with pytest.raises(UserError, match="no usable function `router`: SystemExit"):
         play(Config(group=2, router=str(file)))
     file.write_text("def route():\n    pass\n")
     with pytest.raises(UserError, match="no usable function `router`"):

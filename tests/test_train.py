@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import eval as evaluation
 import train
 from teamtr_min import load_model, pretrain, rng
 from teamtr_min.config import Config
-from teamtr_min.log import plot, size
+from teamtr_min.log import plot, size, violation_rate
 from teamtr_min.tasks import Relay
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,58 @@ def test_a_run_writes_what_it_promises(toy_run):
         assert [m["agent"] for m in record["messages"]] == [0, 1]
         assert Relay.is_held_out(record["text"]) == (record["split"] == "held-out")
         assert record["return"] == float(record["messages"][-1]["text"] == record["answer"])
+
+
+def test_the_schedule_and_the_draws_are_those_of_the_place(toy_run, tmp_path):
+    """Cosine decay over all updates; draws of its own for each; a random order that changes."""
+    lrs = [m["lr"] for m in toy_run[2] if m["kind"] == "update"]
+    assert lrs == pytest.approx([2.5e-4 * (1 + math.cos(math.pi * u / 4)) for u in range(4)])
+    config = Config(agents=5, order="random")
+    orders = [train.update_order(config, stage) for stage in range(20)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and len(set(map(tuple, orders))) > 10
+    assert orders == [train.update_order(config, stage) for stage in range(20)]
+    # The same team before both updates: what differs is the draws.
+    _, metrics = run(tmp_path / "still", "--lr", "0", "--stages", "1", "--problems", "32")
+    first, second = (m["return_mean"] for m in metrics if m["kind"] == "update")
+    assert first != second and abs(first - second) < 0.2
+
+
+def test_the_knobs_of_the_advantage_reach_it(tmp_path, monkeypatch):
+    seen, original = [], train.group_advantages
+    monkeypatch.setattr(train, "group_advantages", lambda *a: seen.append(a[1:]) or original(*a))
+    run(tmp_path / "run", "--advantage-clip", "0.7", "--eps-norm", "0.01", "--stages", "1")
+    assert seen == [(0.7, 0.01)] * 2
+
+
+def test_violation_rates_count_what_passed_its_radius():
+    updates = [{"delta": 0.02, "kl": kl} for kl in (0.01, 0.03, 0.02, 0.5)] + [{"delta": None, "kl": None}]
+    assert violation_rate(updates, "kl") == 0.5 and violation_rate([], "kl") is None
+    assert violation_rate([{"delta": None, "kl": 9.0}], "kl") == 0
+
+
+def test_what_was_cut_off_is_counted(tmp_path):
+    _, metrics = run(tmp_path / "run", "--max-new-tokens", "3")
+    assert (
+        metrics[0]["truncated"] > 0.5 and metrics[0]["message_tokens"] == 3 and metrics[1]["truncated"] < 0.5
+    )
+
+
+def test_a_run_that_fails_later_keeps_its_team(tmp_path, capsys):
+    router = tmp_path / "router.py"
+    router.write_text("calls = []\ndef router(turn, messages, agents, uniform):\n    calls.append(turn)\n"
+                      "    return 7 if len(calls) > 150 else turn % agents\n")  # fmt: skip
+    out = tmp_path / "run"
+    assert train.main([*TOY, "--out", str(out), "--router", str(router)]) == 2
+    assert "the router chose 7" in capsys.readouterr().err
+    assert "the router chose 7" in json.loads((out / "summary.json").read_text())["stopped"]
+    assert (out / "agents" / "1" / "model.safetensors").is_file()
+
+
+def test_a_run_that_fails_before_its_first_measurement_leaves_nothing(tmp_path, capsys):
+    router = tmp_path / "router.py"
+    router.write_text("def router(turn, messages, agents, uniform):\n    return 7\n")
+    assert train.main([*TOY, "--out", str(tmp_path / "run"), "--router", str(router)]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_metrics_key_is_explained_in_the_readme(toy_run):
@@ -167,6 +220,9 @@ def test_a_team_learns(tmp_path):
         (["--delta", "0"], "--delta 0 allows no change"),
         (["--delta", "nan"], "--delta is nan"),
         (["--lr", "inf"], "--lr must be finite"),
+        (["--beta", "5"], "--beta is 5; it lives between"),
+        (["--max-new-tokens", "600"], "leaves no room in the 512 positions"),
+        (["--device", "meta"], "only cpu, cuda and mps can"),
         (["--temperature", "0"], "nothing to compare"),
         (["--model", "relay,relay,relay"], "3 models for 2 agents"),
         (["--model", "nonesuch"], "no model 'nonesuch'"),
@@ -182,6 +238,16 @@ def test_impossible_values_are_a_sentence_before_any_work(tmp_path, capsys, flag
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "mode, message", [("fast", "must be auto, triton or torch"), ("triton", "needs Triton and")]
+)
+def test_kernels_that_cannot_run_are_a_sentence_before_any_work(tmp_path, capsys, monkeypatch, mode, message):
+    monkeypatch.setattr("kernels.launch.INTERPRETED", False)
+    monkeypatch.setenv("TEAMTR_KERNELS", mode)
+    assert train.main([*TOY, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +288,7 @@ def test_not_a_number_or_ctrl_c_stops_the_run_and_keeps_the_last_good_team(
     assert interrupt or "stopped: loss is nan" in capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
     assert summary["accuracy_final"] is None
-    assert ("interrupted" if interrupt else "loss is nan") in summary["stopped"]
+    assert ("KeyboardInterrupt" if interrupt else "loss is nan") in summary["stopped"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
     for j in range(2):
         assert all(torch.isfinite(p).all() for p in load_model(out / "agents" / str(j)).parameters())

@@ -195,8 +195,8 @@ def test_training_is_the_same_by_both_paths(monkeypatch, tmp_path):
     for mode in ("torch", "triton"):
         monkeypatch.setenv("TEAMTR_KERNELS", mode)
         kernels.launch.launches.clear()
-        flags = "--stages 3 --agents 2 --problems 2 --group 4 --inner-steps 1 --eval-problems 8 --beta 0.01 --lr 2e-4"
-        flags += f" --kl-estimator exact --device {DEVICE} --out {tmp_path / mode}"
+        flags = "--stages 3 --agents 2 --problems 2 --group 4 --inner-steps 1 --eval-problems 8 --beta 0.01"
+        flags += f" --lr 2e-4 --kl-estimator exact --device {DEVICE} --out {tmp_path / mode}"
         assert train.main(flags.split()) == 0
         assert len(kernels.launch.launches) == (6 if mode == "triton" else 0)
         lines = (tmp_path / mode / "metrics.jsonl").read_text().splitlines()

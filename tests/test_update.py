@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import kernels
 from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.objective import group_advantages
@@ -73,7 +74,7 @@ def test_the_radius_holds_by_an_independent_recomputation(changes):
     assert measured[config.kl_estimator] <= config.delta + 2e-6
     if config.lr == 5e-3:
         assert (report["kl_before"] > 0.02) and (report["halvings"] > 0) == math.isfinite(config.delta)
-    assert report["steps"] <= config.inner_steps and (measured["k3"] > 0 or report["halvings"] == 10)
+    assert report["steps"] <= config.inner_steps and (measured["k3"] > 0 or report["halvings"] == 11)
 
 
 def test_going_back_restores_the_optimizer_with_the_weights():
@@ -81,7 +82,7 @@ def test_going_back_restores_the_optimizer_with_the_weights():
     learner, batches, config, *_ = prepared(lr=3e-4, inner_steps=6, delta=0.02)
     points, outside = [], []
     take, go = learner.point, learner.go
-    learner.point = lambda: points.append(take()) or points[-1]
+    learner.point = lambda into=None: points.append(copy.deepcopy(take())) or take(into)
     learner.go = lambda base, toward=None, fraction=0.0: outside.append(toward) or go(base, toward, fraction)
     report = update_agent(learner, batches, config, config.lr)
     assert 0 < report["halvings"] < 10 and report["steps"] >= 2, (
@@ -103,7 +104,7 @@ def test_an_update_that_fits_nowhere_leaves_the_agent_as_it_was():
     learner, batches, config, *_ = prepared(lr=0.5, delta=1e-9)
     before = [p.detach().clone() for p in learner.masters]
     report = update_agent(learner, batches, config, config.lr)
-    assert report["halvings"] == 10 and report["kl_after"] == 0
+    assert report["halvings"] == 11 and report["kl_after"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, learner.masters))
     assert all(not learner.optimizer.state[p] for p in learner.masters)
 
@@ -233,6 +234,62 @@ def test_the_learning_rate_that_is_logged_is_the_one_that_is_used():
     report = update_agent(learner, batches, config, 1e-4)
     step = max((a - b).abs().max().item() for a, b in zip(before, learner.masters))
     assert report["lr"] == 1e-4 and step == pytest.approx(1e-4, rel=1e-2)  # Adam's first step is lr itself
+
+
+def test_every_knob_of_the_objective_reaches_it(monkeypatch):
+    learner, batches, config, *_ = prepared(clip=0.3, ratio="mean", kl_unit="token", beta=0.07, inner_steps=1)
+    seen, original = [], kernels.trust_region_loss
+    monkeypatch.setattr(kernels, "trust_region_loss", lambda *a, **k: seen.append(k) or original(*a, **k))
+    update_agent(learner, batches, config, config.lr)
+    assert seen and all(k == {"clip": 0.3, "ratio": "mean", "kl_unit": "token", "beta": 0.07} for k in seen)
+
+
+def test_beta_is_adapted_on_the_attempt_not_on_what_was_kept():
+    learner, batches, config, *_ = prepared(lr=5e-3, beta=0.01)
+    report = update_agent(learner, batches, config, config.lr)
+    assert report["kl_before"] > 1.5 * config.delta > report["kl_after"]
+    assert report["beta"] == 0.01 and learner.beta == pytest.approx(0.015)
+
+
+def test_the_optimizer_is_the_one_specified():
+    """Gradient norm clipped at 1, and Adam's moments with betas 0.9 and 0.99: read off after one step."""
+    learner, batches, config, *_ = prepared(inner_steps=1, delta=math.inf)
+    for batch in batches:
+        batch.advantage *= 1e4
+    report = update_agent(learner, batches, config, config.lr)
+    assert report["grad_norm"] > 10
+    state = [learner.optimizer.state[p] for p in learner.masters]
+    first = torch.cat([s["exp_avg"].flatten() for s in state])
+    second = torch.cat([s["exp_avg_sq"].flatten() for s in state])
+    assert first.norm().item() == pytest.approx(0.1, rel=1e-4)
+    assert torch.allclose(second, 0.01 * (first / 0.1) ** 2, rtol=1e-3, atol=1e-12)
+    assert learner.optimizer.param_groups[0]["weight_decay"] == 0
+
+
+def test_ctrl_c_inside_an_update_undoes_the_step_under_way(monkeypatch):
+    learner, batches, config, *_ = prepared(delta=math.inf)
+    before, step = [p.detach().clone() for p in learner.masters], learner.step
+
+    def interrupted(lr):
+        step(lr)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learner, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        update_agent(learner, batches, config, config.lr)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters))
+
+
+def test_without_any_advantage_nothing_moves_not_even_by_momentum():
+    learner, batches, config, *_ = prepared(delta=math.inf)
+    update_agent(learner, batches, config, config.lr)
+    learner, before, beta = learner, [p.detach().clone() for p in learner.masters], learner.beta
+    for batch in batches:
+        batch.advantage.zero_()
+        batch.old_logp = None
+    report = update_agent(learner, batches, config, config.lr)
+    assert report["steps"] == 0 and report["kl_after"] == 0 and report["entropy"] > 0 and learner.beta == beta
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters))
 
 
 def test_an_agent_that_never_spoke_is_left_alone():

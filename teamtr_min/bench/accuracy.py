@@ -47,7 +47,7 @@ def find_subject(team: str | None, changes: dict) -> Subject:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", Config(**changes), None)
+        return Subject("untrained team", Config.of(changes), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
