@@ -1,8 +1,9 @@
-"""Benchmarks.
+"""Benchmarks: how often a team is right, and how fast the kernels are.
 
-python eval.py relay                    the newest run under runs/, or the shipped team where there is none
+python eval.py relay                    the newest run under runs/, or without one the shipped team
 python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 """
 
@@ -13,18 +14,10 @@ import sys
 from teamtr_min.bench import accuracy, kernels
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay", "kernels"]
-TEAM_FLAGS = [
-    "model",
-    "agents",
-    "rounds",
-    "router",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-    "device",
-    "dtype",
-]
+BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels"]
+TEAM_FLAGS = (
+    "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,17 +25,20 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="benchmark", help="what to measure: relay (default), kernels"
+        "benchmarks",
+        nargs="*",
+        metavar="benchmark",
+        help=f"what to measure: {', '.join(BENCHMARKS)} (default relay)",
     )
     parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
     parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
     parser.add_argument("--problems", type=int, default=2048, help="held-out problems (default 2048)")
-    parser.add_argument("--data", help='JSONL of {"problem", "answer"} instead of the held-out problems')
+    parser.add_argument("--data", help="JSONL of problems to take instead of the held-out ones")
     parser.add_argument("--show", type=int, default=3, help="transcripts to print (default 3)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
     )
-    add_flags(parser, TEAM_FLAGS)
+    add_flags(parser, TEAM_FLAGS.split())
     flags = vars(parser.parse_args(argv))
     team, k, count, data, shown, as_json = (
         flags.pop(name) for name in ("team", "k", "problems", "data", "show", "json")

@@ -119,7 +119,10 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     aside = directory / ".model.safetensors.part"
-    save_file(tensors, aside, metadata={"format": "pt"})
+    try:
+        save_file(tensors, aside, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {aside}: {error}") from None
     os.replace(aside, directory / "model.safetensors")
     aside = directory / ".config.json.part"
     aside.write_text(json.dumps(config_json(model.config, model.dtype), indent=2) + "\n")

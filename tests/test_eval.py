@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import train
 from teamtr_min import load_model, save_model
 from teamtr_min.bench.accuracy import mean_with_interval, pass_at
 from teamtr_min.config import Config
+
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K" / "hf_qwen2"
 
 
 def test_pass_at_j_is_the_share_of_all_choices_of_j_that_hold_a_right_one():
@@ -83,6 +86,28 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys, tmp_path, mo
 def test_another_model_is_evaluated_with_the_defaults_that_train_uses():
     assert Config.of({"model": "x"}).temperature == 0.8 and Config.of({"model": "x"}).max_new_tokens == 256
     assert Config.of({"model": "relay,relay", "agents": 2}) == Config(model="relay,relay", agents=2)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="a model that reads English is not at hand (../shared/data)")
+def test_word_problems_of_a_file_are_all_evaluated(capsys, tmp_path):
+    lines = [json.dumps({"ask": f"{i} + {i}?", "gold": f"so #### {2 * i}"}) for i in range(5)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    flags = [
+        "--model",
+        str(STORIES),
+        "--agents",
+        "2",
+        "--data",
+        str(tmp_path / "p.jsonl"),
+        "--max-new-tokens",
+        "4",
+    ]
+    fields = ["--question-field", "ask", "--answer-field", "gold"]
+    assert evaluation.main(["jsonl", "--json", *flags, *fields]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["benchmark"] == "jsonl" and result["problems"] == 5 and result["avg_at_k"] == 0
+    assert evaluation.main(["jsonl", "--json", *flags]) == 2
+    assert 'line 1: no text in the field "question" (it has: ask, gold)' in capsys.readouterr().err
 
 
 def test_the_table_shows_three_transcripts(capsys, monkeypatch, tmp_path):
