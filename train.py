@@ -80,7 +80,7 @@ def train(config: Config) -> dict:
             progress = Progress(stage + 1)
         return run.finish(accuracy_final=held_out_accuracy(config.stages))
     except BaseException as reason:  # whatever ends a run early, the team as it is now stays
-        run.finish(stopped=str(reason) or type(reason).__name__)
+        run.finish(stopped="interrupted" if isinstance(reason, KeyboardInterrupt) else str(reason))
         raise
 
 
