@@ -262,7 +262,8 @@ def header(config: Config, team: Team, directory: Path) -> str:
     # and where the masters are a second copy, they and their own gradients.
     update = max(counts) * (width + 8 + 12 + 4 + (8 if width == 2 else 0))
     rows = min(config.problems * config.group, config.batch_rows)
-    cache = sum(m.config.kv_per_token for m in models) * width * rows
+    caches = [m.config.kv_per_token * width * rows for m in models]
+    cache = max(caches) if team.speaks_last(0, 0) else sum(caches)  # all stay where agents speak again
     roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
     precision = "bf16 over fp32 masters" if width == 2 else "fp32"
     lines = [

@@ -144,8 +144,9 @@ def _play(
             speakers.append(team.route(turn, transcript, uniform))
         for j in sorted(set(speakers)):
             agent, rows = team.agents[j], [r for r, speaker in enumerate(speakers) if speaker == j]
-            sampler = samplers.setdefault(j, Sampler(agent.model, len(problems)))
-            completions = sampler.speak(
+            if j not in samplers:
+                samplers[j] = Sampler(agent.model, len(problems))
+            completions = samplers[j].speak(
                 rows,
                 [team.view(j, problems[r].text, transcripts[r], speak=True).ids for r in rows],
                 [rng.key(config.seed, "rollout", *place, first + r, turn) for r in rows],
@@ -156,4 +157,6 @@ def _play(
             texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
             for r, c, text in zip(rows, completions, texts):
                 transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
+            if team.speaks_last(j, turn):
+                del samplers[j]  # the memory of its cache serves the next agent
     return transcripts

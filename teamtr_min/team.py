@@ -88,6 +88,10 @@ class Team:
     def turns(self) -> int:
         return len(self.agents) * self.rounds
 
+    def speaks_last(self, j: int, turn: int) -> bool:
+        """Whether agent j, speaking at `turn`, is known to be silent for the rest of the rollout."""
+        return self.router is round_robin and turn + len(self.agents) >= self.turns
+
     def route(self, turn: int, messages: list[Message], uniform: float) -> int:
         """The agent who speaks next; UserError when a router of the user's own fails or names nobody."""
         n = len(self.agents)

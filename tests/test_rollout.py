@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from teamtr_min import rng
+from teamtr_min import rng, rollout
 from teamtr_min.config import Config, UserError
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import collect
@@ -80,6 +80,27 @@ def test_sampling_in_small_batches_changes_no_message():
     parts, _, _ = play(TWO_ROUNDS, batch_rows=3)
     assert text_of(whole) == text_of(parts)
     assert torch.equal(whole.returns, parts.returns)
+
+
+def test_a_cache_goes_when_its_agent_has_spoken_for_the_last_time(monkeypatch):
+    """One round needs one cache at a time; with more turns to come they stay."""
+    alive, most = set(), {}
+    for config in (Config(group=2), TWO_ROUNDS, Config(group=2, router="random")):
+        most[config] = 0
+
+        class Counted(rollout.Sampler):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                alive.add(id(self))
+                most[config] = max(most[config], len(alive))  # noqa: B023
+
+            def __del__(self):
+                alive.discard(id(self))
+
+        monkeypatch.setattr(rollout, "Sampler", Counted)
+        play(config)
+        assert not alive
+    assert list(most.values()) == [1, 2, 3]
 
 
 def test_a_place_is_its_own_stream():
