@@ -44,10 +44,10 @@ def train(config: Config) -> dict:
     def held_out_accuracy(stages_done: int) -> float:
         return run.evaluated(play(held_out, 1, "held-out", stages_done), stages_done)
 
+    if config.resume:
+        progress, log_state = checkpoint.load(run.directory, learners, team, stage_problems)
+        run.restore(log_state)
     try:
-        if config.resume:
-            progress, log_state = checkpoint.load(run.directory, learners, team, stage_problems)
-            run.restore(log_state)
         if run.accuracy_start is None:
             run.started(held_out_accuracy(0))
         for stage in range(progress.stage, config.stages):

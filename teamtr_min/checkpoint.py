@@ -112,6 +112,8 @@ def load(directory: Path, learners: list[Learner], team: Team, problems_of) -> t
         raise UserError(
             f"every checkpoint under {directory / 'checkpoints'} is damaged; nothing to resume from"
         )
+    if (directory / "agents").exists():  # starting again would write over what it has
+        raise UserError(f"{directory} holds a trained team but no checkpoints; nothing to resume from")
     return Progress(), {}
 
 

@@ -117,13 +117,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, tmp_pa
 
 
 def test_when_all_checkpoints_are_damaged_nothing_is_touched(finished, tmp_path, capsys):
-    out = stopped_copy(finished, tmp_path)
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
     for state in out.glob("checkpoints/*/state.json"):
         state.write_text("{")
-    before = (out / "metrics.jsonl").read_bytes()
     assert train.main(["--resume", str(out)]) == 2
     assert "is damaged; nothing to resume from" in capsys.readouterr().err
-    assert (out / "metrics.jsonl").read_bytes() == before
+    assert results(out) == results(finished)
+
+
+def test_a_finished_run_without_checkpoints_is_not_written_over(finished, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints")
+    assert train.main(["--resume", str(out)]) == 2
+    assert "holds a trained team but no checkpoints" in capsys.readouterr().err
+    assert results(out) == results(finished)
 
 
 def test_a_resume_with_another_configuration_names_what_differs(finished, capsys):
