@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmarks",
         nargs="*",
         metavar="benchmark",
-        help=f"what to measure: {', '.join(BENCHMARKS)} (default relay)",
+        help=f"what to measure: {', '.join(BENCHMARKS)}, or FILE.py with a task (default: the team's task)",
     )
     parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
     parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     team, k, count, data, shown, as_json = (
         flags.pop(name) for name in ("team", "k", "problems", "data", "show", "json")
     )
-    benchmarks = flags.pop("benchmarks") or ["relay"]
+    benchmarks = flags.pop("benchmarks")
     try:
-        unknown = set(benchmarks) - set(BENCHMARKS)
+        unknown = sorted(name for name in benchmarks if name not in BENCHMARKS and not name.endswith(".py"))
         if unknown:
-            raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there is: {', '.join(BENCHMARKS)}")
+            raise UserError(f"no benchmark {', '.join(unknown)}; there is: {', '.join(BENCHMARKS)}, FILE.py")
         if k < 1 or count < 1 or shown < 0:
             raise UserError("--k and --problems must be at least 1, --show at least 0")
-        for name in benchmarks:
+        for name in benchmarks or [accuracy.find_subject(team, flags).config.task]:
             if name == "kernels":
                 result = kernels.run()
                 print(json.dumps(result) if as_json else kernels.table(result))

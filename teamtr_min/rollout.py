@@ -19,8 +19,7 @@ class AgentBatch:
     """Rollouts of similar length as one agent trains on them; sums over a list of these make the whole batch.
 
     One row per rollout, padded on the right. The agent's sampled tokens, and nothing else, are one flat list
-    of N, ascending in `message`: contexts, padding and the end token that closes a cut-off message are not in
-    it.
+    of N, ascending in `message`: no contexts, no padding, not the end token that closes a cut-off message.
     """
 
     tokens: Tensor  # (R, T) int64

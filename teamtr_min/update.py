@@ -1,8 +1,6 @@
-"""One agent's trust-region update: climb Eq. 10 until the KL from the policy that wrote the messages fills
-the radius.
+"""One agent's trust-region update: climb Eq. 10, but no farther from the old policy than the radius.
 
-    old ──step──> accepted ──step──> accepted ──step──> outside: back along the last step, halving, until
-    inside
+    old ──step──> accepted ──step──> accepted ──step──> outside: back along this step by halves, until inside
 
 The forward pass of each step also measures the weights that the step before it left (Eq. 11), so monitoring
 costs one extra forward per update, not one per step.

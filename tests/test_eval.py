@@ -14,6 +14,7 @@ import train
 from teamtr_min import load_model, save_model
 from teamtr_min.bench.accuracy import mean_with_interval, pass_at
 from teamtr_min.config import Config
+from teamtr_min.tasks import Relay
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K" / "hf_qwen2"
 
@@ -81,6 +82,32 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys, tmp_path, mo
         scores.append(json.loads(capsys.readouterr().out))
     assert scores[0]["avg_at_k"] > 0.1 and scores[1]["avg_at_k"] < 0.05
     assert scores[2]["team"] == "runs/newer" and scores[2]["avg_at_k"] == scores[1]["avg_at_k"]
+
+
+def test_the_command_that_a_run_prints_last_works_for_every_task(capsys, tmp_path, monkeypatch):
+    """A run on a task of one's own, and on a JSONL file: evaluated on its own task and data, named or not."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"question": f"{i % 10}+{i // 10}", "answer": "?"}) for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    source = "import teamtr_min.tasks as t\ndef task(config):\n    return t.Relay(config)\n"
+    (tmp_path / "mine.py").write_text(source)
+    toy = (
+        "--agents 2 --stages 1 --problems 2 --group 2 --inner-steps 1 --eval-problems 8 --device cpu".split()
+    )
+    for task, more in (("mine.py", []), ("jsonl", ["--data", "sums.jsonl"])):
+        if task == "jsonl":  # the shipped model's template passes over the English roles
+            monkeypatch.setattr(
+                "teamtr_min.tasks.WordProblems.roles", lambda self, n: Relay(Config()).roles(n)
+            )
+        assert train.main([*toy, "--task", task, *more]) == 0
+        words = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python eval.py ").split()
+        assert words[0] == task and evaluation.main([*words, "--json", "--problems", "4"]) == 0
+        named = json.loads(capsys.readouterr().out)
+        assert evaluation.main(["--team", words[2], "--k", "4", "--json", "--problems", "4"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        assert named["benchmark"] == plain["benchmark"] == task and named["avg_at_k"] == plain["avg_at_k"]
+    assert evaluation.main(["gsm8k", "--agents", "2"]) == 2
+    assert "--task gsm8k needs --data" in capsys.readouterr().err
 
 
 def test_another_model_is_evaluated_with_the_defaults_that_train_uses():

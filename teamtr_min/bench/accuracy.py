@@ -60,10 +60,12 @@ def run(
     subject: Subject, task_name: str, *, k: int, count: int, data: str | None
 ) -> tuple[dict, Rollouts, Team]:
     """Evaluate; returns what `--json` prints, the rollouts and the team."""
-    config = dataclasses.replace(subject.config, task=task_name, data="" if task_name == "relay" else data)
+    own_data = subject.config.data if subject.config.task == task_name else ""
+    task_data = "" if task_name == "relay" else data or own_data
+    config = dataclasses.replace(subject.config, task=task_name, data=task_data)
     task = load_task(config)
-    if data and not Path(data).is_dir():
-        problems = read_problems(data, *task.fields)
+    if data and hasattr(task, "fields") and not Path(data).is_dir():
+        problems = read_problems(data, *task.fields)  # all of a file that was named for this
     else:
         problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
