@@ -10,18 +10,19 @@ teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--d
     python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5 from the Hugging Face cache
 """
 
-import math
 import sys
 import time
 
 import torch
 
 from teamtr_min import checkpoint, rng
+from teamtr_min.certificate import Watch
 from teamtr_min.checkpoint import Progress
 from teamtr_min.config import Config, UserError
 from teamtr_min.log import Run
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.schedule import learning_rate, needed_later, samples_again, unchanged_heads, update_order
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
 from teamtr_min.update import Diverged, Learner, update_agent
@@ -31,18 +32,24 @@ def train(config: Config) -> dict:
     """Run Algorithm 1 as `config` says; fills the run's directory and returns its summary."""
     task = load_task(config)
     team = load_team(config, task.roles(config.agents))
-    learners = [Learner(agent.model, config.beta) for agent in team.agents]
+    movers = config.updates  # the agents of each update: one; with joint occupancy all
+    beta = 0.0 if config.kl == "none" else config.beta
+    learners = [Learner([team.agents[j].model for j in agents], beta) for agents in movers]
     held_out = task.draw(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
     run, progress = Run(config, team), Progress()
 
-    def stage_problems(stage: int) -> list:
-        return task.draw(config.problems, rng.generator(config.seed, "problems", stage))
+    def stage_problems(stage: int, purpose: str = "problems") -> list:
+        return task.draw(config.problems, rng.generator(config.seed, purpose, stage))
 
-    def play(problems: list, group: int, *place) -> Rollouts:
-        return collect(team, problems, group, task.grade, config, place)
+    def play(problems: list, group: int, *place, heads=None) -> Rollouts:
+        return collect(team, problems, group, task.grade, config, place, heads)
 
     def held_out_accuracy(stages_done: int) -> float:
         return run.evaluated(play(held_out, 1, "held-out", stages_done), stages_done)
+
+    def watch_of(stage: int) -> Watch:
+        problems = stage_problems(stage, "diagnostics")  # not those that are trained on
+        return Watch(team, lambda i: play(problems, config.group, "diagnostics", stage, i), config)
 
     if config.resume:
         progress, log_state = checkpoint.load(run.directory, learners, team, stage_problems)
@@ -53,27 +60,40 @@ def train(config: Config) -> dict:
         for stage in range(progress.stage, config.stages):
             problems, order = stage_problems(stage), update_order(config, stage)
             rollouts = progress.rollouts
-            for i in range(progress.update, config.agents):
-                sample_again = rollouts is None or config.occupancy == "fresh"
-                if sample_again:  # from team^{i-1}, the agents before this one already updated
-                    rollouts = play(problems, config.group, "train", stage, i)
+            watch = watch_of(stage) if config.diagnostics else None
+            for i in range(progress.update, len(movers)):
+                agents, learner = movers[order[i]], learners[order[i]]
+                sample = samples_again(config, i)
+                if sample:  # from team^{i-1}, the agents before this one already updated
+                    heads = unchanged_heads(config, rollouts, order[:i])
+                    rollouts = play(problems, config.group, "train", stage, i, heads=heads)
+                if watch:
+                    run.diagnosed(watch.before(i, agents))
 
-                agent, start = order[i], time.perf_counter()
+                start = time.perf_counter()
                 # Eq. 9
-                returns = rollouts.grouped_returns  # (P, G)
                 advantage = group_advantages(
-                    returns, config.advantage_clip, config.eps_norm
+                    rollouts.grouped_returns,
+                    config.advantage_bound,
+                    config.eps_norm,
+                    not config.no_group_norm,
                 ).flatten()  # (R,)
+                if config.occupancy == "importance":
+                    advantage *= rollouts.weights
                 # Eq. 10, until Eq. 11 reaches the radius
-                batches = rollouts.view(agent, advantage, config.batch_tokens)
-                lr = learning_rate(config, stage * config.agents + i)
-                report = update_agent(learners[agent], batches, config, lr)
+                batches = [b for j in agents for b in rollouts.view(j, advantage, config.batch_tokens)]
+                lr = learning_rate(config, stage * len(movers) + i)
+                report = update_agent(learner, batches, config, lr)
+                if config.occupancy == "importance":
+                    rollouts.reweigh(batches, config.temperature)
                 report["seconds_training"] = time.perf_counter() - start
-                run.updated(stage, i, agent, rollouts, sample_again, report)
 
-                needed = config.occupancy == "stale" and i + 1 < config.agents
-                progress = Progress(stage, i + 1, rollouts if needed else None)
-                checkpoint.save(run.directory, progress, learners, {agent}, run.state(), config.keep)
+                run.updated(stage, i, agents, rollouts, sample, report | (watch.after() if watch else {}))
+                progress = Progress(stage, i + 1, rollouts if needed_later(config, i) else None)
+                if watch and i + 1 < len(movers):
+                    continue  # a diagnosis spans its stage: a checkpoint within would cut it in two
+                changed = set(order) if watch else {order[i]}
+                checkpoint.save(run.directory, progress, learners, changed, run.state(), config.keep)
 
             due = config.eval_every and (stage + 1) % config.eval_every == 0 and stage + 1 < config.stages
             run.finished_stage(stage, held_out_accuracy(stage + 1) if due else None)
@@ -82,21 +102,6 @@ def train(config: Config) -> dict:
     except BaseException as reason:  # whatever ends a run early, the team as it is now stays
         run.finish(stopped="interrupted" if isinstance(reason, KeyboardInterrupt) else str(reason))
         raise
-
-
-def update_order(config: Config, stage: int) -> list[int]:
-    """The agents in the order in which this stage updates them; the guarantee holds for any [paper]."""
-    order = list(range(config.agents))
-    if config.order == "reversed":
-        order.reverse()
-    elif config.order == "random":
-        rng.generator(config.seed, "order", stage).shuffle(order)
-    return order
-
-
-def learning_rate(config: Config, update: int) -> float:
-    """Cosine decay from lr to 0 over all updates of the run."""
-    return 0.5 * config.lr * (1 + math.cos(math.pi * update / (config.stages * config.agents)))
 
 
 def main(argv: list[str] | None = None) -> int:

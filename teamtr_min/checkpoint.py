@@ -1,9 +1,9 @@
 """Exact resume: after every update, all that the rest of the run depends on.
 
-    runs/NAME/checkpoints/000007/        seven updates done
-        state.json                       progress, counters, betas, lengths of the logs, sha256 of the files
-        beside it agent-0.safetensors ...          each agent's fp32 masters and Adam's state rollouts.json
-        only between two updates of a stale stage: what the later ones train on
+    runs/NAME/checkpoints/000007/    seven updates done
+        state.json                   progress, counters, betas, lengths of the logs, sha256 of the files
+        agent-0.safetensors ...      each learner's fp32 masters and Adam's state
+        rollouts.json                where later updates of the stage need them: the rollouts so far
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the place (rng.py), and
 the learning rate one of the update's number. A checkpoint is written aside, flushed to disk and renamed, so
@@ -134,7 +134,7 @@ def _whole(checkpoint: Path, agents: int) -> dict | None:
 
 
 def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    names = [name for name, _ in learner.model.named_parameters()]
+    names = learner.names
     tensors = {f"master.{name}": p.detach().cpu() for name, p in zip(names, learner.masters)}
     for name, p in zip(names, learner.masters):
         tensors |= {f"adam.{key}.{name}": value.cpu() for key, value in learner.optimizer.state[p].items()}
@@ -142,7 +142,7 @@ def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def _restore(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
-    names = [name for name, _ in learner.model.named_parameters()]
+    names = learner.names
     state: dict[str, dict] = {name: {} for name in names}
     for key, value in tensors.items():
         if key.startswith("adam."):
@@ -157,6 +157,8 @@ def _pack(rollouts: Rollouts) -> dict:
         "returns": rollouts.returns.tolist(),
         "group_size": rollouts.group_size,
         "seconds": rollouts.seconds,
+        "kept": rollouts.kept,
+        "log_weight": rollouts.log_weight.tolist(),
     }
 
 
@@ -169,6 +171,8 @@ def _unpack(packed: dict, team: Team, problems: list[Problem]) -> Rollouts:
         returns=torch.tensor(packed["returns"]),
         group_size=group,
         seconds=packed["seconds"],
+        kept=packed["kept"],
+        log_weight=torch.tensor(packed["log_weight"]),
     )
 
 

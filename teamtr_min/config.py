@@ -40,7 +40,17 @@ class Config:
     # Algorithm 1
     stages: int = knob(50, "stages; each updates every agent once")
     occupancy: str = knob(
-        "fresh", "fresh: sample again before every update; stale: once per stage", choices=("fresh", "stale")
+        "fresh",
+        "when to sample: fresh, before every update; every_k, before every k-th; stale, once per stage; "
+        "importance, once, and reweighted; joint, once, for one update of all agents together",
+        choices=("fresh", "every_k", "stale", "importance", "joint"),
+    )
+    every: int = knob(2, "the k of every_k")
+    resample: str = knob(
+        "full",
+        "what to sample again within a stage: whole rollouts, or of each only what follows the first turn "
+        "of an agent that has changed",
+        choices=("full", "suffix"),
     )
     order: str = knob(
         "fixed",
@@ -52,6 +62,8 @@ class Config:
     # Eq. 9
     advantage_clip: float = knob(2.0, "bound on the normalised advantage; inert above sqrt(G-1)")
     eps_norm: float = knob(1e-6, "added to the variance of a group's returns")
+    no_group_norm: bool = knob(False, "leave advantages in units of the return")
+    no_advantage_clip: bool = knob(False, "leave advantages unbounded")
     # Eq. 10
     clip: float = knob(0.2, "epsilon of the ratio clip")
     ratio: str = knob(
@@ -61,6 +73,11 @@ class Config:
     )
     beta: float = knob(1e-3, "initial weight of the KL penalty, adapted per agent; 0 turns it off")
     # Eq. 11
+    kl: str = knob(
+        "hard",
+        "hard: enforce the radius, penalty adapted to it; adaptive, fixed: only the penalty; none: neither",
+        choices=("hard", "adaptive", "fixed", "none"),
+    )
     delta: float = knob(
         0.02, "radius: most KL of one update, in nats per `kl-unit`; inf for none", pretrained=0.01
     )
@@ -84,6 +101,9 @@ class Config:
     batch_rows: int = knob(2048, "rollouts sampled at once; bounds memory, changes no result")
     eval_problems: int = knob(2048, "held-out problems for accuracy_start and accuracy_final", pretrained=128)
     eval_every: int = knob(0, "also measure held-out accuracy every so many stages; 0 for never")
+    diagnostics: bool = knob(
+        False, "estimate stale gap, occupancy shift and lower bounds of each update on rollouts of their own"
+    )
     keep: int = knob(2, "checkpoints to keep, each one update apart")
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
     resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
@@ -110,6 +130,8 @@ class Config:
                 raise UserError(
                     f"--{f.name.replace('_', '-')} {getattr(self, f.name)!r} is not one of: {wanted}"
                 )
+        if self.resample == "suffix" and self.occupancy not in ("fresh", "every_k"):
+            raise UserError(f"--resample suffix: with --occupancy {self.occupancy} nothing is sampled again")
         if len(self.models) not in (1, self.agents):
             raise UserError(
                 f"--model names {len(self.models)} models for {self.agents} agents; "
@@ -123,6 +145,21 @@ class Config:
     @property
     def turns(self) -> int:
         return self.agents * self.rounds
+
+    @property
+    def radius(self) -> float:
+        """What Eq. 11 is enforced on; `delta` alone is what violations are counted against."""
+        return self.delta if self.kl == "hard" else math.inf
+
+    @property
+    def advantage_bound(self) -> float:
+        return math.inf if self.no_advantage_clip else self.advantage_clip
+
+    @property
+    def updates(self) -> list[list[int]]:
+        """The updates of one stage, each by the agents that it moves; their order is another matter."""
+        everyone = list(range(self.agents))
+        return [everyone] if self.occupancy == "joint" else [[j] for j in everyone]
 
     def save(self, path: Path) -> None:
         aside = path.with_name(f".{path.name}.part")
@@ -195,7 +232,7 @@ def function_from_file(path: str, name: str) -> Callable:
 
 LEAST = {
     **dict.fromkeys(("agents", "rounds", "problems", "max_new_tokens", "stages", "inner_steps"), 1),
-    **dict.fromkeys(("batch_tokens", "batch_rows", "eval_problems", "keep"), 1),
+    **dict.fromkeys(("every", "batch_tokens", "batch_rows", "eval_problems", "keep"), 1),
     **dict.fromkeys(("temperature", "lr", "advantage_clip", "eps_norm", "clip", "beta", "delta", "seed"), 0),
     **{"group": 2, "eval_every": 0},
 }
@@ -208,6 +245,14 @@ def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
         f = fields[name]
         default, pretrained = f.default, f.metadata["pretrained"]
         shown = default if pretrained is None else f"{default}; {pretrained} for pretrained models"
+        if type(default) is bool:
+            parser.add_argument(
+                "--" + name.replace("_", "-"),
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help=f.metadata["help"] + " (default off)",
+            )
+            continue
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=type(default),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from teamtr_min.certificate import DIAGNOSIS, stage_certificate
 from teamtr_min.config import Config, UserError
 from teamtr_min.rollout import Rollouts
 from teamtr_min.team import Team
@@ -34,9 +35,9 @@ class Run:
         self.updates: list[dict] = []
         self.accuracies: list[float] = []  # of the team at the start of each stage, on that stage's problems
         self.accuracy_start: float | None = None
-        self.rollouts = {"training": 0, "evaluation": 0}
-        self.tokens = {"training": 0, "evaluation": 0}
-        self.seconds = {"sampling": 0.0, "training": 0.0, "evaluation": 0.0}
+        self.rollouts = dict.fromkeys(("training", "evaluation", "diagnostics"), 0)
+        self.tokens = dict.fromkeys(("training", "evaluation", "diagnostics"), 0)
+        self.seconds = dict.fromkeys(("sampling", "training", "evaluation", "diagnostics"), 0.0)
         self.directory = Path(config.resume) if config.resume else new_directory(config)
         try:
             if not config.resume:
@@ -46,7 +47,7 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
         print(header(config, team, self.directory), flush=True)
-        self.bar = tqdm(total=config.stages * config.agents, unit="update", disable=None, leave=False)
+        self.bar = tqdm(total=config.stages * len(config.updates), unit="update", disable=None, leave=False)
 
     def state(self) -> dict:
         """What a checkpoint keeps of this log, for `restore`."""
@@ -89,26 +90,32 @@ class Run:
         self.accuracy_start = accuracy
         self.say(f"start         held-out accuracy {accuracy:.3f}")
 
+    def diagnosed(self, rollouts: Rollouts) -> None:
+        """Book rollouts that only a diagnosis reads."""
+        self._book(rollouts, "diagnostics")
+        self.seconds["diagnostics"] += rollouts.seconds
+
     def updated(
-        self, stage: int, update: int, agent: int, rollouts: Rollouts, sampled: bool, report: dict
+        self, stage: int, update: int, agents: list[int], rollouts: Rollouts, sampled: bool, report: dict
     ) -> None:
-        """Log one agent's update. `sampled`: the rollouts are new, not left from an earlier update."""
-        own = rollouts.by(agent)
+        """Log the update of one agent, or of all together. `sampled`: the rollouts are new, not left over."""
+        own = rollouts.by(agents)
         if sampled:
             self._book(rollouts, "training")
         record = {
             "kind": "update",
             "stage": stage,
             "update": update,
-            "agent": agent,
+            "agent": agents[0] if len(agents) == 1 else None,
             "accuracy": rollouts.accuracy,
             "return_mean": rollouts.returns.mean().item(),
             "constant_groups": rollouts.constant_groups,
             "messages": len(own),
             "message_tokens": sum(len(m.tokens) for m in own) / max(len(own), 1),
             "truncated": sum(not m.stopped for m in own) / max(len(own), 1),
+            **dict.fromkeys(DIAGNOSIS),
             **report,
-            "rollouts": len(rollouts.messages) if sampled else 0,
+            "rollouts": rollouts.sampled if sampled else 0,
             "tokens_sampled": rollouts.tokens_sampled if sampled else 0,
             "seconds_sampling": rollouts.seconds if sampled else 0.0,
         }
@@ -127,7 +134,7 @@ class Run:
 
     def finished_stage(self, stage: int, accuracy_held_out: float | None) -> None:
         """Log a stage and print its line: accuracy before its first update, KL of each agent's update."""
-        updates = sorted(self.updates[-self.config.agents :], key=lambda u: u["agent"])
+        updates = sorted(self.updates[-len(self.config.updates) :], key=lambda u: u["agent"] or 0)
         record = {
             "kind": "stage",
             "stage": stage,
@@ -138,7 +145,10 @@ class Run:
             "delta": self.config.delta if math.isfinite(self.config.delta) else None,
             "rollouts_so_far": self.rollouts["training"],
             "seconds": time.perf_counter() - self.start,
+            **dict.fromkeys(("certificate", "vacuous", "bound", "delta_stale")),
         }
+        if self.config.diagnostics:
+            record |= stage_certificate(updates)
         self._write(record)
         kls = " ".join(self._kl_text(u) for u in updates)
         held_out = "" if accuracy_held_out is None else f"  held-out {accuracy_held_out:.3f}"
@@ -146,10 +156,12 @@ class Run:
             f"stage {stage + 1:3d}/{self.config.stages}  accuracy {self.accuracies[-1]:.3f}{held_out}"
             f"  KL {kls} of {self.config.delta:g}  {record['seconds']:4.0f} s"
         )
+        if self.config.diagnostics:
+            self.say(diagnosis(record, updates))
 
     def _kl_text(self, update: dict) -> str:
         """`B .0153*`: agent B's KL after its update; the star says that it had to be brought back inside."""
-        name = self.team.agents[update["agent"]].role.name
+        name = "team" if update["agent"] is None else self.team.agents[update["agent"]].role.name
         if update["kl_after"] is None:
             return f"{name} silent"
         return f"{name} {update['kl_after']:.4f}{'*' if update['halvings'] else ' '}"
@@ -188,12 +200,14 @@ class Run:
             "accuracy_final": accuracy_final,
             "seconds": time.perf_counter() - self.start,
             **{f"seconds_{purpose}": value for purpose, value in self.seconds.items()},
-            "stages": len(self.updates) // self.config.agents,
+            "stages": len(self.updates) // len(self.config.updates),
             "rollouts": self.rollouts["training"],
             "tokens_sampled": self.tokens["training"],
             "tokens_trained": sum(u["tokens_trained"] for u in self.updates),
             "rollouts_evaluation": self.rollouts["evaluation"],
             "tokens_sampled_evaluation": self.tokens["evaluation"],
+            "rollouts_diagnostics": self.rollouts["diagnostics"],
+            "tokens_sampled_diagnostics": self.tokens["diagnostics"],
             "violation_rate_before": violation_rate(self.updates, "kl_before"),
             "violation_rate_after": violation_rate(self.updates, "kl_after"),
             "stopped": stopped,
@@ -205,7 +219,7 @@ class Run:
         return summary
 
     def _book(self, rollouts: Rollouts, purpose: str) -> None:
-        self.rollouts[purpose] += len(rollouts.messages)
+        self.rollouts[purpose] += rollouts.sampled
         self.tokens[purpose] += rollouts.tokens_sampled
 
     def _keep_some(self, rollouts: Rollouts, stage: int, split: str) -> None:
@@ -299,6 +313,18 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
     )
     lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
     return "\n".join(lines)
+
+
+def diagnosis(stage: dict, updates: list[dict]) -> str:
+    """A stage's certificate and its terms, below its line."""
+    gap = "none" if stage["delta_stale"] is None else f"{stage['delta_stale']:.4f}"
+    return (
+        f"      certificate {stage['certificate']:,.0f}{' (vacuous)' * stage['vacuous']}, "
+        f"finite-horizon bound {stage['bound']:+.3f}; "
+        f"stale gap {gap}, occupancy shift {max(u['occupancy_shift'] for u in updates):.3f}, "
+        f"ESS/B {min(u['ess'] for u in updates):.2f}, "
+        f"held-out KL {max(u['kl_held_out'] for u in updates):.4f}"
+    )
 
 
 def size(count: float) -> str:

@@ -15,16 +15,20 @@ from torch import Tensor
 LOG_RATIO_LIMIT = 20.0  # exp(20) is still far inside fp32, and no ratio past 1 + clip matters
 
 
-def group_advantages(returns: Tensor, clip: float = math.inf, eps_norm: float = 1e-6) -> Tensor:
+def group_advantages(
+    returns: Tensor, clip: float = math.inf, eps_norm: float = 1e-6, normalise: bool = True
+) -> Tensor:
     """Eq. 9 [paper]: returns (P, G) of G rollouts for each of P problems -> advantages (P, G).
 
+    Without `normalise` they stay in units of the return, only centred and clipped.
     The deviation is the population's. A group of equal returns is exactly 0: tested as max == min, since in
     floating point the mean of equal numbers need not be that number.
     """
     centred = returns - returns.mean(dim=1, keepdim=True)
     sigma = (centred.square().mean(dim=1, keepdim=True) + eps_norm).sqrt()
     constant = returns.amax(dim=1, keepdim=True) == returns.amin(dim=1, keepdim=True)
-    return torch.where(constant, 0.0, (centred / sigma).clamp(-clip, clip))
+    scaled = centred / sigma if normalise else centred
+    return torch.where(constant, 0.0, scaled.clamp(-clip, clip))
 
 
 def teamtr_loss(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import kernels
 from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.model import Transformer
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Team, View
@@ -22,15 +24,27 @@ class AgentBatch:
     of N, ascending in `message`: no contexts, no padding, not the end token that closes a cut-off message.
     """
 
+    model: Transformer  # the agent's
     tokens: Tensor  # (R, T) int64
     where: Tensor  # (N,) int64: position in the flattened (R * T) whose hidden state predicts the token
     targets: Tensor  # (N,) int64: the token
     message: Tensor  # (N,) int64 in 0..M-1
     sampled_logp: Tensor  # (N,) fp32, the sampler's
     advantage: Tensor  # (M,) fp32
+    place: tuple[Tensor, Tensor]  # (M,) int64 each: number of the rollout, and turn in it
     # pi_old, filled in by the update's first forward pass:
     old_logp: Tensor | None = None  # (N,) fp32
     old_hidden: Tensor | None = None  # (N, C), for the exact KL only
+
+    @torch.no_grad()
+    def logp(self, model: Transformer, temperature: float) -> Tensor:
+        """(N,) fp32 log-probs of the tokens under `model`."""
+        hidden = model.hidden(self.tokens).flatten(0, 1)[self.where]  # (N, C)
+        return kernels.linear_logprob(hidden, model.head, self.targets, temperature)
+
+    def per_message(self, x: Tensor) -> Tensor:
+        """Sum tokens (N,) into their messages (M,)."""
+        return x.new_zeros(len(self.advantage)).index_add(0, self.message, x)
 
 
 @dataclass
@@ -43,6 +57,8 @@ class Rollouts:
     returns: Tensor  # (R,) fp32
     group_size: int
     seconds: float
+    kept: list[int]  # (R,) how many of its first messages an earlier collection had sampled
+    log_weight: Tensor  # (R,) fp32: log-likelihood of the rollout under the present team over its writers'
 
     @property
     def grouped_returns(self) -> Tensor:
@@ -50,7 +66,17 @@ class Rollouts:
 
     @property
     def tokens_sampled(self) -> int:
-        return sum(len(m.tokens) for messages in self.messages for m in messages)
+        return sum(len(m.tokens) for messages, k in zip(self.messages, self.kept) for m in messages[k:])
+
+    @property
+    def sampled(self) -> int:
+        """Rollouts that this collection sampled, at least in part."""
+        return sum(len(messages) > k for messages, k in zip(self.messages, self.kept))
+
+    @property
+    def weights(self) -> Tensor:
+        """Importance weights (R,) of the present team on these rollouts, self-normalised: their mean is 1."""
+        return self.log_weight.softmax(0) * len(self.log_weight)
 
     @property
     def accuracy(self) -> float:
@@ -63,8 +89,13 @@ class Rollouts:
         returns = self.grouped_returns
         return (returns.amax(1) == returns.amin(1)).float().mean().item()
 
-    def by(self, agent: int) -> list[Message]:
-        return [m for messages in self.messages for m in messages if m.agent == agent]
+    def by(self, agents: list[int]) -> list[Message]:
+        return [m for messages in self.messages for m in messages if m.agent in agents]
+
+    def before(self, agents: set[int]) -> list[list[Message]]:
+        """Of each rollout what precedes the first message of any of `agents`: they had no part in it."""
+        turns = ((turn for turn, m in enumerate(messages) if m.agent in agents) for messages in self.messages)
+        return [messages[: next(t, len(messages))] for messages, t in zip(self.messages, turns)]
 
     def view(self, agent: int, advantage: Tensor, batch_tokens: int = 16384) -> list[AgentBatch]:
         """What `agent` trains on, given one advantage per rollout (R,).
@@ -84,27 +115,43 @@ class Rollouts:
             start = stop
         return batches
 
+    def message_logp(self, agent: int, model: Transformer, config: Config) -> Tensor:
+        """(R, T) log-prob under `model`, at the sampling temperature, of each message of `agent`; else 0."""
+        table = torch.zeros(len(self.messages), self.team.turns)
+        for batch in self.view(agent, torch.zeros_like(self.returns), config.batch_tokens):
+            table[batch.place] = batch.per_message(batch.logp(model, config.temperature)).cpu()
+        return table
+
+    def reweigh(self, batches: list[AgentBatch], temperature: float) -> None:
+        """Account for an update on `batches` of these rollouts: its agent is another one than wrote them."""
+        for batch in batches:
+            change = batch.per_message(batch.logp(batch.model, temperature) - batch.old_logp)  # (M,)
+            self.log_weight.index_add_(0, batch.place[0], change.cpu())
+
     def _batch(self, agent: int, rows: list[int], views: list[View], advantage: Tensor) -> AgentBatch:
         width = max(len(views[r].ids) for r in rows)
-        tokens, where, targets, message, sampled, weights = [], [], [], [], [], []
+        tokens, where, targets, message, sampled, place = [], [], [], [], [], []
         for row, r in enumerate(rows):
             ids = views[r].ids
             tokens.append(ids + [0] * (width - len(ids)))
-            own = [m for m in self.messages[r] if m.agent == agent]
-            for (start, stop), m in zip(views[r].spans, own):
+            own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
+            for (start, stop), (turn, m) in zip(views[r].spans, own):
                 where += range(row * width + start - 1, row * width + stop - 1)
                 targets += m.tokens
-                message += [len(weights)] * len(m.tokens)
+                message += [len(place)] * len(m.tokens)
                 sampled += m.logprobs
-                weights.append(r)
-        device = self.team.agents[agent].model.device
+                place.append((r, turn))
+        model = self.team.agents[agent].model
+        device, (rollout, turn) = model.device, torch.tensor(place).unbind(1)
         return AgentBatch(
+            model=model,
             tokens=torch.tensor(tokens, device=device),
             where=torch.tensor(where, device=device),
             targets=torch.tensor(targets, device=device),
             message=torch.tensor(message, device=device),
             sampled_logp=torch.tensor(sampled, device=device),
-            advantage=advantage[weights].to(device),
+            advantage=advantage[rollout].to(device),
+            place=(rollout, turn),
         )
 
 
@@ -115,34 +162,45 @@ def collect(
     grade: Callable[[Problem, list[Message]], float],
     config: Config,
     place: tuple,
+    heads: list[list[Message]] | None = None,
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade what came out.
 
     `place` names this collection within the run, as ("train", stage, update). Each draw is a function of
-    (config.seed, place, rollout, turn, position) alone, so batching changes nothing.
+    (config.seed, place, rollout, turn, position) alone, so batching changes nothing. `heads` are the first
+    messages of each rollout where they are there already (`--resample suffix`).
     """
     start = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
+    heads = heads or [[] for _ in repeated]
     messages: list[list[Message]] = []
     for first in range(0, len(repeated), config.batch_rows):
-        messages += _play(team, repeated[first : first + config.batch_rows], first, config, place)
+        rows = slice(first, first + config.batch_rows)
+        messages += _play(team, repeated[rows], heads[rows], first, config, place)
     returns = torch.tensor([float(grade(p, m)) for p, m in zip(repeated, messages)])
-    return Rollouts(team, repeated, messages, returns, group, time.perf_counter() - start)
+    kept, log_weight = [len(head) for head in heads], torch.zeros(len(repeated))
+    return Rollouts(team, repeated, messages, returns, group, time.perf_counter() - start, kept, log_weight)
 
 
 def _play(
-    team: Team, problems: list[Problem], first: int, config: Config, place: tuple
+    team: Team,
+    problems: list[Problem],
+    heads: list[list[Message]],
+    first: int,
+    config: Config,
+    place: tuple,
 ) -> list[list[Message]]:
     """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
-    transcripts: list[list[Message]] = [[] for _ in problems]
+    transcripts = [list(head) for head in heads]
     samplers: dict[int, Sampler] = {}
     for turn in range(team.turns):
-        speakers = []
+        speakers = {}  # row -> agent
         for r, transcript in enumerate(transcripts):
-            uniform = rng.key(config.seed, "route", *place, first + r, turn) / 2**64
-            speakers.append(team.route(turn, transcript, uniform))
-        for j in sorted(set(speakers)):
-            agent, rows = team.agents[j], [r for r, speaker in enumerate(speakers) if speaker == j]
+            if len(transcript) == turn:
+                uniform = rng.key(config.seed, "route", *place, first + r, turn) / 2**64
+                speakers[r] = team.route(turn, transcript, uniform)
+        for j in sorted(set(speakers.values())):
+            agent, rows = team.agents[j], [r for r, speaker in speakers.items() if speaker == j]
             if j not in samplers:
                 samplers[j] = Sampler(agent.model, len(problems))
             completions = samplers[j].speak(

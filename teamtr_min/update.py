@@ -40,16 +40,17 @@ class Point(NamedTuple):
 
 
 class Learner:
-    """The trainable side of one agent: fp32 masters, AdamW and beta.
+    """The trainable side of one agent, or of several that step together: fp32 masters, AdamW and beta.
 
     The model's own parameters are what samples and what is measured. In fp32 they are the masters themselves;
     in bf16 the masters are a second copy, and every change of theirs is rounded into the model at once, so
     that the monitor sees exactly the weights that the sampler will use.
     """
 
-    def __init__(self, model: Transformer, beta: float):
-        self.model, self.beta = model, beta
-        self.parameters = list(model.parameters())
+    def __init__(self, models: list[Transformer], beta: float):
+        self.models, self.beta = models, beta
+        named = [(f"{i}.{name}", p) for i, model in enumerate(models) for name, p in model.named_parameters()]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         single = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = self.parameters if single else [p.detach().float() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
@@ -110,20 +111,21 @@ class Learner:
 def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr: float) -> dict:
     """Algorithm 1, inner loop: at most `inner_steps` optimizer steps on one agent, ended by the radius.
 
-    `batches` are this agent's messages in rollouts of the team as it is now. Returns what metrics.jsonl
-    records of the update: KL before and after enforcement, beta, norms, counts. Raises Diverged, with the
-    last accepted weights in place, when a loss, a gradient or a weight stops being finite.
+    `batches` are the learner's messages in the rollouts that this update trains on. Returns what
+    metrics.jsonl records of the update: KL before and after enforcement, beta, norms, counts. Raises
+    Diverged, with the last accepted weights in place, when a loss, gradient or weight stops being finite.
     """
     if not batches:  # a router may leave an agent out of every rollout
         return dict.fromkeys(REPORT) | {"steps": 0, "halvings": 0, "tokens_trained": 0}
-    learner.park(learner.model.device)
+    learner.park(learner.models[0].device)
     accepted, report = learner.point(), {}
-    old_head = learner.model.head.detach().clone() if config.kl_estimator == "exact" else None
+    exact = config.kl_estimator == "exact"
+    old_heads = {model: model.head.detach().clone() for model in learner.models if exact}
     # Without any advantage there is nothing to climb: a step would only follow Adam's momentum. [ours]
     steps = config.inner_steps if any(batch.advantage.any() for batch in batches) else 0
 
     def measure(grad: bool) -> dict[str, float]:
-        return evaluate(learner, batches, config, old_head, grad)
+        return evaluate(learner, batches, config, old_heads, grad)
 
     try:
         for step in range(steps + 1):
@@ -133,20 +135,20 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
                 report = {
                     name: here.pop(name) for name in ("entropy", "sampler_mismatch", "sampler_mismatch_max")
                 }
-            elif here["kl"] > config.delta:
+            elif here["kl"] > config.radius:
                 break
             if last:
                 break
             accepted, inside = learner.point(into=accepted) if step else accepted, here
             report["grad_norm"] = learner.step(lr)
         halvings = 0
-        if attempted["kl"] > config.delta:
+        if attempted["kl"] > config.radius:
             outside = [p.detach().clone() for p in learner.masters]
-            while here["kl"] > config.delta and halvings < HALVINGS:
+            while here["kl"] > config.radius and halvings < HALVINGS:
                 halvings += 1
                 learner.go(accepted, toward=outside, fraction=0.5**halvings)
                 here = measure(grad=False)
-            if here["kl"] > config.delta:
+            if here["kl"] > config.radius:
                 learner.go(accepted)
                 here, halvings = inside, HALVINGS + 1
     except (Diverged, KeyboardInterrupt):
@@ -156,7 +158,7 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
         learner.park("cpu")  # an agent that waits for its turn leaves the device to the others
 
     beta = learner.beta
-    if steps:
+    if steps and config.kl in ("hard", "adaptive"):
         learner.beta = adapt_beta(beta, attempted["kl"], config.delta)
     report.setdefault("grad_norm", None)
     report |= {name: here[name] for name in ("loss", "clip_fraction", "ratio_mean", "ratio_max")}
@@ -169,14 +171,18 @@ def update_agent(learner: Learner, batches: list[AgentBatch], config: Config, lr
 
 
 def evaluate(
-    learner: Learner, batches: list[AgentBatch], config: Config, old_head: Tensor | None, grad: bool
+    learner: Learner,
+    batches: list[AgentBatch],
+    config: Config,
+    old_heads: dict[Transformer, Tensor],
+    grad: bool,
 ) -> dict[str, float | None]:
     """Eq. 10 and 11 over all batches; with `grad`, the loss's gradient is added to the masters.
 
     The first pass of an update fixes pi_old: its own log-probs become `old_logp`, which makes the first ratio
     exactly 1. It also reports entropy and how far the sampler's log-probs are from the trainer's.
     """
-    model, exact = learner.model, config.kl_estimator == "exact"
+    exact = config.kl_estimator == "exact"
     messages = sum(len(batch.advantage) for batch in batches)
     tokens = sum(len(batch.targets) for batch in batches)
     sums, ratio_max, mismatch_max = {}, [], []
@@ -186,10 +192,11 @@ def evaluate(
 
     for batch in batches:
         share = len(batch.advantage) / messages  # Eq. 10 and 11 are means over all of the agent's messages
+        model = batch.model
         first = batch.old_logp is None
         with torch.set_grad_enabled(grad):
             hidden = model.hidden(batch.tokens).flatten(0, 1)[batch.where]  # (N, C): trainable positions only
-            old = (batch.old_hidden, old_head) if exact and not first else None
+            old = (batch.old_hidden, old_heads[model]) if exact and not first else None
             token = kernels.linear_logprob_stats(
                 hidden, model.head, batch.targets, config.temperature, entropy=first, old=old
             )

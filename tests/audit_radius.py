@@ -25,10 +25,10 @@ if __name__ == "__main__":
         return view(rollouts, agent, *rest)
 
     def audit(learner, batches, config, lr):
-        before = copy.deepcopy(learner.model)
+        before = copy.deepcopy(learner.models[0])
         report = update(learner, batches, config, lr)
         team = last["rollouts"].team
-        kl = kl_by_loop(before, learner.model, last["rollouts"], team, last["agent"], config)
+        kl = kl_by_loop(before, learner.models[0], last["rollouts"], team, last["agent"], config)
         audited.append((kl[config.kl_estimator], report["kl_after"], config.delta))
         return report
 

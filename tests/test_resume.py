@@ -170,18 +170,20 @@ def test_adam_and_beta_come_back_to_the_bit(tmp_path):
     torch.manual_seed(0)
     from teamtr_min.update import Learner
 
-    learners = [Learner(load_model("relay", dtype=dtype), 0.01) for dtype in (torch.float32, torch.bfloat16)]
+    learners = [
+        Learner([load_model("relay", dtype=dtype)], 0.01) for dtype in (torch.float32, torch.bfloat16)
+    ]
     for learner in learners:
         for p in learner.masters:
             p.grad = torch.randn_like(p)
         learner.step(1e-3)
         learner.beta = 0.3
     checkpoint.save(tmp_path, checkpoint.Progress(0, 1), learners, {0, 1}, {}, keep=1)
-    fresh = [Learner(load_model("relay", dtype=dtype), 0.01) for dtype in (torch.float32, torch.bfloat16)]
+    fresh = [Learner([load_model("relay", dtype=dtype)], 0.01) for dtype in (torch.float32, torch.bfloat16)]
     checkpoint.load(tmp_path, fresh, None, None)
     for a, b in zip(learners, fresh):
         assert a.beta == b.beta
-        assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
+        assert all(torch.equal(p, q) for p, q in zip(a.models[0].parameters(), b.models[0].parameters()))
         one, two = a.point(), b.point()
         assert all(torch.equal(p, q) for p, q in zip(one.masters, two.masters))
         assert all(

@@ -86,7 +86,8 @@ def test_the_knobs_of_the_advantage_reach_it(tmp_path, monkeypatch):
     seen, original = [], train.group_advantages
     monkeypatch.setattr(train, "group_advantages", lambda *a: seen.append(a[1:]) or original(*a))
     run(tmp_path / "run", "--advantage-clip", "0.7", "--eps-norm", "0.01", "--stages", "1")
-    assert seen == [(0.7, 0.01)] * 2
+    run(tmp_path / "plain", "--no-advantage-clip", "--no-group-norm", "--stages", "1")
+    assert seen == [(0.7, 0.01, True)] * 2 + [(math.inf, 1e-6, False)] * 2
 
 
 def test_violation_rates_count_what_passed_its_radius():
@@ -302,7 +303,7 @@ def test_help_prints_every_flag_with_its_default():
     for f in dataclasses.fields(Config):
         assert f"--{f.name.replace('_', '-')} " in text
         if f.default != "":
-            assert f"(default {f.default}" in text
+            assert f"(default {'off' if f.default is False else f.default}" in text
 
 
 def readme_blocks(language: str) -> list[str]:

@@ -27,7 +27,7 @@ def prepared(agent: int = 0, **changes):
     problems = task.draw(config.problems, rng.generator(config.seed, "problems"))
     rollouts = collect(team, problems, config.group, task.grade, config, ("train", 0, 0))
     advantage = group_advantages(rollouts.grouped_returns, config.advantage_clip, config.eps_norm).flatten()
-    learner = Learner(team.agents[agent].model, config.beta)
+    learner = Learner([team.agents[agent].model], config.beta)
     return learner, rollouts.view(agent, advantage, config.batch_tokens), config, rollouts, team
 
 
@@ -65,9 +65,9 @@ def kl_by_loop(old, new, rollouts, team, agent: int, config: Config) -> dict[str
 )
 def test_the_radius_holds_by_an_independent_recomputation(changes):
     learner, batches, config, rollouts, team = prepared(**changes)
-    old = copy.deepcopy(learner.model)
+    old = copy.deepcopy(learner.models[0])
     report = update_agent(learner, batches, config, config.lr)
-    measured = kl_by_loop(old, learner.model, rollouts, team, 0, config)
+    measured = kl_by_loop(old, learner.models[0], rollouts, team, 0, config)
     for name in ("k1", "k3", "exact"):
         if report[f"kl_{name}_after"] is not None:
             assert report[f"kl_{name}_after"] == pytest.approx(measured[name], rel=1e-3, abs=2e-6), name
@@ -142,7 +142,7 @@ def test_the_end_of_message_has_gradient_and_contexts_have_none():
         max_new_tokens=3, batch_tokens=10**6, agents=1, rounds=2
     )
     (batch,) = batches
-    model, kept = learner.model, {}
+    model, kept = learner.models[0], {}
     hidden = type(model).hidden
 
     def keep(self, tokens, *rest):
@@ -189,10 +189,10 @@ def test_what_is_not_a_number_stops_the_update_at_the_last_good_state(where, mon
 def test_in_bf16_the_monitor_sees_what_the_sampler_will_use():
     """fp32 masters move; the model holds their rounding; the reported KL is that of the rounded weights."""
     learner, batches, config, rollouts, team = prepared(dtype="bf16", lr=3e-3)
-    old = copy.deepcopy(learner.model)
+    old = copy.deepcopy(learner.models[0])
     report = update_agent(learner, batches, config, config.lr)
     model = team.agents[0].model
-    assert model is learner.model and all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert model is learner.models[0] and all(p.dtype == torch.bfloat16 for p in model.parameters())
     for master, p in zip(learner.masters, model.parameters()):
         assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), p)
     assert any((master != p).any() for master, p in zip(learner.masters, model.parameters()))

@@ -11,16 +11,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from teamtr_min import rng
+from teamtr_min.certificate import mean_with_interval
 from teamtr_min.config import Config, UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Team, load_team
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def run(
         "seconds": rollouts.seconds,
     }
     for name, values in {"avg_at_k": right / k, "pass_at_k": pass_at(right, k, k)}.items():
-        result[name], result[f"{name}_ci"] = mean_with_interval(values.numpy(), config.seed)
+        result[name], result[f"{name}_ci"] = mean_with_interval(values, config.seed)
     return result, rollouts, team
 
 
@@ -93,15 +91,6 @@ def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
     """Unbiased chance that one of j rollouts is right, from the `right` (P,) ones among `drawn`."""
     total = math.comb(drawn, j)
     return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
-
-
-def mean_with_interval(
-    values: np.ndarray, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, list[float]]:
-    """Mean of per-problem values and its 95% bootstrap interval over problems."""
-    generator = rng.generator(seed, "bootstrap")
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    return float(values.mean()), [float(q) for q in np.quantile(means, (0.025, 0.975))]
 
 
 def table(result: dict, right: Tensor) -> str:
@@ -114,7 +103,7 @@ def table(result: dict, right: Tensor) -> str:
     rows = [(f"avg@{k}", right / k)]
     rows += [(f"pass@{j}", pass_at(right, k, j)) for j in sorted({2**i for i in range(k.bit_length())} | {k})]
     for name, values in rows:
-        mean, (low, high) = mean_with_interval(values.double().numpy(), seed)
+        mean, (low, high) = mean_with_interval(values, seed)
         lines.append(f"  {name:8s} {mean:.3f}  [{low:.3f}, {high:.3f}]")
     return "\n".join(lines)
 
