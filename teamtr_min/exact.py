@@ -1,12 +1,12 @@
 """Teams small enough to enumerate: the truth that bounds and sampled estimators are tested against.
 
 A rollout is `turns` messages of `length` tokens; nothing else is random but the problem. A state is the
-shared context (problem, m_0, ..., m_{t-1}). The states of turn t are therefore the numbers with t digits in base
-M, the problem in front, and message m leads from number s of turn t to number s * M + m of turn t + 1:
+shared context (problem, m_0, ..., m_{t-1}). So the states of turn t are numbers with t digits in base M, the
+problem in front, and message m leads from number s of turn t to number s * M + m of turn t + 1:
 
-    theta  --features-->  token_logp  --sum over tokens-->  logp (S, M)        what is written in each state
-    law of turn t + 1  =  flatten(law of turn t [:, None] * pi)                forward: which states are visited
-    value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)      backward: what they are worth
+    theta  --features-->  token_logp  --sum over tokens-->  logp (S, M)       what is written in each state
+    law of turn t + 1  =  flatten(law of turn t [:, None] * pi)               forward: how often it is visited
+    value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)     backward: what it is worth
 
 The states of all turns lie in one list of S, turn after turn. Everything is float64 and differentiable.
 
@@ -115,7 +115,7 @@ class Team:
     """A game played with parameters theta (n, rows, V): everything there is to know about one team.
 
     token_logp (S, P, V), logp and pi (S, M) are those of the agent that writes in the state. law (S,) is the
-    probability that a rollout passes through the state, visits (S,) is gamma^t law; rollout_law (X,). Q, A (S, M),
+    probability that a rollout passes through it, visits (S,) is gamma^t law; rollout_law (X,). Q, A (S, M),
     V (S,) and J () are values of the discounted return.
     """
 
