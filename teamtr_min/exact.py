@@ -79,6 +79,7 @@ class Game:
         self.sizes = [B * M**t for t in range(T)]  # states of each turn
         first = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
         self.turn = torch.arange(T).repeat_interleave(torch.tensor(self.sizes))  # (S,)
+        self.discount = gamma ** self.turn.double()  # (S,); an integer exponent would give float32
         x, steps = torch.arange(rollouts)[:, None], torch.arange(T)
         self.state = first + x // M ** (T - steps)  # (X, T): the states that each rollout passes through
         self.message = x // M ** (T - 1 - steps) % M  # (X, T): and what was written there
@@ -134,7 +135,7 @@ class Team:
         for pi in by_turn:
             laws.append((laws[-1][:, None] * pi).flatten())
         self.law, self.rollout_law = torch.cat(laws[:-1]), laws[-1]
-        self.visits = game.gamma**game.turn * self.law
+        self.visits = game.discount * self.law
 
         Q, V, ahead = [], [], game.reward  # the last message earns the return
         for pi in reversed(by_turn):

@@ -1,126 +1,15 @@
-"""The paper's statements on teams small enough to enumerate, each also shown able to fail; float64."""
+"""The enumeration against loops, samples and finite differences; Eq. 10 against the trainer's; float64."""
 
 import itertools
 import math
 
 import pytest
 import torch
+from small_teams import ROUND_OFF, by_transcript, random_game, stage
 
 from teamtr_min import exact
-from teamtr_min.exact import Game, Team, message_kl, radius, stale_gap, surrogate
+from teamtr_min.exact import Game, Team
 from teamtr_min.objective import teamtr_loss
-
-ROUND_OFF = 1e-12
-
-
-def by_transcript(agents: int):
-    """A router that reads the whole context: which agent is next depends on what was written."""
-    return lambda context: (len(context) + 2 * sum(context)) % agents
-
-
-def random_game(seed: int, agents: int, turns: int, gamma: float = 0.5, **options) -> Game:
-    g = torch.Generator().manual_seed(1000 + seed)
-    problems, messages = options.pop("problems", 1), options.get("vocabulary", 2) ** options.get("length", 1)
-    start = torch.rand(problems, generator=g, dtype=torch.float64) + 0.1
-    reward = torch.rand(problems * messages**turns, generator=g, dtype=torch.float64)
-    if seed % 2:
-        reward = (reward > 0.5).double()  # a verifier's right or wrong
-    options = {"vocabulary": 2, "start": start / start.sum(), **options}
-    return Game(agents, turns=turns, reward=reward, gamma=gamma, **options)
-
-
-def stage(game: Game, order, seed: int, scale: float = 1.0, step: float = 0.5) -> list[Team]:
-    """team^0 ... team^n: one random update of each agent, in this order."""
-    g = torch.Generator().manual_seed(seed)
-    teams, target = [Team(game, game.theta(g, scale))], game.theta(g, step)
-    for j in order:
-        teams.append(teams[-1].replace(j, teams[0].theta[j] + target[j]))
-    return teams
-
-
-def orders(agents: int, seed: int) -> list[tuple[int, ...]]:
-    every = list(itertools.permutations(range(agents)))
-    return every if agents <= 3 else [every[0], every[-1], every[seed % len(every)]]
-
-
-def random_stages(gamma: float | None = None):
-    """(teams, order): n = 2..4, one round and two, all routers and kinds of policy, small steps and large."""
-    tied = {"features": lambda agent, context, prefix: (context[-1] + len(prefix)) % 3}
-    linear = {"features": lambda agent, context, prefix: [1.0, context[-1] - 0.5, len(context) + sum(prefix)]}
-    for agents, rounds, seed in itertools.product((2, 3, 4), (1, 2), range(4)):
-        kind = (
-            {},
-            {"router": by_transcript(agents), "problems": 2},
-            {**tied, "router": by_transcript(agents)},
-            {**linear, "length": 2 if agents * rounds <= 4 else 1},
-        )[seed]
-        game = random_game(seed, agents, agents * rounds, gamma or (0.1, 0.5, 0.9, 0.99)[seed], **kind)
-        for order in orders(agents, seed):
-            yield stage(game, order, seed, step=(0.02, 0.3, 1.0, 3.0)[(seed + agents) % 4]), order
-
-
-def c(teams: list[Team]) -> torch.Tensor:
-    """c = sqrt(2) gamma A_max / (1-gamma)^2 [paper], A_max over the advantages that the stage uses."""
-    gamma, largest = teams[0].game.gamma, max(team.A.abs().max() for team in teams[:-1])
-    return math.sqrt(2) * gamma * largest / (1 - gamma) ** 2
-
-
-def pairs(teams: list[Team]):
-    return list(zip(teams, teams[1:]))
-
-
-def seqs(teams):
-    """L_i^seq of a stage, i = 1..n."""
-    return [surrogate(old, new) for old, new in pairs(teams)]
-
-
-def stales(teams):
-    """L_i^stale of a stage, i = 1..n."""
-    return [surrogate(old, new, states=teams[0]) for old, new in pairs(teams)]
-
-
-def deltas(teams):
-    """delta_i of a stage, each under its own d^{team^{i-1}}."""
-    return [radius(old, new) for old, new in pairs(teams)]
-
-
-def stale_deltas(teams):
-    """The same updates' KL under d^{team^0}: what a stale run can measure."""
-    first = teams[0]
-    return [first.occupancy @ message_kl(old, new) for old, new in pairs(teams)]
-
-
-def root(delta):
-    return delta.clamp(min=0).sqrt()
-
-
-# The four statements, as (what is lost, what the statement allows to be lost): loss <= allowance.
-
-
-def prop_33(teams):
-    return stales(teams)[-1] - seqs(teams)[-1], c(teams) * sum(map(root, deltas(teams)[:-1]))
-
-
-def thm_34(teams):
-    return seqs(teams)[0] - (teams[1].J - teams[0].J), c(teams) * root(deltas(teams)[0])
-
-
-def thm_36(teams):
-    return sum(seqs(teams)) - (teams[-1].J - teams[0].J), c(teams) * sum(map(root, deltas(teams)))
-
-
-def thm_37(teams):
-    n = len(teams) - 1
-    return sum(stales(teams)) - (teams[-1].J - teams[0].J), c(teams) * n * sum(map(root, deltas(teams)))
-
-
-def stale_ours(teams):
-    """Thm 3.7 with every KL under d^{team^0} and roots of sums [ours]; see the test below for the proof."""
-    total = torch.stack(stale_deltas(teams)).cumsum(0)
-    return sum(stales(teams)) - (teams[-1].J - teams[0].J), c(teams) * root(total).sum()
-
-
-# Enumeration
 
 
 def by_loops(game: Game, theta: torch.Tensor, features) -> dict:
@@ -189,3 +78,87 @@ def test_the_enumeration_equals_loops_over_rollouts_and_tokens(seen, length, tur
             getattr(team, name), torch.tensor(wanted[name], dtype=torch.float64), rtol=0, atol=1e-12
         )
     assert game.actor.tolist() == wanted["actor"]
+
+
+def test_sampled_rollouts_agree_with_the_enumeration():
+    game = random_game(3, 3, 3, length=2, gamma=0.8, problems=2, router=by_transcript(3))
+    old, _, new, _ = stage(game, (0, 1, 2), seed=0)
+    g = torch.Generator().manual_seed(0)
+    x = exact.sample(old, torch.multinomial(game.start, 20_000, replacement=True, generator=g), g)
+    log_ratio = exact.rollouts(new, x.number).logp - x.logp
+    H = [old.messages(j) for j in range(3)]
+    sampled_and_true = [
+        (game.gamma**2 * x.returns, old.J),
+        *[((x.agent == j).sum(1), H[j]) for j in range(3)],
+    ]
+    for j in range(2):  # Eq. 11's k1, summed over the agent's messages of a rollout
+        kl = exact.mean_message_kl(old, new, j)
+        sampled_and_true.append((-(log_ratio * (x.agent == j)).sum(1), H[j] * kl))
+    for values, truth in sampled_and_true:
+        error = (values.double().mean() - truth).abs() / (
+            values.double().std() / len(values) ** 0.5 + ROUND_OFF
+        )
+        assert error < 4
+    torch.testing.assert_close(x.logp, x.token_logp.sum(-1))
+    assert (x.tokens == game.tokens[x.message]).all() and (x.returns == game.reward[x.number]).all()
+
+
+def test_too_many_rollouts_are_refused_with_their_number():
+    with pytest.raises(ValueError, match=r"2 problems x 9 messages \^ 8 turns = 86,093,442 rollouts"):
+        Game(2, 3, 8, lambda context: 1.0, length=2, start=torch.tensor([0.5, 0.5]))
+
+
+def test_functions_of_the_context_and_tensors_make_the_same_game():
+    game = Game(
+        2, 3, 2, lambda context: float(context[1] == context[2]), router=lambda context: len(context) - 1
+    )
+    assert game.reward.tolist() == torch.eye(3).flatten().tolist() and game.actor.tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="outside 0..1"):
+        Game(2, 3, 2, game.reward, router=lambda context: 2)
+    with pytest.raises(ValueError, match=r"the reward must be \(9,\) numbers in \[0, 1\]"):
+        Game(2, 3, 2, 2 * game.reward)
+
+
+# Eq. 10
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_the_gradient_of_eq_10_equals_finite_differences(returns):
+    game = random_game(0, 2, 3, length=2, features=SEEN["rows"])
+    old, new, _ = stage(game, (0, 1), seed=1)
+    advantage = exact.centred_return(old) if returns else None
+    gradient = exact.objective_gradient(old, new, 0, advantage, clip=0.2, beta=0.3)
+    for row, v in itertools.product(range(game.rows), range(2)):
+        nudge = torch.zeros_like(gradient)
+        nudge[row, v] = 1e-6
+        values = [exact.objective(old, new.replace(0, new.theta[0] + sign * nudge), 0, advantage, 0.2, 0.3)
+                  for sign in (1, -1)]  # fmt: skip
+        assert gradient[row, v].item() == pytest.approx((values[0] - values[1]).item() / 2e-6, abs=1e-8)
+
+
+def test_at_the_old_policy_the_gradient_is_the_policy_gradient_per_message_whatever_beta():
+    for agents, seed in itertools.product((2, 3), range(4)):
+        game = random_game(seed, agents, 4, gamma=1.0, problems=2, router=by_transcript(agents))
+        theta = game.theta(torch.Generator().manual_seed(seed)).requires_grad_()
+        team = Team(game, theta)
+        wanted = torch.autograd.grad(team.J, theta)[0]
+        team = Team(game, theta.detach())
+        for j, advantage in itertools.product(range(agents), (None, exact.centred_return(team))):
+            gradient = exact.objective_gradient(team, team, j, advantage, beta=0.7)
+            torch.testing.assert_close(gradient * team.messages(j), wanted[j], rtol=0, atol=1e-12)
+
+
+def test_the_trainer_s_loss_over_all_rollouts_is_the_exact_objective():
+    """teamtr_loss of every message, weighted by how often it is written: surrogate and k3 penalty both."""
+    game = random_game(1, 2, 3, length=2, gamma=0.9)
+    old, new, _ = stage(game, (0, 1), seed=2, step=0.3)
+    x, y = exact.rollouts(old), exact.rollouts(new)
+    for advantage in (old.A[x.state, x.message], exact.centred_return(old).expand_as(x.logp)):
+        total = 0.0
+        for t in (0, 2):  # where agent 0 writes
+            for r, p in enumerate(old.rollout_law):
+                loss = teamtr_loss(y.token_logp[r, t], x.token_logp[r, t], torch.zeros(2, dtype=torch.long),
+                                   advantage[r, t, None], clip=0.2, beta=0.3)[0]  # fmt: skip
+                total -= p * loss / 2
+        wanted = exact.objective(old, new, 0, advantage, clip=0.2, beta=0.3)
+        assert total.item() == pytest.approx(wanted.item(), abs=1e-12)
