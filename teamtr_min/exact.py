@@ -61,11 +61,13 @@ class Game:
         self.agents, self.vocabulary, self.turns, self.length = agents, vocabulary, turns, length
         self.start = torch.ones(1, dtype=torch.float64) if start is None else start.double()
         self.gamma = gamma
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is {gamma}; it must be in (0, 1]")
         V, K, T, B, M = vocabulary, length, turns, len(self.start), vocabulary**length
-        rollouts = B * M**T
-        if rollouts > limit:
+        X = B * M**T
+        if X > limit:
             raise ValueError(
-                f"{B} problems x {M} messages ^ {T} turns = {rollouts:,} rollouts, more than the {limit:,} "
+                f"{B} problems x {M} messages ^ {T} turns = {X:,} rollouts, more than the {limit:,} "
                 "that are enumerated; take fewer turns, shorter messages or a smaller vocabulary"
             )
 
@@ -80,7 +82,7 @@ class Game:
         first = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
         self.turn = torch.arange(T).repeat_interleave(torch.tensor(self.sizes))  # (S,)
         self.discount = gamma ** self.turn.double()  # (S,); an integer exponent would give float32
-        x, steps = torch.arange(rollouts)[:, None], torch.arange(T)
+        x, steps = torch.arange(X)[:, None], torch.arange(T)
         self.state = first + x // M ** (T - steps)  # (X, T): the states that each rollout passes through
         self.message = x // M ** (T - 1 - steps) % M  # (X, T): and what was written there
 
@@ -103,8 +105,8 @@ class Game:
         if callable(reward):
             reward = torch.tensor([reward(c) for c in contexts(T)])
         self.reward = reward.double()  # (X,)
-        if self.reward.shape != (rollouts,) or not ((self.reward >= 0) & (self.reward <= 1)).all():
-            raise ValueError(f"the reward must be ({rollouts},) numbers in [0, 1], not {tuple(reward.shape)}")
+        if self.reward.shape != (X,) or not ((self.reward >= 0) & (self.reward <= 1)).all():
+            raise ValueError(f"the reward must be ({X},) numbers in [0, 1], not {tuple(reward.shape)}")
 
     def theta(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
         """Normal parameters (n, rows, V) for all agents."""
@@ -121,7 +123,7 @@ class Team:
     """
 
     def __init__(self, game: Game, theta: Tensor):
-        self.game, self.theta = game, theta
+        self.game, self.theta = game, theta = game, theta.double()
         if game.features.is_floating_point():
             logits = torch.einsum("spf,sfv->spv", game.features, theta[game.actor])
         else:
@@ -158,8 +160,8 @@ class Team:
         chosen = (torch.arange(self.game.agents) == agent)[:, None, None]
         return Team(self.game, torch.where(chosen, theta, self.theta))
 
-    def messages(self, agent: int) -> Tensor:
-        """H_j (): how many messages the agent writes in a rollout, in expectation."""
+    def messages_per_rollout(self, agent: int) -> Tensor:
+        """H_j () [ours]: in expectation, of this agent."""
         return self.law[self.game.actor == agent].sum()
 
 
@@ -173,8 +175,8 @@ def message_kl(old: Team, new: Team) -> Tensor:
     return (old.pi @ old.game.passes * token_kl(old, new)).sum(-1)  # P(prefix | state) times its token KL
 
 
-def radius(old: Team, new: Team) -> Tensor:
-    """delta () of the bounds [paper]: KL per state under d^old, discounted; gamma < 1."""
+def discounted_kl(old: Team, new: Team) -> Tensor:
+    """delta_i () of the bounds [paper]: the mean KL(old || new) over d^old; gamma < 1."""
     return old.occupancy @ message_kl(old, new)
 
 
@@ -209,7 +211,7 @@ def occupancy_shift(first: Team, base: Team, agent: int) -> Tensor:
         if mine.any():
             old, new = first.law[mine], base.law[mine]
             total = total + old.sum() * (old / old.sum() - new / new.sum()).abs().sum() / 2
-    return total / first.messages(agent)
+    return total / first.messages_per_rollout(agent)
 
 
 class Rollouts(NamedTuple):
