@@ -147,7 +147,9 @@ def test_the_trainer_s_loss_over_all_rollouts_is_the_exact_objective():
     game = random_game(1, 2, 3, length=2, gamma=0.9)
     old, new, _ = stage(game, (0, 1), seed=2, step=0.3)
     x, y = exact.rollouts(old), exact.rollouts(new)
-    for advantage in (old.A[x.state, x.message], exact.centred_return(old).expand_as(x.logp)):
+    centred = (x.returns - old.rollout_law @ x.returns)[:, None]
+    torch.testing.assert_close(exact.centred_return(old), centred, rtol=0, atol=ROUND_OFF)
+    for advantage in (old.A[x.state, x.message], centred.expand_as(x.logp)):
         total = 0.0
         for t in (0, 2):  # where agent 0 writes
             for r, p in enumerate(old.rollout_law):

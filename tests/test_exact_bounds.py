@@ -286,7 +286,7 @@ def largest_ratio(statement, order, turns, gamma, router=None, vocabulary=2, ste
     return best
 
 
-# statement, order, turns, gamma, router, vocabulary, and a factor on the penalty that is refuted; beside it is
+# statement, order, turns, gamma, router, vocabulary, and a factor on the penalty that is refuted; beside it,
 # the largest ratio found. The factor n of Thm 3.7 is not met; the bound with roots of sums has none, and is.
 CLOSEST = {
     "prop 3.3, gamma 0.01": (prop_33, (0, 1), 2, 0.01, None, 2, 0.9),  # 0.960
