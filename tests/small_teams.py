@@ -1,0 +1,68 @@
+"""Random teams small enough to enumerate, updated at random, for tests against the truth."""
+
+import itertools
+
+import torch
+
+from teamtr_min.exact import Game, Team
+
+ROUND_OFF = 1e-12
+
+
+def by_transcript(agents: int):
+    """A router that reads the whole context: which agent is next depends on what was written."""
+    return lambda context: (len(context) + sum(context)) % agents
+
+
+def random_game(seed: int, agents: int, turns: int, gamma: float = 0.5, **options) -> Game:
+    g = torch.Generator().manual_seed(1000 + seed)
+    problems, messages = options.pop("problems", 1), options.get("vocabulary", 2) ** options.get("length", 1)
+    start = torch.rand(problems, generator=g, dtype=torch.float64) + 0.1
+    reward = torch.rand(problems * messages**turns, generator=g, dtype=torch.float64)
+    if seed % 2:
+        reward = (reward > 0.5).double()  # a verifier's right or wrong
+    options = {"vocabulary": 2, "start": start / start.sum(), **options}
+    return Game(agents, turns=turns, reward=reward, gamma=gamma, **options)
+
+
+def stage(game: Game, order, seed: int, scale: float = 1.0, step: float = 0.5) -> list[Team]:
+    """team^0 ... team^n: one random update of each agent, in this order."""
+    g = torch.Generator().manual_seed(seed)
+    teams, target = [Team(game, game.theta(g, scale))], game.theta(g, step)
+    for j in order:
+        teams.append(teams[-1].replace(j, teams[0].theta[j] + target[j]))
+    return teams
+
+
+def orders(agents: int, seed: int) -> list[tuple[int, ...]]:
+    every = list(itertools.permutations(range(agents)))
+    return every if agents <= 3 else [every[0], every[-1], every[seed % len(every)]]
+
+
+def random_stages(gamma: float | None = None):
+    """(teams, order): n = 2..4, one round and two, all routers and kinds of policy, small steps and large."""
+    kinds = (
+        lambda agents, turns: {},
+        lambda agents, turns: {"router": by_transcript(agents), "problems": 2},
+        lambda agents, turns: {"router": by_transcript(agents), "features": last_word},
+        lambda agents, turns: {"length": 2 if turns <= 4 else 1, "features": summary},
+    )
+    for agents, rounds, seed in itertools.product((2, 3, 4), (1, 2), range(16)):
+        turns, discount = agents * rounds, gamma or (0.1, 0.5, 0.9, 0.99)[seed // 4]
+        game = random_game(seed, agents, turns, discount, **kinds[seed % 4](agents, turns))
+        for order in orders(agents, seed):
+            yield stage(game, order, seed, step=(0.02, 0.3, 1.0, 3.0)[(seed + seed // 4) % 4]), order
+
+
+def last_word(agent, context, prefix) -> int:
+    """Tied rows: only the last message is read."""
+    return (context[-1] + len(prefix)) % 3
+
+
+def summary(agent, context, prefix) -> list[float]:
+    """Linear features: few numbers stand for the whole context."""
+    return [1.0, context[-1] - 0.5, len(context) + sum(prefix)]
+
+
+def pairs(teams: list[Team]):
+    return list(zip(teams, teams[1:]))

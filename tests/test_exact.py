@@ -1,0 +1,160 @@
+"""The enumeration against loops, samples and finite differences; Eq. 10 against the trainer's; float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from small_teams import ROUND_OFF, by_transcript, random_game, stage
+
+from teamtr_min import exact
+from teamtr_min.exact import Game, Team
+from teamtr_min.objective import teamtr_loss
+
+
+def by_loops(game: Game, theta: torch.Tensor, features, router) -> dict:
+    """One context, one message, one token at a time, from the definitions; no tensors but theta."""
+    tokens = list(itertools.product(range(game.vocabulary), repeat=game.length))
+    theta = theta.tolist()
+
+    def write(context, message) -> float:
+        agent, p = router(context), 1.0
+        for u, token in enumerate(tokens[message]):
+            x = features(agent, context, tokens[message][:u])
+            rows = theta[agent]
+            logits = rows[x] if isinstance(x, int) else [
+                sum(f * row[v] for f, row in zip(x, rows)) for v in range(game.vocabulary)
+            ]  # fmt: skip
+            p *= math.exp(logits[token]) / sum(map(math.exp, logits))
+        return p
+
+    B, M, T = len(game.start), game.messages, game.turns
+    law, worth, J = {}, {}, 0.0
+    every = list(itertools.product(range(B), *[range(M)] * T))
+    for x, rollout in enumerate(every):
+        p, r = game.start[rollout[0]].item(), game.reward[x].item()
+        for t in range(T):
+            p *= write(rollout[: t + 1], rollout[t + 1])
+        J += p * game.gamma ** (T - 1) * r
+        for t in range(T):
+            s, a = rollout[: t + 1], rollout[: t + 2]
+            law[s] = law.get(s, 0.0) + p
+            mass, total = worth.get(a, (0.0, 0.0))
+            worth[a] = (mass + p, total + p * game.gamma ** (T - 1 - t) * r)
+    states = [s for t in range(T) for s in itertools.product(range(B), *[range(M)] * t)]
+    Q = [[worth[(*s, m)][1] / worth[(*s, m)][0] for m in range(M)] for s in states]
+    pi = [[write(s, m) for m in range(M)] for s in states]
+    return {"J": J, "law": [law[s] for s in states], "Q": Q, "pi": pi, "actor": [router(s) for s in states]}
+
+
+SEEN = {
+    "rows": lambda agent, context, prefix: (agent + sum(context) + 2 * sum(prefix) + len(prefix)) % 5,
+    "floats": lambda agent, context, prefix: [1.0, len(context) - sum(prefix), context[-1] + len(prefix)],
+}
+
+
+@pytest.mark.parametrize("seen", ["free", "rows", "floats"])
+@pytest.mark.parametrize("length, turns, gamma", [(1, 4, 0.7), (2, 2, 0.7), (2, 3, 1.0)])
+def test_the_enumeration_equals_loops_over_rollouts_and_tokens(seen, length, turns, gamma):
+    number = {}  # a free row for each (context, prefix), in the order of the states
+    for context in (c for t in range(turns) for c in itertools.product(range(2), *[range(2**length)] * t)):
+        for prefix in (p for u in range(length) for p in itertools.product(range(2), repeat=u)):
+            number[context, prefix] = len(number)
+    features = SEEN.get(seen, lambda agent, context, prefix: number[context, prefix])
+    router = by_transcript(3)
+    game = random_game(1, 3, turns, gamma, length=length, problems=2, router=router, features=SEEN.get(seen))
+    theta = game.theta(torch.Generator().manual_seed(0))
+    team, wanted = Team(game, theta), by_loops(game, theta, features, router)
+    assert team.J.item() == pytest.approx(wanted["J"], abs=ROUND_OFF)
+    for name in ("law", "Q", "pi"):
+        truth = torch.tensor(wanted[name], dtype=torch.float64)
+        torch.testing.assert_close(getattr(team, name), truth, rtol=0, atol=ROUND_OFF)
+    assert game.actor.tolist() == wanted["actor"]
+
+
+def test_sampled_rollouts_agree_with_the_enumeration():
+    game = random_game(3, 3, 3, length=2, gamma=0.8, problems=2, router=by_transcript(3))
+    old, _, new, _ = stage(game, (0, 1, 2), seed=0)
+    g = torch.Generator().manual_seed(0)
+    x = exact.sample(old, torch.multinomial(game.start, 20_000, replacement=True, generator=g), g)
+    log_ratio = exact.rollouts(new, x.number).logp - x.logp
+    H = [old.messages_per_rollout(j) for j in range(3)]
+    sampled_and_true = [
+        (game.gamma**2 * x.returns, old.J),
+        *[((x.agent == j).sum(1), H[j]) for j in range(3)],
+    ]
+    for j in range(2):  # Eq. 11's k1, summed over the agent's messages of a rollout
+        kl = exact.mean_message_kl(old, new, j)
+        sampled_and_true.append((-(log_ratio * (x.agent == j)).sum(1), H[j] * kl))
+    for values, truth in sampled_and_true:
+        standard_error = values.double().std() / len(values) ** 0.5
+        assert (values.double().mean() - truth).abs() <= 4 * standard_error + ROUND_OFF
+    torch.testing.assert_close(x.logp, x.token_logp.sum(-1))
+    assert (x.tokens == game.tokens[x.message]).all() and (x.returns == game.reward[x.number]).all()
+
+
+def test_too_many_rollouts_are_refused_with_their_number():
+    with pytest.raises(ValueError, match=r"2 problems x 9 messages \^ 8 turns = 86,093,442 rollouts"):
+        Game(2, 3, 8, lambda context: 1.0, length=2, start=torch.tensor([0.5, 0.5]))
+
+
+def test_functions_of_the_context_and_tensors_make_the_same_game():
+    game = Game(
+        2, 3, 2, lambda context: float(context[1] == context[2]), router=lambda context: len(context) - 1
+    )
+    assert game.reward.tolist() == torch.eye(3).flatten().tolist() and game.actor.tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="outside 0..1"):
+        Game(2, 3, 2, game.reward, router=lambda context: 2)
+    with pytest.raises(ValueError, match=r"the reward must be \(9,\) numbers in \[0, 1\]"):
+        Game(2, 3, 2, 2 * game.reward)
+    with pytest.raises(ValueError, match="gamma is 0"):
+        Game(2, 3, 2, game.reward, gamma=0)
+    with pytest.raises(ValueError, match="needs gamma < 1"):
+        _ = Team(game, game.theta(torch.Generator())).occupancy
+
+
+# Eq. 10
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_the_gradient_of_eq_10_equals_finite_differences(returns):
+    game = random_game(0, 2, 3, length=2, features=SEEN["rows"])
+    old, new, _ = stage(game, (0, 1), seed=1)
+    advantage = exact.centred_return(old) if returns else None
+    gradient = exact.objective_gradient(old, new, 0, advantage, clip=0.2, beta=0.3)
+    for row, v in itertools.product(range(game.rows), range(2)):
+        nudge = torch.zeros_like(gradient)
+        nudge[row, v] = 1e-6
+        values = [exact.objective(old, new.replace(0, new.theta[0] + sign * nudge), 0, advantage, 0.2, 0.3)
+                  for sign in (1, -1)]  # fmt: skip
+        assert gradient[row, v].item() == pytest.approx((values[0] - values[1]).item() / 2e-6, abs=1e-8)
+
+
+def test_at_the_old_policy_the_gradient_is_the_policy_gradient_per_message_whatever_beta():
+    for agents, seed in itertools.product((2, 3), range(4)):
+        game = random_game(seed, agents, 4, gamma=1.0, problems=2, router=by_transcript(agents))
+        theta = game.theta(torch.Generator().manual_seed(seed)).requires_grad_()
+        team = Team(game, theta)
+        wanted = torch.autograd.grad(team.J, theta)[0]
+        team = Team(game, theta.detach())
+        for j, advantage in itertools.product(range(agents), (None, exact.centred_return(team))):
+            gradient = exact.objective_gradient(team, team, j, advantage, beta=0.7)
+            torch.testing.assert_close(gradient * team.messages_per_rollout(j), wanted[j], rtol=0, atol=1e-12)
+
+
+def test_the_trainer_s_loss_over_all_rollouts_is_the_exact_objective():
+    """teamtr_loss of every message, weighted by how often it is written: surrogate and k3 penalty both."""
+    game = random_game(1, 2, 3, length=2, gamma=0.9)
+    old, new, _ = stage(game, (0, 1), seed=2, step=0.3)
+    x, y = exact.rollouts(old), exact.rollouts(new)
+    centred = (x.returns - old.rollout_law @ x.returns)[:, None]
+    torch.testing.assert_close(exact.centred_return(old), centred, rtol=0, atol=ROUND_OFF)
+    for advantage in (old.A[x.state, x.message], centred.expand_as(x.logp)):
+        total = 0.0
+        for t in (0, 2):  # where agent 0 writes
+            for r, p in enumerate(old.rollout_law):
+                loss = teamtr_loss(y.token_logp[r, t], x.token_logp[r, t], torch.zeros(2, dtype=torch.long),
+                                   advantage[r, t, None], clip=0.2, beta=0.3)[0]  # fmt: skip
+                total -= p * loss / 2
+        wanted = exact.objective(old, new, 0, advantage, clip=0.2, beta=0.3)
+        assert total.item() == pytest.approx(wanted.item(), abs=1e-12)
