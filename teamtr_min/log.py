@@ -138,6 +138,7 @@ class Run:
             "delta": self.config.delta if math.isfinite(self.config.delta) else None,
             "rollouts_so_far": self.rollouts["training"],
             "seconds": time.perf_counter() - self.start,
+            "seconds_evaluation": self.seconds["evaluation"],
         }
         self._write(record)
         kls = " ".join(self._kl_text(u) for u in updates)
