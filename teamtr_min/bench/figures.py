@@ -14,8 +14,8 @@ import numpy as np
 
 from teamtr_min.config import UserError
 
-# Okabe and Ito's colours, told apart by colour-blind eyes; in place of black and yellow two for both papers.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]
+# Okabe and Ito's colours, told apart by colour-blind eyes, changed where dark or light paper would hide them.
+COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]
 GREY = COLOURS[-1]
 PAPERS = {"light": ("#ffffff", "#1d2329", "#dfe3e7"), "dark": ("#15191d", "#e4e8ec", "#333b43")}
 SCALE = 1e-3  # of the largest KL or the radius: where the KL axis ends
@@ -36,14 +36,15 @@ def render(draw: Callable, record, paper: str) -> bytes:
     style |= {
         "figure.facecolor": background, "axes.facecolor": background, "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-        "axes.titlelocation": "left", "axes.titlesize": "medium", "text.parse_math": False, "savefig.dpi": 160,
+        "axes.titlelocation": "left", "axes.titlesize": "medium", "savefig.dpi": 160,
+        "text.parse_math": False,  # a role may be called $x$
     }  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         draw(figure, record)
         for axes in figure.axes:
             if axes.get_xlabel().startswith("stage"):
-                count = max(3, int(12 * axes.get_position().width))
+                count = max(4, int(16 * axes.get_position().width))
                 ticks = matplotlib.ticker.MaxNLocator(count, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)
                 axes.xaxis.set_major_locator(ticks)
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -142,7 +143,7 @@ def returns(figure, record) -> None:
     )):  # fmt: skip
         y = record.numbers(key, sampled)
         means = [np.mean([u[key] for u in sampled if u["stage"] == s and u[key] is not None]) for s in stages]
-        axes.plot(x, y, "o", color=COLOURS[0], markersize=3, alpha=0.35, markeredgewidth=0)
+        axes.plot(x, y, "o", color=COLOURS[0], markersize=3, alpha=0.45, markeredgewidth=0)
         axes.plot(np.array(stages) + 1, means, color=COLOURS[0], marker="o", markersize=3, lw=1.5)
         axes.set(title=text, ylim=(-0.02, 1.02))
     axes.set(xlabel="stage", xlim=(0.5, stages[-1] + 1.5))

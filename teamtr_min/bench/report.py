@@ -183,7 +183,7 @@ def subtitle(record: Record, headline: dict) -> str:
         f"; the last line of {name} was cut off, and is left out" for name in headline["damaged"]
     )
     return (
-        f"{config.task}, {config.agents} agents, {config.model}, {config.occupancy} occupancy, "
+        f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy, "
         f"radius {config.delta:g}; {headline['stages']} of {config.stages} stages; {ended}{damaged}"
     )
 
