@@ -79,12 +79,10 @@ def run(team: str | None) -> dict:
         "transcripts": len(record.transcripts),
         "damaged": record.damaged,
     }
+    images = [[render(draw, record, paper) for paper in ("light", "dark")] for draw in FIGURES]
     (record.directory / "report").mkdir(exist_ok=True)
-    images = []
-    for draw, path in zip(FIGURES, headline["figures"]):
-        light, dark = (render(draw, record, paper) for paper in ("light", "dark"))
+    for path, (light, _) in zip(headline["figures"], images):
         Path(path).write_bytes(light)
-        images.append((draw.__doc__, light, dark))
     Path(headline["report"]).write_text(page(record, headline, images), encoding="utf-8")
     return headline
 
@@ -143,7 +141,7 @@ def read_lines(path: Path, keys: Callable[[dict], set | None], damaged: list[str
     return records
 
 
-def page(record: Record, headline: dict, images: list[tuple[str, bytes, bytes]]) -> str:
+def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
 
     def image(data: bytes) -> str:
@@ -166,8 +164,8 @@ def page(record: Record, headline: dict, images: list[tuple[str, bytes, bytes]])
         ),
         "figures": "\n".join(
             f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{image(dark)}">'
-            f'<img src="{image(light)}" alt="{html.escape(text)}"></picture></figure>'
-            for text, light, dark in images
+            f'<img src="{image(light)}" alt="{html.escape(draw.__doc__)}"></picture></figure>'
+            for draw, (light, dark) in zip(FIGURES, images)
         ),
         "knobs": "\n".join(knobs),
         "data": json.dumps(data).replace("<", "\\u003c"),
