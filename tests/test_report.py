@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,9 @@ def test_silent_agents_no_radius_and_a_single_stage_are_drawn(tmp_path):
     out = tmp_path / "run"
     flags = [*TOY, "--agents", "5", "--router", str(router), "--delta", "inf", "--stages", "1"]
     assert train.main([*flags, "--out", str(out)]) == 0
-    result = report.run(str(out))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a layout that does not fit
+        result = report.run(str(out))
     assert result["delta"] is None and "radius" not in " ".join(report.tiles(result))
     assert imread(result["figures"][1]).shape[0] > imread(result["figures"][0]).shape[0]  # two rows of panels
 

@@ -18,7 +18,7 @@ from teamtr_min.config import UserError
 COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]
 GREY = COLOURS[-1]
 PAPERS = {"light": ("#ffffff", "#1d2329", "#dfe3e7"), "dark": ("#15191d", "#e4e8ec", "#333b43")}
-SCALE = 1e-3  # of the largest KL or the radius: where the KL axis ends
+LOWEST = 1e-3  # of the radius, or of the largest KL without one: lower values stand on the axis
 
 
 def render(draw: Callable, record, paper: str) -> bytes:
@@ -67,17 +67,19 @@ def accuracy(figure, record) -> None:
         held_out[done] = record.summary["accuracy_final"]
     held_out = {x: y for x, y in held_out.items() if y is not None}
     x, y = record.numbers("stage", firsts), record.numbers("accuracy", firsts)
-    axes.plot(x, y, color=COLOURS[0], marker="o", markersize=3 if len(x) > 1 else 6, lw=1.5)
-    axes.plot(
-        held_out.keys(), held_out.values(), "D", color=COLOURS[1], markersize=7, clip_on=False, zorder=3
-    )
+    axes.plot(x, y, color=COLOURS[0], marker="o", markersize=3, lw=1.5, clip_on=False)
+    axes.plot(held_out.keys(), held_out.values(), "D", color=COLOURS[1], markersize=7, markeredgewidth=1.8,
+              markerfacecolor="none", clip_on=False, zorder=3)  # fmt: skip
     ends = [(y[-1], f"{y[-1]:.3f} on each\nstage's problems", COLOURS[0])]
-    if held_out:
+    if held_out and max(held_out) >= x[-1]:
         last = held_out[max(held_out)]
         ends = sorted([*ends, (last, f"{last:.3f} held out", COLOURS[1])])
         middle, apart = (last + y[-1]) / 2, max(abs(last - y[-1]), 0.16)  # or the labels would overlap
         middle = min(max(middle, apart / 2), 1 - apart / 2)
         ends = [(middle + side * apart / 2, *end[1:]) for side, end in zip((-1, 1), ends)]
+    elif held_out:
+        last = max(held_out.items())
+        axes.annotate(f"{last[1]:.3f} held out", last, (9, -7), textcoords="offset points", color=COLOURS[1])
     for place, text, colour in ends:
         axes.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), color=colour, va="center")
     axes.set(xlim=(0, max(*x, *held_out, 1)), ylim=(0, 1.02), xlabel="stages done",
@@ -95,9 +97,11 @@ def kl(figure, record) -> None:
     rows = math.ceil(n / columns)
     figure.set_size_inches(8, 1.4 + 2 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    top = max([v for v in record.numbers("kl_before") if v > 0], default=1.0)
-    top = max(top, delta) if math.isfinite(delta) else top
-    bottom = SCALE * (delta if math.isfinite(delta) else top)
+    kept, tried = (record.numbers(f"kl_{when}") for when in ("after", "before"))
+    finite = [delta] if math.isfinite(delta) else []
+    top = max([*tried[tried > 0], *finite], default=1.0)
+    bottom = min([*kept[kept > 0], top / 5]) / 2
+    bottom = max(bottom, LOWEST * min([*finite, top]))
     brought_back = 0
     for axes in panels[n:]:
         axes.set_visible(False)
@@ -107,16 +111,19 @@ def kl(figure, record) -> None:
         before, after = (record.numbers(f"kl_{when}", own).clip(bottom) for when in ("before", "after"))
         back = record.numbers("halvings", own) > 0
         colour, brought_back = COLOURS[agent % len(COLOURS)], brought_back + back.sum()
-        axes.vlines(x[back], after[back], before[back], color=colour, lw=0.8, alpha=0.6)
-        axes.plot(x[back], before[back], "o", markersize=4, markerfacecolor="none", color=colour)
-        axes.plot(x, after, "o", markersize=3, color=colour, clip_on=False)
+        if len(own):  # the layout cannot measure unclipped dots of which there are none
+            axes.vlines(x[back], after[back], before[back], color=colour, lw=0.8, alpha=0.6)
+            axes.plot(x[back], before[back], "o", markersize=4, markerfacecolor="none", color=colour)
+            axes.plot(x, after, "o", markersize=3, color=colour, clip_on=False)
         if math.isfinite(delta):
             axes.axhline(delta, color=GREY, lw=1.2, ls="--")
         name = textwrap.shorten(record.names[agent], 24, placeholder="…")
         share = f"{back.sum()} of {len(own)} brought back" if math.isfinite(delta) else ""
         axes.set_title(f"{name}\n{share if len(own) else 'silent'}".strip(), fontsize="small")
-        axes.set(yscale="log", ylim=(bottom, 2 * top), xlim=(0.5, max(len(record.stages), 1) + 0.5))
+        axes.set(yscale="log", ylim=(bottom, 2 * top), xlim=(0.5, record.updates[-1]["stage"] + 1.5))
+        between = "25" if top / bottom < 50 else ""  # few powers of ten in sight: also name 2 and 5 times one
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda v, _, named=between: f"{v:g}" if f"{v:e}"[0] in named else "")
         axes.tick_params(which="minor", length=0)
         if (after <= bottom).any():
             axes.text(
@@ -135,18 +142,18 @@ def returns(figure, record) -> None:
     """Mean return of the rollouts, and the share of groups in which all rollouts had the same."""
     figure.set_size_inches(8, 4.6)
     sampled = [u for u in record.updates if u["rollouts"]]
-    stages = sorted({u["stage"] for u in sampled})
-    x = record.numbers("stage", sampled) + 0.5
-    x += (record.numbers("update", sampled) + 0.5) / record.config.agents
+    stage = record.numbers("stage", sampled) + 1
+    x = stage - 0.5 + (record.numbers("update", sampled) + 0.5) / record.config.agents
+    stages = np.unique(stage)
     for axes, key, text in zip(figure.subplots(2, sharex=True), ("return_mean", "constant_groups"), (
         "Mean return", "Share of groups whose rollouts all had the same return, which teach nothing",
     )):  # fmt: skip
         y = record.numbers(key, sampled)
-        means = [np.mean([u[key] for u in sampled if u["stage"] == s and u[key] is not None]) for s in stages]
+        means = [y[stage == s].mean() for s in stages]
         axes.plot(x, y, "o", color=COLOURS[0], markersize=3, alpha=0.45, markeredgewidth=0)
-        axes.plot(np.array(stages) + 1, means, color=COLOURS[0], marker="o", markersize=3, lw=1.5)
+        axes.plot(stages, means, color=COLOURS[0], marker="o", markersize=3, lw=1.5)
         axes.set(title=text, ylim=(-0.02, 1.02))
-    axes.set(xlabel="stage", xlim=(0.5, stages[-1] + 1.5))
+    axes.set(xlabel="stage", xlim=(0.5, stages[-1] + 0.5))
     title(figure, "Return of the rollouts before each update (pale), and each stage's mean")
 
 
@@ -193,4 +200,4 @@ def duration(seconds: float) -> str:
     for length, unit in ((3600, "h"), (60, "min")):
         if seconds >= 10 * length:
             return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.0f} s"
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
