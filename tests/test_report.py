@@ -122,7 +122,8 @@ def make_hostile(copy: Path) -> Page:
     with (copy / "transcripts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"answer_field": HOSTILE}))
+    changes = {"answer_field": HOSTILE, "model": "relay,relay"}  # one model per agent
+    (copy / "config.json").write_text(json.dumps(config | changes))
     copy = copy.rename(copy.with_name("<img src=x>"))
     report.run(str(copy))
     return Page(copy / "report.html")
@@ -140,18 +141,22 @@ def test_hostile_text_stays_text(toy_page, copy):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here to run the page's script")
 def test_the_address_chooses_the_transcript_in_a_browser(copy, tmp_path):
     make_hostile(copy)
+    path = tmp_path / "<img src=x>" / "report.html"
 
     def shown(address: str) -> str:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                   f"--user-data-dir={tmp_path / 'browser'}"]  # fmt: skip
-        url = (tmp_path / "<img src=x>" / "report.html").as_uri() + address
+                   "--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'browser'}"]  # fmt: skip
+        url = path.as_uri() + address
         done = subprocess.run([*command, url], capture_output=True, text=True, timeout=60)
         return done.stdout[done.stdout.index('<form id="filter">') : done.stdout.index("<h2>Configuration")]
 
     dom = shown("#stage=7&only=wrong")
     assert "1 of 1" in dom and "training problem, after 7 stages" in dom and "<b>A</b>" in dom
     assert "&lt;/script&gt;&lt;img src=x" in dom and "<img" not in dom
+    press = '<script>dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }))</script>'
+    path.write_text(path.read_text() + press)
     assert "No transcript is like that" in shown("#stage=7&only=right")
+    assert "2 of 4" in (dom := shown("#split=train&stage=1")) and "after 1 stage<" in dom
 
 
 def test_a_run_that_was_interrupted_has_a_report(tmp_path, monkeypatch):
@@ -170,7 +175,7 @@ def test_a_run_that_was_interrupted_has_a_report(tmp_path, monkeypatch):
     assert result["stages"] == 1 and result["stopped"] == "interrupted" and result["accuracy_final"] is None
     assert result["rollouts"] == 3 * 16 and result["seconds"] > 0
     page = Page(out / "report.html").source
-    assert "1 of 2 stages; stopped early: interrupted" in page and "at the start" in page
+    assert "1 of 2 stages; not finished: interrupted" in page and "at the start" in page
 
 
 def test_a_run_that_was_killed_in_mid_write_has_a_report(copy):

@@ -75,7 +75,7 @@ def run(team: str | None) -> dict:
         "delta": None if math.isinf(record.config.delta) else record.config.delta,
         "violation_rate_before": violation_rate(record.updates, "kl_before"),
         "violation_rate_after": violation_rate(record.updates, "kl_after"),
-        "stopped": record.summary.get("stopped", "no summary.json that matches: under way, or killed"),
+        "stopped": record.summary.get("stopped", "still under way, or killed"),
         "transcripts": len(record.transcripts),
         "damaged": record.damaged,
     }
@@ -147,13 +147,13 @@ def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
     def image(data: bytes) -> str:
         return "data:image/png;base64," + base64.b64encode(data).decode()
 
-    defaults = Config.of({"model": record.config.model})
-    knobs = []
-    for field in dataclasses.fields(Config):
-        value = getattr(record.config, field.name)
-        tag = "span" if value == getattr(defaults, field.name) else "b"
+    knobs, config = [], record.config
+    fitting = Config.of({"model": config.model, "agents": config.agents})  # other models, other defaults
+    defaults = dataclasses.asdict(fitting) | {"model": Config.model, "agents": Config.agents}
+    for name, value in dataclasses.asdict(config).items():
+        tag = "span" if value == defaults[name] else "b"
         text = html.escape(str(value)) if value != "" else "none"
-        knobs.append(f'<li><span class="soft">{field.name}</span> <{tag}>{text}</{tag}>')
+        knobs.append(f'<li><span class="soft">{name}</span> <{tag}>{text}</{tag}>')
     data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
     parts = {
         "title": html.escape(record.directory.resolve().name),
@@ -176,7 +176,7 @@ def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
 def subtitle(record: Record, headline: dict) -> str:
     """What ran, and how it ended."""
     config = record.config
-    ended = f"stopped early: {headline['stopped']}" if headline["stopped"] else "finished"
+    ended = f"not finished: {headline['stopped']}" if headline["stopped"] else "finished"
     damaged = "".join(
         f"; the last line of {name} was cut off, and is left out" for name in headline["damaged"]
     )
@@ -212,7 +212,7 @@ def table(headline: dict) -> str:
     """For the terminal: the headline and where everything is."""
     lines = [f"{headline['team']}: " + ", ".join(f"{name} {text}" for name, text in tiles(headline).items())]
     if headline["stopped"]:
-        lines.append(f"stopped early after {headline['stages']} stages: {headline['stopped']}")
+        lines.append(f"not finished, {headline['stages']} stages done: {headline['stopped']}")
     lines += [f"the last line of {name} was cut off, and is left out" for name in headline["damaged"]]
     lines += [f"figures  {path}" for path in headline["figures"]]
     lines.append(f"report   {headline['report']}   ({headline['transcripts']} transcripts to leaf through)")
