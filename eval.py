@@ -5,16 +5,17 @@ python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
 python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
+python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 """
 
 import argparse
 import json
 import sys
 
-from teamtr_min.bench import accuracy, kernels
+from teamtr_min.bench import accuracy, kernels, report
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels"]
+BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels", "report"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -54,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
             if name == "kernels":
                 result = kernels.run()
                 print(json.dumps(result) if as_json else kernels.table(result))
+                continue
+            if name == "report":
+                result = report.run(team)
+                print(json.dumps(result) if as_json else report.table(result))
                 continue
             subject = accuracy.find_subject(team, flags)
             result, rollouts, players = accuracy.run(subject, name, k=k, count=count, data=data)

@@ -145,6 +145,7 @@ class Run:
             "delta": self.config.delta if math.isfinite(self.config.delta) else None,
             "rollouts_so_far": self.rollouts["training"],
             "seconds": time.perf_counter() - self.start,
+            "seconds_evaluation": self.seconds["evaluation"],
             **dict.fromkeys(("certificate", "vacuous", "bound", "delta_stale")),
         }
         if self.config.diagnostics:

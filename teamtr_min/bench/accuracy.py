@@ -7,7 +7,10 @@ over problems.
 """
 
 import dataclasses
+import itertools
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +112,20 @@ def table(result: dict, right: Tensor) -> str:
 
 
 def show(rollouts: Rollouts, team: Team, count: int) -> str:
-    """The first `count` transcripts, one message a line."""
+    """The first `count` transcripts, one message a line; a terminal gets them in colour."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def ink(code: int, text: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if colour else text
+
+    agents = itertools.cycle((36, 33, 35, 34, 96, 93, 95, 94))  # neither the green nor the red of the verdict
+    names = [ink(code, agent.role.name) for code, agent in zip(agents, team.agents)]
     lines = []
     for r in range(0, len(rollouts.messages), rollouts.group_size)[:count]:
-        problem, verdict = rollouts.problems[r], "right" if rollouts.returns[r] == 1 else "wrong"
+        problem, verdict = (
+            rollouts.problems[r],
+            ink(32, "right") if rollouts.returns[r] == 1 else ink(31, "wrong"),
+        )
         lines.append(f"\n{problem.text}   (answer {problem.answer}; {verdict})")
-        lines += [f"  {team.agents[m.agent].role.name}: {m.text}" for m in rollouts.messages[r]]
+        lines += [f"  {names[m.agent]}: {m.text}" for m in rollouts.messages[r]]
     return "\n".join(lines)

@@ -1,0 +1,219 @@
+"""What a run did, to look at: four figures, and one page with them, the configuration and the transcripts.
+
+Everything is read from the run's directory, so a run that was stopped, or is still under way, has a report
+too. report.html stands alone: images, style and script are inside, and its policy forbids any request.
+"""
+
+import base64
+import dataclasses
+import html
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from teamtr_min.bench.figures import COLOURS, FIGURES, duration, render
+from teamtr_min.config import Config, UserError
+from teamtr_min.log import violation_rate
+from teamtr_min.tasks import load_task
+
+TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
+KEYS = {
+    "update": {"stage", "update", "agent", "accuracy", "return_mean", "constant_groups", "kl_before",
+               "kl_after", "delta", "halvings", "rollouts", "tokens_sampled", "tokens_trained",
+               "seconds_sampling", "seconds_training"},
+    "stage": {"stage", "accuracy", "accuracy_held_out", "seconds"},
+}  # fmt: skip
+TRANSCRIPT = {"text", "answer", "messages", "return", "stage", "split"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its files tell it."""
+
+    directory: Path
+    config: Config
+    updates: list[dict]
+    stages: list[dict]
+    summary: dict  # what only summary.json knows; empty while it does not match the metrics
+    transcripts: list[dict]
+    names: list[str]
+    damaged: list[str]  # files whose last line was cut off
+
+    def numbers(self, key: str, records: list[dict] | None = None) -> np.ndarray:
+        """One value of each update, or of each of `records`; NaN where it is null."""
+        return np.array([r[key] for r in (self.updates if records is None else records)], dtype=float)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, as far as is known."""
+        last = self.stages[-1]["seconds"] if self.stages else 0.0
+        spent = (self.numbers("seconds_sampling") + self.numbers("seconds_training")).sum()
+        return self.summary.get("seconds", max(last, float(spent)))
+
+
+def run(team: str | None) -> dict:
+    """Write runs/NAME/report/*.png and runs/NAME/report.html; returns what `--json` prints."""
+    record = read(find_run(team))
+    headline = {
+        "benchmark": "report",
+        "team": str(record.directory),
+        "report": str(record.directory / "report.html"),
+        "figures": [str(record.directory / "report" / f"{draw.__name__}.png") for draw in FIGURES],
+        "accuracy_start": record.summary.get("accuracy_start"),
+        "accuracy_final": record.summary.get("accuracy_final"),
+        "accuracy_last_stage": [u["accuracy"] for u in record.updates if u["update"] == 0][-1],
+        "seconds": record.seconds,
+        "stages": len(record.stages),
+        **{
+            name: int(record.numbers(name).sum()) for name in ("rollouts", "tokens_sampled", "tokens_trained")
+        },
+        "delta": None if math.isinf(record.config.delta) else record.config.delta,
+        "violation_rate_before": violation_rate(record.updates, "kl_before"),
+        "violation_rate_after": violation_rate(record.updates, "kl_after"),
+        "stopped": record.summary.get("stopped", "still under way, or killed"),
+        "transcripts": len(record.transcripts),
+        "damaged": record.damaged,
+    }
+    images = [[render(draw, record, paper) for paper in ("light", "dark")] for draw in FIGURES]
+    (record.directory / "report").mkdir(exist_ok=True)
+    for path, (light, _) in zip(headline["figures"], images):
+        Path(path).write_bytes(light)
+    Path(headline["report"]).write_text(page(record, headline, images), encoding="utf-8")
+    return headline
+
+
+def find_run(team: str | None) -> Path:
+    """The run `team`; without one the newest under runs/, finished or not."""
+    if not team:
+        runs = [path.parent for path in Path("runs").glob("*/metrics.jsonl")]
+        if not runs:
+            raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
+        team = max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
+    return Path(team)
+
+
+def read(directory: Path) -> Record:
+    config, damaged = Config.load(directory / "config.json"), []
+    metrics = read_lines(directory / "metrics.jsonl", lambda r: KEYS.get(r.get("kind")), damaged)
+    updates = [r for r in metrics if r["kind"] == "update"]
+    if not updates:
+        raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
+    try:
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        if summary["tokens_trained"] != sum(u["tokens_trained"] for u in updates):  # of before a resume
+            summary = {"accuracy_start": summary["accuracy_start"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        summary = {}
+    transcripts = read_lines(directory / "transcripts.jsonl", lambda r: TRANSCRIPT, damaged)
+    try:
+        names = [role.name for role in load_task(config).roles(config.agents)]
+    except Exception:  # the task's file or data, which may be anything, is gone: its run can still be shown
+        names = [f"Agent {j + 1}" for j in range(config.agents)]
+    stages = [r for r in metrics if r["kind"] == "stage"]
+    return Record(directory, config, updates, stages, summary, transcripts, names, damaged)
+
+
+def read_lines(path: Path, keys: Callable[[dict], set | None], damaged: list[str]) -> list[dict]:
+    """The objects of a JSONL file. A last line that a kill cut off is left out and noted in `damaged`."""
+    records = []
+    try:
+        # not splitlines(): a text may hold other line separators
+        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; there is nothing to report yet") from None
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
+        try:
+            record = json.loads(line, parse_constant=lambda name: None)  # NaN is a value not measured
+            missing = keys(record) - record.keys()
+        except (ValueError, TypeError, AttributeError):  # no JSON, no object, no such kind
+            if number == len(lines):
+                damaged.append(path.name)
+                break
+            raise UserError(f"{path}, line {number}: not a line that a run writes") from None
+        if missing:
+            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))}")
+        records.append(record)
+    return records
+
+
+def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
+    """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
+
+    def image(data: bytes) -> str:
+        return "data:image/png;base64," + base64.b64encode(data).decode()
+
+    knobs, config = [], record.config
+    fitting = Config.of({"model": config.model, "agents": config.agents})  # other models, other defaults
+    defaults = dataclasses.asdict(fitting) | {"model": Config.model, "agents": Config.agents}
+    for name, value in dataclasses.asdict(config).items():
+        tag = "span" if value == defaults[name] else "b"
+        text = html.escape(str(value)) if value != "" else "none"
+        knobs.append(f'<li><span class="soft">{name}</span> <{tag}>{text}</{tag}>')
+    data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
+    parts = {
+        "title": html.escape(record.directory.resolve().name),
+        "subtitle": html.escape(subtitle(record, headline)),
+        "tiles": "".join(
+            f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
+            for name, text in tiles(headline).items()
+        ),
+        "figures": "\n".join(
+            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{image(dark)}">'
+            f'<img src="{image(light)}" alt="{html.escape(draw.__doc__)}"></picture></figure>'
+            for draw, (light, dark) in zip(FIGURES, images)
+        ),
+        "knobs": "\n".join(knobs),
+        "data": json.dumps(data).replace("<", "\\u003c"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def subtitle(record: Record, headline: dict) -> str:
+    """What ran, and how it ended."""
+    config = record.config
+    ended = f"not finished: {headline['stopped']}" if headline["stopped"] else "finished"
+    damaged = "".join(
+        f"; the last line of {name} was cut off, and is left out" for name in headline["damaged"]
+    )
+    return (
+        f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy, "
+        f"radius {config.delta:g}; {headline['stages']} of {config.stages} stages; {ended}{damaged}"
+    )
+
+
+def tiles(headline: dict) -> dict[str, str]:
+    """The headline numbers by what they are."""
+    start, final, before, after = (
+        headline[name]
+        for name in ("accuracy_start", "accuracy_final", "violation_rate_before", "violation_rate_after")
+    )
+    if final is not None:
+        known = {"held-out accuracy": f"{start:.3f} → {final:.3f}"}
+    else:
+        known = {
+            "held-out accuracy at the start": None if start is None else f"{start:.3f}",
+            "accuracy on the last stage's problems": f"{headline['accuracy_last_stage']:.3f}",
+        }
+    known |= {"time": duration(headline["seconds"]), "rollouts": f"{headline['rollouts']:,}"}
+    if headline["delta"] is not None and before is not None:
+        known |= {
+            "updates that passed the radius": f"{before:.0%}",
+            "outside it after enforcement": f"{after:.0%}",
+        }
+    return {name: text for name, text in known.items() if text is not None}
+
+
+def table(headline: dict) -> str:
+    """For the terminal: the headline and where everything is."""
+    lines = [f"{headline['team']}: " + ", ".join(f"{name} {text}" for name, text in tiles(headline).items())]
+    if headline["stopped"]:
+        lines.append(f"not finished, {headline['stages']} stages done: {headline['stopped']}")
+    lines += [f"the last line of {name} was cut off, and is left out" for name in headline["damaged"]]
+    lines += [f"figures  {path}" for path in headline["figures"]]
+    lines.append(f"report   {headline['report']}   ({headline['transcripts']} transcripts to leaf through)")
+    return "\n".join(lines)
