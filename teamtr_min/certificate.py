@@ -66,8 +66,8 @@ def occupancy_shift(log_rho: Tensor, speaks: Tensor) -> Tensor:
 
 def effective_sample_share(log_rho: Tensor, speaks: Tensor) -> Tensor:
     """ESS/B over the B messages of j in rollouts of team^0: (sum rho)^2 / (B sum rho^2)."""
-    rho = torch.where(speaks, log_rho, -math.inf).flatten().softmax(0)
-    return 1 / (speaks.sum() * rho.square().sum()).clamp(min=1e-30)
+    rho = (log_rho - log_rho.max()).exp() * speaks  # no overflow; the scale cancels
+    return rho.sum().square() / (speaks.sum() * rho.square().sum()).clamp(min=1e-300)
 
 
 def message_kl(log_w: Tensor, speaks: Tensor) -> Tensor:
@@ -99,14 +99,11 @@ def bootstrap(
     statistic: Callable[..., Tensor], *tables: Tensor, group: int, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, list[float]]:
     """A statistic of tables (R, ...) and its 95% percentile interval over problems, `group` rows each."""
-    grouped = [table.unflatten(0, (-1, group)) for table in tables]
-    problems = len(grouped[0])
-    choices = rng.generator(seed, "bootstrap").integers(problems, size=(resamples, problems))
-    values = [statistic(*(t[choice].flatten(0, 1) for t in grouped)) for choice in torch.from_numpy(choices)]
-    low, high = (
-        torch.stack(values).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    )
-    return statistic(*tables).item(), [low, high]
+    problems = len(tables[0]) // group
+    chosen = rng.generator(seed, "bootstrap").integers(problems, size=(resamples, problems))
+    rows = (torch.from_numpy(chosen)[..., None] * group + torch.arange(group)).flatten(1)  # (resamples, R)
+    values = torch.vmap(statistic)(*(table[rows] for table in tables)).double()
+    return statistic(*tables).item(), values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
 def mean_with_interval(values: Tensor, seed: int, resamples: int = RESAMPLES) -> tuple[float, list[float]]:
@@ -149,7 +146,7 @@ class Watch:
         drift = before_turn(self._log_ratio(self.first, start))
 
         surrogate, (low, high) = bootstrap(lambda x: x.mean(), terms, group=group, seed=seed)
-        zeta = (high - low) / 2
+        zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
         kl = message_kl(log_w, speaks).item()
         penalty = penalty_constant() * math.sqrt(max(kl, 0.0)) + zeta / (1 - GAMMA)
         turns = speaks.sum(1).float()  # (R,) messages of j in each rollout
@@ -171,7 +168,9 @@ class Watch:
 
     def _log_ratio(self, rollouts: Rollouts, old: dict) -> Tensor:
         """(R, T): log-prob of each message of the agents in `old` as they are now, minus as they were."""
-        table = torch.zeros(len(rollouts.messages), self.team.turns)
+        table = torch.zeros(
+            len(rollouts.messages), self.team.turns, dtype=torch.double
+        )  # exp never overflows
         for j, model in old.items():
             table += rollouts.message_logp(j, self.team.agents[j].model, self.config)
             table -= rollouts.message_logp(j, model, self.config)

@@ -1,0 +1,287 @@
+"""How far the sampled estimators are from the truth: bias, coverage of their intervals, and the monitor's.
+
+    python -m teamtr_min.bench.estimators        about two minutes on one core
+
+Teams small enough to enumerate (exact.py) are sampled again and again; every estimate has an exact value beside
+it. Three agents write two messages each, two tokens long; each update went up the exact policy gradient until
+its exact KL per message was what the table says.
+"""
+
+import torch
+from torch import Tensor
+
+from teamtr_min import certificate, exact
+from teamtr_min.certificate import before_turn
+from teamtr_min.exact import Game, Team
+from teamtr_min.objective import group_advantages, teamtr_loss
+
+AGENTS, ROUNDS = 3, 2
+PROBLEMS, GROUP = 64, 8  # of one draw
+J = 2  # the agent looked at: the last to be updated, so two others have moved since the stage began
+BINS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0)
+
+
+def by_transcript(context: tuple) -> int:
+    """A router that reads what was written."""
+    return (len(context) + sum(context)) % AGENTS
+
+
+def last_word(agent: int, context: tuple, prefix: tuple) -> int:
+    """Six rows stand for all contexts, as a network's parameters do: each update is felt in many states."""
+    return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
+
+
+def small_game(tied: bool = True, router=None, needed: int = 3) -> Game:
+    """Right when `needed` of the six messages continue the one before as the problem asks.
+
+    A random team is right in a fifth of its rollouts when three are needed, in four fifths when one is.
+    """
+
+    def reward(context: tuple) -> float:
+        wanted = [(context[0] + before) % 4 for before in context[:-1]]
+        return float(sum(w == m for w, m in zip(wanted, context[1:])) >= needed)
+
+    return Game(
+        AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=torch.full((4,), 0.25), router=router,
+        features=last_word if tied else None,
+    )  # fmt: skip
+
+
+def random_team(game: Game, seed: int) -> Team:
+    return Team(game, game.theta(torch.Generator().manual_seed(seed)))
+
+
+def climb(team: Team, j: int, kl: float) -> Team:
+    """Agent j up its exact policy gradient, until its exact KL per message is `kl`."""
+    direction = exact.objective_gradient(team, team, j)
+
+    def at(step: float) -> Team:
+        return team.replace(j, team.theta[j] + step * direction)
+
+    def outside(step: float) -> bool:
+        return bool(exact.mean_message_kl(team, at(step), j) > kl)
+
+    low, high = 0.0, 1.0
+    while not outside(high):
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if outside(middle) else (middle, high)
+    return at(low)
+
+
+def stage(game: Game, seed: int, kl: float) -> list[Team]:
+    """team^0 ... team^n: every agent once, in turn order."""
+    teams = [random_team(game, seed)]
+    for j in range(AGENTS):
+        teams.append(climb(teams[-1], j, kl))
+    return teams
+
+
+def draw(team: Team, batches: int, seed: int, problems: int = PROBLEMS, group: int = GROUP) -> exact.Rollouts:
+    """Batches of problems x group rollouts, one after the other."""
+    g = torch.Generator().manual_seed(seed)
+    problem = torch.multinomial(team.game.start, batches * problems, replacement=True, generator=g)
+    return exact.sample(team, problem.repeat_interleave(group), g)
+
+
+def log_ratio(x: exact.Rollouts, new: Team, old: Team) -> Tensor:
+    """(N, T) of each message of these rollouts."""
+    return exact.rollouts(new, x.number).logp - exact.rollouts(old, x.number).logp
+
+
+def effective_share(first: Team, base: Team, j: int) -> Tensor:
+    """What effective_sample_share estimates: (E rho)^2 / E rho^2 over the messages of j, from team^0."""
+    mine = first.game.actor == j
+    old, new = first.law[mine], base.law[mine]
+    return new.sum() ** 2 / (old.sum() * (new**2 / old).sum())
+
+
+def diagnoses(teams: list[Team], j: int, batches: int, seed: int, problems: int = PROBLEMS) -> dict:
+    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the update of j that ended a stage."""
+    first, base, new = teams[0], teams[-2], teams[-1]
+    x, y = draw(base, batches, seed, problems), draw(first, batches, seed + 1, problems)
+    returns, speaks = x.returns.view(-1, GROUP), x.agent == j
+    log_w = log_ratio(x, new, base) * speaks
+    seq = certificate.surrogate_terms(returns, log_w, speaks)
+    gap = certificate.gap_terms(returns, log_w, before_turn(log_ratio(x, base, first)), speaks)
+    drift = before_turn(log_ratio(y, base, first))
+    mean = torch.mean
+    found = {
+        "L^seq": (exact.surrogate(base, new), mean, seq),
+        "gap": (exact.stale_gap(first, base, new), mean, gap),
+        "L^stale": (exact.surrogate(base, new, states=first), mean, seq - gap),
+        "D_occ": (exact.occupancy_shift(first, base, j), certificate.occupancy_shift, drift, y.agent == j),
+        "ESS/B": (effective_share(first, base, j), certificate.effective_sample_share, drift, y.agent == j),
+        "KL held out": (exact.mean_message_kl(base, new, j), certificate.message_kl, log_w, speaks),
+    }
+    return {
+        name: (truth.item(), statistic, *(t.unflatten(0, (batches, -1)) for t in tables))
+        for name, (truth, statistic, *tables) in found.items()
+    }
+
+
+def coverage(truth: float, statistic, *tables: Tensor, intervals: int, group: int = GROUP) -> float:
+    """Share of the first batches whose 95% bootstrap interval holds the truth."""
+    held = 0
+    for b in range(intervals):
+        low, high = certificate.bootstrap(statistic, *(t[b] for t in tables), group=group, seed=b)[1]
+        held += low <= truth <= high
+    return held / intervals
+
+
+def monitors(x: exact.Rollouts, base: Team, new: Team, j: int) -> dict[str, Tensor]:
+    """(M,) each: Eq. 11's k1, k3 and exact KL of every message of j, as the trainer computes them."""
+    mine = x.agent == j
+    every = torch.arange(int(mine.sum()))
+    message = every.repeat_interleave(x.tokens.shape[-1])
+    new_logp = exact.rollouts(new, x.number).token_logp[mine].flatten()
+    old_logp = x.token_logp[mine].flatten()
+    # Each message an agent of its own: means over an agent's messages are then the messages themselves.
+    stats = teamtr_loss(
+        new_logp, old_logp, message, torch.zeros(len(every)), agent=every, n_agents=len(every)
+    )[1]
+    kl = exact.token_kl(base, new)[x.state[..., None], base.game.prefix[x.message]].sum(-1)[mine]
+    return {"k1": stats["kl_k1"], "k3": stats["kl_k3"], "exact": kl}
+
+
+def flip_rates(delta: float, batches: int, seed: int) -> dict[tuple[str, float], list[tuple[float, int]]]:
+    """(estimator, share) -> per bin of dhat/delta: how often that share of the messages decides differently.
+
+    One update, stopped at 19 distances from delta/4 to 5/2 delta, each measured on all batches.
+    """
+    base = stage(small_game(), seed, delta)[-2]
+    x, g = draw(base, batches, seed + 1), torch.Generator().manual_seed(seed + 2)
+    whole, parts = {"k1": [], "k3": []}, {}
+    for i in range(19):
+        found = monitors(x, base, climb(base, J, delta * (0.25 + 0.125 * i)), J)
+        shuffled = torch.rand(batches, len(found["k1"]) // batches, generator=g).argsort(1)
+        for name, values in whole.items():
+            messages = found[name].view(batches, -1).gather(1, shuffled)
+            values.append(messages.mean(1))
+            for share in (0.25, 0.5):
+                part = messages[:, : int(share * messages.shape[1])].mean(1)
+                parts.setdefault((name, share), []).append(part)
+    rates = {}
+    for (name, share), part in parts.items():
+        full, part = torch.cat(whole[name]) / delta, torch.cat(part) / delta
+        flipped = (full > 1) != (part > 1)
+        inside = [(full > a) & (full <= b) for a, b in zip(BINS, BINS[1:])]
+        rates[name, share] = [(flipped[i].double().mean().item(), int(i.sum())) for i in inside]
+    return rates
+
+
+def fitted(
+    game: Game, estimator: str, delta: float, seed: int, lr: float = 0.03, most: int = 200
+) -> tuple[float, bool]:
+    """Exact KL over delta of an update that stopped where its own messages said delta; and if it did stop.
+
+    Adam on Eq. 10 with Eq. 9's advantages over one batch, without the penalty, for at most that many steps;
+    the step that passes delta is cut short to end on it.
+    """
+    base = random_team(game, seed)
+    x = draw(base, 1, seed + 1)
+    mine = x.agent == J
+    every = torch.arange(int(mine.sum()))
+    message = every.repeat_interleave(x.tokens.shape[-1])
+    advantage = (
+        group_advantages(x.returns.view(-1, GROUP), clip=2.0).flatten()[:, None].expand(mine.shape)[mine]
+    )
+    state, prefix, tokens = (
+        x.state[..., None].expand_as(x.tokens)[mine],
+        game.prefix[x.message][mine],
+        x.tokens[mine],
+    )
+    old = base.token_logp[state, prefix]  # (M, K, V)
+    place = game.features[state, prefix]  # (M, K) rows
+
+    def measure(theta: Tensor) -> tuple[Tensor, float]:
+        logp = theta[place].log_softmax(-1)
+        token, was = (p.gather(-1, tokens[..., None]).flatten() for p in (logp, old))
+        loss, stats = teamtr_loss(token, was, message, advantage)
+        kl = (
+            (old.exp() * (old - logp)).sum() / len(every)
+            if estimator == "exact"
+            else stats[f"kl_{estimator}"]
+        )
+        return loss, kl.item()
+
+    inside, theta = base.theta[J].clone(), base.theta[J].clone().requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=lr, betas=(0.9, 0.99))
+    for _ in range(most):
+        loss, _ = measure(theta)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            if measure(theta)[1] > delta:
+                break
+            inside = theta.detach().clone()
+    with torch.no_grad():
+        reached, low, high = measure(theta)[1] > delta, 0.0, 1.0
+        for _ in range(30 if reached else 0):
+            middle = (low + high) / 2
+            outside = measure(inside.lerp(theta, middle))[1] > delta
+            low, high = (low, middle) if outside else (middle, high)
+        new = base.replace(J, inside.lerp(theta, low))
+        return exact.mean_message_kl(base, new, J).item() / delta, reached
+
+
+def main(batches: int = 1000, intervals: int = 200, seeds: int = 40) -> None:
+    seed = 0
+    print(
+        f"seed {seed}; a batch is {PROBLEMS} problems x {GROUP} rollouts; the last of {AGENTS} agents' updates"
+    )
+    for name, router, kl in (
+        ("round-robin, KL 0.02 per update", None, 0.02),
+        ("router that reads the transcript, KL 0.02", by_transcript, 0.02),
+        ("round-robin, KL 0.2", None, 0.2),
+        ("round-robin, KL 1", None, 1.0),
+        ("round-robin, KL 4", None, 4.0),
+    ):
+        print(f"\n{name}: {batches} batches, intervals of {intervals}")
+        print("estimator       truth      mean (95% interval)            z   sd of one  coverage of 95%")
+        teams = stage(small_game(router=router), seed, kl)
+        for label, (truth, statistic, *tables) in diagnoses(teams, J, batches, seed + 1).items():
+            values = torch.vmap(statistic)(*tables)
+            share = coverage(truth, statistic, *tables, intervals=intervals)
+            print(
+                f"{label:12} {line(truth, values)}  {share:.3f} +- {(share * (1 - share) / intervals) ** 0.5:.3f}"
+            )
+        if router is None:
+            for label, values in monitors(draw(teams[-2], batches, seed + 1), *teams[-2:], J).items():
+                truth = exact.mean_message_kl(*teams[-2:], J).item()
+                print(f"{label + ' tokens':12} {line(truth, values.view(batches, -1).mean(1))}")
+
+    delta = 0.02
+    print(f"\nHow often a share of the 1,024 messages decides otherwise than all of them, delta {delta}")
+    print("dhat/delta        " + "".join(f"{a:6.2f}-{b:.2f}" for a, b in zip(BINS, BINS[1:])))
+    for (name, share), rates in flip_rates(delta, 100, seed).items():
+        print(f"{name}, {share:4.0%} of them " + "".join(f"{rate:11.3f}" for rate, _ in rates))
+
+    print(f"\nExact KL over delta = {delta} of an update that stopped where its own messages said delta")
+    for tied in (True, False):
+        for needed in (3, 1):
+            game = small_game(tied, needed=needed)
+            right = random_team(game, seed).J
+            print(f"{'six rows an agent' if tied else 'a free row for every context'}; {right:.0%} right")
+            for estimator in ("k1", "k3", "exact"):
+                found = [fitted(game, estimator, delta, 10 * s) for s in range(seeds)]
+                ratio = torch.tensor([r for r, _ in found])
+                mean, (low, high) = certificate.mean_with_interval(ratio, seed)
+                print(
+                    f"  {estimator:5} mean {mean:6.3f} ({low:.3f} to {high:.3f}), {ratio.min():.2f} to "
+                    f"{ratio.max():.2f}; {sum(reached for _, reached in found)} of {seeds} came to delta"
+                )
+
+
+def line(truth: float, values: Tensor) -> str:
+    """truth, mean and its 95% interval over batches, their distance in standard errors, sd of one batch."""
+    mean, sd = values.mean().item(), values.std().item()
+    error = sd / len(values) ** 0.5
+    z = (mean - truth) / error
+    return f"{truth:10.5f} {mean:10.5f} ({mean - 1.96 * error:8.5f} to {mean + 1.96 * error:8.5f}) {z:6.1f} {sd:10.5f}"
+
+
+if __name__ == "__main__":
+    main()
