@@ -57,6 +57,7 @@ def train(config: Config) -> dict:
     try:
         if run.accuracy_start is None:
             run.started(held_out_accuracy(0))
+            checkpoint.save(run.directory, progress, learners, set(), run.state(), config.keep)
         for stage in range(progress.stage, config.stages):
             problems, order = stage_problems(stage), update_order(config, stage)
             rollouts = progress.rollouts

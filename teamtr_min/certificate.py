@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teamtr_min import rng
@@ -66,7 +67,8 @@ def occupancy_shift(log_rho: Tensor, speaks: Tensor) -> Tensor:
 
 def effective_sample_share(log_rho: Tensor, speaks: Tensor) -> Tensor:
     """ESS/B over the B messages of j in rollouts of team^0: (sum rho)^2 / (B sum rho^2)."""
-    rho = (log_rho - log_rho.max()).exp() * speaks  # no overflow; the scale cancels
+    drift = log_rho * speaks
+    rho = (drift - drift.max()).exp() * speaks  # no overflow; the scale cancels
     return rho.sum().square() / (speaks.sum() * rho.square().sum()).clamp(min=1e-300)
 
 
@@ -179,4 +181,4 @@ class Watch:
 
 def before_turn(log_ratio: Tensor) -> Tensor:
     """(R, T) log-ratio of each message -> of all messages before it."""
-    return log_ratio.cumsum(1) - log_ratio
+    return F.pad(log_ratio.cumsum(1)[:, :-1], (1, 0))

@@ -273,14 +273,21 @@ def header(config: Config, team: Team, directory: Path) -> str:
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     width = models[0].dtype.itemsize
     weights = sum(counts) * width
-    # One agent in its update: gradients, Adam, the last accepted point with its Adam, the attempted point;
+    # Who is in an update: gradients, Adam, the last accepted point with its Adam, the attempted point;
     # and where the masters are a second copy, they and their own gradients.
-    update = max(counts) * (width + 8 + 12 + 4 + (8 if width == 2 else 0))
+    moved = max(sum(counts[j] for j in agents) for agents in config.updates)
+    update = moved * (width + 8 + 12 + 4 + (8 if width == 2 else 0))
     rows = min(config.problems * config.group, config.batch_rows)
     caches = [m.config.kv_per_token * width * rows for m in models]
     cache = max(caches) if team.speaks_last(0, 0) else sum(caches)  # all stay where agents speak again
     roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
     precision = "bf16 over fp32 masters" if width == 2 else "fp32"
+    region = {
+        "hard": f"radius {config.delta:g} ({config.kl_estimator} per {config.kl_unit})",
+        "adaptive": f"KL penalty adapted to {config.delta:g}, no radius",
+        "fixed": f"KL penalty {config.beta:g}, no radius",
+        "none": "no trust region",
+    }[config.kl]
     lines = [
         f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
         f"{precision} on {models[0].device}",
@@ -288,8 +295,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
         f"KV cache {size(cache)} per token of a transcript",
         f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "
         f"{config.problems} problems x {config.group} rollouts before each update",
-        f"method  {config.occupancy} occupancy, {config.order} order, radius {config.delta:g} "
-        f"({config.kl_estimator} per {config.kl_unit}), "
+        f"method  {config.occupancy} occupancy, {config.order} order, {region}, "
         f"at most {config.inner_steps} steps at lr {config.lr:g}, {config.stages} stages",
         f"output  {directory}",
     ]
@@ -307,7 +313,8 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
         lines.append(
             f"held-out accuracy {summary['accuracy_start']:.3f} -> {summary['accuracy_final']:.3f} "
             f"in {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts; "
-            f"{summary['violation_rate_before']:.0%} of updates passed the radius and were brought back"
+            f"{summary['violation_rate_before']:.0%} of updates passed the radius"
+            f"{' and were brought back' * (config.kl == 'hard')}"
         )
     lines.append(
         f"{directory}/ holds agents/, metrics.jsonl, transcripts.jsonl, config.json and summary.json"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class AgentBatch:
     def per_message(self, x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""
         return x.new_zeros(len(self.advantage)).index_add(0, self.message, x)
+
+
+class Head(NamedTuple):
+    """The start of a rollout that is there already."""
+
+    messages: list[Message]
+    speaker: int | None = None  # whose turn comes next, where the router has said so
 
 
 @dataclass
@@ -92,10 +100,18 @@ class Rollouts:
     def by(self, agents: list[int]) -> list[Message]:
         return [m for messages in self.messages for m in messages if m.agent in agents]
 
-    def before(self, agents: set[int]) -> list[list[Message]]:
-        """Of each rollout what precedes the first message of any of `agents`: they had no part in it."""
-        turns = ((turn for turn, m in enumerate(messages) if m.agent in agents) for messages in self.messages)
-        return [messages[: next(t, len(messages))] for messages, t in zip(self.messages, turns)]
+    def before(self, agents: set[int]) -> list[Head]:
+        """Of each rollout what precedes the first message of any of `agents`: they had no part in it.
+
+        Nor in the router's choice of them, which stays: asked again at just these moments, a random router
+        would name them too rarely.
+        """
+        heads = []
+        for messages in self.messages:
+            turn = next((t for t, m in enumerate(messages) if m.agent in agents), None)
+            heads.append(Head(messages if turn is None else messages[:turn],
+                              None if turn is None else messages[turn].agent))  # fmt: skip
+        return heads
 
     def view(self, agent: int, advantage: Tensor, batch_tokens: int = 16384) -> list[AgentBatch]:
         """What `agent` trains on, given one advantage per rollout (R,).
@@ -162,41 +178,43 @@ def collect(
     grade: Callable[[Problem, list[Message]], float],
     config: Config,
     place: tuple,
-    heads: list[list[Message]] | None = None,
+    heads: list[Head] | None = None,
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade what came out.
 
     `place` names this collection within the run, as ("train", stage, update). Each draw is a function of
-    (config.seed, place, rollout, turn, position) alone, so batching changes nothing. `heads` are the first
-    messages of each rollout where they are there already (`--resample suffix`).
+    (config.seed, place, rollout, turn, position) alone, so batching changes nothing. `heads`: how each
+    rollout begins, where that is kept (`--resample suffix`).
     """
     start = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
-    heads = heads or [[] for _ in repeated]
+    heads = heads or [Head([])] * len(repeated)
     messages: list[list[Message]] = []
     for first in range(0, len(repeated), config.batch_rows):
         rows = slice(first, first + config.batch_rows)
         messages += _play(team, repeated[rows], heads[rows], first, config, place)
     returns = torch.tensor([float(grade(p, m)) for p, m in zip(repeated, messages)])
-    kept, log_weight = [len(head) for head in heads], torch.zeros(len(repeated))
+    kept, log_weight = [len(head.messages) for head in heads], torch.zeros(len(repeated))
     return Rollouts(team, repeated, messages, returns, group, time.perf_counter() - start, kept, log_weight)
 
 
 def _play(
     team: Team,
     problems: list[Problem],
-    heads: list[list[Message]],
+    heads: list[Head],
     first: int,
     config: Config,
     place: tuple,
 ) -> list[list[Message]]:
     """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
-    transcripts = [list(head) for head in heads]
+    transcripts = [list(head.messages) for head in heads]
     samplers: dict[int, Sampler] = {}
     for turn in range(team.turns):
         speakers = {}  # row -> agent
-        for r, transcript in enumerate(transcripts):
-            if len(transcript) == turn:
+        for r, (transcript, head) in enumerate(zip(transcripts, heads)):
+            if turn == len(head.messages) and head.speaker is not None:
+                speakers[r] = head.speaker
+            elif turn == len(transcript):
                 uniform = rng.key(config.seed, "route", *place, first + r, turn) / 2**64
                 speakers[r] = team.route(turn, transcript, uniform)
         for j in sorted(set(speakers.values())):

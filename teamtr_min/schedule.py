@@ -7,8 +7,7 @@ import math
 
 from teamtr_min import rng
 from teamtr_min.config import Config
-from teamtr_min.rollout import Rollouts
-from teamtr_min.team import Message
+from teamtr_min.rollout import Head, Rollouts
 
 
 def update_order(config: Config, stage: int) -> list[int]:
@@ -42,7 +41,7 @@ def needed_later(config: Config, i: int) -> bool:
     return another and (config.resample == "suffix" or not samples_again(config, i + 1))
 
 
-def unchanged_heads(config: Config, rollouts: Rollouts | None, done: list[int]) -> list[list[Message]] | None:
+def unchanged_heads(config: Config, rollouts: Rollouts | None, done: list[int]) -> list[Head] | None:
     """With `--resample suffix`, the start of each latest rollout that the team as it now is would write
     alike.
 

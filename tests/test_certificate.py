@@ -1,5 +1,7 @@
-"""The sampled estimators against the truth, on teams small enough to enumerate; teamtr_min.bench.estimators is
-the same at length, and docs/results/estimators.md what it found."""
+"""The sampled estimators against the truth, on teams small enough to enumerate.
+
+`python -m teamtr_min.bench.estimators` is the same at length; docs/results/estimators.md is what it found.
+"""
 
 import math
 
@@ -40,8 +42,8 @@ def test_intervals_cover_the_truth_after_mild_updates():
 
 def test_intervals_of_what_1_over_rho_weighs_fail_after_large_updates():
     """KL 4 per update: the few rollouts that carry the weight 1/rho are in hardly any batch, and a bootstrap
-    cannot know what its batch has never seen: too narrow, though the mean over batches is right. ESS/B is read
-    too high for the same reason. What has no weight of other agents' messages stays covered."""
+    cannot know what its batch has never seen: too narrow, though the mean over batches is right. ESS/B is
+    read too high for the same reason. What has no weight of other agents' messages stays covered."""
     found = diagnoses(stage(small_game(), 0, kl=4.0), J, 50, seed=7)
     shares = {name: coverage(*found[name], intervals=50) for name in ("L^seq", "gap", "L^stale", "ESS/B")}
     assert max(shares["gap"], shares["L^stale"], shares["ESS/B"]) < 0.7 and shares["L^seq"] >= 0.84, shares

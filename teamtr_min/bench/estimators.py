@@ -2,9 +2,9 @@
 
     python -m teamtr_min.bench.estimators        about two minutes on one core
 
-Teams small enough to enumerate (exact.py) are sampled again and again; every estimate has an exact value beside
-it. Three agents write two messages each, two tokens long; each update went up the exact policy gradient until
-its exact KL per message was what the table says.
+Teams small enough to enumerate (exact.py) are sampled again and again; every estimate has its exact value
+beside it. Three agents write two messages each, two tokens long; each update went up the exact policy
+gradient until its exact KL per message was what the table says.
 """
 
 import torch
@@ -98,7 +98,7 @@ def effective_share(first: Team, base: Team, j: int) -> Tensor:
 
 
 def diagnoses(teams: list[Team], j: int, batches: int, seed: int, problems: int = PROBLEMS) -> dict:
-    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the update of j that ended a stage."""
+    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the stage's last update, by j."""
     first, base, new = teams[0], teams[-2], teams[-1]
     x, y = draw(base, batches, seed, problems), draw(first, batches, seed + 1, problems)
     returns, speaks = x.returns.view(-1, GROUP), x.agent == j
@@ -227,60 +227,60 @@ def fitted(
         return exact.mean_message_kl(base, new, J).item() / delta, reached
 
 
-def main(batches: int = 1000, intervals: int = 200, seeds: int = 40) -> None:
-    seed = 0
+def main(batches: int = 1000, intervals: int = 200, seeds: int = 40, delta: float = 0.02) -> None:
     print(
-        f"seed {seed}; a batch is {PROBLEMS} problems x {GROUP} rollouts; the last of {AGENTS} agents' updates"
+        f"a batch is {PROBLEMS} problems x {GROUP} rollouts; the update is the last of its stage's {AGENTS}"
     )
-    for name, router, kl in (
-        ("round-robin, KL 0.02 per update", None, 0.02),
-        ("router that reads the transcript, KL 0.02", by_transcript, 0.02),
-        ("round-robin, KL 0.2", None, 0.2),
-        ("round-robin, KL 1", None, 1.0),
-        ("round-robin, KL 4", None, 4.0),
-    ):
-        print(f"\n{name}: {batches} batches, intervals of {intervals}")
+    for seed, (name, router, kl) in enumerate((
+        ("round-robin", None, 0.02),
+        ("router that reads the transcript", by_transcript, 0.02),
+        ("round-robin", None, 0.2),
+        ("round-robin", None, 1.0),
+        ("round-robin", None, 4.0),
+    )):  # fmt: skip
+        print(f"\n{name}, KL {kl} per update: {batches} batches, intervals of {intervals}; seed {seed}")
         print("estimator       truth      mean (95% interval)            z   sd of one  coverage of 95%")
-        teams = stage(small_game(router=router), seed, kl)
-        for label, (truth, statistic, *tables) in diagnoses(teams, J, batches, seed + 1).items():
-            values = torch.vmap(statistic)(*tables)
-            share = coverage(truth, statistic, *tables, intervals=intervals)
-            print(
-                f"{label:12} {line(truth, values)}  {share:.3f} +- {(share * (1 - share) / intervals) ** 0.5:.3f}"
-            )
+        teams = stage(small_game(router=router), 0, kl)
+        for label, case in diagnoses(teams, J, batches, 100 * seed).items():
+            truth, statistic, *tables = case
+            share = coverage(*case, intervals=intervals)
+            spread = (share * (1 - share) / intervals) ** 0.5
+            print(f"{label:12} {line(truth, torch.vmap(statistic)(*tables))}  {share:.3f} +- {spread:.3f}")
         if router is None:
-            for label, values in monitors(draw(teams[-2], batches, seed + 1), *teams[-2:], J).items():
-                truth = exact.mean_message_kl(*teams[-2:], J).item()
+            truth = exact.mean_message_kl(*teams[-2:], J).item()
+            for label, values in monitors(draw(teams[-2], batches, 100 * seed), *teams[-2:], J).items():
                 print(f"{label + ' tokens':12} {line(truth, values.view(batches, -1).mean(1))}")
 
-    delta = 0.02
-    print(f"\nHow often a share of the 1,024 messages decides otherwise than all of them, delta {delta}")
+    print(
+        f"\nHow often a share of the 1,024 messages decides otherwise than all of them, delta {delta}; seed 0"
+    )
     print("dhat/delta        " + "".join(f"{a:6.2f}-{b:.2f}" for a, b in zip(BINS, BINS[1:])))
-    for (name, share), rates in flip_rates(delta, 100, seed).items():
+    for (name, share), rates in flip_rates(delta, 100, seed=0).items():
         print(f"{name}, {share:4.0%} of them " + "".join(f"{rate:11.3f}" for rate, _ in rates))
 
-    print(f"\nExact KL over delta = {delta} of an update that stopped where its own messages said delta")
+    print(f"\nExact KL / delta of updates that were to stop where their own messages said delta = {delta}")
+    print(f"seeds 0, 10, ..., {10 * (seeds - 1)}; mean (95% interval), least to largest")
     for tied in (True, False):
         for needed in (3, 1):
             game = small_game(tied, needed=needed)
-            right = random_team(game, seed).J
+            right = random_team(game, 0).J
             print(f"{'six rows an agent' if tied else 'a free row for every context'}; {right:.0%} right")
             for estimator in ("k1", "k3", "exact"):
                 found = [fitted(game, estimator, delta, 10 * s) for s in range(seeds)]
-                ratio = torch.tensor([r for r, _ in found])
-                mean, (low, high) = certificate.mean_with_interval(ratio, seed)
-                print(
-                    f"  {estimator:5} mean {mean:6.3f} ({low:.3f} to {high:.3f}), {ratio.min():.2f} to "
-                    f"{ratio.max():.2f}; {sum(reached for _, reached in found)} of {seeds} came to delta"
-                )
+                for label, wanted in (("stopped", True), ("200 steps never got there", False)):
+                    ratio = torch.tensor([r for r, reached in found if reached == wanted])
+                    if len(ratio):
+                        mean, (low, high) = certificate.mean_with_interval(ratio, seed=0)
+                        spread = f"({low:.3f} to {high:.3f}), {ratio.min():.2f} to {ratio.max():.2f}"
+                        print(f"  {estimator:5} {len(ratio):2d} {label}: {mean:.3f} {spread}")
 
 
 def line(truth: float, values: Tensor) -> str:
     """truth, mean and its 95% interval over batches, their distance in standard errors, sd of one batch."""
     mean, sd = values.mean().item(), values.std().item()
     error = sd / len(values) ** 0.5
-    z = (mean - truth) / error
-    return f"{truth:10.5f} {mean:10.5f} ({mean - 1.96 * error:8.5f} to {mean + 1.96 * error:8.5f}) {z:6.1f} {sd:10.5f}"
+    low, high, z = mean - 1.96 * error, mean + 1.96 * error, (mean - truth) / error
+    return f"{truth:10.5f} {mean:10.5f} ({low:8.5f} to {high:8.5f}) {z:6.1f} {sd:10.5f}"
 
 
 if __name__ == "__main__":

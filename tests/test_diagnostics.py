@@ -1,0 +1,106 @@
+"""--diagnostics watches without touching, and variants stopped inside a stage go on to the same bits."""
+
+import itertools
+import math
+
+import pytest
+from toy_runs import TOY, parity, results, run, same, timeless, weights
+
+import train
+from teamtr_min import certificate
+from teamtr_min.tasks import Relay
+
+
+@pytest.fixture(autouse=True)
+def half_of_all_rollouts_are_right(monkeypatch):
+    monkeypatch.setattr(Relay, "grade", parity)
+
+
+# Diagnostics
+
+
+def test_diagnostics_change_nothing_of_the_training_and_are_counted_apart(tmp_path, capsys):
+    plain, plain_updates, _ = run(tmp_path / "plain")
+    watched, updates, stages = run(tmp_path / "watched", "--diagnostics")
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
+    ignored = {*certificate.DIAGNOSIS}
+    for a, b in zip(timeless(plain_updates), timeless(updates)):
+        assert {k: v for k, v in a.items() if k not in ignored} == {
+            k: v for k, v in b.items() if k not in ignored
+        }
+        assert all(a[name] is None for name in ignored) and all(b[name] is not None for name in ignored)
+    assert watched["rollouts_diagnostics"] == 6 * 12 and watched["tokens_sampled_diagnostics"] > 0
+    kept = ("rollouts", "tokens_sampled", "tokens_trained", "accuracy_final")
+    assert all(plain[name] == watched[name] for name in kept)
+    for u in updates:
+        half = (u["surrogate_ci"][1] - u["surrogate_ci"][0]) / 2
+        assert u["zeta"] / 0.01 == pytest.approx(half)
+        assert u["penalty"] == pytest.approx(
+            certificate.penalty_constant() * math.sqrt(u["kl_held_out"]) + half
+        )
+        assert u["bound"] == u["surrogate_ci"][0], "who speaks once gains exactly the surrogate"
+        still = u["update"] == 0
+        assert (u["gap"] == 0) == (u["occupancy_shift"] == 0) == (u["ess"] == 1) == still
+    assert [s["vacuous"] for s in stages] == [True, True] and capsys.readouterr().out.count("(vacuous)") == 2
+    for s in stages:
+        own = [u for u in updates if u["stage"] == s["stage"]]
+        assert s["certificate"] == pytest.approx(sum(u["surrogate"] - u["penalty"] for u in own))
+        assert s["delta_stale"] == pytest.approx(sum(abs(u["gap"]) for u in own[1:]) / 2)
+
+
+def test_in_reverse_turn_order_no_update_sees_a_shift(tmp_path):
+    _, updates, _ = run(tmp_path / "run", "--diagnostics", "--order", "reversed", "--stages", "1")
+    assert all(u["gap"] == u["occupancy_shift"] == 0 and u["ess"] == 1 for u in updates)
+    assert all(u["kl_held_out"] > 0 for u in updates)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("stop", [2, 5])  # the second update of the first stage, and of the second
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--diagnostics"],
+        ["--occupancy", "importance", "--order", "random"],
+        ["--occupancy", "every_k", "--resample", "suffix", "--router", "random"],
+    ],
+)
+def test_stopped_inside_a_stage_a_variant_resumes_to_the_same_bits(tmp_path, monkeypatch, flags, stop):
+    expected = run(tmp_path / "undisturbed", *flags)
+    calls, update = [], train.update_agent
+
+    def interrupted(learner, batches, config, lr):
+        calls.append(lr)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return update(learner, batches, config, lr)
+
+    monkeypatch.setattr(train, "update_agent", interrupted)
+    out = tmp_path / "stopped"
+    assert train.main([*TOY, "--out", str(out), *flags]) == 130
+    assert train.main(["--resume", str(out)]) == 0
+    found = results(out)
+    for a, b in zip(expected[1:], found[1:]):
+        assert timeless(a) == timeless(b)
+    assert timeless([expected[0]]) == timeless([found[0]])
+    assert same(weights(tmp_path / "undisturbed"), weights(out))
+
+
+def test_joint_stopped_before_its_first_update_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    expected = run(tmp_path / "undisturbed", "--occupancy", "joint")
+    update = train.update_agent
+    for stop in (1, 2):
+        calls = itertools.count(1)
+
+        def interrupted(*arguments, stop=stop, calls=calls):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return update(*arguments)
+
+        monkeypatch.setattr(train, "update_agent", interrupted)
+        out = tmp_path / str(stop)
+        assert train.main([*TOY, "--out", str(out), "--occupancy", "joint"]) == 130
+        assert train.main(["--resume", str(out)]) == 0
+        assert timeless(results(out)[1]) == timeless(expected[1])
+        assert same(weights(tmp_path / "undisturbed"), weights(out))

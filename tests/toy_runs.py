@@ -1,0 +1,42 @@
+"""Runs of the whole program small enough for a test, in this process."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import train
+
+# 3 agents, 2 stages, 12 rollouts per collection; steps large enough that every agent changes its messages.
+TOY = ["--agents", "3", "--stages", "2", "--problems", "3", "--group", "4", "--inner-steps", "2",
+       "--eval-problems", "8", "--lr", "3e-3", "--delta", "0.5", "--device", "cpu"]  # fmt: skip
+
+
+def parity(task, problem, messages) -> float:
+    """A grade that half of all rollouts get: few groups this small would have both outcomes otherwise."""
+    return float(sum(messages[-1].tokens) % 2)
+
+
+def run(out: Path, *flags: str) -> tuple[dict, list[dict], list[dict]]:
+    """Train in this process; returns the summary, the updates and the stages."""
+    assert train.main([*TOY, "--out", str(out), *flags]) == 0
+    return results(out)
+
+
+def results(out: Path) -> tuple[dict, list[dict], list[dict]]:
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    by_kind = ([m for m in metrics if m["kind"] == kind] for kind in ("update", "stage"))
+    return json.loads((out / "summary.json").read_text()), *by_kind
+
+
+def timeless(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in records]
+
+
+def weights(out: Path) -> list[dict]:
+    return [load_file(out / "agents" / str(j) / "model.safetensors") for j in range(3)]
+
+
+def same(a: list[dict], b: list[dict]) -> bool:
+    return all(torch.equal(p[name], q[name]) for p, q in zip(a, b) for name in p)
