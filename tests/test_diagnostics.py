@@ -1,14 +1,20 @@
 """--diagnostics watches without touching, and variants stopped inside a stage go on to the same bits."""
 
+import copy
 import itertools
 import math
 
 import pytest
+import torch
 from toy_runs import TOY, parity, results, run, same, timeless, weights
 
 import train
-from teamtr_min import certificate
+from teamtr_min import certificate, rng
+from teamtr_min.certificate import Watch
+from teamtr_min.config import Config
+from teamtr_min.rollout import collect
 from teamtr_min.tasks import Relay
+from teamtr_min.team import load_team
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,46 @@ def test_in_reverse_turn_order_no_update_sees_a_shift(tmp_path):
     _, updates, _ = run(tmp_path / "run", "--diagnostics", "--order", "reversed", "--stages", "1")
     assert all(u["gap"] == u["occupancy_shift"] == 0 and u["ess"] == 1 for u in updates)
     assert all(u["kl_held_out"] > 0 for u in updates)
+
+
+def test_a_diagnosis_compares_the_models_of_before_and_after():
+    """By hand, for the second update of a stage: agent 1 has moved, then agent 2 moves."""
+    config = Config(agents=3, group=4, device="cpu")
+    task = Relay(config)
+    team = load_team(config, task.roles(3))
+    problems = task.draw(5, rng.generator(0, "problems"))
+    watch = Watch(team, lambda i: collect(team, problems, 4, task.grade, config, ("watch", i)), config)
+    g, models, rollouts = torch.Generator().manual_seed(0), [], []
+    for i, j in enumerate((1, 2)):
+        rollouts.append(watch.before(i, [j]))
+        models.append(copy.deepcopy(team.agents[j].model))
+        with torch.no_grad():
+            for p in team.agents[j].model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=g))
+        report = watch.after()
+
+    def change(r, i: int, j: int) -> torch.Tensor:
+        new, old = team.agents[j].model, models[i]
+        return (r.message_logp(j, new, config) - r.message_logp(j, old, config))[:, j].double()
+
+    first, present = rollouts
+    w, rho = change(present, 1, 2).exp(), change(present, 0, 1).exp()
+    left_out = [[(group.sum() - r) / 3 for r in group] for group in present.grouped_returns]
+    advantage = present.returns - torch.tensor(left_out).flatten()
+    rho_first = change(first, 0, 1).exp()
+    wanted = {
+        "surrogate": ((w - 1) * advantage).mean(),
+        "gap": ((1 - 1 / rho) * (w - 1) * advantage).mean(),
+        "occupancy_shift": (rho_first / rho_first.mean() - 1).abs().mean() / 2,
+        "ess": rho_first.sum() ** 2 / (20 * rho_first.square().sum()),
+        "kl_held_out": (w - 1 - w.log()).mean(),
+    }
+    assert all(report[name] == pytest.approx(value.item(), rel=1e-4) for name, value in wanted.items())
+    assert report["kl_held_out"] > 0.01 and report["occupancy_shift"] > 0.01 and report["ess"] < 0.99
+    assert all(abs(report[name]) > 1e-3 for name in ("surrogate", "gap"))
+    assert all(
+        report[f"{name}_ci"][0] < report[name] < report[f"{name}_ci"][1] for name in ("surrogate", "gap")
+    )
 
 
 # Resume
