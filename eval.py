@@ -3,6 +3,8 @@
 python eval.py relay                    the newest run under runs/, or without one the shipped team
 python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
+python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
@@ -32,6 +34,13 @@ def main(argv: list[str] | None = None) -> int:
         help=f"what to measure: {', '.join(BENCHMARKS)}, or FILE.py with a task (default: the team's task)",
     )
     parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
+    parser.add_argument(
+        "--mode",
+        choices=accuracy.MODES,
+        default="team",
+        help="team; solo: its first agent takes every turn, compared with the team at equal tokens; "
+        "best_of: the likeliest of k rollouts; vote: the answer of most of k (default team)",
+    )
     parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
     parser.add_argument("--problems", type=int, default=2048, help="held-out problems (default 2048)")
     parser.add_argument("--data", help="JSONL of problems to take instead of the held-out ones")
@@ -41,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_flags(parser, TEAM_FLAGS.split())
     flags = vars(parser.parse_args(argv))
-    team, k, count, data, shown, as_json = (
-        flags.pop(name) for name in ("team", "k", "problems", "data", "show", "json")
+    team, mode, k, count, data, shown, as_json = (
+        flags.pop(name) for name in ("team", "mode", "k", "problems", "data", "show", "json")
     )
     benchmarks = flags.pop("benchmarks")
     try:
@@ -61,12 +70,15 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps(result) if as_json else report.table(result))
                 continue
             subject = accuracy.find_subject(team, flags)
-            result, rollouts, players = accuracy.run(subject, name, k=k, count=count, data=data)
+            evaluation = accuracy.run(subject, name, mode, k=k, count=count, data=data)
             if as_json:
-                print(json.dumps(result))
+                print(json.dumps(evaluation.result))
             else:
-                print(accuracy.table(result, (rollouts.grouped_returns == 1).sum(1)))
-                print(accuracy.show(rollouts, players, shown))
+                print(accuracy.table(evaluation))
+                print(accuracy.show(evaluation.rollouts, evaluation.team, shown))
+            kept = accuracy.keep(evaluation.result, subject)
+            if not as_json:
+                print(f"\nresult appended to {kept}")
     except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
