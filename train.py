@@ -7,7 +7,7 @@ teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--d
 
     python train.py                                   three small agents learn relay arithmetic in two minutes
     python train.py --delta inf --lr 2e-3 --inner-steps 20   what goes wrong without the radius
-    python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5 from the Hugging Face cache
+    python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5, fetched when they are new
 """
 
 import math
@@ -25,10 +25,12 @@ from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
 from teamtr_min.update import Diverged, Learner, update_agent
+from teamtr_min.weights import pinned
 
 
 def train(config: Config) -> dict:
     """Run Algorithm 1 as `config` says; fills the run's directory and returns its summary."""
+    config = pinned(config)
     task = load_task(config)
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(agent.model, config.beta) for agent in team.agents]
