@@ -43,7 +43,9 @@ def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path
             return directory
         absent = f"is not complete ({', '.join(lacking)})"
     absent = f"{repo} at {revision} {absent} in the Hugging Face cache {cache}"
-    otherwise = f"or run `hf download {repo}` where there is a connection and copy the cache here"
+    otherwise = (
+        f"or give a directory, which `hf download {repo} --local-dir DIR` makes where there is a connection"
+    )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"{absent} and HF_HUB_OFFLINE is set: unset it, {otherwise}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -105,6 +107,7 @@ def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Call
 
 def _fetch(url: str, blob: Path, size: int, name: str) -> None:
     """Download `url` to `blob`, whose name is its sha256; what an interrupted call left is continued."""
+    from huggingface_hub import errors
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
@@ -118,14 +121,18 @@ def _fetch(url: str, blob: Path, size: int, name: str) -> None:
             if file.tell() > size:
                 file.truncate(0)
             done = file.seek(0, os.SEEK_END)
-            http_get(
-                url,
-                file,
-                resume_size=done,
-                headers=build_hf_headers(),
-                expected_size=size,
-                displayed_filename=name,
-            )
+            try:
+                http_get(
+                    url, file, resume_size=done, headers=build_hf_headers(), expected_size=size,
+                    displayed_filename=name,
+                )  # fmt: skip
+            except errors.HTTPError as error:
+                if isinstance(error, errors.HfHubHTTPError):  # an answer, though not the wanted one
+                    raise
+                raise UserError(
+                    f"the connection broke off {file.tell():,} bytes into {name}: run the same command again "
+                    "to go on from there"
+                ) from None
             file.seek(0)
             whole = hashlib.file_digest(file, "sha256").hexdigest() == blob.name
         if not whole:

@@ -253,7 +253,7 @@ def violation_rate(updates: list[dict], kl: str) -> float | None:
 
 
 def header(config: Config, team: Team, directory: Path) -> str:
-    """Team, memory, task, method and place, one line each."""
+    """Team, model, memory, task, method and place, one line each."""
     models = [agent.model for agent in team.agents]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     width = models[0].dtype.itemsize
@@ -269,6 +269,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     lines = [
         f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
         f"{precision} on {models[0].device}",
+        f"model   {config.model}",
         f"memory  weights {size(weights)}, an update {size(update)} besides activations, "
         f"KV cache {size(cache)} per token of a transcript",
         f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "

@@ -19,6 +19,7 @@ from teamtr_min.config import Config, UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Team, load_team
+from teamtr_min.weights import pinned
 
 RESAMPLES = 2000
 
@@ -47,7 +48,7 @@ def find_subject(team: str | None, changes: dict) -> Subject:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", Config.of(changes), None)
+        return Subject("untrained team", pinned(Config.of(changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -74,6 +75,7 @@ def run(
     result = {
         "benchmark": task_name,
         "team": subject.name,
+        "model": config.model,
         "mode": "team",
         "agents": config.agents,
         "k": k,
