@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from teamtr_min.config import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = (
-    "config.json", "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path
     except (OSError, ValueError, errors.HTTPError) as error:  # the last is the HTTP client's own
         reason = _reason(error, repo, revision, cache, endpoint)
         if reason is None:
-            reason = f"{absent} and {endpoint} cannot be reached: check the connection, {otherwise}"
+            why = " ".join(str(error.__cause__ or error).split())
+            reason = f"{absent} and {endpoint} cannot be reached ({why}): check the connection, {otherwise}"
         raise UserError(reason) from None
 
 
@@ -79,7 +81,11 @@ def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Call
             raise UserError(
                 f"{repo} at {revision} has no {what}, so it cannot be used here: take another model"
             )
-    small = [name for name in (*FILES, INDEX) if name in files and not (single and name == INDEX)]
+    small = [
+        name
+        for name in ("config.json", *TOKENIZER_FILES, INDEX)
+        if name in files and not (single and name == INDEX)
+    ]
     directory = [get(name).parent for name in small][0]
     accept(directory)
     weights = [SINGLE] if single else _weights(directory)
@@ -95,6 +101,8 @@ def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Call
             f"{repo} needs {needed / 1e9:.1f} GB in {cache}, where {free / 1e9:.1f} GB are free: "
             "make room, or set HF_HOME to a place that has it"
         )
+    if needed > 0:
+        print(f"fetching {repo}@{info.sha} ({needed / 1e9:.1f} GB) into {cache}", file=sys.stderr)
     for blob, name in large.items():
         _fetch(hf_hub_url(repo, name, revision=info.sha, endpoint=endpoint), blob, files[name].size, name)
     for name in weights:
@@ -146,7 +154,8 @@ def _weights(directory: Path) -> list[str]:
     if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
         return [SINGLE]
     try:
-        return sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+        listed = json.loads((directory / INDEX).read_text())["weight_map"]
+        return sorted({str(file) for file in listed.values()})
     except (ValueError, LookupError, AttributeError, TypeError):
         raise UserError(f"{directory / INDEX} has no weight_map from tensors to files") from None
 
@@ -168,15 +177,15 @@ def _reason(error: Exception, repo: str, revision: str, cache: Path, endpoint: s
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision}: give a branch, a tag or a commit of {endpoint}/{repo}"
-    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
-        return (
-            f"{endpoint} has no model {repo}, or a private one: check the name, or log in with "
-            "`hf auth login` or HF_TOKEN"
-        )
-    if status in (401, 403):
+    if isinstance(error, errors.GatedRepoError) or status == 403:
         return (
             f"{repo} is gated: accept its licence on {endpoint}/{repo}, then log in with "
             "`hf auth login` or HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return (
+            f"{endpoint} shows you no model {repo}: check the name, and your token (`hf auth login` "
+            "or HF_TOKEN) if the model is private or the token old"
         )
     if status:
         return f"{endpoint} answered {status} when asked for {repo}: try again later"

@@ -14,14 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from teamtr_min.config import Config, UserError
+from teamtr_min.hub import TOKENIZER_FILES
 from teamtr_min.rollout import Rollouts
 from teamtr_min.team import Team
 from teamtr_min.weights import save_model
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json",
-)  # fmt: skip
 TRANSCRIPTS_PER_COLLECTION = 4
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # hash -> path -> content
     refs: dict[str, str] = field(default_factory=dict)  # branch or tag -> hash
-    gated: int = 0  # 401 or 403: the answer to whoever asks for a file
+    gated: tuple[int, dict] = ()  # the answer (status, headers) to whoever asks for a file
 
     def commit(self, files: dict[str, bytes] | Path, branch: str = "main") -> str:
         """Add a commit of these files, or of those in a directory, and move the branch there."""
@@ -31,13 +31,14 @@ class Repo:
 
 
 class Hub:
-    """The repositories, every request so far, and `break_at`: the byte at which large files break off."""
+    """The repositories, every request so far, and what else it may do to its guests."""
 
     def __init__(self, port: int):
         self.url, self.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}/storage"
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers in lower case
-        self.break_at: int | None = None
+        self.break_at: int | None = None  # the byte at which large files break off
+        self.token: str | None = None  # the only token that is not refused
 
     def repo(self, name: str) -> Repo:
         return self.repos.setdefault(name, Repo())
@@ -64,6 +65,10 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, path, {k.lower(): v for k, v in self.headers.items()}))
         if path.startswith("/storage/"):
             return self.storage(hub, path.rpartition("/")[2])
+        if hub.token and self.headers["Authorization"] != f"Bearer {hub.token}":
+            return self.answer(
+                401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
+            )
         if path.startswith("/api/models/"):
             name, _, revision = path.removeprefix("/api/models/").partition("/revision/")
             commit, files = hub.find(name, revision)
@@ -77,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(commit, int):
             return self.answer(commit, headers={"X-Error-Code": files})
         if hub.repos[name].gated:
-            return self.answer(hub.repos[name].gated, headers={"X-Error-Code": "GatedRepo"})
+            return self.answer(hub.repos[name].gated[0], headers=hub.repos[name].gated[1])
         if file not in files:
             return self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         entry = sibling(file, files[file])
