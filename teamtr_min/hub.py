@@ -44,9 +44,7 @@ def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path
             return directory
         absent = f"is not complete ({', '.join(lacking)})"
     absent = f"{repo} at {revision} {absent} in the Hugging Face cache {cache}"
-    otherwise = (
-        f"or give a directory, which `hf download {repo} --local-dir DIR` makes where there is a connection"
-    )
+    otherwise = f"or give a directory: `hf download {repo} --local-dir DIR` makes one on a connected machine"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"{absent} and HF_HUB_OFFLINE is set: unset it, {otherwise}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -75,18 +73,12 @@ def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Call
         )
 
     single = SINGLE in files
-    for needed in ("config.json", "tokenizer.json", SINGLE if single else INDEX):
-        if needed not in files:
-            what = "weights in safetensors" if needed == INDEX else needed
-            raise UserError(
-                f"{repo} at {revision} has no {what}, so it cannot be used here: take another model"
-            )
-    small = [
-        name
-        for name in ("config.json", *TOKENIZER_FILES, INDEX)
-        if name in files and not (single and name == INDEX)
-    ]
-    directory = [get(name).parent for name in small][0]
+    for name in ("config.json", "tokenizer.json", SINGLE if single else INDEX):
+        if name not in files:
+            what = "weights in safetensors" if name == INDEX else name
+            raise UserError(f"{repo} at {revision} has no {what}, which this code needs: take another model")
+    small = ["config.json", *TOKENIZER_FILES] + ([] if single else [INDEX])
+    directory = [get(name).parent for name in small if name in files][0]
     accept(directory)
     weights = [SINGLE] if single else _weights(directory)
     if not set(weights) <= set(files):
@@ -94,15 +86,15 @@ def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Call
 
     home = directory.parents[1]  # of this repository in the cache
     large = {home / "blobs" / files[name].lfs.sha256: name for name in weights if files[name].lfs}
-    needed = sum(files[name].size for name in weights) - sum(_bytes(b) + _bytes(_part(b)) for b in large)
+    missing = sum(files[name].size for name in weights) - sum(_bytes(b) + _bytes(_part(b)) for b in large)
     free = shutil.disk_usage(home).free
-    if needed > free:
+    if missing > free:
         raise UserError(
-            f"{repo} needs {needed / 1e9:.1f} GB in {cache}, where {free / 1e9:.1f} GB are free: "
+            f"{repo} needs {missing / 1e6:,.0f} MB in {cache}, where {free / 1e6:,.0f} MB are free: "
             "make room, or set HF_HOME to a place that has it"
         )
-    if needed > 0:
-        print(f"fetching {repo}@{info.sha} ({needed / 1e9:.1f} GB) into {cache}", file=sys.stderr)
+    if missing > 0:
+        print(f"fetching {repo}@{info.sha} ({missing / 1e6:,.0f} MB) into {cache}", file=sys.stderr)
     for blob, name in large.items():
         _fetch(hf_hub_url(repo, name, revision=info.sha, endpoint=endpoint), blob, files[name].size, name)
     for name in weights:
