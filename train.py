@@ -30,8 +30,8 @@ from teamtr_min.weights import pinned
 
 def train(config: Config) -> dict:
     """Run Algorithm 1 as `config` says; fills the run's directory and returns its summary."""
-    config = pinned(config)
     task = load_task(config)
+    config = pinned(config)
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(agent.model, config.beta) for agent in team.agents]
     held_out = task.draw(config.eval_problems, rng.generator(0, "held-out"), held_out=True)

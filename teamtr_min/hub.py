@@ -60,17 +60,12 @@ def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path
 
 def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Callable) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils.tqdm import silent_tqdm
 
     info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=10)
     files = {file.rfilename: file for file in info.siblings}
 
     def get(name: str) -> Path:
-        return Path(
-            hf_hub_download(
-                repo, name, revision=info.sha, cache_dir=cache, endpoint=endpoint, tqdm_class=silent_tqdm
-            )
-        )
+        return Path(hf_hub_download(repo, name, revision=info.sha, cache_dir=cache, endpoint=endpoint))
 
     single = SINGLE in files
     for name in ("config.json", "tokenizer.json", SINGLE if single else INDEX):

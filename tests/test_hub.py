@@ -1,6 +1,7 @@
 """Models by name, against a hub on 127.0.0.1: what is fetched, how it goes on, what it says if it cannot."""
 
 import collections
+import errno
 import json
 import os
 import subprocess
@@ -208,6 +209,19 @@ def test_a_disk_without_room_is_said_before_the_weights_are_fetched(hub, tmp_pat
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     assert "make room, or set HF_HOME" in refusal("org/tiny")
     assert "model.safetensors" not in hub.asked()
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
+    publish(hub, tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(file_download, "http_get", full)
+    assert f"no space is left in {tmp_path / 'home' / 'hub'}: make room" in refusal("org/tiny")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    assert f"cannot write to {tmp_path / 'file' / 'hub'} (Not a directory)" in refusal("org/tiny")
 
 
 def test_without_a_connection_it_is_said_at_once_and_the_cache_still_serves(hub, tmp_path, monkeypatch):
