@@ -121,9 +121,9 @@ def _fetch(url: str, blob: Path, size: int, name: str) -> None:
                     url, file, resume_size=done, headers=build_hf_headers(), expected_size=size,
                     displayed_filename=name,
                 )  # fmt: skip
-            except errors.HTTPError as error:
-                if isinstance(error, errors.HfHubHTTPError):  # an answer, though not the wanted one
-                    raise
+            except (errors.HTTPError, OSError) as error:
+                if isinstance(error, errors.HfHubHTTPError) or getattr(error, "errno", None):
+                    raise  # the hub's answer, or the disk's
                 raise UserError(
                     f"the connection broke off {file.tell():,} bytes into {name}: run the same command again "
                     "to go on from there"

@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from hub_server import Hub, running
 from huggingface_hub import constants, file_download
@@ -40,9 +39,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
         pause = file_download.time.sleep
         monkeypatch.setattr(file_download.time, "sleep", lambda seconds: pause(min(seconds, 0.01)))
-        huggingface_hub.close_session()
         yield hub
-        huggingface_hub.close_session()
 
 
 def publish(hub: Hub, tmp_path: Path, shards: int = 1, seed: int = 0, name: str = "org/tiny"):
