@@ -1,7 +1,7 @@
 """A model on the Hugging Face hub -> its directory in the hub's cache, fetched when it is not there.
 
 The cache is asked first: a complete snapshot costs no request. Otherwise huggingface_hub finds the commit and
-lays out its cache as always, but the weights come in through `_fetch`: huggingface_hub deletes a download
+lays out its cache as always, but the weights come in through `_fetch`: huggingface_hub 2 deletes a download
 that broke off, here it goes on where it stopped. Only what this code reads is fetched, never a *.bin.
 """
 
