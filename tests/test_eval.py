@@ -196,7 +196,7 @@ def test_equal_answers_are_one_answer_to_a_vote(tmp_path):
 
 
 def test_solo_takes_the_teams_turns_and_as_many_tokens(capsys, tmp_path, monkeypatch):
-    """A copy of the same model taking all turns spends what the team does; one that says more, or less, too."""
+    """A copy of the same model taking all turns spends what the team does."""
     monkeypatch.chdir(tmp_path)
     flags = ["relay", "--agents", "3", "--problems", "40", "--device", "cpu", "--k", "2", "--json"]
     assert evaluation.main([*flags, "--mode", "solo"]) == 0

@@ -31,7 +31,7 @@ from teamtr_min.config import Config, UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Message, Team, load_team
-from teamtr_min.weights import find_model
+from teamtr_min.weights import find_model, pinned
 
 MODES = ("team", "solo", "best_of", "vote")
 
@@ -75,7 +75,7 @@ def find_subject(team: str | None, changes: dict) -> Subject:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", Config.of(changes), None)
+        return Subject("untrained team", pinned(Config.of(changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -102,15 +102,19 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
     result = {
         "benchmark": task_name,
         "team": subject.name,
+        "model": subject.config.model,
         "mode": mode,
         "agents": subject.config.agents,
         "k": k,
     }
     if mode == "solo":
-        alone, _ = play(subject.solo, task_name, k, count, data)
-        more = k * rollouts.tokens_sampled // max(alone.tokens_sampled, 1)
-        if more > k:  # shorter messages: as many more rollouts as cost the same
-            alone, _ = play(subject.solo, task_name, more, count, data)
+        both = [(subject, rollouts), (subject.solo, play(subject.solo, task_name, k, count, data)[0])]
+        most = max(r.tokens_sampled for _, r in both)
+        for i, (who, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
+            affordable = k * most // max(drawn.tokens_sampled, 1)
+            if affordable > k:
+                both[i] = who, play(who, task_name, affordable, count, data)[0]
+        (_, rollouts), (_, alone) = both
         result["equal_tokens"] = at_equal_tokens(rollouts, alone, task, subject.config.seed)
         rollouts = alone
     drawn = rollouts.group_size
@@ -147,7 +151,7 @@ def play(subject: Subject, task_name: str, k: int, count: int, data: str | None)
 
 
 def pick(rollouts: Rollouts, mode: str, task) -> Tensor:
-    """(P,) whether the rollout that `mode` chooses from each problem's is right; no choice looks at returns."""
+    """(P,) whether the rollout that `mode` chooses for each problem is right; no choice looks at returns."""
     right, k = rollouts.grouped_returns == 1, rollouts.group_size
     groups = [rollouts.messages[p : p + k] for p in range(0, len(rollouts.messages), k)]
     if mode == "best_of":
@@ -170,7 +174,7 @@ def confidence(messages: list[Message]) -> float:
 
 
 def at_equal_tokens(team: Rollouts, solo: Rollouts, task, seed: int) -> dict:
-    """Team and soloist on the same problems for the same number of tokens; each votes where it has several."""
+    """Team and soloist on the same problems for equal tokens; each votes where it has several rollouts."""
     both = [pick(r, "vote", task) if r.group_size > 1 else (r.grouped_returns == 1)[:, 0].double()
             for r in (team, solo)]  # fmt: skip
     difference, interval = mean_with_interval(both[0] - both[1], seed)  # paired
