@@ -7,17 +7,20 @@ python eval.py relay --mode solo        one agent taking every turn, beside the 
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
-python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
+python eval.py occupancy                what fresh rollouts and the radius are worth: hours, resumable; or
+--short python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 """
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 
-from teamtr_min.bench import accuracy, kernels, report
+from teamtr_min.bench import accuracy, kernels, occupancy, report
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels", "report"]
+BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels", "occupancy", "report"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -48,10 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
     )
+    study = parser.add_argument_group("occupancy")
+    study.add_argument(
+        "--short", action="store_true", help="tiny runs: the tables' form in minutes, not results"
+    )
+    study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}")
+    study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
+    study.add_argument("--out", default="runs/occupancy", help="where its runs and figures go")
     add_flags(parser, TEAM_FLAGS.split())
     flags = vars(parser.parse_args(argv))
-    team, mode, k, count, data, shown, as_json = (
-        flags.pop(name) for name in ("team", "mode", "k", "problems", "data", "show", "json")
+    team, mode, k, count, data, shown, as_json, short, only, jobs, out = (
+        flags.pop(name) for name in "team mode k problems data show json short only jobs out".split()
     )
     benchmarks = flags.pop("benchmarks")
     try:
@@ -64,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
             if name == "kernels":
                 result = kernels.run()
                 print(json.dumps(result) if as_json else kernels.table(result))
+                continue
+            if name == "occupancy":
+                studies = tuple(only.split(",")) if only else occupancy.STUDIES
+                result = occupancy.run(Path(out), short, studies, jobs)
+                print(json.dumps(result) if as_json else occupancy.table(result))
                 continue
             if name == "report":
                 result = report.run(team)
