@@ -3,19 +3,24 @@
 python eval.py relay                    the newest run under runs/, or without one the shipped team
 python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
+python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
-python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
+python eval.py occupancy                what fresh rollouts and the radius are worth: hours, resumable; or
+--short python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 """
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 
-from teamtr_min.bench import accuracy, kernels, report
+from teamtr_min.bench import accuracy, kernels, occupancy, report
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels", "report"]
+BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels", "occupancy", "report"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -32,6 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         help=f"what to measure: {', '.join(BENCHMARKS)}, or FILE.py with a task (default: the team's task)",
     )
     parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
+    parser.add_argument(
+        "--mode",
+        choices=accuracy.MODES,
+        default="team",
+        help="team; solo: its first agent takes every turn, compared with the team at equal tokens; "
+        "best_of: the likeliest of k rollouts; vote: the answer of most of k (default team)",
+    )
     parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
     parser.add_argument("--problems", type=int, default=2048, help="held-out problems (default 2048)")
     parser.add_argument("--data", help="JSONL of problems to take instead of the held-out ones")
@@ -39,10 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
     )
+    study = parser.add_argument_group("occupancy")
+    study.add_argument(
+        "--short", action="store_true", help="tiny runs: the tables' form in minutes, not results"
+    )
+    study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}")
+    study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
+    study.add_argument("--out", default="runs/occupancy", help="where its runs and figures go")
     add_flags(parser, TEAM_FLAGS.split())
     flags = vars(parser.parse_args(argv))
-    team, k, count, data, shown, as_json = (
-        flags.pop(name) for name in ("team", "k", "problems", "data", "show", "json")
+    team, mode, k, count, data, shown, as_json, short, only, jobs, out = (
+        flags.pop(name) for name in "team mode k problems data show json short only jobs out".split()
     )
     benchmarks = flags.pop("benchmarks")
     try:
@@ -56,17 +75,25 @@ def main(argv: list[str] | None = None) -> int:
                 result = kernels.run()
                 print(json.dumps(result) if as_json else kernels.table(result))
                 continue
+            if name == "occupancy":
+                studies = tuple(only.split(",")) if only else occupancy.STUDIES
+                result = occupancy.run(Path(out), short, studies, jobs)
+                print(json.dumps(result) if as_json else occupancy.table(result))
+                continue
             if name == "report":
                 result = report.run(team)
                 print(json.dumps(result) if as_json else report.table(result))
                 continue
             subject = accuracy.find_subject(team, flags)
-            result, rollouts, players = accuracy.run(subject, name, k=k, count=count, data=data)
+            evaluation = accuracy.run(subject, name, mode, k=k, count=count, data=data)
             if as_json:
-                print(json.dumps(result))
+                print(json.dumps(evaluation.result))
             else:
-                print(accuracy.table(result, (rollouts.grouped_returns == 1).sum(1)))
-                print(accuracy.show(rollouts, players, shown))
+                print(accuracy.table(evaluation))
+                print(accuracy.show(evaluation.rollouts, evaluation.team, shown))
+            kept = accuracy.keep(evaluation.result, subject)
+            if not as_json:
+                print(f"\nresult appended to {kept}")
     except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

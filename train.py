@@ -7,7 +7,7 @@ teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--d
 
     python train.py                                   three small agents learn relay arithmetic in two minutes
     python train.py --delta inf --lr 2e-3 --inner-steps 20   what goes wrong without the radius
-    python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5 from the Hugging Face cache
+    python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5, fetched when they are new
 """
 
 import sys
@@ -26,11 +26,13 @@ from teamtr_min.schedule import learning_rate, needed_later, samples_again, unch
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
 from teamtr_min.update import Diverged, Learner, update_agent
+from teamtr_min.weights import pinned
 
 
 def train(config: Config) -> dict:
     """Run Algorithm 1 as `config` says; fills the run's directory and returns its summary."""
     task = load_task(config)
+    config = pinned(config)
     team = load_team(config, task.roles(config.agents))
     movers = config.updates  # the agents of each update: one; with joint occupancy all
     beta = 0.0 if config.kl == "none" else config.beta

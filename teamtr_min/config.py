@@ -9,6 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ALIASES = {
+    **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
+    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
+    **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
+}
+
 
 class UserError(Exception):
     """Something that the person at the terminal can put right; shown as one sentence, exit code 2."""
@@ -22,7 +28,11 @@ def knob(default, help: str, *, choices: tuple[str, ...] = (), pretrained=None):
 @dataclass(frozen=True)
 class Config:
     # the team
-    model: str = knob("relay", "a directory or a name; a comma-separated list gives each agent its own")
+    model: str = knob(
+        "relay",
+        "a directory, an alias (qwen2.5-1.5b, ...) or a hub id org/name[@revision], fetched when it is new; "
+        "a comma-separated list gives each agent its own",
+    )
     agents: int = knob(3, "number of agents, n")
     rounds: int = knob(1, "turns per agent in one rollout")
     router: str = knob(
@@ -142,6 +152,14 @@ class Config:
     def models(self) -> list[str]:
         return [name.strip() for name in self.model.split(",")]
 
+    def uses(self, model: str) -> bool:
+        """Whether a `--model` as it was first typed names these models, which carry their commits by now."""
+        given = model.split(",")
+        return len(given) == len(self.models) and all(
+            ours in (name.strip(), f"{hub_id(name)}@{ours.partition('@')[2]}")
+            for name, ours in zip(given, self.models)
+        )
+
     @property
     def turns(self) -> int:
         return self.agents * self.rounds
@@ -209,11 +227,20 @@ class Config:
         """The saved configuration of the run to resume, which flags may repeat but not change."""
         directory = given.pop("resume")
         saved = cls.load(Path(directory) / "config.json")
-        changed = [f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
-                   for name, value in given.items() if value != getattr(saved, name)]  # fmt: skip
+        changed = [
+            f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
+            for name, value in given.items()
+            if value != getattr(saved, name) and not (name == "model" and saved.uses(value))
+        ]
         if changed:
             raise UserError(f"--resume continues a run as it was started; not with {', '.join(changed)}")
         return dataclasses.replace(saved, resume=directory)
+
+
+def hub_id(name: str) -> str:
+    """The hub's own name of an alias, `@revision` kept; any other name as it is."""
+    name, at, revision = name.strip().partition("@")
+    return ALIASES.get(name.lower(), name) + at + revision
 
 
 def function_from_file(path: str, name: str) -> Callable:

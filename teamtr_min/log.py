@@ -15,14 +15,11 @@ from tqdm import tqdm
 
 from teamtr_min.certificate import DIAGNOSIS, stage_certificate
 from teamtr_min.config import Config, UserError
+from teamtr_min.hub import TOKENIZER_FILES
 from teamtr_min.rollout import Rollouts
 from teamtr_min.team import Team
 from teamtr_min.weights import save_model
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json",
-)  # fmt: skip
 TRANSCRIPTS_PER_COLLECTION = 4
 
 
@@ -268,7 +265,7 @@ def violation_rate(updates: list[dict], kl: str) -> float | None:
 
 
 def header(config: Config, team: Team, directory: Path) -> str:
-    """Team, memory, task, method and place, one line each."""
+    """Team, model, memory, task, method and place, one line each."""
     models = [agent.model for agent in team.agents]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     width = models[0].dtype.itemsize
@@ -291,6 +288,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     lines = [
         f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
         f"{precision} on {models[0].device}",
+        f"model   {config.model}",
         f"memory  weights {size(weights)}, an update {size(update)} besides activations, "
         f"KV cache {size(cache)} per token of a transcript",
         f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "

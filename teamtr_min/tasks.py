@@ -5,6 +5,7 @@ A task is any object with
     roles(agents) -> list[Role]                            who they are
     draw(count, generator, held_out=False) -> list[Problem]
     grade(problem, messages) -> float                      the return of a rollout, in [0, 1]
+    answer(messages) -> str | None                         optional: what `eval.py --mode vote` counts
 
 A file of one's own, `--task my_task.py`, defines a function `task(config)` that returns one; README.md shows
 it.
@@ -100,7 +101,10 @@ class Relay:
         return chain
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
-        return float(messages[-1].text.strip() == problem.answer)
+        return float(self.answer(messages) == problem.answer)
+
+    def answer(self, messages: list[Message]) -> str:
+        return messages[-1].text.strip()
 
 
 class WordProblems:
@@ -150,6 +154,12 @@ class WordProblems:
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         answers = [m.text for m in messages if extract_answer(m.text) is not None]
         return float(bool(answers) and is_correct(answers[-1], problem.answer))
+
+    def answer(self, messages: list[Message]) -> str | None:
+        """The team's answer such that equal ones are equal texts."""
+        answers = [found for m in messages if (found := extract_answer(m.text)) is not None]
+        value = number(answers[-1]) if answers else None
+        return str(value) if value is not None else _tidy(answers[-1]) if answers else None
 
 
 def own_task(config: Config):

@@ -6,6 +6,7 @@ A checkpoint is config.json plus safetensors: one `model.safetensors`, or shards
 would compute differently from its author is refused by name, never ignored.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,15 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teamtr_min.config import UserError
+from teamtr_min import hub
+from teamtr_min.config import ALIASES, Config, UserError, hub_id
 from teamtr_min.model import ModelConfig, Transformer
 
 RELAY = Path(__file__).parent / "assets" / "relay"
-ALIASES = {
-    **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
-    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
-    **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
-}
 FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 ARCHITECTURES = {family: architecture for architecture, family in FAMILIES.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,37 +38,36 @@ _SIZES = {  # config.json's name -> ModelConfig's
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, a hub id in the cache.
+    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, or a hub id.
 
-    Nothing is downloaded. Raises UserError, which lists what would do, for any other name.
+    A hub id may name a revision, `org/name@revision`, and is fetched when the Hugging Face cache does not
+    hold it. Raises UserError, which says what would do, for any other name.
     """
-    name = str(name)
+    return _find(str(name))[0]
+
+
+def pinned(config: Config) -> Config:
+    """`config` with the commit in the name of every model from the hub: what makes a run repeatable."""
+    return dataclasses.replace(config, model=",".join(_find(name)[1] for name in config.models))
+
+
+def _find(name: str) -> tuple[Path, str]:
+    """(directory, name); the name of a model from the hub becomes org/name@commit."""
     if name == "relay":
-        return RELAY
+        return RELAY, name
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        return Path(path)
+        return Path(path), name
     if os.path.isfile(path):
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
-    repo = ALIASES.get(name.lower(), name)
-    if repo.count("/") == 1 and not repo.startswith((".", "/", "~")):
-        from huggingface_hub import try_to_load_from_cache  # imported late: most runs never need the hub
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = try_to_load_from_cache(repo, "config.json", cache_dir=_hub_cache())
-        except HFValidationError as error:
-            raise UserError(f"{name!r} is neither a directory nor the id of a model: {error}") from None
-        if isinstance(found, str):
-            return Path(found).parent
+    repo, _, revision = hub_id(name).partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise UserError(
-            f"{repo} is not in the Hugging Face cache; fetch it with `hf download {repo}`, "
-            "or give the directory of a checkpoint"
+            f"no model {name!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
+            f"or one of: relay, {', '.join(ALIASES)}"
         )
-    raise UserError(
-        f"no model {name!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
-        f"or one of: relay, {', '.join(ALIASES)}"
-    )
+    directory = hub.snapshot(repo, revision or "main", accept=read_config)
+    return directory, f"{repo}@{directory.name}"
 
 
 def load_model(
@@ -305,11 +301,3 @@ def _surplus(name: str, stored: dict, config: ModelConfig) -> list[str]:
             return []
         return [f"{name} differs from the embedding, though tie_word_embeddings is set"]
     return [] if name.endswith("rotary_emb.inv_freq") else [f"unexpected {name}"]
-
-
-def _hub_cache() -> str | None:
-    """Where the environment puts the hub's cache; huggingface_hub itself looks only once, when imported."""
-    home = os.environ.get("HF_HOME")
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    cache = cache or (home and os.path.join(home, "hub"))
-    return cache and os.path.expanduser(cache)

@@ -2,12 +2,13 @@
 
 Toy models gain nothing from a second thread and lose a lot on a busy machine: one thread each, children too.
 Without a GPU Triton's interpreter is at hand, so that kernel tests execute the kernels themselves, and
-TEAMTR_KERNELS=torch, so that all other tests take the fast references.
+TEAMTR_KERNELS=torch, so that all other tests take the fast references. No test reaches the real hub.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*"}  # nobody listens there
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -12,10 +12,13 @@ import torch
 import eval as evaluation
 import train
 from teamtr_min import load_model, save_model
-from teamtr_min.bench.accuracy import pass_at
+from teamtr_min.bench.accuracy import pass_at, pick
 from teamtr_min.certificate import mean_with_interval
-from teamtr_min.config import Config
-from teamtr_min.tasks import Relay
+from teamtr_min.config import Config, UserError
+from teamtr_min.rollout import Rollouts
+from teamtr_min.tasks import Problem, Relay, WordProblems
+from teamtr_min.team import Message
+from teamtr_min.weights import RELAY
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K" / "hf_qwen2"
 
@@ -42,7 +45,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.88 < covered / 200 < 0.99
 
 
-def test_json_prints_one_object_with_the_promised_fields(capsys, tmp_path):
+def test_json_prints_one_object_with_the_promised_fields(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = ["--agents", "2", "--problems", "20", "--k", "3", "--device", "cpu"]
     assert evaluation.main(["relay", "--json", *flags]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -119,7 +123,8 @@ def test_another_model_is_evaluated_with_the_defaults_that_train_uses():
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="a model that reads English is not at hand (../shared/data)")
-def test_word_problems_of_a_file_are_all_evaluated(capsys, tmp_path):
+def test_word_problems_of_a_file_are_all_evaluated(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"ask": f"{i} + {i}?", "gold": f"so #### {2 * i}"}) for i in range(5)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     flags = [
@@ -146,6 +151,81 @@ def test_the_table_shows_three_transcripts(capsys, monkeypatch, tmp_path):
     text = capsys.readouterr().out
     assert all(name in text for name in ("untrained team", "avg@4", "pass@1", "pass@2", "pass@4"))
     assert text.count("(answer ") == 3 and text.count("\n  A: ") == 3
+
+
+def fake_rollouts(answers: list[list[str]], sure: list[list[float]]) -> Rollouts:
+    """One message per rollout; `sure` is its mean log-prob per token. "1" is right."""
+    messages = [
+        [Message(0, [1] * n, text, [value] * n, True)]
+        for texts, values in zip(answers, sure)
+        for n, (text, value) in enumerate(zip(texts, values), start=1)
+    ]
+    returns = torch.tensor([float(text == "1") for texts in answers for text in texts])
+    problems = [Problem("", "", "1")] * len(messages)
+    group = len(answers[0])
+    return Rollouts(None, problems, messages, returns, group, 0.0, [0] * len(messages), returns * 0)
+
+
+def test_a_vote_takes_the_answer_of_most_and_the_first_of_equals():
+    task = Relay(Config(agents=1))
+    votes = [["1", "2", "2"], ["2", "1", "1"], ["1", "2", "3"], ["3", "2", "1"]]
+    rollouts = fake_rollouts(votes, [[-1.0] * 3] * 4)
+    assert pick(rollouts, "vote", task).tolist() == [0, 1, 1, 0]
+    with pytest.raises(UserError, match="a method answer"):
+        pick(rollouts, "vote", object())
+
+
+def test_best_of_takes_the_likeliest_per_token_whatever_its_length_and_return():
+    rollouts = fake_rollouts([["1", "2", "2"], ["2", "2", "1"]], [[-0.5, -0.2, -0.9], [-3.0, -2.0, -1.0]])
+    assert pick(rollouts, "best_of", None).tolist() == [0, 1]
+
+
+def test_equal_answers_are_one_answer_to_a_vote(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"question": "q", "answer": "1"}\n')
+    task = WordProblems(Config(task="jsonl", data=str(tmp_path / "p.jsonl")))
+    said = [
+        "#### 1,234.50",
+        "the answer is $1234.5",
+        r"\boxed{\frac{2469}{2}}",
+        "#### $X + y$",
+        r"\boxed{x+y.}",
+        "no",
+    ]
+    answers = [task.answer([Message(0, [], text, [], True)]) for text in said]
+    assert answers[0] == answers[1] == answers[2] != answers[3] == answers[4] and answers[5] is None
+
+
+def test_solo_takes_the_teams_turns_and_as_many_tokens(capsys, tmp_path, monkeypatch):
+    """A copy of the same model taking all turns spends what the team does."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["relay", "--agents", "3", "--problems", "40", "--device", "cpu", "--k", "2", "--json"]
+    assert evaluation.main([*flags, "--mode", "solo"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    equal = result["equal_tokens"]
+    assert equal["rollouts_per_problem"] == [2, 2] and equal["difference"] == equal["team"] - equal["solo"]
+    assert equal["tokens_per_problem"][0] == pytest.approx(equal["tokens_per_problem"][1], rel=0.1)
+    assert evaluation.main([*flags, "--mode", "vote", "--k", "1"]) == 2
+    assert "--k of at least 2" in capsys.readouterr().err
+
+
+def test_results_are_kept_with_what_they_were_read_from(capsys, tmp_path, monkeypatch):
+    """Each call appends a line; its hash is of the weights: one changed number, another hash."""
+    monkeypatch.chdir(tmp_path)
+    model = load_model("relay")
+    save_model(model, "a")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "a" / file).write_text((RELAY / file).read_text())
+    flags = ["relay", "--model", "a", "--agents", "2", "--problems", "8", "--device", "cpu", "--show", "0"]
+    for seed in ("3", "3", "4"):
+        assert evaluation.main([*flags, "--seed", seed]) == 0
+    model.model.norm.weight.data[0] += 1e-3
+    save_model(model, "a")
+    assert evaluation.main(flags) == 0
+    lines = [json.loads(line) for line in Path("runs/eval.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [3, 3, 4, 0]
+    assert lines[0]["avg_at_k"] == lines[1]["avg_at_k"]
+    hashes = [line["model_hash"] for line in lines]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_a_team_learns(tmp_path):
         (["--temperature", "0"], "nothing to compare"),
         (["--model", "relay,relay,relay"], "3 models for 2 agents"),
         (["--model", "nonesuch"], "no model 'nonesuch'"),
-        (["--model", "qwen2.5-1.5b"], "Qwen/Qwen2.5-1.5B-Instruct is not in the Hugging Face cache"),
+        (["--model", "nobody/nothing"], "nobody/nothing at main is not in the Hugging Face cache"),
         (["--router", "nonesuch"], "no router 'nonesuch'"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--device", "abacus"], "--device abacus cannot be used here"),

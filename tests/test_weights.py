@@ -24,8 +24,8 @@ from tiny import (
 )
 
 from teamtr_min import load_model, save_model
-from teamtr_min.config import UserError
-from teamtr_min.weights import ALIASES, RELAY, config_json, find_model, read_config
+from teamtr_min.config import ALIASES, UserError, hub_id
+from teamtr_min.weights import RELAY, config_json, find_model, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -272,7 +272,8 @@ def fill_cache(cache: Path, repo: str) -> Path:
     (home / "refs" / "main").write_text("abc123")
     snapshot = home / "snapshots" / "abc123"
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / file).write_text("{}")
     return snapshot
 
 
@@ -285,8 +286,11 @@ def test_aliases_and_hub_ids_are_found_in_the_cache(tmp_path, monkeypatch, varia
     snapshot = fill_cache(tmp_path / below, "Qwen/Qwen2.5-1.5B-Instruct")
     for name in ("qwen2.5-1.5b", "Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct"):
         assert find_model(name) == snapshot
-    with pytest.raises(UserError, match="hf download Qwen/Qwen3-0.6B"):
-        find_model("qwen3-0.6b")
+    for name in ("qwen2.5-1.5b@main", "Qwen2.5-1.5B@abc123"):
+        assert find_model(name) == snapshot
+    for name in ("qwen3-0.6b", "qwen2.5-1.5b@def456"):
+        with pytest.raises(UserError, match=f"hf download {hub_id(name).partition('@')[0]} "):
+            find_model(name)
 
 
 def test_a_model_that_is_not_there_gets_a_helpful_sentence(tmp_path, monkeypatch):
@@ -297,6 +301,7 @@ def test_a_model_that_is_not_there_gets_a_helpful_sentence(tmp_path, monkeypatch
         "qwen9": "qwen2.5-1.5b",
         "./nothing/here": "give a directory",
         "nobody/nothing": "hf download nobody/nothing",
+        "nobody/nothing@v1": "nobody/nothing at v1 is not in the Hugging Face cache",
         "no body/no*thing": "neither a directory nor the id",
         "x" * 5000: "give a directory",
         str(tmp_path / "model.safetensors"): "is a file; give the directory",

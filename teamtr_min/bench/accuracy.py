@@ -4,13 +4,22 @@ Every problem gets k rollouts at the team's own temperature. avg@k is the mean r
 pass@j is the chance that at least one of j rollouts is right, estimated without bias from the k that were
 drawn [Chen et al. 2021]: 1 - C(k - c, j) / C(k, j) for c right ones. Intervals are 95% bootstrap percentiles
 over problems.
+
+    team       the team as it is
+    vote       the answer that most of k rollouts give
+    best_of    of k rollouts the one that the team itself finds likeliest, per token
+    solo       one agent takes every turn; beside the team on the same problems, both at equal tokens
 """
 
+import collections
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +30,10 @@ from teamtr_min.certificate import mean_with_interval
 from teamtr_min.config import Config, UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
-from teamtr_min.team import Team, load_team
+from teamtr_min.team import Message, Team, load_team
+from teamtr_min.weights import find_model, pinned
+
+MODES = ("team", "solo", "best_of", "vote")
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,21 @@ class Subject:
     name: str
     config: Config
     sources: list[Path] | None  # the run's agents
+
+    @property
+    def hash(self) -> str:
+        """Of all agents' weights in turn order: what was evaluated, whatever its directory is called."""
+        directories = [find_model(source) for source in self.sources or self.config.models]
+        one = {directory: hash_weights(directory) for directory in set(directories)}
+        return hashlib.sha256("".join(one[d] for d in directories).encode()).hexdigest()[:16]
+
+    @property
+    def solo(self) -> "Subject":
+        """Its first agent alone, taking as many turns as the team."""
+        config = dataclasses.replace(
+            self.config, agents=1, rounds=self.config.turns, model=self.config.models[0], router="round-robin"
+        )
+        return Subject(f"{self.name}, first agent alone", config, self.sources and self.sources[:1])
 
 
 def find_subject(team: str | None, changes: dict) -> Subject:
@@ -48,7 +75,7 @@ def find_subject(team: str | None, changes: dict) -> Subject:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", Config.of(changes), None)
+        return Subject("untrained team", pinned(Config.of(changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -57,10 +84,60 @@ def find_subject(team: str | None, changes: dict) -> Subject:
     return Subject(str(directory), config, sources)
 
 
-def run(
-    subject: Subject, task_name: str, *, k: int, count: int, data: str | None
-) -> tuple[dict, Rollouts, Team]:
-    """Evaluate; returns what `--json` prints, the rollouts and the team."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What `--json` prints, and the rollouts and team it was read from."""
+
+    result: dict
+    rollouts: Rollouts
+    team: Team
+
+
+def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data: str | None) -> Evaluation:
+    """Evaluate `subject` in one of MODES, k rollouts for each of `count` problems, or of those in `data`."""
+    if mode in ("best_of", "vote") and k < 2:
+        raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
+    start = time.perf_counter()
+    rollouts, task = play(subject, task_name, k, count, data)
+    result = {
+        "benchmark": task_name,
+        "team": subject.name,
+        "model": subject.config.model,
+        "mode": mode,
+        "agents": subject.config.agents,
+        "k": k,
+    }
+    if mode == "solo":
+        both = [(subject, rollouts), (subject.solo, play(subject.solo, task_name, k, count, data)[0])]
+        most = max(r.tokens_sampled for _, r in both)
+        for i, (who, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
+            affordable = k * most // max(drawn.tokens_sampled, 1)
+            if affordable > k:
+                both[i] = who, play(who, task_name, affordable, count, data)[0]
+        (_, rollouts), (_, alone) = both
+        result["equal_tokens"] = at_equal_tokens(rollouts, alone, task, subject.config.seed)
+        rollouts = alone
+    drawn = rollouts.group_size
+    right = (rollouts.grouped_returns == 1).sum(1)  # (P,)
+    chosen = right / drawn if mode in ("team", "solo") else pick(rollouts, mode, task)
+    for name, values in {"avg_at_k": chosen, "pass_at_k": pass_at(right, drawn, k)}.items():
+        result[name], result[f"{name}_ci"] = mean_with_interval(values, subject.config.seed)
+    result |= {
+        "problems": len(right),
+        "temperature": subject.config.temperature,
+        "seed": subject.config.seed,
+        "data": data,
+        "model_hash": subject.hash,
+        "max_new_tokens": subject.config.max_new_tokens,
+        "rounds": subject.config.rounds,
+        "tokens_sampled": rollouts.tokens_sampled,
+        "seconds": time.perf_counter() - start,
+    }
+    return Evaluation(result, rollouts, rollouts.team)
+
+
+def play(subject: Subject, task_name: str, k: int, count: int, data: str | None) -> tuple[Rollouts, object]:
+    """k rollouts of the subject on every problem, and the task."""
     own_data = subject.config.data if subject.config.task == task_name else ""
     task_data = "" if task_name == "relay" else data or own_data
     config = dataclasses.replace(subject.config, task=task_name, data=task_data)
@@ -70,24 +147,64 @@ def run(
     else:
         problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
-    rollouts = collect(team, problems, k, task.grade, config, ("eval",))
-    right = (rollouts.grouped_returns == 1).sum(1)  # (P,)
-    result = {
-        "benchmark": task_name,
-        "team": subject.name,
-        "mode": "team",
-        "agents": config.agents,
-        "k": k,
-        "problems": len(problems),
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "data": data,
-        "tokens_sampled": rollouts.tokens_sampled,
-        "seconds": rollouts.seconds,
+    return collect(team, problems, k, task.grade, config, ("eval",)), task
+
+
+def pick(rollouts: Rollouts, mode: str, task) -> Tensor:
+    """(P,) whether the rollout that `mode` chooses for each problem is right; no choice looks at returns."""
+    right, k = rollouts.grouped_returns == 1, rollouts.group_size
+    groups = [rollouts.messages[p : p + k] for p in range(0, len(rollouts.messages), k)]
+    if mode == "best_of":
+        best = [max(range(k), key=lambda g, group=group: confidence(group[g])) for group in groups]
+    else:
+        if not callable(getattr(task, "answer", None)):
+            raise UserError("to vote, a task needs a method answer(messages) -> str | None")
+        best = []
+        for group in groups:
+            answers = [task.answer(messages) for messages in group]
+            votes = collections.Counter(a for a in answers if a is not None)
+            best.append(answers.index(votes.most_common(1)[0][0]) if votes else 0)
+    return right[range(len(groups)), best].double()
+
+
+def confidence(messages: list[Message]) -> float:
+    """Mean log-prob of a rollout's sampled tokens, under those who wrote them."""
+    logprobs = [value for message in messages for value in message.logprobs]
+    return sum(logprobs) / max(len(logprobs), 1)
+
+
+def at_equal_tokens(team: Rollouts, solo: Rollouts, task, seed: int) -> dict:
+    """Team and soloist on the same problems for equal tokens; each votes where it has several rollouts."""
+    both = [pick(r, "vote", task) if r.group_size > 1 else (r.grouped_returns == 1)[:, 0].double()
+            for r in (team, solo)]  # fmt: skip
+    difference, interval = mean_with_interval(both[0] - both[1], seed)  # paired
+    problems = len(both[0])
+    return {
+        "team": both[0].mean().item(),
+        "solo": both[1].mean().item(),
+        "difference": difference,
+        "difference_ci": interval,
+        "rollouts_per_problem": [team.group_size, solo.group_size],
+        "tokens_per_problem": [team.tokens_sampled / problems, solo.tokens_sampled / problems],
     }
-    for name, values in {"avg_at_k": right / k, "pass_at_k": pass_at(right, k, k)}.items():
-        result[name], result[f"{name}_ci"] = mean_with_interval(values, config.seed)
-    return result, rollouts, team
+
+
+def keep(result: dict, subject: Subject) -> Path:
+    """Append a result to the run's eval.jsonl, or for an untrained team to runs/eval.jsonl."""
+    path = (Path(subject.name) if subject.sources else Path("runs")) / "eval.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}) + "\n")
+    return path
+
+
+def hash_weights(directory: Path) -> str:
+    """sha256 over a checkpoint's safetensors, by name."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
@@ -96,18 +213,35 @@ def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
     return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
 
 
-def table(result: dict, right: Tensor) -> str:
-    """The result in words: avg@k, and pass@j for j = 1, 2, 4, ... up to k."""
-    k, seed = result["k"], result["seed"]
+def table(evaluation: Evaluation) -> str:
+    """The result in words: avg@k, pass@j for j = 1, 2, 4, ... up to k, and what the mode adds."""
+    result, rollouts = evaluation.result, evaluation.rollouts
+    right, drawn = (rollouts.grouped_returns == 1).sum(1), rollouts.group_size
     lines = [
-        f"{result['benchmark']}: {result['team']}, {result['agents']} agents, "
-        f"{result['problems']:,} problems x {k}, T = {result['temperature']:g}, {result['seconds']:.1f} s"
+        f"{result['benchmark']}: {result['team']}{', first agent alone' * (result['mode'] == 'solo')}, "
+        f"{result['agents']} agents, {result['problems']:,} problems x {drawn}, "
+        f"T = {result['temperature']:g}, {result['seconds']:.1f} s"
     ]
-    rows = [(f"avg@{k}", right / k)]
-    rows += [(f"pass@{j}", pass_at(right, k, j)) for j in sorted({2**i for i in range(k.bit_length())} | {k})]
+    rows = [(f"avg@{drawn}", right / drawn)]
+    rows += [
+        (f"pass@{j}", pass_at(right, drawn, j))
+        for j in sorted({2**i for i in range(drawn.bit_length())} | {drawn})
+    ]
     for name, values in rows:
-        mean, (low, high) = mean_with_interval(values, seed)
+        mean, (low, high) = mean_with_interval(values, result["seed"])
         lines.append(f"  {name:8s} {mean:.3f}  [{low:.3f}, {high:.3f}]")
+    if result["mode"] in ("vote", "best_of"):
+        low, high = result["avg_at_k_ci"]
+        lines.append(f"  {result['mode']:8s} {result['avg_at_k']:.3f}  [{low:.3f}, {high:.3f}]  of {drawn}")
+    if equal := result.get("equal_tokens"):
+        (k, m), (t, s), (low, high) = (
+            equal[name] for name in ("rollouts_per_problem", "tokens_per_problem", "difference_ci")
+        )
+        lines.append(
+            f"  at equal tokens: team {equal['team']:.3f} ({k} x, {t:.1f} tokens a problem), "
+            f"solo {equal['solo']:.3f} ({m} x, {s:.1f}); "
+            f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
     return "\n".join(lines)
 
 

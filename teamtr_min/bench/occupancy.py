@@ -21,8 +21,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from teamtr_min import rng
+from teamtr_min.bench import curves
+from teamtr_min.bench.figures import render
 from teamtr_min.config import UserError
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -60,6 +64,11 @@ SIZE_ARMS = {
     "stale, radius": {"occupancy": "stale"},
     "stale, no radius": {"occupancy": "stale", "kl": "none"},
 }
+REPORTED_GAPS = {  # by the paper, for n = 2 to 8
+    "reported: naive": {2: 0.08, 3: 0.21, 4: 0.41, 5: 0.68, 6: 1.02, 8: 1.89},
+    "reported: TeamTR": {2: 0.03, 8: 0.15},
+}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 STUDIES = ("learning_rate", "variants", "team_size")
 
 
@@ -107,7 +116,13 @@ def equal_rollouts(flags: dict, problems: int) -> dict:
 
 
 def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
-    """Make what runs are missing; returns `{study: [row, ...]}`, a row per arm with its runs' results."""
+    """Make what runs are missing, draw the figures; returns what occupancy.json holds: a row per arm."""
+    unknown = sorted(set(studies) - set(STUDIES))
+    if unknown or jobs < 1:
+        raise UserError(
+            f"--only {','.join(unknown)}: there is {', '.join(STUDIES)}" if unknown else "--jobs < 1"
+        )
+    root = root / "short" if short else root
     size = SHORT if short else FULL
     wanted = arms(size, studies)
     todo = {arm.directory(root, seed): (arm, seed) for arm in wanted for seed in range(arm.seeds)}
@@ -121,7 +136,8 @@ def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {study: [row(arm, root) for arm in wanted if arm.study == study] for study in studies}
+    rows = {study: [row(arm, root) for arm in wanted if arm.study == study] for study in studies}
+    return report(rows, root)
 
 
 def train(arm: Arm, seed: int, path: Path, short: bool) -> None:
@@ -180,3 +196,116 @@ def mean(values) -> float | None:
     """The mean, or None where nothing was measured."""
     values = [v for v in values if v is not None]
     return sum(values) / len(values) if values else None
+
+
+def report(rows: dict[str, list[dict]], root: Path) -> dict:
+    """Draw the figures under `root` and write everything into occupancy.json; returns what that holds."""
+    found = {"benchmark": "occupancy", "rows": rows, "fits": {}}
+    figures = {}
+    if "learning_rate" in rows:
+        figures["two_by_two"] = (curves.two_by_two, two_by_two(rows["learning_rate"]))
+        figures["learning_rate"] = (curves.learning_rate, rows["learning_rate"])
+    if "team_size" in rows:
+        figures["team_size"] = (curves.team_size, rows["team_size"])
+        for name in SIZE_ARMS:
+            own = [row for row in rows["team_size"] if row["name"] == name]
+            found["fits"][name] = {key: exponent(own, key) for key in ("delta_stale", "occupancy_shift")}
+    for name, (draw, what) in figures.items():
+        (root / f"{name}.png").write_bytes(render(draw, what, "light"))
+    found["figures"] = [str(root / f"{name}.png") for name in figures]
+    (root / "occupancy.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def two_by_two(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """The four arms at the common learning rate and at each one's own best: {panel: {arm: row}}.
+
+    The best one is chosen on training problems, by the mean of the last stage over seeds, so that the
+    held-out figure stays what it is called.
+    """
+    four = [name for name in ARMS if not name.startswith("joint")]
+    own = {name: [row for row in rows if row["name"] == name] for name in four}
+    rates = [row["flags"]["lr"] for row in own[four[0]]]
+    common = min(rates, key=lambda lr: abs(lr - COMMON_LR))
+    return {
+        "at one learning rate": {
+            name: next(row for row in own[name] if row["flags"]["lr"] == common) for name in four
+        },
+        "at its own best of five": {
+            name: max(own[name], key=lambda row: mean(curve[-1] for curve in row["curve"])) for name in four
+        },
+    }
+
+
+def exponent(rows: list[dict], key: str, resamples: int = 2000) -> tuple[float, list[float]]:
+    """Slope of log value against log n, and its 95% bootstrap interval over seeds."""
+    x = np.log([row["flags"]["agents"] for row in rows])
+    y = np.log(np.maximum([row[key] for row in rows], 1e-9))  # (sizes, seeds)
+    choices = rng.generator(0, "exponent").integers(y.shape[1], size=(resamples, y.shape[1]))
+    slopes = [np.polyfit(x, y[:, choice].mean(1), 1)[0] for choice in choices]
+    return float(np.polyfit(x, y.mean(1), 1)[0]), [float(q) for q in np.quantile(slopes, (0.025, 0.975))]
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of Student's 95% interval over seeds."""
+    n = len(values)
+    if None in values:
+        return "diverged"
+    half = STUDENT.get(n, 2.0) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return f"{np.mean(values):.3f} ±{half:.3f}"
+
+
+def table(found: dict) -> str:
+    """The studies as Markdown tables."""
+    lines, rows = [], found["rows"]
+    if "variants" in rows:
+        lines += [
+            "Variants at equal rollouts (relay, 3 agents). ± is Student's 95% interval over seeds; "
+            "reported: the paper, AIME24, 3 x Qwen3-8B.",
+            "",
+            "| variant | final accuracy | rollouts | tokens sampled | tokens trained | "
+            "passed delta before / after enforcement | reported |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows["variants"]:
+            reported = VARIANTS[row["name"]][1]
+            before, after = mean(row["violation_rate_before"]), mean(row["violation_rate_after"])
+            lines.append(
+                f"| {row['name']} | {interval(row['accuracy_final'])} | {row['rollouts'][0]:,} | "
+                f"{mean(row['tokens_sampled']):,.0f} | {mean(row['tokens_trained']):,.0f} | "
+                f"{before:.0%} / {after:.0%} | {reported or ''} |"
+            )
+        lines.append("")
+    if "learning_rate" in rows:
+        rates = list(dict.fromkeys(row["flags"]["lr"] for row in rows["learning_rate"]))
+        lines += [
+            "Final held-out accuracy against the peak learning rate, at equal rollouts.",
+            "",
+            f"| arm | {' | '.join(f'{lr:g}' for lr in rates)} |",
+            "|---" * (len(rates) + 1) + "|",
+        ]
+        for name in ARMS:
+            own = [row for row in rows["learning_rate"] if row["name"] == name]
+            lines.append(f"| {name} | {' | '.join(interval(row['accuracy_final']) for row in own)} |")
+        lines.append("")
+    if "team_size" in rows:
+        sizes = list(dict.fromkeys(row["flags"]["agents"] for row in rows["team_size"]))
+        for key, text in (("delta_stale", "Stale gap"), ("occupancy_shift", "Occupancy shift D_occ")):
+            lines += [
+                f"{text} by number of agents, and the exponent of a power of n fitted to it.",
+                "",
+                f"| arm | {' | '.join(map(str, sizes))} | exponent |",
+                "|---" * (len(sizes) + 2) + "|",
+            ]
+            for name in SIZE_ARMS:
+                own = [row for row in rows["team_size"] if row["name"] == name]
+                slope, (low, high) = found["fits"][name][key]
+                values = " | ".join(f"{mean(row[key]):.4f}" for row in own)
+                lines.append(f"| {name} | {values} | {slope:.2f} [{low:.2f}, {high:.2f}] |")
+            if key == "delta_stale":
+                for name, values in REPORTED_GAPS.items():
+                    lines.append(f"| {name} | {' | '.join(str(values.get(n, '')) for n in sizes)} | |")
+            lines.append("")
+        share = mean(v for row in rows["team_size"] for v in row["vacuous"])
+        lines.append(f"The certificate was vacuous in {share:.0%} of these stages.")
+    return "\n".join([*lines, "", "figures  " + "  ".join(found["figures"])])

@@ -1,0 +1,193 @@
+"""A model on the Hugging Face hub -> its directory in the hub's cache, fetched when it is not there.
+
+The cache is asked first: a complete snapshot costs no request. Otherwise huggingface_hub finds the commit and
+lays out its cache as always, but the weights come in through `_fetch`: huggingface_hub 2 deletes a download
+that broke off, here it goes on where it stopped. Only what this code reads is fetched, never a *.bin.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from teamtr_min.config import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
+    """The directory of `repo` at `revision` (a commit, tag or branch); its name is the commit's hash.
+
+    `accept` is given the directory while it holds no weights yet, and may refuse it by raising. A UserError
+    says how to go on: offline, no such repository or revision, gated, no safetensors, no space.
+    """
+    from huggingface_hub import constants, errors, try_to_load_from_cache  # imported late: few runs need it
+
+    cache = Path(_cache_from_environment() or constants.HF_HUB_CACHE)
+    try:
+        config = try_to_load_from_cache(repo, "config.json", cache_dir=cache, revision=revision)
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo!r} is neither a directory nor the id of a model: {error}") from None
+    absent = "is not"
+    if isinstance(config, str):
+        directory = Path(config).parent
+        lacking = [f for f in ("tokenizer.json", *_weights(directory)) if not (directory / f).is_file()]
+        if not lacking:
+            return directory
+        absent = f"is not complete ({', '.join(lacking)})"
+    absent = f"{repo} at {revision} {absent} in the Hugging Face cache {cache}"
+    otherwise = f"or give a directory: `hf download {repo} --local-dir DIR` makes one on a connected machine"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{absent} and HF_HUB_OFFLINE is set: unset it, {otherwise}")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    try:
+        return _download(repo, revision, cache, endpoint, accept)
+    except (OSError, ValueError, errors.HTTPError) as error:  # the last is the HTTP client's own
+        reason = _reason(error, repo, revision, cache, endpoint)
+        if reason is None:
+            why = " ".join(str(error.__cause__ or error).split())
+            reason = f"{absent} and {endpoint} cannot be reached ({why}): check the connection, {otherwise}"
+        raise UserError(reason) from None
+
+
+def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Callable) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
+
+    info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=10)
+    files = {file.rfilename: file for file in info.siblings}
+
+    def get(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=info.sha, cache_dir=cache, endpoint=endpoint))
+
+    single = SINGLE in files
+    for name in ("config.json", "tokenizer.json", SINGLE if single else INDEX):
+        if name not in files:
+            what = "weights in safetensors" if name == INDEX else name
+            raise UserError(f"{repo} at {revision} has no {what}, which this code needs: take another model")
+    small = ["config.json", *TOKENIZER_FILES] + ([] if single else [INDEX])
+    directory = [get(name).parent for name in small if name in files][0]
+    accept(directory)
+    weights = [SINGLE] if single else _weights(directory)
+    if not set(weights) <= set(files):
+        raise UserError(f"{repo} at {revision} lacks shards that its {INDEX} lists")
+
+    home = directory.parents[1]  # of this repository in the cache
+    large = {home / "blobs" / files[name].lfs.sha256: name for name in weights if files[name].lfs}
+    missing = sum(files[name].size for name in weights) - sum(_bytes(b) + _bytes(_part(b)) for b in large)
+    free = shutil.disk_usage(home).free
+    if missing > free:
+        raise UserError(
+            f"{repo} needs {missing / 1e6:,.0f} MB in {cache}, where {free / 1e6:,.0f} MB are free: "
+            "make room, or set HF_HOME to a place that has it"
+        )
+    if missing > 0:
+        print(f"fetching {repo}@{info.sha} ({missing / 1e6:,.0f} MB) into {cache}", file=sys.stderr)
+    for blob, name in large.items():
+        _fetch(hf_hub_url(repo, name, revision=info.sha, endpoint=endpoint), blob, files[name].size, name)
+    for name in weights:
+        get(name)  # already there: only takes its place in the snapshot
+    if revision != info.sha:  # last, so that a branch never points to what did not arrive
+        (home / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+        (home / "refs" / revision).write_text(info.sha)
+    return directory
+
+
+def _fetch(url: str, blob: Path, size: int, name: str) -> None:
+    """Download `url` to `blob`, whose name is its sha256; what an interrupted call left is continued."""
+    from huggingface_hub import errors
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    blob.parent.mkdir(exist_ok=True)
+    lock = blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"  # huggingface_hub's own
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():
+            return
+        with _part(blob).open("a+b") as file:
+            if file.tell() > size:
+                file.truncate(0)
+            done = file.seek(0, os.SEEK_END)
+            try:
+                http_get(
+                    url, file, resume_size=done, headers=build_hf_headers(), expected_size=size,
+                    displayed_filename=name,
+                )  # fmt: skip
+            except (errors.HTTPError, OSError) as error:
+                if isinstance(error, errors.HfHubHTTPError) or getattr(error, "errno", None):
+                    raise  # the hub's answer, or the disk's
+                raise UserError(
+                    f"the connection broke off {file.tell():,} bytes into {name}: run the same command again "
+                    "to go on from there"
+                ) from None
+            file.seek(0)
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+        if not whole:
+            _part(blob).unlink()
+            raise UserError(f"{name} arrived damaged from {url}: run the same command again")
+        _part(blob).rename(blob)
+
+
+def _weights(directory: Path) -> list[str]:
+    """Names of the files that hold the weights of a snapshot: one, or the shards of the index."""
+    if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
+        return [SINGLE]
+    try:
+        listed = json.loads((directory / INDEX).read_text())["weight_map"]
+        return sorted({str(file) for file in listed.values()})
+    except (ValueError, LookupError, AttributeError, TypeError):
+        raise UserError(f"{directory / INDEX} has no weight_map from tensors to files") from None
+
+
+def _part(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _reason(error: Exception, repo: str, revision: str, cache: Path, endpoint: str) -> str | None:
+    """Why a download failed, in one sentence; None when there is no connection."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}: give a branch, a tag or a commit of {endpoint}/{repo}"
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return (
+            f"{repo} is gated: accept its licence on {endpoint}/{repo}, then log in with "
+            "`hf auth login` or HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return (
+            f"{endpoint} shows you no model {repo}: check the name, and your token (`hf auth login` "
+            "or HF_TOKEN) if the model is private or the token old"
+        )
+    if status:
+        return f"{endpoint} answered {status} when asked for {repo}: try again later"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space is left in {cache}: make room, or set HF_HOME to a place that has it"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot write to {cache} ({error.strerror}): set HF_HOME to a place of your own"
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return f"{endpoint} does not answer as the hub does ({error}): check HF_ENDPOINT and the connection"
+    return None
+
+
+def _cache_from_environment() -> str | None:
+    """Where the environment puts the hub's cache; huggingface_hub itself looks only once, when imported."""
+    home = os.environ.get("HF_HOME")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    cache = cache or (home and os.path.join(home, "hub"))
+    return cache and os.path.expanduser(cache)

@@ -1,0 +1,117 @@
+"""The occupancy study: equal budgets, runs made once, tables that say what the runs' files say."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import train
+from teamtr_min.bench import occupancy
+from teamtr_min.config import Config
+from teamtr_min.schedule import samples_again
+
+TINY = {"stages": 1, "problems": 2, "seeds": 2, "sizes": [2, 3], "rates": [5e-4, 5e-3], "size_stages": 1}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Runs are made in this process, tiny; the list says which."""
+    made = []
+
+    def run_here(command, **_):
+        made.append(command[2:])
+        short = ["--eval-problems", "8", "--group", "4", "--inner-steps", "1"]
+        flags = command[2:] if "--resume" in command else [*command[2:], *short]
+        return SimpleNamespace(returncode=train.main(flags), stderr="")
+
+    monkeypatch.setattr(occupancy.subprocess, "run", run_here)
+    monkeypatch.setattr(occupancy, "SHORT", TINY)
+    return made
+
+
+def test_every_arm_but_the_one_that_says_so_makes_equal_rollouts_and_updates():
+    for arm in occupancy.arms(occupancy.FULL, ("learning_rate", "variants")):
+        config = Config(**arm.flags)
+        n = len(config.updates)
+        rollouts = sum(samples_again(config, i) for i in range(n)) * config.problems
+        budget = 24 if arm.name == "stale, a third of the rollouts" else 72
+        assert rollouts == budget, arm
+        assert n == (1 if "joint" in arm.name else 3)
+
+
+def test_runs_are_made_once_and_resumed_where_they_were_cut_off(made, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="draws figures")
+    flags = [
+        "occupancy",
+        "--short",
+        "--only",
+        "learning_rate,team_size",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert evaluation.main([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(made) == 5 * 2 * 2 + 3 * 2 * 2
+    assert all(
+        (tmp_path / "short" / f"{name}.png").stat().st_size > 10_000 for name in ("two_by_two", "team_size")
+    )
+    row = found["rows"]["learning_rate"][0]
+    summary = json.loads((Path(made[0][made[0].index("--out") + 1]) / "summary.json").read_text())
+    assert row["name"] == "fresh, radius" and row["accuracy_final"][0] == summary["accuracy_final"]
+
+    made.clear()
+    assert evaluation.main(flags) == 0 and not made  # all there
+    text = capsys.readouterr().out
+    assert "| stale, no radius |" in text and "reported: naive | 0.08 | 0.21 |" in text
+
+    unfinished = next((tmp_path / "short").glob("*lr=0.005*seed=1"))
+    before = (unfinished / "metrics.jsonl").read_text()
+    summary = json.loads((unfinished / "summary.json").read_text())
+    summary |= {"accuracy_final": None, "stopped": "killed"}
+    (unfinished / "summary.json").write_text(json.dumps(summary))
+    assert evaluation.main(flags) == 0
+    assert made == [["--resume", str(unfinished)]]
+    after = (unfinished / "metrics.jsonl").read_text()
+    assert without_time(before) == without_time(after) != []
+
+
+def without_time(metrics: str) -> list[dict]:
+    records = [json.loads(line) for line in metrics.splitlines()]
+    return [{k: v for k, v in record.items() if "seconds" not in k} for record in records]
+
+
+def test_an_exponent_is_that_of_the_power_it_was_made_from():
+    rows = [{"flags": {"agents": n}, "gap": [0.1 * n**2, 0.1 * n**2 * 1.01]} for n in (2, 3, 5, 8)]
+    slope, (low, high) = occupancy.exponent(rows, "gap")
+    assert slope == pytest.approx(2) and low <= slope <= high + 1e-9
+
+
+def test_intervals_over_seeds_are_students():
+    values = [0.5, 0.7, 0.6]
+    half = 4.303 * np.std(values, ddof=1) / 3**0.5
+    assert (
+        occupancy.interval(values) == f"0.600 ±{half:.3f}" and occupancy.interval([0.5, None]) == "diverged"
+    )
+
+
+def test_the_best_rate_is_chosen_on_training_problems():
+    """A rate that looks best only on held-out problems is not chosen."""
+    rows = [
+        {"name": name, "flags": {"lr": lr}, "curve": [[0.1, last]], "accuracy_final": [final]}
+        for name in occupancy.ARMS
+        for lr, last, final in ((5e-4, 0.3, 0.9), (5e-3, 0.4, 0.2))
+    ]
+    chosen = occupancy.two_by_two(rows)
+    common, best = chosen["at one learning rate"], chosen["at its own best of five"]
+    assert {row["flags"]["lr"] for row in common.values()} == {5e-4}
+    assert {row["flags"]["lr"] for row in best.values()} == {5e-3} and len(best) == 4
+
+
+def test_unknown_studies_are_named(capsys, tmp_path):
+    assert evaluation.main(["occupancy", "--only", "chess", "--out", str(tmp_path)]) == 2
+    assert "--only chess: there is learning_rate, variants, team_size" in capsys.readouterr().err
