@@ -9,6 +9,10 @@ together:
 
 team^0 is the team at the start of the stage, team^{i-1} the one that j's update began from. Everything here
 is read on rollouts that nothing is trained on.
+
+Checked against enumerable teams (docs/results/estimators.md): unbiased, and the intervals hold while updates
+are small. From about 1 nat per message those of the gap, which weighs by 1/rho, cover the truth too rarely,
+and ESS/B, which should warn of it, is itself read too high.
 """
 
 import copy

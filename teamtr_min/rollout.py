@@ -108,9 +108,12 @@ class Rollouts:
         """
         heads = []
         for messages in self.messages:
-            turn = next((t for t, m in enumerate(messages) if m.agent in agents), None)
-            heads.append(Head(messages if turn is None else messages[:turn],
-                              None if turn is None else messages[turn].agent))  # fmt: skip
+            for turn, message in enumerate(messages):
+                if message.agent in agents:
+                    heads.append(Head(messages[:turn], message.agent))
+                    break
+            else:
+                heads.append(Head(messages))
         return heads
 
     def view(self, agent: int, advantage: Tensor, batch_tokens: int = 16384) -> list[AgentBatch]:

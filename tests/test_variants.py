@@ -14,6 +14,7 @@ import train
 from teamtr_min import rng, rollout, schedule
 from teamtr_min.bench import estimators
 from teamtr_min.config import Config
+from teamtr_min.log import size
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.sampler import Completion
@@ -259,11 +260,16 @@ def test_stale_updates_of_several_agents_do_not_depend_on_their_order_and_joint_
     assert not all(torch.equal(a, b) for a, b in zip(ends[0], ends[2]))
 
 
-def test_joint_runs_log_one_update_for_the_team(tmp_path, capsys):
+def test_joint_runs_log_one_update_and_the_memory_of_all_agents_in_it(tmp_path, capsys):
     _, updates, stages = run(tmp_path / "run", "--occupancy", "joint", "--delta", "0.02")
     assert [(u["update"], u["agent"]) for u in updates] == [(0, None)] * 2
     assert all(u["messages"] == 36 and u["kl_after"] <= 0.02 for u in updates)
-    assert all(len(s["kl"]) == 1 for s in stages) and "KL team " in capsys.readouterr().out
+    said, bytes_each = (
+        capsys.readouterr().out,
+        91264 * (4 + 8 + 12 + 4),
+    )  # gradient, Adam, two points to go back to
+    assert all(len(s["kl"]) == 1 for s in stages) and "KL team " in said
+    assert f"an update {size(3 * bytes_each)} " in said
 
 
 # The trust region
