@@ -60,6 +60,15 @@ def test_in_reverse_turn_order_no_update_sees_a_shift(tmp_path):
     assert all(u["kl_held_out"] > 0 for u in updates)
 
 
+@pytest.mark.parametrize("flags, messages", [(["--rounds", "2"], 2), (["--occupancy", "joint"], 3)])
+def test_who_speaks_more_than_once_is_bounded_by_the_kl_of_whole_rollouts(tmp_path, flags, messages):
+    """Finite horizon: no worse than -sqrt(H KL / 2); the agents of a joint update are one speaker."""
+    _, updates, stages = run(tmp_path / "run", "--diagnostics", "--stages", "1", *flags)
+    for u in updates:
+        assert u["bound"] == pytest.approx(-math.sqrt(messages * u["kl_held_out"] / 2))
+    assert stages[0]["bound"] == pytest.approx(sum(u["bound"] for u in updates))
+
+
 def test_a_diagnosis_compares_the_models_of_before_and_after():
     """By hand, for the second update of a stage: agent 1 has moved, then agent 2 moves."""
     config = Config(agents=3, group=4, device="cpu")
