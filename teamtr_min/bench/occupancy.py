@@ -32,8 +32,10 @@ from teamtr_min.config import UserError
 TRAIN = Path(__file__).parents[2] / "train.py"
 COMMON_LR = 5e-4
 RATES = [5e-5, 1.6e-4, 5e-4, 1.6e-3, 5e-3]
-FULL = {"stages": 20, "problems": 24, "seeds": 3, "sizes": range(2, 9), "rates": RATES, "size_stages": 2}
-SHORT = {"stages": 2, "problems": 4, "seeds": 2, "sizes": [2, 3], "rates": RATES[2:4], "size_stages": 1}
+FULL = {"stages": 20, "problems": 24, "seeds": 3, "rates": RATES,
+        "sizes": range(2, 9), "size_stages": 2, "size_problems": 16}  # fmt: skip
+SHORT = {"stages": 2, "problems": 4, "seeds": 2, "rates": RATES[2:4],
+         "sizes": [2, 3], "size_stages": 1, "size_problems": 4}  # fmt: skip
 ARMS = {  # of the 2 x 2, and joint
     "fresh, radius": {},
     "fresh, no radius": {"kl": "none"},
@@ -104,7 +106,7 @@ def arms(size: dict, studies: tuple[str, ...]) -> list[Arm]:
         for name, flags in SIZE_ARMS.items():
             for n in size["sizes"]:
                 wanted = base | flags | {"agents": n, "stages": size["size_stages"], "diagnostics": True}
-                found.append(Arm("team_size", name, wanted | {"problems": size["problems"]}, seeds))
+                found.append(Arm("team_size", name, wanted | {"problems": size["size_problems"]}, seeds))
     return found
 
 
