@@ -3,6 +3,7 @@
 python eval.py relay                    the newest run under runs/, or without one the shipped team
 python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+python eval.py convention --agents 2    the other shipped task, its untrained team
 python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 """
@@ -14,7 +15,7 @@ import sys
 from teamtr_min.bench import accuracy, kernels
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels"]
+BENCHMARKS = ["relay", "convention", "gsm8k", "jsonl", "kernels"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 result = kernels.run()
                 print(json.dumps(result) if as_json else kernels.table(result))
                 continue
-            subject = accuracy.find_subject(team, flags)
+            subject = accuracy.find_subject(team, flags, name)
             result, rollouts, players = accuracy.run(subject, name, k=k, count=count, data=data)
             if as_json:
                 print(json.dumps(result))

@@ -69,6 +69,8 @@ def train(config: Config) -> dict:
                 lr = learning_rate(config, stage * config.agents + i)
                 report = update_agent(learners[agent], batches, config, lr)
                 report["seconds_training"] = time.perf_counter() - start
+                if hasattr(task, "measure"):
+                    report |= task.measure(rollouts.problems, rollouts.messages)
                 run.updated(stage, i, agent, rollouts, sample_again, report)
 
                 needed = config.occupancy == "stale" and i + 1 < config.agents

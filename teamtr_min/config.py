@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same name
+
 
 class UserError(Exception):
     """Something that the person at the terminal can put right; shown as one sentence, exit code 2."""
@@ -22,14 +24,16 @@ def knob(default, help: str, *, choices: tuple[str, ...] = (), pretrained=None):
 @dataclass(frozen=True)
 class Config:
     # the team
-    model: str = knob("relay", "a directory or a name; a comma-separated list gives each agent its own")
+    model: str = knob(
+        "relay", "a directory or a name, or one per agent, comma-separated; convention has its own"
+    )
     agents: int = knob(3, "number of agents, n")
     rounds: int = knob(1, "turns per agent in one rollout")
     router: str = knob(
         "round-robin", "who speaks next: round-robin, random, or FILE.py with a function `router`"
     )
     # the task
-    task: str = knob("relay", "relay, gsm8k, jsonl, or FILE.py with a function `task`")
+    task: str = knob("relay", "relay, convention, gsm8k, jsonl, or FILE.py with a function `task`")
     data: str = knob("", "JSONL file of problems, or a directory with train.jsonl and test.jsonl")
     question_field: str = knob("question", "field of the JSONL that holds the problem")
     answer_field: str = knob("answer", "field of the JSONL that holds the answer")
@@ -158,11 +162,12 @@ class Config:
 
     @classmethod
     def of(cls, given: dict) -> "Config":
-        """These fields, and for the others the defaults that fit the model: the shipped one or any other."""
-        defaults = {}
-        if set(given.get("model", "relay").split(",")) != {"relay"}:
+        """These fields, and for the others the defaults that fit the task and the model, shipped or not."""
+        task = given.get("task", "relay")
+        defaults = {"model": task if task in SHIPPED else "relay"}
+        if not set((defaults | given)["model"].split(",")) <= set(SHIPPED):
             fields = dataclasses.fields(cls)
-            defaults = {
+            defaults |= {
                 f.name: f.metadata["pretrained"] for f in fields if f.metadata["pretrained"] is not None
             }
         return cls(**defaults | given)

@@ -1,4 +1,4 @@
-"""Problems, roles and verifiers: relay arithmetic, word problems from JSONL files, and tasks of one's own.
+"""Problems, roles and verifiers: relay arithmetic, a hidden convention, word problems, tasks of one's own.
 
 A task is any object with
 
@@ -6,10 +6,15 @@ A task is any object with
     draw(count, generator, held_out=False) -> list[Problem]
     grade(problem, messages) -> float                      the return of a rollout, in [0, 1]
 
+and perhaps
+
+    measure(problems, messages) -> dict                    more of an update's rollouts for metrics.jsonl
+
 A file of one's own, `--task my_task.py`, defines a function `task(config)` that returns one; README.md shows
 it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -32,14 +37,16 @@ class Problem:
 
 
 def load_task(config: Config):
-    """The task that `config.task` names: relay, gsm8k, jsonl, or a Python file."""
+    """The task that `config.task` names: relay, convention, gsm8k, jsonl, or a Python file."""
     if config.task == "relay":
         return Relay(config)
+    if config.task == "convention":
+        return Convention(config)
     if config.task in ("gsm8k", "jsonl"):
         return WordProblems(config)
     if config.task.endswith(".py"):
         return own_task(config)
-    raise UserError(f"no task {config.task!r}: give relay, gsm8k, jsonl, or a FILE.py that defines `task`")
+    raise UserError(f"no task {config.task!r}: give relay, convention, gsm8k, jsonl, or FILE.py with `task`")
 
 
 class Relay:
@@ -51,18 +58,19 @@ class Relay:
     held out: a hash of the text decides, so no training problem is ever a test problem, whatever the seed.
     """
 
+    name = "relay"
     most_turns = 8  # the shipped model was shown chains of 1 to 8 operations
     fields = ("problem", "answer")  # of a JSONL file to evaluate on
 
     def __init__(self, config: Config):
         if config.turns > self.most_turns:
             raise UserError(
-                f"relay has chains of at most {self.most_turns} operations, one per turn; "
+                f"{self.name} has chains of at most {self.most_turns} operations, one per turn; "
                 f"{config.turns} turns (agents x rounds) are too many"
             )
         if config.data:
-            raise UserError("relay makes its own problems; --data goes with --task gsm8k or jsonl")
-        self.turns = config.turns
+            raise UserError(f"{self.name} makes its own problems; --data goes with --task gsm8k or jsonl")
+        self.agents, self.turns = config.agents, config.turns
 
     def roles(self, agents: int) -> list[Role]:
         system = (
@@ -76,12 +84,15 @@ class Relay:
         """`count` problems, uniform over one side of the split, with replacement."""
         problems = []
         while len(problems) < count:
-            digits = generator.integers(10, size=self.turns + 1)
-            signs = generator.integers(3, size=self.turns)
-            chain = str(digits[0]) + "".join("+-*"[s] + str(d) for s, d in zip(signs, digits[1:]))
+            chain = self.chain(generator)
             if self.is_held_out(chain) == held_out:
                 problems.append(Problem(chain, chain, self.solve(chain)))
         return problems
+
+    def chain(self, generator: np.random.Generator) -> str:
+        digits = generator.integers(10, size=self.turns + 1)
+        signs = generator.integers(3, size=self.turns)
+        return str(digits[0]) + "".join("+-*"[s] + str(d) for s, d in zip(signs, digits[1:]))
 
     @staticmethod
     def is_held_out(chain: str) -> bool:
@@ -101,6 +112,87 @@ class Relay:
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(messages[-1].text.strip() == problem.answer)
+
+    def demonstration(self, chain: str, turn: int, generator: np.random.Generator) -> str:
+        """A right message of turn `turn`, for pretraining."""
+        return self.step(chain)
+
+
+class Convention(Relay):
+    """A relay whose agents must come to agree on a code: the first digit of a message is the value, or 9
+    minus the value.
+
+    The problem and the last message are plain. In between each agent reads and writes in one code, 0 or 1,
+    which a chain does not show: `8+7-4` becomes `5-4` in code 0 and `4-4` in code 1, and a reader may take
+    either for 5 or for 4. All in code 0 and all in code 1 reach the answer. The return is the share of
+    handovers for which writer and reader had the same code. [ours]
+
+    Where an operand is 0 or 5 both codes lead to the same message, and products are not uniform, so chains
+    have neither. A message thus tells nothing about its code, except to who works out the problem himself.
+    """
+
+    name = "convention"
+    most_turns = 4  # the shipped model was shown chains of 2 to 4 operations
+    legal = re.compile(r"[0-9]([+-][1-46-9])+")
+    starting_habits = 0.6, 0.4  # P(code 1) of the shipped model at even and odd turns
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.turns < 2:
+            raise UserError("convention takes at least two turns (agents x rounds): a writer and a reader")
+
+    def roles(self, agents: int) -> list[Role]:
+        system = (
+            "You are one agent of a relay. The chain of digits is worked out from left to right, modulo 10. "
+            "Carry out the first operation of the latest chain and write the whole rest, nothing else. "
+            "The first digit of a message may stand for itself, or for 9 minus itself: agree on one code "
+            "with the others, without a word about it. The problem and the last message are plain."
+        )
+        return [Role("ABCD"[j], system) for j in range(agents)]
+
+    def chain(self, generator: np.random.Generator) -> str:
+        while not self.legal.fullmatch(chain := super().chain(generator)):
+            pass
+        return chain
+
+    @staticmethod
+    def step(chain: str, turn: int = 0, code: int = 0) -> str:
+        """Carry out the first operation at turn `turn`, reading and writing in `code`."""
+        read, write = turn > 0, len(chain) > 3  # the problem and the last message are plain
+        chain = Relay.step(in_code(chain, code and read))
+        return in_code(chain, code and write)
+
+    def codes(self, problem: Problem, messages: list[Message]) -> list[int | None]:
+        """The code that each message was written in, if it carries out one step on the one before."""
+        codes, chain = [], problem.text
+        for turn, message in enumerate(messages):
+            step = (
+                {self.step(chain, turn, code): code for code in (0, 1)} if self.legal.fullmatch(chain) else {}
+            )
+            chain = message.text.strip()
+            codes.append(step.get(chain))
+        return codes
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        pairs = list(itertools.pairwise(self.codes(problem, messages)))
+        return sum(a is not None and a == b for a, b in pairs) / len(pairs)
+
+    def measure(self, problems: list[Problem], messages: list[list[Message]]) -> dict:
+        """`habits`: the share of each agent's messages in code 1, of those that are in either code."""
+        seen = [[] for _ in range(self.agents)]
+        for problem, transcript in zip(problems, messages):
+            for message, code in zip(transcript, self.codes(problem, transcript)):
+                if code is not None:
+                    seen[message.agent].append(code)
+        return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}
+
+    def demonstration(self, chain: str, turn: int, generator: np.random.Generator) -> str:
+        return self.step(chain, turn, int(generator.random() < self.starting_habits[turn % 2]))
+
+
+def in_code(chain: str, code: int) -> str:
+    """The chain with its first digit in this code. The code is its own inverse."""
+    return str(9 - int(chain[0])) + chain[1:] if code else chain
 
 
 class WordProblems:

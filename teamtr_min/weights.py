@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teamtr_min.config import UserError
+from teamtr_min.config import SHIPPED, UserError
 from teamtr_min.model import ModelConfig, Transformer
 
-RELAY = Path(__file__).parent / "assets" / "relay"
+ASSETS = Path(__file__).parent / "assets"
+RELAY = ASSETS / "relay"
 ALIASES = {
     **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
     **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
@@ -41,13 +42,13 @@ _SIZES = {  # config.json's name -> ModelConfig's
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, a hub id in the cache.
+    """The directory of a model: a shipped one, a directory, an alias such as qwen2.5-1.5b, a cached hub id.
 
     Nothing is downloaded. Raises UserError, which lists what would do, for any other name.
     """
     name = str(name)
-    if name == "relay":
-        return RELAY
+    if name in SHIPPED:
+        return ASSETS / name
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path)
@@ -70,7 +71,7 @@ def find_model(name: str | os.PathLike) -> Path:
         )
     raise UserError(
         f"no model {name!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
-        f"or one of: relay, {', '.join(ALIASES)}"
+        f"or one of: {', '.join([*SHIPPED, *ALIASES])}"
     )
 
 

@@ -386,8 +386,8 @@ def test_pretraining_is_reproducible(tmp_path, capsys):
 def test_the_shipped_model_is_small_and_its_tokenizer_is_what_pretrain_writes(tmp_path):
     pretrain.write_tokenizer(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / file).read_bytes() == (pretrain.RELAY / file).read_bytes()
-    assert sum(p.stat().st_size for p in pretrain.RELAY.iterdir()) < 1e6
+        assert (tmp_path / file).read_bytes() == (pretrain.ASSETS / "relay" / file).read_bytes()
+    assert sum(p.stat().st_size for p in (pretrain.ASSETS / "relay").iterdir()) < 1e6
 
 
 def test_the_plot_and_sizes_read_well():

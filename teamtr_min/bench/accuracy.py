@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import SHIPPED, Config, UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Team, load_team
@@ -32,11 +32,11 @@ class Subject:
     sources: list[Path] | None  # the run's agents
 
 
-def find_subject(team: str | None, changes: dict) -> Subject:
+def find_subject(team: str | None, changes: dict, task: str = "relay") -> Subject:
     """The run `team`; without one the newest run here; without any, the shipped team.
 
     `changes` are Config fields from the command line; naming a model or a team size asks for an untrained
-    team.
+    team, of the model that comes with `task` if none is named.
     """
     fresh = {"model", "agents"} & set(changes)
     if team and fresh:
@@ -47,7 +47,7 @@ def find_subject(team: str | None, changes: dict) -> Subject:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", Config.of(changes), None)
+        return Subject("untrained team", Config.of({"task": task} | changes), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -61,7 +61,7 @@ def run(
 ) -> tuple[dict, Rollouts, Team]:
     """Evaluate; returns what `--json` prints, the rollouts and the team."""
     own_data = subject.config.data if subject.config.task == task_name else ""
-    task_data = "" if task_name == "relay" else data or own_data
+    task_data = "" if task_name in SHIPPED else data or own_data
     config = dataclasses.replace(subject.config, task=task_name, data=task_data)
     task = load_task(config)
     if data and hasattr(task, "fields") and not Path(data).is_dir():
