@@ -87,9 +87,10 @@ def transcript(generator: np.random.Generator, course: Course, careful: float) -
     agents = operations if generator.random() < 0.7 else int(generator.integers(1, operations + 1))
     viewer = int(generator.integers(agents))
     right = course.right[generator.random() < careful]
-    text = f"<|user|>{chain}<|end|>"
+    mark = task.mark(generator)
+    text = f"<|user|>{chain}{mark}<|end|>"
     for turn in range(operations):
-        chain = task.demonstration(chain, turn, generator)
+        chain = task.demonstration(chain, turn, mark, generator)
         if generator.random() >= right:
             chain = str(generator.integers(10)) + chain[1:]
         writer = turn % agents

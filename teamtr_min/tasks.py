@@ -113,8 +113,12 @@ class Relay:
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(messages[-1].text.strip() == problem.answer)
 
-    def demonstration(self, chain: str, turn: int, generator: np.random.Generator) -> str:
-        """A right message of turn `turn`, for pretraining."""
+    def mark(self, generator: np.random.Generator) -> str:
+        """What stands behind the problem in a transcript for pretraining."""
+        return ""
+
+    def demonstration(self, chain: str, turn: int, mark: str, generator: np.random.Generator) -> str:
+        """A right message of turn `turn` for pretraining."""
         return self.step(chain)
 
 
@@ -123,18 +127,18 @@ class Convention(Relay):
     minus the value.
 
     The problem and the last message are plain. In between each agent reads and writes in one code, 0 or 1,
-    which a chain does not show: `8+7-4` becomes `5-4` in code 0 and `4-4` in code 1, and a reader may take
+    which a chain does not show: `3+2-4` becomes `5-4` in code 0 and `4-4` in code 1, and a reader may take
     either for 5 or for 4. All in code 0 and all in code 1 reach the answer. The return is the share of
     handovers for which writer and reader had the same code. [ours]
 
-    Where an operand is 0 or 5 both codes lead to the same message, and products are not uniform, so chains
-    have neither. A message thus tells nothing about its code, except to who works out the problem himself.
+    Operands are 1 to 4 and there are no products: 0 or 5 would look alike in both codes, a product is not
+    uniform. So a message tells nothing about its code, except to a reader who works out the problem himself.
     """
 
     name = "convention"
     most_turns = 4  # the shipped model was shown chains of 2 to 4 operations
-    legal = re.compile(r"[0-9]([+-][1-46-9])+")
-    starting_habits = 0.6, 0.4  # P(code 1) of the shipped model at even and odd turns
+    legal = re.compile(r"[0-9]([+-][1-4])+")
+    starting_habits = 0.7, 0.3  # P(code 1) of the shipped model at even and odd turns
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -151,9 +155,8 @@ class Convention(Relay):
         return [Role("ABCD"[j], system) for j in range(agents)]
 
     def chain(self, generator: np.random.Generator) -> str:
-        while not self.legal.fullmatch(chain := super().chain(generator)):
-            pass
-        return chain
+        first, steps = generator.integers(10), generator.integers(8, size=self.turns)
+        return str(first) + "".join("+-"[step // 4] + str(1 + step % 4) for step in steps)
 
     @staticmethod
     def step(chain: str, turn: int = 0, code: int = 0) -> str:
@@ -186,8 +189,14 @@ class Convention(Relay):
                     seen[message.agent].append(code)
         return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}
 
-    def demonstration(self, chain: str, turn: int, generator: np.random.Generator) -> str:
-        return self.step(chain, turn, int(generator.random() < self.starting_habits[turn % 2]))
+    def mark(self, generator: np.random.Generator) -> str:
+        """Half of the transcripts say which code they are in, so that a code is one thing to the model and
+        not a habit for each chain."""
+        return ("", "", "-", "+")[generator.integers(4)]
+
+    def demonstration(self, chain: str, turn: int, mark: str, generator: np.random.Generator) -> str:
+        habit = {"-": 0.0, "+": 1.0}.get(mark, self.starting_habits[turn % 2])
+        return self.step(chain, turn, int(generator.random() < habit))
 
 
 def in_code(chain: str, code: int) -> str:

@@ -57,7 +57,7 @@ def test_the_expected_return_is_the_toys():
 
 def test_a_message_tells_nothing_about_its_code():
     """Given the operation, every digit is equally likely in either code."""
-    for sign, operand in itertools.product("+-", "12346789"):
+    for sign, operand in itertools.product("+-", "1234"):
         for code in (0, 1):
             written = [Convention.step(f"{a}{sign}{operand}+1", 0, code)[0] for a in range(10)]
             assert sorted(written) == list("0123456789")

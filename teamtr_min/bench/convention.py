@@ -1,7 +1,7 @@
 """The hidden convention as a toy of one number per agent: where stale occupancy hurts, and where it does not.
 
 Agent i holds one habit, P(code 1). The return is the chance that neighbours in the chain use the same code.
-Habits start opposite, 0.6 and 0.4 by turns. An update moves its agent's habit up the slope of the return
+Habits start opposite, 0.7 and 0.3 by turns. An update moves its agent's habit up the slope of the return
 until KL(old || new) reaches the radius, as a message's code does in `--task convention`. Fresh: an agent sees
 the habits of the teammates already updated in its stage; stale: those from before the first of them.
 
