@@ -59,6 +59,7 @@ class Relay:
     """
 
     name = "relay"
+    modulus = 10
     most_turns = 8  # the shipped model was shown chains of 1 to 8 operations
     fields = ("problem", "answer")  # of a JSONL file to evaluate on
 
@@ -98,11 +99,11 @@ class Relay:
     def is_held_out(chain: str) -> bool:
         return rng.key(0, "relay", chain) % 10 == 0
 
-    @staticmethod
-    def step(chain: str) -> str:
+    @classmethod
+    def step(cls, chain: str) -> str:
         """Carry out the first operation: `7+8*3-4` -> `5*3-4`."""
         a, sign, b, rest = int(chain[0]), chain[1], int(chain[2]), chain[3:]
-        return str((a + b if sign == "+" else a - b if sign == "-" else a * b) % 10) + rest
+        return str((a + b if sign == "+" else a - b if sign == "-" else a * b) % cls.modulus) + rest
 
     @classmethod
     def solve(cls, chain: str) -> str:
@@ -123,21 +124,23 @@ class Relay:
 
 
 class Convention(Relay):
-    """A relay whose agents must come to agree on a code: the first digit of a message is the value, or 9
+    """A relay whose agents must come to agree on a code: the first digit of a message is the value, or 3
     minus the value.
 
-    The problem and the last message are plain. In between each agent reads and writes in one code, 0 or 1,
-    which a chain does not show: `3+2-4` becomes `5-4` in code 0 and `4-4` in code 1, and a reader may take
-    either for 5 or for 4. All in code 0 and all in code 1 reach the answer. The return is the share of
-    handovers for which writer and reader had the same code. [ours]
+    Chains are sums modulo 4, such as `2+3+1`. The problem and the last message are plain. In between each agent
+    reads and writes in one code, 0 or 1, and a message does not show which: `2+3+1` becomes `1+1` in code 0
+    and `2+1` in code 1, and a reader may take either for 1 or for 2. All in code 0 and all in code 1 reach the
+    answer. The return is the share of handovers for which writer and reader had the same code. [ours]
 
-    Operands are 1 to 4 and there are no products: 0 or 5 would look alike in both codes, a product is not
-    uniform. So a message tells nothing about its code, except to a reader who works out the problem himself.
+    Every digit is as likely in either code, so a message tells nothing about its code, except to a reader who
+    works out the problem himself. Between the first and the last operand all are odd: the sum would be the
+    same in either code.
     """
 
     name = "convention"
     most_turns = 4  # the shipped model was shown chains of 2 to 4 operations
-    legal = re.compile(r"[0-9]([+-][1-4])+")
+    modulus = 4
+    legal = re.compile(r"[0-3]([+][0-3])+")
     starting_habits = 0.7, 0.3  # P(code 1) of the shipped model at even and odd turns
 
     def __init__(self, config: Config):
@@ -147,33 +150,37 @@ class Convention(Relay):
 
     def roles(self, agents: int) -> list[Role]:
         system = (
-            "You are one agent of a relay. The chain of digits is worked out from left to right, modulo 10. "
-            "Carry out the first operation of the latest chain and write the whole rest, nothing else. "
-            "The first digit of a message may stand for itself, or for 9 minus itself: agree on one code "
-            "with the others, without a word about it. The problem and the last message are plain."
+            "You are one agent of a relay. The sum is worked out from left to right, modulo 4. Carry out the "
+            "first addition of the latest sum and write the whole rest, nothing else. The first digit of a "
+            "message may stand for itself or for 3 minus itself: agree on one code with the others, without "
+            "a word about it. The problem and the last message are plain."
         )
         return [Role("ABCD"[j], system) for j in range(agents)]
 
     def chain(self, generator: np.random.Generator) -> str:
-        first, steps = generator.integers(10), generator.integers(8, size=self.turns)
-        return str(first) + "".join("+-"[step // 4] + str(1 + step % 4) for step in steps)
+        digits = generator.integers(4, size=self.turns + 1)
+        digits[2:-1] |= 1
+        return "+".join(map(str, digits))
 
-    @staticmethod
-    def step(chain: str, turn: int = 0, code: int = 0) -> str:
+    @classmethod
+    def step(cls, chain: str, turn: int = 0, code: int = 0) -> str:
         """Carry out the first operation at turn `turn`, reading and writing in `code`."""
         read, write = turn > 0, len(chain) > 3  # the problem and the last message are plain
-        chain = Relay.step(in_code(chain, code and read))
-        return in_code(chain, code and write)
+        chain = super().step(cls.in_code(chain, code and read))
+        return cls.in_code(chain, code and write)
+
+    @classmethod
+    def in_code(cls, chain: str, code: int) -> str:
+        """The chain with its first digit in this code, which is its own inverse."""
+        return str(cls.modulus - 1 - int(chain[0])) + chain[1:] if code else chain
 
     def codes(self, problem: Problem, messages: list[Message]) -> list[int | None]:
-        """The code that each message was written in, if it carries out one step on the one before."""
+        """The code of each message; None where it does not carry out a step on the one before."""
         codes, chain = [], problem.text
         for turn, message in enumerate(messages):
-            step = (
-                {self.step(chain, turn, code): code for code in (0, 1)} if self.legal.fullmatch(chain) else {}
-            )
+            ways = {self.step(chain, turn, code): code for code in (0, 1)} if self.legal.fullmatch(chain) else {}
             chain = message.text.strip()
-            codes.append(step.get(chain))
+            codes.append(ways.get(chain))
         return codes
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
@@ -197,11 +204,6 @@ class Convention(Relay):
     def demonstration(self, chain: str, turn: int, mark: str, generator: np.random.Generator) -> str:
         habit = {"-": 0.0, "+": 1.0}.get(mark, self.starting_habits[turn % 2])
         return self.step(chain, turn, int(generator.random() < habit))
-
-
-def in_code(chain: str, code: int) -> str:
-    """The chain with its first digit in this code. The code is its own inverse."""
-    return str(9 - int(chain[0])) + chain[1:] if code else chain
 
 
 class WordProblems:

@@ -21,10 +21,9 @@ def played(problem, codes: tuple[int, ...]) -> list[Message]:
     """The messages of agents that make no mistake, one code each. By the rules, not by Convention.step."""
     digit, rest, messages = int(problem.text[0]), problem.text[1:], []
     for turn, code in enumerate(codes):
-        value = 9 - digit if code and turn else digit
-        value = (value + int(rest[1]) * (1 if rest[0] == "+" else -1)) % 10
-        rest = rest[2:]
-        digit = 9 - value if code and rest else value
+        value = (3 - digit if code and turn else digit) + int(rest[1])
+        value, rest = value % 4, rest[2:]
+        digit = 3 - value if code and rest else value
         messages.append(Message(turn, [], f"{digit}{rest}", [], True))
     return messages
 
@@ -57,10 +56,9 @@ def test_the_expected_return_is_the_toys():
 
 def test_a_message_tells_nothing_about_its_code():
     """Given the operation, every digit is equally likely in either code."""
-    for sign, operand in itertools.product("+-", "1234"):
-        for code in (0, 1):
-            written = [Convention.step(f"{a}{sign}{operand}+1", 0, code)[0] for a in range(10)]
-            assert sorted(written) == list("0123456789")
+    for operand, code in itertools.product("0123", (0, 1)):
+        written = [Convention.step(f"{a}+{operand}+1", 0, code)[0] for a in range(4)]
+        assert sorted(written) == list("0123")
 
 
 def test_what_is_no_step_counts_as_no_code():
