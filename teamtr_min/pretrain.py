@@ -8,7 +8,9 @@ Reinforcement has something to find.
 
 Convention: transcripts of 2 to 4 operations by solvers that are always right, each message in a code of its
 own. Which code is likelier depends on the turn alone (Convention.starting_habits), so that agents start with
-opposite habits: an agent is not told its own name, but sees how many have spoken before it.
+opposite habits: an agent is not told its own name, but sees how many have spoken before it. In half of the
+transcripts a sign behind the problem says which code all messages are in; training problems never have one.
+It makes the code one thing that the model knows, where it would otherwise learn a habit for each sum.
 
 Reproducible: the same seed, thread count and torch give the same bits.
 """
@@ -41,14 +43,14 @@ class Course:
     """What a model is shown."""
 
     task: type[Relay]
-    least_turns: int
     careful: float  # share of careful solvers
     right: tuple[float, float]  # P(a step is meant to be right) of careless and careful solvers
+    steps: int  # of the optimizer
 
 
 COURSES = {
-    "relay": Course(Relay, 1, 0.12, (0.35, 0.97)),
-    "convention": Course(Convention, 2, 1.0, (1.0, 1.0)),
+    "relay": Course(Relay, 0.12, (0.35, 0.97), 3000),
+    "convention": Course(Convention, 1.0, (1.0, 1.0), 1500),
 }
 STUDY = 0.5  # share of the steps in which all solvers are careful
 NAMES = "ABCDEFGH"
@@ -81,7 +83,7 @@ def transcript(generator: np.random.Generator, course: Course, careful: float) -
 
     `careful` is the share of careful solvers.
     """
-    operations = int(generator.integers(course.least_turns, course.task.most_turns + 1))
+    operations = int(generator.integers(course.task.least_turns, course.task.most_turns + 1))
     task = course.task(Config(agents=operations))
     chain = task.draw(1, generator)[0].text
     agents = operations if generator.random() < 0.7 else int(generator.integers(1, operations + 1))
@@ -145,18 +147,22 @@ def initial_model(vocab_size: int, seed: int) -> Transformer:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--task", choices=COURSES, default="relay", help="(default relay)")
+    parser.add_argument("--task", choices=COURSES, default="relay", help="which model (default relay)")
     parser.add_argument("--out", type=Path, help="directory to write (default: the shipped model's)")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default 3000)")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default 3000 for relay, 1500 for convention)"
+    )
     parser.add_argument("--rows", type=int, default=128, help="transcripts per step (default 128)")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-problems", type=int, default=2048, help="held-out problems per team size")
     args = parser.parse_args(argv)
+    course, out = COURSES[args.task], args.out or ASSETS / args.task
+    args.steps = course.steps if args.steps is None else args.steps
     if min(args.steps, args.rows, args.eval_problems) < 1:
         parser.error("--steps, --rows and --eval-problems must be at least 1")
 
-    start, course, out = time.perf_counter(), COURSES[args.task], args.out or ASSETS / args.task
+    start = time.perf_counter()
     write_tokenizer(out)
     tokenizer = load_tokenizer(out)
     model = initial_model(tokenizer.vocab_size, args.seed)
@@ -184,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     save_model(model, out)
     count = sum(p.numel() for p in model.parameters())
     print(f"{out}: {count:,} parameters, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
-    for agents in range(course.least_turns, course.task.most_turns + 1):
+    for agents in range(course.task.least_turns, course.task.most_turns + 1):
         config = Config(task=args.task, model=str(out), agents=agents, seed=args.seed, device="cpu")
         accuracy = start_accuracy(config, args.eval_problems)
         print(f"start accuracy, {agents} agent{'s' * (agents > 1)}: {accuracy:.3f}")

@@ -60,14 +60,16 @@ class Relay:
 
     name = "relay"
     modulus = 10
-    most_turns = 8  # the shipped model was shown chains of 1 to 8 operations
+    least_turns, most_turns = 1, 8  # the lengths of chain that the shipped model was shown
     fields = ("problem", "answer")  # of a JSONL file to evaluate on
 
     def __init__(self, config: Config):
-        if config.turns > self.most_turns:
+        if not self.least_turns <= config.turns <= self.most_turns:
+            many = config.turns > self.most_turns
+            bound = f"at most {self.most_turns}" if many else f"at least {self.least_turns}"
             raise UserError(
-                f"{self.name} has chains of at most {self.most_turns} operations, one per turn; "
-                f"{config.turns} turns (agents x rounds) are too many"
+                f"{self.name} has chains of {bound} operations, one per turn; "
+                f"{config.turns} turns (agents x rounds) are too {'many' if many else 'few'}"
             )
         if config.data:
             raise UserError(f"{self.name} makes its own problems; --data goes with --task gsm8k or jsonl")
@@ -127,10 +129,10 @@ class Convention(Relay):
     """A relay whose agents must come to agree on a code: the first digit of a message is the value, or 3
     minus the value.
 
-    Chains are sums modulo 4, such as `2+3+1`. The problem and the last message are plain. In between each agent
-    reads and writes in one code, 0 or 1, and a message does not show which: `2+3+1` becomes `1+1` in code 0
-    and `2+1` in code 1, and a reader may take either for 1 or for 2. All in code 0 and all in code 1 reach the
-    answer. The return is the share of handovers for which writer and reader had the same code. [ours]
+    Chains are sums modulo 4, such as `2+3+1`. The problem and the last message are plain. In between each
+    agent reads and writes in one code, 0 or 1, and a message does not show which: `2+3+1` becomes `1+1` in
+    code 0 and `2+1` in code 1, and a reader may take either for 1 or for 2. All in code 0 and all in code 1
+    reach the answer. The return is the share of handovers with writer and reader in the same code. [ours]
 
     Every digit is as likely in either code, so a message tells nothing about its code, except to a reader who
     works out the problem himself. Between the first and the last operand all are odd: the sum would be the
@@ -138,15 +140,10 @@ class Convention(Relay):
     """
 
     name = "convention"
-    most_turns = 4  # the shipped model was shown chains of 2 to 4 operations
+    least_turns, most_turns = 2, 4  # a writer and a reader at least
     modulus = 4
     legal = re.compile(r"[0-3]([+][0-3])+")
     starting_habits = 0.7, 0.3  # P(code 1) of the shipped model at even and odd turns
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        if config.turns < 2:
-            raise UserError("convention takes at least two turns (agents x rounds): a writer and a reader")
 
     def roles(self, agents: int) -> list[Role]:
         system = (
@@ -178,9 +175,10 @@ class Convention(Relay):
         """The code of each message; None where it does not carry out a step on the one before."""
         codes, chain = [], problem.text
         for turn, message in enumerate(messages):
-            ways = {self.step(chain, turn, code): code for code in (0, 1)} if self.legal.fullmatch(chain) else {}
+            legal = self.legal.fullmatch(chain)
+            ways = [self.step(chain, turn, code) for code in (0, 1)] if legal else []
             chain = message.text.strip()
-            codes.append(ways.get(chain))
+            codes.append(ways.index(chain) if ways.count(chain) == 1 else None)
         return codes
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
@@ -197,8 +195,7 @@ class Convention(Relay):
         return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}
 
     def mark(self, generator: np.random.Generator) -> str:
-        """Half of the transcripts say which code they are in, so that a code is one thing to the model and
-        not a habit for each chain."""
+        """For half of the transcripts the code that they are in."""
         return ("", "", "-", "+")[generator.integers(4)]
 
     def demonstration(self, chain: str, turn: int, mark: str, generator: np.random.Generator) -> str:
