@@ -139,9 +139,10 @@ def draw_habits(file: Path, runs: list[Path]) -> None:
         ax.set_title(f"{config['occupancy']}, delta {config['delta']:g}, seed {config['seed']}", fontsize=10)
         ax.set(xlabel="stage", ylim=(-0.03, 1.03))
         ax.axhline(0.5, color="0.85", zorder=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("share of code 1")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="center right")
     figure.savefig(file, dpi=130)
 
 
