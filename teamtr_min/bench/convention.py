@@ -123,7 +123,10 @@ def draw_map(file: Path, **how) -> None:
 
 
 def draw_habits(file: Path, runs: list[Path]) -> None:
-    """Each agent's habit at the start of each stage, one panel per run."""
+    """Each agent's habit at the start of each stage, one panel per run.
+
+    Where the return lies above what independent habits would give, readers see through the code.
+    """
     plt = pyplot()
     rows = [metrics(run) for run in runs]
     columns = min(len(runs), 3)
@@ -135,7 +138,8 @@ def draw_habits(file: Path, runs: list[Path]) -> None:
         config = json.loads((run / "config.json").read_text())
         for j, habits in enumerate(zip(*(u["habits"] for u in updates))):
             ax.plot([np.nan if h is None else h for h in habits], marker=".", label="ABCD"[j])
-        ax.plot([u["return_mean"] for u in updates], color="0.6", linestyle="--", label="return")
+        ax.plot([u["return_mean"] for u in updates], color="0.4", linestyle="--", label="return")
+        ax.plot([explained(u) for u in updates], color="0.4", linestyle=":", label="by the habits alone")
         ax.set_title(f"{config['occupancy']}, delta {config['delta']:g}, seed {config['seed']}", fontsize=10)
         ax.set(xlabel="stage", ylim=(-0.03, 1.03))
         ax.axhline(0.5, color="0.85", zorder=0)
@@ -150,6 +154,12 @@ def metrics(run: Path) -> list[dict]:
     """The first update of each stage of a run: rollouts of the team as the stage found it."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == "update" and line["update"] == 0]
+
+
+def explained(update: dict) -> float:
+    """The return that these habits give if no agent's code depends on another's in the same rollout."""
+    habits = [np.nan if h is None else h for h in update["habits"]]
+    return float(agreement(np.array(habits)))
 
 
 def swaps(habits: list[list[float]]) -> int:
@@ -186,8 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.runs:
         for run in args.runs:
             updates = metrics(run)
-            print(f"{run}: {swaps([u['habits'] for u in updates])} swaps in {len(updates)} stages, "
-                  f"return {updates[0]['return_mean']:.3f} -> {updates[-1]['return_mean']:.3f}")  # fmt: skip
+            first, last = updates[0], updates[-1]
+            print(
+                f"{run}: {swaps([u['habits'] for u in updates])} swaps in {len(updates)} stages, "
+                f"return {first['return_mean']:.3f} -> {last['return_mean']:.3f}, "
+                f"{explained(first):.3f} -> {explained(last):.3f} by the habits alone"
+            )
         if args.figure:
             draw_habits(args.figure, args.runs)
         return
