@@ -88,13 +88,13 @@ def test_one_turn_and_five_are_refused():
         task(5)
 
 
-@pytest.mark.parametrize("agents", [2, 4])
+@pytest.mark.parametrize("agents", [2, 3])
 def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agents):
     config = Config.of({"task": "convention", "agents": agents})
     assert config.model == "convention" and config.temperature == 1.0
     game = Convention(config)
     team = load_team(config, game.roles(agents))
-    rollouts = collect(team, game.draw(1024, rng.generator(3)), 1, game.grade, config, ("test",))
+    rollouts = collect(team, game.draw(512, rng.generator(3)), 1, game.grade, config, ("test",))
     codes = [game.codes(p, m) for p, m in zip(rollouts.problems, rollouts.messages)]
     for turn in range(agents):
         known = [row[turn] for row in codes if row[turn] is not None]
@@ -102,7 +102,7 @@ def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agen
         assert np.mean(known) == pytest.approx(Convention.starting_habits[turn % 2], abs=0.08)
     # The reader does not look through the code: what it does hardly depends on what the writer did.
     by_writer = [[row[1] for row in codes if row[0] == code and row[1] is not None] for code in (0, 1)]
-    assert abs(np.mean(by_writer[0]) - np.mean(by_writer[1])) < 0.1
+    assert abs(np.mean(by_writer[0]) - np.mean(by_writer[1])) < 0.12
 
 
 def test_stale_agents_swap_where_fresh_ones_meet():
