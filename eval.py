@@ -5,10 +5,11 @@ python eval.py relay --team runs/NAME   a trained team
 python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
 python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
+python eval.py convention --agents 2    the other shipped task, its untrained team
 python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
-python eval.py occupancy                what fresh rollouts and the radius are worth: hours, resumable; or
---short python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
+python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
+python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from teamtr_min.bench import accuracy, kernels, occupancy, report
 from teamtr_min.config import UserError, add_flags
 
-BENCHMARKS = ["relay", "gsm8k", "jsonl", "kernels", "occupancy", "report"]
+BENCHMARKS = ["relay", "convention", "gsm8k", "jsonl", "kernels", "occupancy", "report"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
                 result = report.run(team)
                 print(json.dumps(result) if as_json else report.table(result))
                 continue
-            subject = accuracy.find_subject(team, flags)
+            subject = accuracy.find_subject(team, flags, name)
             evaluation = accuracy.run(subject, name, mode, k=k, count=count, data=data)
             if as_json:
                 print(json.dumps(evaluation.result))

@@ -38,7 +38,7 @@ def train(config: Config) -> dict:
     beta = 0.0 if config.kl == "none" else config.beta
     learners = [Learner([team.agents[j].model for j in agents], beta) for agents in movers]
     held_out = task.draw(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    run, progress = Run(config, team), Progress()
+    run, progress = Run(config, team, task), Progress()
 
     def stage_problems(stage: int, purpose: str = "problems") -> list:
         return task.draw(config.problems, rng.generator(config.seed, purpose, stage))

@@ -14,6 +14,7 @@ ALIASES = {
     **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
     **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
 }
+SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same name
 
 
 class UserError(Exception):
@@ -31,7 +32,7 @@ class Config:
     model: str = knob(
         "relay",
         "a directory, an alias (qwen2.5-1.5b, ...) or a hub id org/name[@revision], fetched when it is new; "
-        "a comma-separated list gives each agent its own",
+        "a comma-separated list gives each agent its own; --task convention brings one",
     )
     agents: int = knob(3, "number of agents, n")
     rounds: int = knob(1, "turns per agent in one rollout")
@@ -39,7 +40,7 @@ class Config:
         "round-robin", "who speaks next: round-robin, random, or FILE.py with a function `router`"
     )
     # the task
-    task: str = knob("relay", "relay, gsm8k, jsonl, or FILE.py with a function `task`")
+    task: str = knob("relay", "relay, convention, gsm8k, jsonl, or FILE.py with a function `task`")
     data: str = knob("", "JSONL file of problems, or a directory with train.jsonl and test.jsonl")
     question_field: str = knob("question", "field of the JSONL that holds the problem")
     answer_field: str = knob("answer", "field of the JSONL that holds the answer")
@@ -213,11 +214,12 @@ class Config:
 
     @classmethod
     def of(cls, given: dict) -> "Config":
-        """These fields, and for the others the defaults that fit the model: the shipped one or any other."""
-        defaults = {}
-        if set(given.get("model", "relay").split(",")) != {"relay"}:
+        """These fields, and for the others the defaults that fit the task and the model, shipped or not."""
+        task = given.get("task", "relay")
+        defaults = {"model": task if task in SHIPPED else "relay"}
+        if not set((defaults | given)["model"].split(",")) <= set(SHIPPED):
             fields = dataclasses.fields(cls)
-            defaults = {
+            defaults |= {
                 f.name: f.metadata["pretrained"] for f in fields if f.metadata["pretrained"] is not None
             }
         return cls(**defaults | given)

@@ -26,8 +26,9 @@ TRANSCRIPTS_PER_COLLECTION = 4
 class Run:
     """One training run: its directory, its lines on the terminal, and the count of what it cost."""
 
-    def __init__(self, config: Config, team: Team):
+    def __init__(self, config: Config, team: Team, task):
         self.config, self.team = config, team
+        self.measure = getattr(task, "measure", lambda problems, messages: {})
         self.start = time.perf_counter()
         self.updates: list[dict] = []
         self.accuracies: list[float] = []  # of the team at the start of each stage, on that stage's problems
@@ -110,6 +111,7 @@ class Run:
             "messages": len(own),
             "message_tokens": sum(len(m.tokens) for m in own) / max(len(own), 1),
             "truncated": sum(not m.stopped for m in own) / max(len(own), 1),
+            **self.measure(rollouts.problems, rollouts.messages),
             **dict.fromkeys(DIAGNOSIS),
             **report,
             "rollouts": rollouts.sampled if sampled else 0,

@@ -1,4 +1,4 @@
-"""Problems, roles and verifiers: relay arithmetic, word problems from JSONL files, and tasks of one's own.
+"""Problems, roles and verifiers: relay arithmetic, a hidden convention, word problems, tasks of one's own.
 
 A task is any object with
 
@@ -7,10 +7,15 @@ A task is any object with
     grade(problem, messages) -> float                      the return of a rollout, in [0, 1]
     answer(messages) -> str | None                         optional: what `eval.py --mode vote` counts
 
+and perhaps
+
+    measure(problems, messages) -> dict                    more of an update's rollouts for metrics.jsonl
+
 A file of one's own, `--task my_task.py`, defines a function `task(config)` that returns one; README.md shows
 it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -33,14 +38,16 @@ class Problem:
 
 
 def load_task(config: Config):
-    """The task that `config.task` names: relay, gsm8k, jsonl, or a Python file."""
+    """The task that `config.task` names: relay, convention, gsm8k, jsonl, or a Python file."""
     if config.task == "relay":
         return Relay(config)
+    if config.task == "convention":
+        return Convention(config)
     if config.task in ("gsm8k", "jsonl"):
         return WordProblems(config)
     if config.task.endswith(".py"):
         return own_task(config)
-    raise UserError(f"no task {config.task!r}: give relay, gsm8k, jsonl, or a FILE.py that defines `task`")
+    raise UserError(f"no task {config.task!r}: give relay, convention, gsm8k, jsonl, or FILE.py with `task`")
 
 
 class Relay:
@@ -52,18 +59,22 @@ class Relay:
     held out: a hash of the text decides, so no training problem is ever a test problem, whatever the seed.
     """
 
-    most_turns = 8  # the shipped model was shown chains of 1 to 8 operations
+    name = "relay"
+    modulus = 10
+    least_turns, most_turns = 1, 8  # the lengths of chain that the shipped model was shown
     fields = ("problem", "answer")  # of a JSONL file to evaluate on
 
     def __init__(self, config: Config):
-        if config.turns > self.most_turns:
+        if not self.least_turns <= config.turns <= self.most_turns:
+            many = config.turns > self.most_turns
+            bound = f"at most {self.most_turns}" if many else f"at least {self.least_turns}"
             raise UserError(
-                f"relay has chains of at most {self.most_turns} operations, one per turn; "
-                f"{config.turns} turns (agents x rounds) are too many"
+                f"{self.name} has chains of {bound} operations, one per turn; "
+                f"{config.turns} turns (agents x rounds) are too {'many' if many else 'few'}"
             )
         if config.data:
-            raise UserError("relay makes its own problems; --data goes with --task gsm8k or jsonl")
-        self.turns = config.turns
+            raise UserError(f"{self.name} makes its own problems; --data goes with --task gsm8k or jsonl")
+        self.agents, self.turns = config.agents, config.turns
 
     def roles(self, agents: int) -> list[Role]:
         system = (
@@ -77,22 +88,25 @@ class Relay:
         """`count` problems, uniform over one side of the split, with replacement."""
         problems = []
         while len(problems) < count:
-            digits = generator.integers(10, size=self.turns + 1)
-            signs = generator.integers(3, size=self.turns)
-            chain = str(digits[0]) + "".join("+-*"[s] + str(d) for s, d in zip(signs, digits[1:]))
+            chain = self.chain(generator)
             if self.is_held_out(chain) == held_out:
                 problems.append(Problem(chain, chain, self.solve(chain)))
         return problems
+
+    def chain(self, generator: np.random.Generator) -> str:
+        digits = generator.integers(10, size=self.turns + 1)
+        signs = generator.integers(3, size=self.turns)
+        return str(digits[0]) + "".join("+-*"[s] + str(d) for s, d in zip(signs, digits[1:]))
 
     @staticmethod
     def is_held_out(chain: str) -> bool:
         return rng.key(0, "relay", chain) % 10 == 0
 
-    @staticmethod
-    def step(chain: str) -> str:
+    @classmethod
+    def step(cls, chain: str) -> str:
         """Carry out the first operation: `7+8*3-4` -> `5*3-4`."""
         a, sign, b, rest = int(chain[0]), chain[1], int(chain[2]), chain[3:]
-        return str((a + b if sign == "+" else a - b if sign == "-" else a * b) % 10) + rest
+        return str((a + b if sign == "+" else a - b if sign == "-" else a * b) % cls.modulus) + rest
 
     @classmethod
     def solve(cls, chain: str) -> str:
@@ -105,6 +119,92 @@ class Relay:
 
     def answer(self, messages: list[Message]) -> str:
         return messages[-1].text.strip()
+
+    def mark(self, generator: np.random.Generator) -> str:
+        """What stands behind the problem in a transcript for pretraining."""
+        return ""
+
+    def demonstration(self, chain: str, turn: int, mark: str, generator: np.random.Generator) -> str:
+        """A right message of turn `turn` for pretraining."""
+        return self.step(chain)
+
+
+class Convention(Relay):
+    """A relay whose agents must come to agree on a code: the first digit of a message is the value, or 3
+    minus the value.
+
+    Chains are sums modulo 4, such as `2+3+1`. The problem and the last message are plain. In between each
+    agent reads and writes in one code, 0 or 1, and a message does not show which: `2+3+1` becomes `1+1` in
+    code 0 and `2+1` in code 1, and a reader may take either for 1 or for 2. All in code 0 and all in code 1
+    reach the answer. The return is the share of handovers with writer and reader in the same code. [ours]
+
+    Every digit is as likely in either code, so a message tells nothing about its code, except to a reader who
+    works out the problem himself. Between the first and the last operand all are odd: the sum would be the
+    same in either code.
+    """
+
+    name = "convention"
+    least_turns, most_turns = 2, 4  # a writer and a reader at least
+    modulus = 4
+    legal = re.compile(r"[0-3]([+][0-3])+")
+    starting_habits = 0.7, 0.3  # P(code 1) of the shipped model at even and odd turns
+
+    def roles(self, agents: int) -> list[Role]:
+        system = (
+            "You are one agent of a relay. The sum is worked out from left to right, modulo 4. Carry out the "
+            "first addition of the latest sum and write the whole rest, nothing else. The first digit of a "
+            "message may stand for itself or for 3 minus itself: agree on one code with the others, without "
+            "a word about it. The problem and the last message are plain."
+        )
+        return [Role("ABCD"[j], system) for j in range(agents)]
+
+    def chain(self, generator: np.random.Generator) -> str:
+        digits = generator.integers(4, size=self.turns + 1)
+        digits[2:-1] |= 1
+        return "+".join(map(str, digits))
+
+    @classmethod
+    def step(cls, chain: str, turn: int = 0, code: int = 0) -> str:
+        """Carry out the first operation at turn `turn`, reading and writing in `code`."""
+        read, write = turn > 0, len(chain) > 3  # the problem and the last message are plain
+        chain = super().step(cls.in_code(chain, code and read))
+        return cls.in_code(chain, code and write)
+
+    @classmethod
+    def in_code(cls, chain: str, code: int) -> str:
+        """The chain with its first digit in this code, which is its own inverse."""
+        return str(cls.modulus - 1 - int(chain[0])) + chain[1:] if code else chain
+
+    def codes(self, problem: Problem, messages: list[Message]) -> list[int | None]:
+        """The code of each message; None where it does not carry out a step on the one before."""
+        codes, chain = [], problem.text
+        for turn, message in enumerate(messages):
+            legal = self.legal.fullmatch(chain)
+            ways = [self.step(chain, turn, code) for code in (0, 1)] if legal else []
+            chain = message.text.strip()
+            codes.append(ways.index(chain) if ways.count(chain) == 1 else None)
+        return codes
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        pairs = list(itertools.pairwise(self.codes(problem, messages)))
+        return sum(a is not None and a == b for a, b in pairs) / len(pairs)
+
+    def measure(self, problems: list[Problem], messages: list[list[Message]]) -> dict:
+        """`habits`: the share of each agent's messages in code 1, of those that are in either code."""
+        seen = [[] for _ in range(self.agents)]
+        for problem, transcript in zip(problems, messages):
+            for message, code in zip(transcript, self.codes(problem, transcript)):
+                if code is not None:
+                    seen[message.agent].append(code)
+        return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}
+
+    def mark(self, generator: np.random.Generator) -> str:
+        """For half of the transcripts the code that they are in."""
+        return ("", "", "-", "+")[generator.integers(4)]
+
+    def demonstration(self, chain: str, turn: int, mark: str, generator: np.random.Generator) -> str:
+        habit = {"-": 0.0, "+": 1.0}.get(mark, self.starting_habits[turn % 2])
+        return self.step(chain, turn, int(generator.random() < habit))
 
 
 class WordProblems:

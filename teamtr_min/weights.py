@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teamtr_min import hub
-from teamtr_min.config import ALIASES, Config, UserError, hub_id
+from teamtr_min.config import ALIASES, SHIPPED, Config, UserError, hub_id
 from teamtr_min.model import ModelConfig, Transformer
 
-RELAY = Path(__file__).parent / "assets" / "relay"
+ASSETS = Path(__file__).parent / "assets"
+RELAY = ASSETS / "relay"
 FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 ARCHITECTURES = {family: architecture for architecture, family in FAMILIES.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,7 +39,7 @@ _SIZES = {  # config.json's name -> ModelConfig's
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The directory of a model: `relay`, a directory, an alias such as qwen2.5-1.5b, or a hub id.
+    """The directory of a model: a shipped one, a directory, an alias such as qwen2.5-1.5b, or a hub id.
 
     A hub id may name a revision, `org/name@revision`, and is fetched when the Hugging Face cache does not
     hold it. Raises UserError, which says what would do, for any other name.
@@ -53,8 +54,8 @@ def pinned(config: Config) -> Config:
 
 def _find(name: str) -> tuple[Path, str]:
     """(directory, name); the name of a model from the hub becomes org/name@commit."""
-    if name == "relay":
-        return RELAY, name
+    if name in SHIPPED:
+        return ASSETS / name, name
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path), name
@@ -64,7 +65,7 @@ def _find(name: str) -> tuple[Path, str]:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise UserError(
             f"no model {name!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
-            f"or one of: relay, {', '.join(ALIASES)}"
+            f"or one of: {', '.join([*SHIPPED, *ALIASES])}"
         )
     directory = hub.snapshot(repo, revision or "main", accept=read_config)
     return directory, f"{repo}@{directory.name}"

@@ -325,7 +325,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
     for side in ("train", "test"):
         lines = [json.dumps({"question": f"{i}?", "problem": f"{i}?", "answer": i}) for i in range(40)]
         (tmp_path / f"{side}.jsonl").write_text("\n".join(lines))
-    names = {"runs/NAME": "runs/0", "DIR": ".", "FILE": "train.jsonl"}
+    names = {"runs/NAME": "runs/0", "DIR": ".", "FILE": "train.jsonl", "16": "1"}  # one stage of sixteen
     mains = {"train.py": train.main, "eval.py": evaluation.main}
     ran = set()
     for i, (_, *words) in enumerate(readme_commands()):
@@ -349,7 +349,17 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
                 assert stop.code == 0 and "--help" in flags
         elif program == "teamtr_min.pretrain":
             pretrain.main(
-                ["--steps", "2", "--rows", "8", "--eval-problems", "8", "--out", str(tmp_path / "relay")]
+                [
+                    *flags,
+                    "--steps",
+                    "2",
+                    "--rows",
+                    "8",
+                    "--eval-problems",
+                    "8",
+                    "--out",
+                    str(tmp_path / "made"),
+                ]
             )
         else:
             assert program == "pytest"
@@ -384,11 +394,12 @@ def test_pretraining_is_reproducible(tmp_path, capsys):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_the_shipped_model_is_small_and_its_tokenizer_is_what_pretrain_writes(tmp_path):
+@pytest.mark.parametrize("name", ["relay", "convention"])
+def test_a_shipped_model_is_small_and_its_tokenizer_is_what_pretrain_writes(name, tmp_path):
     pretrain.write_tokenizer(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / file).read_bytes() == (pretrain.RELAY / file).read_bytes()
-    assert sum(p.stat().st_size for p in pretrain.RELAY.iterdir()) < 1e6
+        assert (tmp_path / file).read_bytes() == (pretrain.ASSETS / name / file).read_bytes()
+    assert sum(p.stat().st_size for p in (pretrain.ASSETS / name).iterdir()) < 1e6
 
 
 def test_the_plot_and_sizes_read_well():

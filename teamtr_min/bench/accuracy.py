@@ -27,7 +27,7 @@ from torch import Tensor
 
 from teamtr_min import rng
 from teamtr_min.certificate import mean_with_interval
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import SHIPPED, Config, UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Message, Team, load_team
@@ -60,11 +60,11 @@ class Subject:
         return Subject(f"{self.name}, first agent alone", config, self.sources and self.sources[:1])
 
 
-def find_subject(team: str | None, changes: dict) -> Subject:
+def find_subject(team: str | None, changes: dict, task: str = "relay") -> Subject:
     """The run `team`; without one the newest run here; without any, the shipped team.
 
     `changes` are Config fields from the command line; naming a model or a team size asks for an untrained
-    team.
+    team, of the model that comes with `task` if none is named.
     """
     fresh = {"model", "agents"} & set(changes)
     if team and fresh:
@@ -75,7 +75,7 @@ def find_subject(team: str | None, changes: dict) -> Subject:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", pinned(Config.of(changes)), None)
+        return Subject("untrained team", pinned(Config.of({"task": task} | changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -139,7 +139,7 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
 def play(subject: Subject, task_name: str, k: int, count: int, data: str | None) -> tuple[Rollouts, object]:
     """k rollouts of the subject on every problem, and the task."""
     own_data = subject.config.data if subject.config.task == task_name else ""
-    task_data = "" if task_name == "relay" else data or own_data
+    task_data = "" if task_name in SHIPPED else data or own_data
     config = dataclasses.replace(subject.config, task=task_name, data=task_data)
     task = load_task(config)
     if data and hasattr(task, "fields") and not Path(data).is_dir():
