@@ -32,7 +32,7 @@ GAMMA = 0.99  # [ours] the paper's is not public
 RESAMPLES = 500
 DIAGNOSIS = (  # of one update, in metrics.jsonl
     "surrogate", "surrogate_ci", "gap", "gap_ci", "occupancy_shift", "occupancy_shift_ci", "ess", "ess_ci",
-    "kl_held_out", "zeta", "penalty", "certificate", "bound",
+    "kl_held_out", "kl_held_out_ci", "zeta", "penalty", "certificate", "bound",
 )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def stage_certificate(updates: list[dict]) -> dict:
     `vacuous` when the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean |gap| of all
     updates but the first, whose gap is 0.
     """
+    updates = [u for u in updates if u["surrogate"] is not None]  # of agents who spoke
     gaps = [abs(u["gap"]) for u in updates if u["update"] > 0]
     return {
         "certificate": sum(u["certificate"] for u in updates),
@@ -121,7 +122,7 @@ class Watch:
     """Diagnoses the updates of one stage, each on rollouts of its own (`--diagnostics`).
 
     `play(i)` collects rollouts of the team as it now is. Keeps a copy of all models as they were at the start
-    of the stage: twice the weights.
+    of the stage, and of those in an update as they were before it.
     """
 
     def __init__(self, team: Team, play: Callable[[int], Rollouts], config: Config):
@@ -142,23 +143,26 @@ class Watch:
     def after(self) -> dict:
         """Call just after it; returns what metrics.jsonl keeps of the diagnosis."""
         group, seed = self.rollouts.group_size, self.config.seed
-        speaks = self._speaks(self.rollouts)
+        speaks, spoken = self._speaks(self.rollouts), self._speaks(self.first)
+        if not speaks.any() or not spoken.any():  # a router left the agent out: nothing to measure
+            self.updated += self.agents
+            return {}
         log_w = self._log_ratio(self.rollouts, self.old)
         start = {k: self.start[k] for k in self.updated}
         log_rho = before_turn(self._log_ratio(self.rollouts, start))
         terms = surrogate_terms(self.rollouts.grouped_returns, log_w, speaks)
         gap = gap_terms(self.rollouts.grouped_returns, log_w, log_rho, speaks)
-        spoken = self._speaks(self.first)
         drift = before_turn(self._log_ratio(self.first, start))
 
         surrogate, (low, high) = bootstrap(lambda x: x.mean(), terms, group=group, seed=seed)
         zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
-        kl = message_kl(log_w, speaks).item()
+        kl, (kl_low, kl_high) = bootstrap(message_kl, log_w, speaks, group=group, seed=seed)
         penalty = penalty_constant() * math.sqrt(max(kl, 0.0)) + zeta / (1 - GAMMA)
         turns = speaks.sum(1).float()  # (R,) messages of j in each rollout
         # One message at most: an agent's own update cannot move the states it acts in, and L^seq is exact.
-        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl, 0.0) / 2)
-        report = {"surrogate": surrogate, "surrogate_ci": [low, high], "zeta": zeta, "kl_held_out": kl}
+        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl_high, 0.0) / 2)
+        report = {"surrogate": surrogate, "surrogate_ci": [low, high], "zeta": zeta}
+        report |= {"kl_held_out": kl, "kl_held_out_ci": [kl_low, kl_high]}
         for name, statistic, *tables in (
             ("gap", lambda x: x.mean(), gap),
             ("occupancy_shift", occupancy_shift, drift, spoken),

@@ -1,4 +1,5 @@
-"""Exact resume: after every update, all that the rest of the run depends on.
+"""Exact resume: after every update (with `--diagnostics` every stage), all that the rest of the run depends
+on.
 
     runs/NAME/checkpoints/000007/    seven updates done
         state.json                   progress, counters, betas, lengths of the logs, sha256 of the files

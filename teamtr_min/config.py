@@ -82,7 +82,7 @@ class Config:
         "product over the message, its geometric mean, or per token",
         choices=("message", "mean", "token"),
     )
-    beta: float = knob(1e-3, "initial weight of the KL penalty, adapted per agent; 0 turns it off")
+    beta: float = knob(1e-3, "weight of the KL penalty, at first or with `--kl fixed` always; 0 for none")
     # Eq. 11
     kl: str = knob(
         "hard",
@@ -115,7 +115,7 @@ class Config:
     diagnostics: bool = knob(
         False, "estimate stale gap, occupancy shift and lower bounds of each update on rollouts of their own"
     )
-    keep: int = knob(2, "checkpoints to keep, each one update apart")
+    keep: int = knob(2, "checkpoints to keep, an update apart, or with diagnostics a stage")
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
     resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
 
@@ -175,6 +175,16 @@ class Config:
         return math.inf if self.no_advantage_clip else self.advantage_clip
 
     @property
+    def region(self) -> str:
+        """What bounds an update, in words."""
+        return {
+            "hard": f"radius {self.delta:g} ({self.kl_estimator} per {self.kl_unit})",
+            "adaptive": f"KL penalty adapted to {self.delta:g}, no radius",
+            "fixed": f"KL penalty {self.beta:g}, no radius",
+            "none": "no trust region",
+        }[self.kl]
+
+    @property
     def updates(self) -> list[list[int]]:
         """The updates of one stage, each by the agents that it moves; their order is another matter."""
         everyone = list(range(self.agents))
@@ -206,6 +216,14 @@ class Config:
         if given.get("resume"):
             return cls._resumed(given)
         config = cls.of(given)
+        if "every" in given and config.occupancy != "every_k":
+            raise UserError(
+                "--every says how often --occupancy every_k samples; with any other it does nothing"
+            )
+        if "beta" in given and config.kl == "none":
+            raise UserError("--beta weighs the KL penalty, and --kl none has none")
+        if config.kl == "adaptive" and (config.beta == 0 or math.isinf(config.delta)):
+            raise UserError("--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to")
         if config.temperature == 0:
             raise UserError(
                 "--temperature 0 draws the same rollout each time; a group has nothing to compare"

@@ -261,8 +261,8 @@ def new_directory(config: Config) -> Path:
 
 
 def violation_rate(updates: list[dict], kl: str) -> float | None:
-    """Share of updates whose KL is past the radius; silent agents do not count. None without updates."""
-    outside = [u["delta"] is not None and u[kl] > u["delta"] for u in updates if u[kl] is not None]
+    """Share of updates whose KL is past delta; silent agents do not count. None without any, or a delta."""
+    outside = [u[kl] > u["delta"] for u in updates if u[kl] is not None and u["delta"] is not None]
     return sum(outside) / len(outside) if outside else None
 
 
@@ -272,6 +272,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     width = models[0].dtype.itemsize
     weights = sum(counts) * width
+    collections = {"every_k": f"before every {config.every} updates", "fresh": "before each update"}
     # Who is in an update: gradients, Adam, the last accepted point with its Adam, the attempted point;
     # and where the masters are a second copy, they and their own gradients.
     moved = max(sum(counts[j] for j in agents) for agents in config.updates)
@@ -281,12 +282,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     cache = max(caches) if team.speaks_last(0, 0) else sum(caches)  # all stay where agents speak again
     roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
     precision = "bf16 over fp32 masters" if width == 2 else "fp32"
-    region = {
-        "hard": f"radius {config.delta:g} ({config.kl_estimator} per {config.kl_unit})",
-        "adaptive": f"KL penalty adapted to {config.delta:g}, no radius",
-        "fixed": f"KL penalty {config.beta:g}, no radius",
-        "none": "no trust region",
-    }[config.kl]
+    weights += config.diagnostics * (weights + moved * width)  # the team as it was
     lines = [
         f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
         f"{precision} on {models[0].device}",
@@ -294,8 +290,9 @@ def header(config: Config, team: Team, directory: Path) -> str:
         f"memory  weights {size(weights)}, an update {size(update)} besides activations, "
         f"KV cache {size(cache)} per token of a transcript",
         f"task    {config.task}: {team.turns} turns, T = {config.temperature:g}, "
-        f"{config.problems} problems x {config.group} rollouts before each update",
-        f"method  {config.occupancy} occupancy, {config.order} order, {region}, "
+        f"{config.problems} problems x {config.group} rollouts "
+        + collections.get(config.occupancy, "once a stage"),
+        f"method  {config.occupancy} occupancy, {config.order} order, {config.region}, "
         f"at most {config.inner_steps} steps at lr {config.lr:g}, {config.stages} stages",
         f"output  {directory}",
     ]
@@ -312,10 +309,11 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
     else:
         lines.append(
             f"held-out accuracy {summary['accuracy_start']:.3f} -> {summary['accuracy_final']:.3f} "
-            f"in {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts; "
-            f"{summary['violation_rate_before']:.0%} of updates passed the radius"
-            f"{' and were brought back' * (config.kl == 'hard')}"
+            f"in {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
         )
+        if (passed := summary["violation_rate_before"]) is not None:
+            brought_back = " and were brought back" * (config.kl == "hard")
+            lines[-1] += f"; {passed:.0%} of updates passed the radius{brought_back}"
     lines.append(
         f"{directory}/ holds agents/, metrics.jsonl, transcripts.jsonl, config.json and summary.json"
     )
@@ -326,6 +324,9 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
 def diagnosis(stage: dict, updates: list[dict]) -> str:
     """A stage's certificate and its terms, below its line."""
     gap = "none" if stage["delta_stale"] is None else f"{stage['delta_stale']:.4f}"
+    updates = [u for u in updates if u["surrogate"] is not None]
+    if not updates:
+        return "      nobody who was updated spoke: nothing to diagnose"
     return (
         f"      certificate {stage['certificate']:,.0f}{' (vacuous)' * stage['vacuous']}, "
         f"finite-horizon bound {stage['bound']:+.3f}; "

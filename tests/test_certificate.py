@@ -118,8 +118,15 @@ def test_what_never_spoke_or_drifted_without_bound_gives_numbers():
 
 def test_a_stage_s_certificate_is_the_sum_of_its_updates():
     updates = [
-        {"update": i, "certificate": -0.3 * i, "penalty": 0.4 * i, "bound": 0.01 * i, "gap": gap}
-        for i, gap in enumerate((9.0, -0.2, 0.1))
+        {
+            "update": i,
+            "surrogate": 0.1,
+            "certificate": -0.3 * i,
+            "penalty": 0.4 * i,
+            "bound": 0.01 * i,
+            "gap": g,
+        }
+        for i, g in enumerate((9.0, -0.2, 0.1))
     ]
     found = certificate.stage_certificate(updates)
     assert found == pytest.approx({"certificate": -0.9, "vacuous": True, "bound": 0.03, "delta_stale": 0.15})

@@ -65,8 +65,19 @@ def test_who_speaks_more_than_once_is_bounded_by_the_kl_of_whole_rollouts(tmp_pa
     """Finite horizon: no worse than -sqrt(H KL / 2); the agents of a joint update are one speaker."""
     _, updates, stages = run(tmp_path / "run", "--diagnostics", "--stages", "1", *flags)
     for u in updates:
-        assert u["bound"] == pytest.approx(-math.sqrt(messages * u["kl_held_out"] / 2))
+        assert u["bound"] == pytest.approx(-math.sqrt(messages * u["kl_held_out_ci"][1] / 2))
     assert stages[0]["bound"] == pytest.approx(sum(u["bound"] for u in updates))
+
+
+def test_of_an_agent_who_is_never_asked_nothing_is_measured(tmp_path, capsys):
+    """Nulls, not zeros that read like a catastrophe."""
+    (tmp_path / "first.py").write_text("def router(turn, messages, agents, uniform):\n    return 0\n")
+    flags = ("--diagnostics", "--stages", "1", "--router", str(tmp_path / "first.py"))
+    _, updates, stages = run(tmp_path / "run", *flags)
+    assert updates[0]["ess"] == 1 and updates[0]["kl_held_out"] > 0
+    silent = {u[name] for u in updates[1:] for name in ("gap", "ess", "kl_held_out", "bound", "surrogate_ci")}
+    assert silent == {None} and stages[0]["delta_stale"] is None
+    assert stages[0]["certificate"] == updates[0]["certificate"] and "ESS/B 1.00" in capsys.readouterr().out
 
 
 def test_a_diagnosis_compares_the_models_of_before_and_after():

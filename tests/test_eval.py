@@ -14,7 +14,7 @@ import train
 from teamtr_min import load_model, save_model
 from teamtr_min.bench.accuracy import pass_at, pick
 from teamtr_min.certificate import mean_with_interval
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem, Relay, WordProblems
 from teamtr_min.team import Message
@@ -171,8 +171,6 @@ def test_a_vote_takes_the_answer_of_most_and_the_first_of_equals():
     votes = [["1", "2", "2"], ["2", "1", "1"], ["1", "2", "3"], ["3", "2", "1"]]
     rollouts = fake_rollouts(votes, [[-1.0] * 3] * 4)
     assert pick(rollouts, "vote", task).tolist() == [0, 1, 1, 0]
-    with pytest.raises(UserError, match="a method answer"):
-        pick(rollouts, "vote", object())
 
 
 def test_best_of_takes_the_likeliest_per_token_whatever_its_length_and_return():
@@ -206,6 +204,12 @@ def test_solo_takes_the_teams_turns_and_as_many_tokens(capsys, tmp_path, monkeyp
     assert equal["tokens_per_problem"][0] == pytest.approx(equal["tokens_per_problem"][1], rel=0.1)
     assert evaluation.main([*flags, "--mode", "vote", "--k", "1"]) == 2
     assert "--k of at least 2" in capsys.readouterr().err
+    own = "import teamtr_min.tasks as t\nclass Mine(t.Relay):\n    answer = None\n"
+    (tmp_path / "mine.py").write_text(own + "    def grade(self, problem, messages):\n        return 0.0\n")
+    (tmp_path / "mine.py").open("a").write("def task(config):\n    return Mine(config)\n")
+    assert evaluation.main(["mine.py", *flags[1:], "--mode", "solo"]) == 2  # before anything is sampled
+    assert "a method answer" in capsys.readouterr().err
+    assert evaluation.main(["mine.py", *flags[1:], "--mode", "solo", "--k", "1"]) == 0
 
 
 def test_results_are_kept_with_what_they_were_read_from(capsys, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_intervals_over_seeds_are_students():
 def test_the_best_rate_is_chosen_on_training_problems():
     """A rate that looks best only on held-out problems is not chosen."""
     rows = [
-        {"name": name, "flags": {"lr": lr}, "curve": [[0.1, last]], "accuracy_final": [final]}
+        {"name": name, "flags": {"lr": lr}, "seeds": [0], "curve": [[0.1, last]], "accuracy_final": [final]}
         for name in occupancy.ARMS
         for lr, last, final in ((5e-4, 0.3, 0.9), (5e-3, 0.4, 0.2))
     ]
@@ -111,6 +111,26 @@ def test_the_best_rate_is_chosen_on_training_problems():
     common, best = chosen["at one learning rate"], chosen["at its own best of five"]
     assert {row["flags"]["lr"] for row in common.values()} == {5e-4}
     assert {row["flags"]["lr"] for row in best.values()} == {5e-3} and len(best) == 4
+
+
+def test_a_seed_that_diverged_is_a_result_and_no_crash(tmp_path):
+    """One seed without a finished stage, one cut short: never the best rate, and still drawn."""
+    pytest.importorskip("matplotlib", reason="draws figures")
+    rows = [
+        {"name": name, "flags": {"lr": lr}, "seeds": [0, 1], "curve": curves, "curve_rollouts": [8, 16],
+         "accuracy_start": [0.1, 0.1], "accuracy_final": finals}
+        for name in occupancy.ARMS
+        for lr, curves, finals in (
+            (5e-4, [[0.1, 0.2], [0.1, 0.2]], [0.2, 0.2]),
+            (1.6e-3, [[0.1, 0.9], [0.1]], [0.3, None]),
+            (5e-3, [[0.1, 0.9], []], [0.3, None]),
+        )
+    ]  # fmt: skip
+    found = occupancy.report({"learning_rate": rows}, tmp_path)
+    assert all(Path(figure).stat().st_size > 10_000 for figure in found["figures"])
+    assert "| 0.200 ±0.000 | diverged | diverged |" in occupancy.table(found)
+    best = occupancy.two_by_two(rows)["at its own best of five"]
+    assert {row["flags"]["lr"] for row in best.values()} == {5e-4}
 
 
 def test_unknown_studies_are_named(capsys, tmp_path):

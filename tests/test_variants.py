@@ -277,7 +277,8 @@ def test_joint_runs_log_one_update_and_the_memory_of_all_agents_in_it(tmp_path, 
 
 @pytest.mark.parametrize("kl", ["hard", "adaptive", "fixed", "none"])
 def test_the_kl_flag_says_what_holds_an_update_back(tmp_path, capsys, kl):
-    summary, updates, _ = run(tmp_path / "run", "--kl", kl, "--beta", "0.1", "--delta", "0.002")
+    beta = () if kl == "none" else ("--beta", "0.1")
+    summary, updates, _ = run(tmp_path / "run", "--kl", kl, "--delta", "0.002", *beta)
     moved = [u for u in updates if u["steps"]]
     assert len(moved) == 6
     assert all(u["kl_after"] <= 0.002 for u in updates) == (kl == "hard")

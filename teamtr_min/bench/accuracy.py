@@ -60,7 +60,7 @@ class Subject:
         return Subject(f"{self.name}, first agent alone", config, self.sources and self.sources[:1])
 
 
-def find_subject(team: str | None, changes: dict, task: str = "relay") -> Subject:
+def find_subject(team: str | None, changes: dict, task: str | None = None) -> Subject:
     """The run `team`; without one the newest run here; without any, the shipped team.
 
     `changes` are Config fields from the command line; naming a model or a team size asks for an untrained
@@ -73,9 +73,11 @@ def find_subject(team: str | None, changes: dict, task: str = "relay") -> Subjec
         )
     if not team and not fresh:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
+        if task:
+            runs = [run for run in runs if Config.load(run / "config.json").task == task]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
-        return Subject("untrained team", pinned(Config.of({"task": task} | changes)), None)
+        return Subject("untrained team", pinned(Config.of({"task": task or "relay"} | changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -98,22 +100,25 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
     if mode in ("best_of", "vote") and k < 2:
         raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
     start = time.perf_counter()
-    rollouts, task = play(subject, task_name, k, count, data)
+    rollouts, task = play(
+        subject, task_name, k, count, data, votes=mode == "vote" or mode == "solo" and k > 1
+    )
+    who = subject.solo if mode == "solo" else subject
     result = {
         "benchmark": task_name,
         "team": subject.name,
-        "model": subject.config.model,
+        "model": who.config.model,
         "mode": mode,
-        "agents": subject.config.agents,
+        "agents": who.config.agents,
         "k": k,
     }
     if mode == "solo":
-        both = [(subject, rollouts), (subject.solo, play(subject.solo, task_name, k, count, data)[0])]
+        both = [(subject, rollouts), (who, play(who, task_name, k, count, data)[0])]
         most = max(r.tokens_sampled for _, r in both)
-        for i, (who, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
+        for i, (player, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
             affordable = k * most // max(drawn.tokens_sampled, 1)
-            if affordable > k:
-                both[i] = who, play(who, task_name, affordable, count, data)[0]
+            if affordable > k and callable(getattr(task, "answer", None)):
+                both[i] = player, play(player, task_name, affordable, count, data)[0]
         (_, rollouts), (_, alone) = both
         result["equal_tokens"] = at_equal_tokens(rollouts, alone, task, subject.config.seed)
         rollouts = alone
@@ -127,21 +132,25 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
         "temperature": subject.config.temperature,
         "seed": subject.config.seed,
         "data": data,
-        "model_hash": subject.hash,
-        "max_new_tokens": subject.config.max_new_tokens,
-        "rounds": subject.config.rounds,
+        "model_hash": who.hash,
+        "max_new_tokens": who.config.max_new_tokens,
+        "rounds": who.config.rounds,
         "tokens_sampled": rollouts.tokens_sampled,
         "seconds": time.perf_counter() - start,
     }
     return Evaluation(result, rollouts, rollouts.team)
 
 
-def play(subject: Subject, task_name: str, k: int, count: int, data: str | None) -> tuple[Rollouts, object]:
-    """k rollouts of the subject on every problem, and the task."""
+def play(
+    subject: Subject, task_name: str, k: int, count: int, data: str | None, votes: bool = False
+) -> tuple[Rollouts, object]:
+    """k rollouts of the subject on every problem, and the task; `votes`: its answers will be counted."""
     own_data = subject.config.data if subject.config.task == task_name else ""
     task_data = "" if task_name in SHIPPED else data or own_data
     config = dataclasses.replace(subject.config, task=task_name, data=task_data)
     task = load_task(config)
+    if votes and not callable(getattr(task, "answer", None)):
+        raise UserError("to vote, a task needs a method answer(messages) -> str | None")
     if data and hasattr(task, "fields") and not Path(data).is_dir():
         problems = read_problems(data, *task.fields)  # all of a file that was named for this
     else:
@@ -157,8 +166,6 @@ def pick(rollouts: Rollouts, mode: str, task) -> Tensor:
     if mode == "best_of":
         best = [max(range(k), key=lambda g, group=group: confidence(group[g])) for group in groups]
     else:
-        if not callable(getattr(task, "answer", None)):
-            raise UserError("to vote, a task needs a method answer(messages) -> str | None")
         best = []
         for group in groups:
             answers = [task.answer(messages) for messages in group]
@@ -217,9 +224,9 @@ def table(evaluation: Evaluation) -> str:
     """The result in words: avg@k, pass@j for j = 1, 2, 4, ... up to k, and what the mode adds."""
     result, rollouts = evaluation.result, evaluation.rollouts
     right, drawn = (rollouts.grouped_returns == 1).sum(1), rollouts.group_size
+    players = "first agent alone" if result["mode"] == "solo" else f"{result['agents']} agents"
     lines = [
-        f"{result['benchmark']}: {result['team']}{', first agent alone' * (result['mode'] == 'solo')}, "
-        f"{result['agents']} agents, {result['problems']:,} problems x {drawn}, "
+        f"{result['benchmark']}: {result['team']}, {players}, {result['problems']:,} problems x {drawn}, "
         f"T = {result['temperature']:g}, {result['seconds']:.1f} s"
     ]
     rows = [(f"avg@{drawn}", right / drawn)]

@@ -196,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.runs:
         for run in args.runs:
             updates = metrics(run)
+            if not updates or "habits" not in updates[0]:
+                raise UserError(f"{run} is not a run of --task convention that has made an update")
             first, last = updates[0], updates[-1]
             print(
                 f"{run}: {swaps([u['habits'] for u in updates])} swaps in {len(updates)} stages, "

@@ -20,8 +20,11 @@ def two_by_two(figure, chosen: dict[str, dict[str, dict]]) -> None:
         ends = []
         for name, row in rows.items():
             colour, line = STYLE[name]
-            curve = np.array(row["curve"])  # (seeds, stages)
-            x = np.array(row["curve_rollouts"])
+            stages = min(map(len, row["curve"]))  # all seeds got that far
+            if stages == 0:
+                continue
+            curve = np.array([one[:stages] for one in row["curve"]])  # (seeds, stages)
+            x = np.array(row["curve_rollouts"])[:stages]
             axes.fill_between(x, curve.min(0), curve.max(0), color=colour, alpha=0.15, lw=0)
             axes.plot(x, curve.mean(0), color=colour, ls=line, lw=1.6)
             ends.append((curve.mean(0)[-1], f"{name}\nlr {row['flags']['lr']:g}", colour))

@@ -92,7 +92,8 @@ def accuracy(figure, record) -> None:
 
 def kl(figure, record) -> None:
     """KL of each agent's updates, as attempted and as kept, against the radius, one panel per agent."""
-    n, delta = record.config.agents, record.config.delta
+    joint, delta = record.config.occupancy == "joint", record.config.delta
+    n = len(record.config.updates)
     columns = n if n <= 4 else min(4, math.ceil(n / 2))
     rows = math.ceil(n / columns)
     figure.set_size_inches(8, 1.4 + 2 * rows)
@@ -106,7 +107,7 @@ def kl(figure, record) -> None:
     for axes in panels[n:]:
         axes.set_visible(False)
     for agent, axes in enumerate(panels[:n]):
-        own = [u for u in record.updates if u["agent"] in (agent, None) and u["kl_after"] is not None]
+        own = [u for u in record.updates if (joint or u["agent"] == agent) and u["kl_after"] is not None]
         x = record.numbers("stage", own) + 1
         before, after = (record.numbers(f"kl_{when}", own).clip(bottom) for when in ("before", "after"))
         back = record.numbers("halvings", own) > 0
@@ -117,8 +118,8 @@ def kl(figure, record) -> None:
             axes.plot(x, after, "o", markersize=3, color=colour, clip_on=False)
         if math.isfinite(delta):
             axes.axhline(delta, color=GREY, lw=1.2, ls="--")
-        name = textwrap.shorten(record.names[agent], 24, placeholder="…")
-        share = f"{back.sum()} of {len(own)} brought back" if math.isfinite(delta) else ""
+        name = "team" if joint else textwrap.shorten(record.names[agent], 24, placeholder="…")
+        share = f"{back.sum()} of {len(own)} brought back" if math.isfinite(record.config.radius) else ""
         axes.set_title(f"{name}\n{share if len(own) else 'silent'}".strip(), fontsize="small")
         axes.set(yscale="log", ylim=(bottom, 2 * top), xlim=(0.5, record.updates[-1]["stage"] + 1.5))
         between = "25" if top / bottom < 50 else ""  # few powers of ten in sight: also name 2 and 5 times one
@@ -134,8 +135,10 @@ def kl(figure, record) -> None:
             axes.tick_params(labelbottom=True)
     figure.supylabel(f"nats per {record.config.kl_unit}", fontsize="medium")
     attempted = "" if not brought_back else "; circles: attempted, dots: kept"
-    title(figure, "KL of each update, no radius" if math.isinf(delta) else
-          f"KL of each update, radius {delta:g} (dashed){attempted}")  # fmt: skip
+    region = (
+        f"radius {delta:g} (dashed)" if record.config.kl == "hard" else f"{delta:g} (dashed) not enforced"
+    )
+    title(figure, f"KL of each update, {'no radius' if math.isinf(delta) else region}{attempted}")
 
 
 def returns(figure, record) -> None:
@@ -143,7 +146,7 @@ def returns(figure, record) -> None:
     figure.set_size_inches(8, 4.6)
     sampled = [u for u in record.updates if u["rollouts"]]
     stage = record.numbers("stage", sampled) + 1
-    x = stage - 0.5 + (record.numbers("update", sampled) + 0.5) / record.config.agents
+    x = stage - 0.5 + (record.numbers("update", sampled) + 0.5) / len(record.config.updates)
     stages = np.unique(stage)
     for axes, key, text in zip(figure.subplots(2, sharex=True), ("return_mean", "constant_groups"), (
         "Mean return", "Share of groups whose rollouts all had the same return, which teach nothing",

@@ -8,11 +8,15 @@ Each arm is `python train.py` with a few flags, in a directory of its own under 
 already is not made again and one that was cut off is resumed, so the study may be stopped and started at
 will.
 
-Equal rollouts: where a stage samples once instead of n times, it samples n times as many problems. So every
-arm makes the same number of updates from the same number of rollouts.
+Equal rollouts: where a stage samples once instead of n times, it samples n times as many problems. So in the
+first two studies every stage costs the same rollouts, but for two variants that say so (`suffix` keeps the
+start of each, and one stale arm has the batches, and a third of the rollouts, of the fresh one); each agent
+is moved once a stage, in a joint update all at once. The third study keeps the batch, and thus the radius'
+error, equal.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -59,7 +63,7 @@ VARIANTS = {  # name: flags, and what the paper reports on AIME24 for 3 x Qwen3-
     "no advantage clip": ({"no_advantage_clip": True}, 84.5),
     "joint update": ({"occupancy": "joint"}, None),
     "resample the suffix only": ({"resample": "suffix"}, None),
-    "stale, a third of the rollouts": ({"occupancy": "stale", "problems": 1}, None),
+    "stale, a third of the rollouts": ({"occupancy": "stale", "problems": FULL["problems"]}, None),
 }
 SIZE_ARMS = {
     "fresh, radius": {},
@@ -114,7 +118,7 @@ def equal_rollouts(flags: dict, problems: int) -> dict:
     """These flags with as many problems per collection as make n * problems a stage."""
     n, occupancy = flags["agents"], flags.get("occupancy", "fresh")
     collections = {"fresh": n, "every_k": math.ceil(n / flags.get("every", 2))}.get(occupancy, 1)
-    return flags | {"problems": flags.get("problems", 0) * problems or n * problems // collections}
+    return flags | {"problems": problems if "problems" in flags else n * problems // collections}
 
 
 def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
@@ -124,6 +128,8 @@ def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
         raise UserError(
             f"--only {','.join(unknown)}: there is {', '.join(STUDIES)}" if unknown else "--jobs < 1"
         )
+    if importlib.util.find_spec("matplotlib") is None:  # hours before it is needed
+        raise UserError("the figures of this study need matplotlib: pip install matplotlib")
     root = root / "short" if short else root
     size = SHORT if short else FULL
     wanted = arms(size, studies)
@@ -202,8 +208,7 @@ def mean(values) -> float | None:
 
 def report(rows: dict[str, list[dict]], root: Path) -> dict:
     """Draw the figures under `root` and write everything into occupancy.json; returns what that holds."""
-    found = {"benchmark": "occupancy", "rows": rows, "fits": {}}
-    figures = {}
+    found, figures = {"benchmark": "occupancy", "rows": rows, "fits": {}}, {}
     if "learning_rate" in rows:
         figures["two_by_two"] = (curves.two_by_two, two_by_two(rows["learning_rate"]))
         figures["learning_rate"] = (curves.learning_rate, rows["learning_rate"])
@@ -212,10 +217,10 @@ def report(rows: dict[str, list[dict]], root: Path) -> dict:
         for name in SIZE_ARMS:
             own = [row for row in rows["team_size"] if row["name"] == name]
             found["fits"][name] = {key: exponent(own, key) for key in ("delta_stale", "occupancy_shift")}
-    for name, (draw, what) in figures.items():
-        (root / f"{name}.png").write_bytes(render(draw, what, "light"))
     found["figures"] = [str(root / f"{name}.png") for name in figures]
     (root / "occupancy.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, (draw, what) in figures.items():
+        (root / f"{name}.png").write_bytes(render(draw, what, "light"))
     return found
 
 
@@ -234,15 +239,23 @@ def two_by_two(rows: list[dict]) -> dict[str, dict[str, dict]]:
             name: next(row for row in own[name] if row["flags"]["lr"] == common) for name in four
         },
         "at its own best of five": {
-            name: max(own[name], key=lambda row: mean(curve[-1] for curve in row["curve"])) for name in four
+            name: max(
+                own[name], key=lambda row: mean(one[-1] for one in row["curve"]) if whole(row) else -1.0
+            )
+            for name in four
         },
     }
+
+
+def whole(row: dict) -> bool:
+    """Whether no seed diverged."""
+    return None not in row["accuracy_final"]
 
 
 def exponent(rows: list[dict], key: str, resamples: int = 2000) -> tuple[float, list[float]]:
     """Slope of log value against log n, and its 95% bootstrap interval over seeds."""
     x = np.log([row["flags"]["agents"] for row in rows])
-    y = np.log(np.maximum([row[key] for row in rows], 1e-9))  # (sizes, seeds)
+    y = np.log(np.maximum(np.array([row[key] for row in rows], dtype=float), 1e-9))  # (sizes, seeds)
     choices = rng.generator(0, "exponent").integers(y.shape[1], size=(resamples, y.shape[1]))
     slopes = [np.polyfit(x, y[:, choice].mean(1), 1)[0] for choice in choices]
     return float(np.polyfit(x, y.mean(1), 1)[0]), [float(q) for q in np.quantile(slopes, (0.025, 0.975))]

@@ -72,6 +72,7 @@ def run(team: str | None) -> dict:
         **{
             name: int(record.numbers(name).sum()) for name in ("rollouts", "tokens_sampled", "tokens_trained")
         },
+        "enforced": record.config.kl == "hard",
         "delta": None if math.isinf(record.config.delta) else record.config.delta,
         "violation_rate_before": violation_rate(record.updates, "kl_before"),
         "violation_rate_after": violation_rate(record.updates, "kl_after"),
@@ -182,7 +183,7 @@ def subtitle(record: Record, headline: dict) -> str:
     )
     return (
         f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy, "
-        f"radius {config.delta:g}; {headline['stages']} of {config.stages} stages; {ended}{damaged}"
+        f"{config.region}; {headline['stages']} of {config.stages} stages; {ended}{damaged}"
     )
 
 
@@ -201,10 +202,9 @@ def tiles(headline: dict) -> dict[str, str]:
         }
     known |= {"time": duration(headline["seconds"]), "rollouts": f"{headline['rollouts']:,}"}
     if headline["delta"] is not None and before is not None:
-        known |= {
-            "updates that passed the radius": f"{before:.0%}",
-            "outside it after enforcement": f"{after:.0%}",
-        }
+        known["updates that passed the radius"] = f"{before:.0%}"
+        if headline["enforced"]:
+            known["outside it after enforcement"] = f"{after:.0%}"
     return {name: text for name, text in known.items() if text is not None}
 
 
