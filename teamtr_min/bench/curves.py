@@ -84,7 +84,9 @@ def team_size(figure, rows: list[dict]) -> None:
             axes.plot(n, values.mean(1), color=colour, ls=line, marker="o", markersize=4, label=name)
         axes.set(xscale="log", yscale="log", xlabel="agents", title=text)
         axes.set_xticks(n, [str(count) for count in n])
+        low, high = axes.get_ylim()
+        ticks = [m * 10.0**e for e in range(-6, 1) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        axes.set_yticks(ticks, [f"{value:g}" for value in ticks])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     figure.axes[0].legend(frameon=False, fontsize="small", labelcolor="linecolor")
     title(figure, "How far a team drifts from its stage's first rollouts")
