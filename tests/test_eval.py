@@ -89,6 +89,12 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys, tmp_path, mo
         scores.append(json.loads(capsys.readouterr().out))
     assert scores[0]["avg_at_k"] > 0.1 and scores[1]["avg_at_k"] < 0.05
     assert scores[2]["team"] == "runs/newer" and scores[2]["avg_at_k"] == scores[1]["avg_at_k"]
+    for name, text in (("broken", "{"), ("other", json.dumps({"task": "convention"}))):  # newer, not of relay
+        (tmp_path / "runs" / name / "agents").mkdir(parents=True)
+        (tmp_path / "runs" / name / "summary.json").write_text("{}")
+        (tmp_path / "runs" / name / "config.json").write_text(text)
+    assert evaluation.main(["relay", "--json", "--problems", "200"]) == 0
+    assert json.loads(capsys.readouterr().out)["team"] == "runs/newer"
 
 
 def test_the_command_that_a_run_prints_last_works_for_every_task(capsys, tmp_path, monkeypatch):

@@ -73,8 +73,7 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
         )
     if not team and not fresh:
         runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
-        if task:
-            runs = [run for run in runs if Config.load(run / "config.json").task == task]
+        runs = [run for run in runs if task is None or is_of(run, task)]
         team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
     if not team:
         return Subject("untrained team", pinned(Config.of({"task": task or "relay"} | changes)), None)
@@ -84,6 +83,14 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
     if not all(source.is_dir() for source in sources):
         raise UserError(f"{directory} holds no trained agents (agents/0 to agents/{config.agents - 1})")
     return Subject(str(directory), config, sources)
+
+
+def is_of(run: Path, task: str) -> bool:
+    """Whether this is a run of `task`; one that cannot be read is of none."""
+    try:
+        return Config.load(run / "config.json").task == task
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True)
