@@ -18,8 +18,9 @@ import os
 import sys
 from pathlib import Path
 
-from teamtr_min.bench import accuracy, kernels, occupancy, report
+from teamtr_min.bench import accuracy, kernels, report
 from teamtr_min.config import UserError, add_flags
+from teamtr_min.studies import occupancy
 
 BENCHMARKS = ["relay", "convention", "gsm8k", "jsonl", "kernels", "occupancy", "report"]
 TEAM_FLAGS = (

@@ -15,18 +15,19 @@ import time
 
 import torch
 
-from teamtr_min import checkpoint, rng
-from teamtr_min.certificate import Watch
-from teamtr_min.checkpoint import Progress
+from teamtr_min import rng
 from teamtr_min.config import Config, UserError
-from teamtr_min.log import Run
+from teamtr_min.hf.weights import pinned
+from teamtr_min.learner import Diverged, Learner, update_agent
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.run import checkpoint
+from teamtr_min.run.checkpoint import Progress
+from teamtr_min.run.run import Run
 from teamtr_min.schedule import learning_rate, needed_later, samples_again, unchanged_heads, update_order
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
-from teamtr_min.update import Diverged, Learner, update_agent
-from teamtr_min.weights import pinned
+from teamtr_min.theory.certificate import Watch
 
 
 def train(config: Config) -> dict:
@@ -37,11 +38,11 @@ def train(config: Config) -> dict:
     movers = config.updates  # the agents of each update: one; with joint occupancy all
     beta = 0.0 if config.kl == "none" else config.beta
     learners = [Learner([team.agents[j].model for j in agents], beta) for agents in movers]
-    held_out = task.draw(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
+    held_out = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
     run, progress = Run(config, team, task), Progress()
 
     def stage_problems(stage: int, purpose: str = "problems") -> list:
-        return task.draw(config.problems, rng.generator(config.seed, purpose, stage))
+        return task.sample_problems(config.problems, rng.generator(config.seed, purpose, stage))
 
     def play(problems: list, group: int, *place, heads=None) -> Rollouts:
         return collect(team, problems, group, task.grade, config, place, heads)

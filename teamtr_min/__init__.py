@@ -1,9 +1,9 @@
 """TeamTR-min: trust-region fine-tuning of teams of language models, from scratch and small enough to read."""
 
 import kernels.trust_region
+from teamtr_min.hf.tokenizer import load_tokenizer
+from teamtr_min.hf.weights import load_model, save_model
 from teamtr_min.objective import teamtr_loss
-from teamtr_min.tokenizer import load_tokenizer
-from teamtr_min.weights import load_model, save_model
 
 __all__ = ["load_model", "load_tokenizer", "save_model"]
 

@@ -46,7 +46,7 @@ def generate(
     return sampler.speak(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by inverting the cumulative distribution, and its log-prob.
 
     logits (B, V) fp32, uniform (B,) in [0, 1) -> tokens (B,) int64, logprobs (B,) fp32. Temperature 0: the
@@ -115,7 +115,7 @@ class Sampler:
         order = torch.tensor(request, device=device)  # (live,) slot -> i
         done = torch.zeros(live, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
-            token, logprob = draw(logits, uniforms[order, step], temperature)
+            token, logprob = sample_token(logits, uniforms[order, step], temperature)
             tokens[order, step], logprobs[order, step] = token, logprob
             done |= torch.isin(token, stops)
             if step + 1 == max_new_tokens:

@@ -3,7 +3,7 @@
 A task is any object with
 
     roles(agents) -> list[Role]                            who they are
-    draw(count, generator, held_out=False) -> list[Problem]
+    sample_problems(count, generator, held_out=False) -> list[Problem]
     grade(problem, messages) -> float                      the return of a rollout, in [0, 1]
     answer(messages) -> str | None                         optional: what `eval.py --mode vote` counts
 
@@ -84,7 +84,9 @@ class Relay:
         )
         return [Role("ABCDEFGH"[j], system) for j in range(agents)]
 
-    def draw(self, count: int, generator: np.random.Generator, held_out: bool = False) -> list[Problem]:
+    def sample_problems(
+        self, count: int, generator: np.random.Generator, held_out: bool = False
+    ) -> list[Problem]:
         """`count` problems, uniform over one side of the split, with replacement."""
         problems = []
         while len(problems) < count:
@@ -241,7 +243,9 @@ class WordProblems:
         parts = [solve] + [check] * (agents - 2) + [finish] if agents > 1 else [solve]
         return [Role(f"Agent {j + 1}", part + final) for j, part in enumerate(parts)]
 
-    def draw(self, count: int, generator: np.random.Generator, held_out: bool = False) -> list[Problem]:
+    def sample_problems(
+        self, count: int, generator: np.random.Generator, held_out: bool = False
+    ) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
         if held_out:
             if not self.held_out:
@@ -265,7 +269,9 @@ class WordProblems:
 def own_task(config: Config):
     """The object that `task(config)` of the Python file `config.task` returns."""
     task = function_from_file(config.task, "task")(config)
-    missing = [name for name in ("roles", "draw", "grade") if not callable(getattr(task, name, None))]
+    missing = [
+        name for name in ("roles", "sample_problems", "grade") if not callable(getattr(task, name, None))
+    ]
     if missing:
         raise UserError(f"{config.task}: its task has no {', '.join(missing)}")
     return task

@@ -16,9 +16,9 @@ import torch
 
 import kernels
 from teamtr_min.config import Config, UserError, function_from_file
+from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
+from teamtr_min.hf.weights import DTYPES, find_model, load_model
 from teamtr_min.model import Transformer
-from teamtr_min.tokenizer import Tokenizer, load_tokenizer
-from teamtr_min.weights import DTYPES, find_model, load_model
 
 
 @dataclass(frozen=True)

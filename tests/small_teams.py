@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from teamtr_min.exact import Game, Team
+from teamtr_min.theory.exact import Game, Team
 
 ROUND_OFF = 1e-12
 

@@ -1,6 +1,6 @@
 """The sampled estimators against the truth, on teams small enough to enumerate.
 
-`python -m teamtr_min.bench.estimators` is the same at length; docs/results/estimators.md is what it found.
+`python -m teamtr_min.studies.estimators` is the same at length; docs/results/estimators.md is what it found.
 """
 
 import math
@@ -8,9 +8,18 @@ import math
 import pytest
 import torch
 
-from teamtr_min import certificate, exact
-from teamtr_min.bench import estimators
-from teamtr_min.bench.estimators import J, by_transcript, coverage, diagnoses, draw, fitted, small_game, stage
+from teamtr_min.studies import estimators
+from teamtr_min.studies.estimators import (
+    J,
+    by_transcript,
+    coverage,
+    diagnoses,
+    draw,
+    fitted,
+    small_game,
+    stage,
+)
+from teamtr_min.theory import certificate, exact
 
 BATCHES = 300
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from teamtr_min import rng
-from teamtr_min.bench import convention as lab
 from teamtr_min.config import Config, UserError
 from teamtr_min.rollout import collect
+from teamtr_min.studies import convention as lab
 from teamtr_min.tasks import Convention
 from teamtr_min.team import Message, load_team
 
@@ -31,7 +31,7 @@ def played(problem, codes: tuple[int, ...]) -> list[Message]:
 @pytest.mark.parametrize("agents", [2, 3, 4])
 def test_the_return_is_the_share_of_handovers_in_one_code(agents):
     game = task(agents)
-    for problem in game.draw(50, rng.generator(0, agents)):
+    for problem in game.sample_problems(50, rng.generator(0, agents)):
         for codes in itertools.product((0, 1), repeat=agents):
             messages = played(problem, codes)
             agree = [a == b for a, b in itertools.pairwise(codes)]
@@ -45,7 +45,7 @@ def test_the_return_is_the_share_of_handovers_in_one_code(agents):
 
 def test_the_expected_return_is_the_toys():
     habits, game = np.array([0.6, 0.4, 0.7]), task(3)
-    (problem,) = game.draw(1, rng.generator(1))
+    (problem,) = game.sample_problems(1, rng.generator(1))
     mean = 0.0
     for codes in itertools.product((0, 1), repeat=3):
         chance = np.prod(np.where(codes, habits, 1 - habits))
@@ -63,7 +63,7 @@ def test_a_message_tells_nothing_about_its_code():
 
 def test_what_is_no_step_counts_as_no_code():
     game = task(2)
-    (problem,) = game.draw(1, rng.generator(2))
+    (problem,) = game.sample_problems(1, rng.generator(2))
     first, last = played(problem, (1, 1))
     for wrong in ("", "12", problem.text, "x", last.text):
         spoilt = Message(0, [], wrong, [], True)
@@ -75,8 +75,10 @@ def test_what_is_no_step_counts_as_no_code():
 
 def test_the_held_out_split_and_the_legal_chains():
     game = task(3)
-    trained = {p.text for seed in range(5) for p in game.draw(300, rng.generator(seed, "problems", 0))}
-    held_out = {p.text for p in game.draw(1000, rng.generator(0, "held-out"), held_out=True)}
+    trained = {
+        p.text for seed in range(5) for p in game.sample_problems(300, rng.generator(seed, "problems", 0))
+    }
+    held_out = {p.text for p in game.sample_problems(1000, rng.generator(0, "held-out"), held_out=True)}
     assert not trained & held_out
     assert all(Convention.legal.fullmatch(text) and len(text) == 7 for text in trained | held_out)
 
@@ -94,7 +96,7 @@ def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agen
     assert config.model == "convention" and config.temperature == 1.0
     game = Convention(config)
     team = load_team(config, game.roles(agents))
-    rollouts = collect(team, game.draw(512, rng.generator(3)), 1, game.grade, config, ("test",))
+    rollouts = collect(team, game.sample_problems(512, rng.generator(3)), 1, game.grade, config, ("test",))
     codes = [game.codes(p, m) for p, m in zip(rollouts.problems, rollouts.messages)]
     for turn in range(agents):
         known = [row[turn] for row in codes if row[turn] is not None]

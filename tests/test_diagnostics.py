@@ -9,12 +9,13 @@ import torch
 from toy_runs import TOY, parity, results, run, same, timeless, weights
 
 import train
-from teamtr_min import certificate, rng
-from teamtr_min.certificate import Watch
+from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
+from teamtr_min.theory import certificate
+from teamtr_min.theory.certificate import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_a_diagnosis_compares_the_models_of_before_and_after():
     config = Config(agents=3, group=4, device="cpu")
     task = Relay(config)
     team = load_team(config, task.roles(3))
-    problems = task.draw(5, rng.generator(0, "problems"))
+    problems = task.sample_problems(5, rng.generator(0, "problems"))
     watch = Watch(team, lambda i: collect(team, problems, 4, task.grade, config, ("watch", i)), config)
     g, models, rollouts = torch.Generator().manual_seed(0), [], []
     for i, j in enumerate((1, 2)):

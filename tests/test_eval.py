@@ -13,12 +13,12 @@ import eval as evaluation
 import train
 from teamtr_min import load_model, save_model
 from teamtr_min.bench.accuracy import pass_at, pick
-from teamtr_min.certificate import mean_with_interval
 from teamtr_min.config import Config
+from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem, Relay, WordProblems
 from teamtr_min.team import Message
-from teamtr_min.weights import RELAY
+from teamtr_min.theory.certificate import mean_with_interval
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K" / "hf_qwen2"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_teams import ROUND_OFF, by_transcript, random_game, stage
 
-from teamtr_min import exact
-from teamtr_min.exact import Game, Team
 from teamtr_min.objective import teamtr_loss
+from teamtr_min.theory import exact
+from teamtr_min.theory.exact import Game, Team
 
 
 def by_loops(game: Game, theta: torch.Tensor, features, router) -> dict:

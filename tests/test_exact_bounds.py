@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_teams import ROUND_OFF, by_transcript, orders, pairs, random_game, random_stages, stage
 
-from teamtr_min import exact
-from teamtr_min.exact import Game, Team, discounted_kl, message_kl, stale_gap, surrogate
+from teamtr_min.theory import exact
+from teamtr_min.theory.exact import Game, Team, discounted_kl, message_kl, stale_gap, surrogate
 
 
 def c(teams: list[Team]) -> torch.Tensor:

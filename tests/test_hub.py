@@ -19,7 +19,7 @@ import eval as evaluation
 import train
 from teamtr_min import load_model, load_tokenizer
 from teamtr_min.config import Config, UserError
-from teamtr_min.weights import RELAY, find_model, pinned
+from teamtr_min.hf.weights import RELAY, find_model, pinned
 
 ROOT = Path(__file__).parent.parent
 NEEDED = {"config.json", "tokenizer.json", "tokenizer_config.json"}

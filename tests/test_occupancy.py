@@ -9,9 +9,9 @@ import pytest
 
 import eval as evaluation
 import train
-from teamtr_min.bench import occupancy
 from teamtr_min.config import Config
 from teamtr_min.schedule import samples_again
+from teamtr_min.studies import occupancy
 
 TINY = {"stages": 1, "problems": 2, "seeds": 2, "rates": [5e-4, 5e-3],
         "sizes": [2, 3], "size_stages": 1, "size_problems": 2}  # fmt: skip

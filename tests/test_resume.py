@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import train
-from teamtr_min import checkpoint, load_model
+from teamtr_min import load_model
+from teamtr_min.run import checkpoint
 
 TOY = ["--agents", "2", "--stages", "3", "--problems", "4", "--group", "4", "--inner-steps", "2",
        "--eval-problems", "16", "--eval-every", "1", "--device", "cpu"]  # fmt: skip
@@ -168,7 +169,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(finished, tmp_path,
 
 def test_adam_and_beta_come_back_to_the_bit(tmp_path):
     torch.manual_seed(0)
-    from teamtr_min.update import Learner
+    from teamtr_min.learner import Learner
 
     learners = [
         Learner([load_model("relay", dtype=dtype)], 0.01) for dtype in (torch.float32, torch.bfloat16)

@@ -17,7 +17,7 @@ def play(config: Config, problems: int = 5, place=("train", 0, 0), **changes):
     config = dataclasses.replace(config, device="cpu", **changes)
     task = Relay(config)
     team = load_team(config, task.roles(config.agents))
-    drawn = task.draw(problems, rng.generator(config.seed, "problems"))
+    drawn = task.sample_problems(problems, rng.generator(config.seed, "problems"))
     return collect(team, drawn, config.group, task.grade, config, place), team, task
 
 
@@ -162,7 +162,7 @@ def test_a_changed_agent_changes_the_contexts_of_those_after_it():
     config = dataclasses.replace(Config(group=4), device="cpu")
     task = Relay(config)
     team = load_team(config, task.roles(3))
-    problems = task.draw(5, rng.generator(0, "problems"))
+    problems = task.sample_problems(5, rng.generator(0, "problems"))
     old = collect(team, problems, 4, task.grade, config, ("train", 0, 0))
     with torch.no_grad():
         for p in team.agents[0].model.parameters():

@@ -7,9 +7,9 @@ import torch
 
 from teamtr_min import load_model, rng
 from teamtr_min.config import UserError
+from teamtr_min.hf.weights import RELAY
 from teamtr_min.model import KVCache
-from teamtr_min.sampler import Sampler, draw, generate
-from teamtr_min.weights import RELAY
+from teamtr_min.sampler import Sampler, generate, sample_token
 
 END = 1
 PROMPTS = [
@@ -90,12 +90,12 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([0.3, -math.inf, 2.0, -1.0, 0.0, -math.inf])
     u = (torch.arange(20000) + 0.5) / 20000
     for temperature in (1.0, 0.7, 2.0):
-        tokens, logp = draw(logits.expand(20000, -1), u, temperature)
+        tokens, logp = sample_token(logits.expand(20000, -1), u, temperature)
         p = (logits / temperature).softmax(0)
         assert torch.allclose(torch.bincount(tokens, minlength=6) / 20000, p, atol=1e-4)
         assert torch.allclose(logp, p.log()[tokens], atol=1e-6)
     ends = torch.tensor([0.0, 1 - 2.0**-24])
-    assert draw(logits.expand(2, -1), ends, 1.0)[0].tolist() == [0, 4]
+    assert sample_token(logits.expand(2, -1), ends, 1.0)[0].tolist() == [0, 4]
 
 
 def test_finished_rows_leave_the_batch(model, monkeypatch):

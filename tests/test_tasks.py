@@ -35,22 +35,24 @@ def test_one_step_carries_out_the_first_operation():
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 8])
 def test_answers_are_right_and_chains_have_one_operation_per_turn(turns):
-    for problem in relay(turns).draw(200, rng.generator(0, turns)):
+    for problem in relay(turns).sample_problems(200, rng.generator(0, turns)):
         assert len(problem.text) == 2 * turns + 1 and problem.answer == by_hand(problem.text)
 
 
 def test_the_held_out_split_never_overlaps_training():
     for turns in (1, 2, 3, 5):
         task = relay(turns)
-        trained = {p.text for seed in range(5) for p in task.draw(500, rng.generator(seed, "problems", 0))}
-        held_out = {p.text for p in task.draw(2048, rng.generator(0, "held-out"), held_out=True)}
+        trained = {
+            p.text for seed in range(5) for p in task.sample_problems(500, rng.generator(seed, "problems", 0))
+        }
+        held_out = {p.text for p in task.sample_problems(2048, rng.generator(0, "held-out"), held_out=True)}
         assert trained and held_out and not trained & held_out
     chains = [f"{a}{s}{b}" for a in range(10) for s in "+-*" for b in range(10)]
     assert 15 < sum(map(Relay.is_held_out, chains)) < 45, "about a tenth"
 
 
 def test_only_the_last_message_counts():
-    (problem,) = relay(2).draw(1, rng.generator(0))
+    (problem,) = relay(2).sample_problems(1, rng.generator(0))
     wrong = str((int(problem.answer) + 1) % 10)
     grade = relay(2).grade
     assert grade(problem, said("nonsense", problem.answer)) == 1
@@ -169,11 +171,11 @@ def test_word_problems_are_split_and_drawn_without_repetition(tmp_path):
     )
     task = load_task(Config(task="jsonl", data=str(file)))
     assert len(task.train) + len(task.held_out) == 200 and 8 <= len(task.held_out) <= 35
-    drawn = [p.id for p in task.draw(50, rng.generator(0, "problems", 0))]
+    drawn = [p.id for p in task.sample_problems(50, rng.generator(0, "problems", 0))]
     assert len(set(drawn)) == 50 and not set(drawn) & {p.id for p in task.held_out}
-    assert drawn != [p.id for p in task.draw(50, rng.generator(0, "problems", 1))]
+    assert drawn != [p.id for p in task.sample_problems(50, rng.generator(0, "problems", 1))]
     with pytest.raises(UserError, match="only .* to train on"):
-        task.draw(500, rng.generator(0))
+        task.sample_problems(500, rng.generator(0))
     problem = task.train[0]
     assert task.grade(problem, said(f"\\boxed{{{problem.answer}}}", "I agree")) == 1
     assert task.grade(problem, said(f"\\boxed{{{problem.answer}}}", "no: \\boxed{-7}")) == 0

@@ -14,9 +14,10 @@ import torch
 
 import eval as evaluation
 import train
-from teamtr_min import load_model, pretrain, rng
+from teamtr_min import load_model, rng
 from teamtr_min.config import Config
-from teamtr_min.log import plot, size, violation_rate
+from teamtr_min.run.run import plot, size, violation_rate
+from teamtr_min.studies import pretrain
 from teamtr_min.tasks import Relay
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +142,7 @@ def test_the_saved_agents_are_those_that_accuracy_final_was_read_from(toy_run, c
     from teamtr_min.team import load_team
 
     team = load_team(config, task.roles(2), sources)
-    problems = task.draw(32, rng.generator(0, "held-out"), held_out=True)
+    problems = task.sample_problems(32, rng.generator(0, "held-out"), held_out=True)
     again = collect(team, problems, 1, task.grade, config, ("held-out", 2))
     assert again.accuracy == summary["accuracy_final"]
 
@@ -350,7 +351,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
                 assert mains[program](flags) == 0, (words, capsys.readouterr().err)
             except SystemExit as stop:
                 assert stop.code == 0 and "--help" in flags
-        elif program == "teamtr_min.pretrain":
+        elif program == "teamtr_min.studies.pretrain":
             pretrain.main(
                 [
                     *flags,
@@ -367,7 +368,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
         else:
             assert program == "pytest"
         ran.add(program)
-    assert ran == {"train.py", "eval.py", "pytest", "teamtr_min.pretrain"}
+    assert ran == {"train.py", "eval.py", "pytest", "teamtr_min.studies.pretrain"}
 
 
 def test_the_first_command_works_as_a_program(tmp_path):

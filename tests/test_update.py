@@ -10,11 +10,11 @@ import torch
 import kernels
 from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.learner import Diverged, Learner, adapt_beta, evaluate, update_agent
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
-from teamtr_min.update import Diverged, Learner, adapt_beta, evaluate, update_agent
 
 BASE = Config(agents=2, problems=12, group=6, inner_steps=4, device="cpu")
 
@@ -24,7 +24,7 @@ def prepared(agent: int = 0, **changes):
     config = dataclasses.replace(BASE, **changes)
     task = Relay(config)
     team = load_team(config, task.roles(config.agents))
-    problems = task.draw(config.problems, rng.generator(config.seed, "problems"))
+    problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems"))
     rollouts = collect(team, problems, config.group, task.grade, config, ("train", 0, 0))
     advantage = group_advantages(rollouts.grouped_returns, config.advantage_clip, config.eps_norm).flatten()
     learner = Learner([team.agents[agent].model], config.beta)

@@ -12,15 +12,15 @@ from toy_runs import parity, run
 
 import train
 from teamtr_min import rng, rollout, schedule
-from teamtr_min.bench import estimators
 from teamtr_min.config import Config
-from teamtr_min.log import size
+from teamtr_min.learner import Learner, update_agent
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.run.run import size
 from teamtr_min.sampler import Completion
+from teamtr_min.studies import estimators
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team, random_router, round_robin
-from teamtr_min.update import Learner, update_agent
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +224,7 @@ def prepared(delta: float, lr: float):
     task = Relay(config)
     team = load_team(config, task.roles(2))
     rollouts = collect(
-        team, task.draw(6, rng.generator(0, "problems")), 6, task.grade, config, ("train", 0, 0)
+        team, task.sample_problems(6, rng.generator(0, "problems")), 6, task.grade, config, ("train", 0, 0)
     )
     advantage = group_advantages(rollouts.grouped_returns, 2.0).flatten()
     return team, config, rollouts, lambda j: rollouts.view(j, advantage, 300)

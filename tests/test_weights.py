@@ -25,7 +25,7 @@ from tiny import (
 
 from teamtr_min import load_model, save_model
 from teamtr_min.config import ALIASES, UserError, hub_id
-from teamtr_min.weights import RELAY, config_json, find_model, read_config
+from teamtr_min.hf.weights import RELAY, config_json, find_model, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -186,7 +186,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
         Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teamtr_min.weights.save_file", interrupted)
+    monkeypatch.setattr("teamtr_min.hf.weights.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(random_model("qwen2", seed=2), tmp_path)
     assert_same(load_model(tmp_path), old)

@@ -26,12 +26,12 @@ from pathlib import Path
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.certificate import mean_with_interval
 from teamtr_min.config import SHIPPED, Config, UserError
+from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Message, Team, load_team
-from teamtr_min.weights import find_model, pinned
+from teamtr_min.theory.certificate import mean_with_interval
 
 MODES = ("team", "solo", "best_of", "vote")
 
@@ -161,7 +161,7 @@ def play(
     if data and hasattr(task, "fields") and not Path(data).is_dir():
         problems = read_problems(data, *task.fields)  # all of a file that was named for this
     else:
-        problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
+        problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
     return collect(team, problems, k, task.grade, config, ("eval",)), task
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from teamtr_min.bench.figures import COLOURS, GREY, title
+from teamtr_min.bench.plots import COLOURS, GREY, title
 
 STYLE = {  # freshness is the colour, the radius the line
     "fresh, radius": (COLOURS[0], "-"),

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from teamtr_min.bench.figures import COLOURS, FIGURES, duration, render
+from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config, UserError
-from teamtr_min.log import violation_rate
+from teamtr_min.run.run import violation_rate
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"

@@ -10,9 +10,9 @@ swap habits instead of meeting. The swap is exactly balanced, so real runs leave
 kinds are modelled: a step may fall short of the radius (the line search of update.py halves), and the sign
 of a slope is read from samples.
 
-    python -m teamtr_min.bench.convention                         the table
-    python -m teamtr_min.bench.convention --figure map.png        and the map
-    python -m teamtr_min.bench.convention --runs RUN RUN --figure habits.png    habits in training runs
+    python -m teamtr_min.studies.convention                         the table
+    python -m teamtr_min.studies.convention --figure map.png        and the map
+    python -m teamtr_min.studies.convention --runs RUN RUN --figure habits.png    habits in training runs
 """
 
 import argparse

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from teamtr_min import rng
 from teamtr_min.bench import curves
-from teamtr_min.bench.figures import render
+from teamtr_min.bench.plots import render
 from teamtr_min.config import UserError
 
 TRAIN = Path(__file__).parents[2] / "train.py"

@@ -1,4 +1,4 @@
-"""Makes the small models that ship: `python -m teamtr_min.pretrain` rewrites teamtr_min/assets/relay in
+"""Makes the small models that ship: `python -m teamtr_min.studies.pretrain` rewrites teamtr_min/assets/relay in
 minutes, and with `--task convention` its sister.
 
 Relay: transcripts of 1 to 8 operations, written by solvers of two kinds: a few are careful and nearly always
@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from teamtr_min import rng
 from teamtr_min.config import Config, UserError
+from teamtr_min.hf.tokenizer import load_tokenizer
+from teamtr_min.hf.weights import ASSETS, save_model
 from teamtr_min.model import ModelConfig, Transformer
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import Convention, Relay, load_task
 from teamtr_min.team import load_team
-from teamtr_min.tokenizer import load_tokenizer
-from teamtr_min.weights import ASSETS, save_model
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def transcript(generator: np.random.Generator, course: Course, careful: float) -
     """
     operations = int(generator.integers(course.task.least_turns, course.task.most_turns + 1))
     task = course.task(Config(agents=operations))
-    chain = task.draw(1, generator)[0].text
+    chain = task.sample_problems(1, generator)[0].text
     agents = operations if generator.random() < 0.7 else int(generator.integers(1, operations + 1))
     viewer = int(generator.integers(agents))
     right = course.right[generator.random() < careful]
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
 def start_accuracy(config: Config, count: int) -> float:
     """Accuracy on held-out problems of a team of copies of `config.model`."""
     task = load_task(config)
-    problems = task.draw(count, rng.generator(0, "held-out"), held_out=True)
+    problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents))
     return collect(team, problems, 1, task.grade, config, ("held-out", 0)).accuracy
 

@@ -1,6 +1,6 @@
 """How far the sampled estimators are from the truth: bias, coverage of their intervals, and the monitor's.
 
-    python -m teamtr_min.bench.estimators        about two minutes on one core
+    python -m teamtr_min.studies.estimators        about two minutes on one core
 
 Teams small enough to enumerate (exact.py) are sampled again and again; every estimate has its exact value
 beside it. Three agents write two messages each, two tokens long; each update went up the exact policy
@@ -10,10 +10,10 @@ gradient until its exact KL per message was what the table says.
 import torch
 from torch import Tensor
 
-from teamtr_min import certificate, exact
-from teamtr_min.certificate import before_turn
-from teamtr_min.exact import Game, Team
 from teamtr_min.objective import group_advantages, teamtr_loss
+from teamtr_min.theory import certificate, exact
+from teamtr_min.theory.certificate import before_turn
+from teamtr_min.theory.exact import Game, Team
 
 AGENTS, ROUNDS = 3, 2
 PROBLEMS, GROUP = 64, 8  # of one draw

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from teamtr_min.config import UserError
+from teamtr_min.learner import Learner, Point
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Team
-from teamtr_min.update import Learner, Point
 
 
 @dataclass

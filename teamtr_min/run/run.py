@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from teamtr_min.certificate import DIAGNOSIS, stage_certificate
 from teamtr_min.config import Config, UserError
-from teamtr_min.hub import TOKENIZER_FILES
+from teamtr_min.hf.hub import TOKENIZER_FILES
+from teamtr_min.hf.weights import save_model
 from teamtr_min.rollout import Rollouts
 from teamtr_min.team import Team
-from teamtr_min.weights import save_model
+from teamtr_min.theory.certificate import DIAGNOSIS, stage_certificate
 
 TRANSCRIPTS_PER_COLLECTION = 4
 

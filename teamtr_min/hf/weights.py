@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teamtr_min import hub
 from teamtr_min.config import ALIASES, SHIPPED, Config, UserError, hub_id
+from teamtr_min.hf import hub
 from teamtr_min.model import ModelConfig, Transformer
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 RELAY = ASSETS / "relay"
 FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 ARCHITECTURES = {family: architecture for architecture, family in FAMILIES.items()}

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: weights, tokenizers and chat templates, models by name."""
