@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from teamtr_min.bench import accuracy, kernels, report
-from teamtr_min.config import UserError, add_flags
+from teamtr_min.config import add_flags
+from teamtr_min.files import UserError
 from teamtr_min.studies import occupancy
 
 BENCHMARKS = ["relay", "convention", "gsm8k", "jsonl", "kernels", "occupancy", "report"]

@@ -16,7 +16,8 @@ import time
 import torch
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, update_agent
 from teamtr_min.objective import group_advantages

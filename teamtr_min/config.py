@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from teamtr_min.files import UserError
 
 ALIASES = {
     **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
@@ -15,10 +15,6 @@ ALIASES = {
     **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
 }
 SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same name
-
-
-class UserError(Exception):
-    """Something that the person at the terminal can put right; shown as one sentence, exit code 2."""
 
 
 def knob(default, help: str, *, choices: tuple[str, ...] = (), pretrained=None):
@@ -261,20 +257,6 @@ def hub_id(name: str) -> str:
     """The hub's own name of an alias, `@revision` kept; any other name as it is."""
     name, at, revision = name.strip().partition("@")
     return ALIASES.get(name.lower(), name) + at + revision
-
-
-def function_from_file(path: str, name: str) -> Callable:
-    """The function `name` of a Python file of the user's own, which is run to get it."""
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: no usable function `{name}`: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise UserError(f"{path}: `{name}` is not a function")
-    return function
 
 
 LEAST = {

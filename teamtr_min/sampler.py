@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 from teamtr_min.model import KVCache, Transformer
 
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError, function_from_file
+from teamtr_min.config import Config
+from teamtr_min.files import UserError, function_from_file
 from teamtr_min.team import Message, Role
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import kernels
-from teamtr_min.config import Config, UserError, function_from_file
+from teamtr_min.config import Config
+from teamtr_min.files import UserError, function_from_file
 from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import DTYPES, find_model, load_model
 from teamtr_min.model import Transformer

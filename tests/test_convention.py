@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.rollout import collect
 from teamtr_min.studies import convention as lab
 from teamtr_min.tasks import Convention

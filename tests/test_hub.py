@@ -18,7 +18,8 @@ from tiny import assert_same, random_model, write_checkpoint, write_tokenizer
 import eval as evaluation
 import train
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY, find_model, pinned
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from teamtr_min import rng, rollout
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import Relay

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teamtr_min import load_model, rng
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.model import KVCache
 from teamtr_min.sampler import Sampler, generate, sample_token

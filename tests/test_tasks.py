@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.tasks import Relay, extract_answer, is_correct, load_task, number, read_problems
 from teamtr_min.team import Message
 

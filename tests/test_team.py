@@ -8,7 +8,7 @@ import pytest
 from tiny import LLAMA3_STYLE, ODD_TEXTS, shared, write_tokenizer
 
 from teamtr_min import load_tokenizer
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 from teamtr_min.team import Agent, ChatFormat, Message, Role, Team
 
 # Histories are rewritten: thinking is only shown while it is fresh, as with Qwen3.

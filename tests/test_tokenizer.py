@@ -8,7 +8,7 @@ import pytest
 from tiny import LLAMA3_STYLE, ODD_TEXTS, shared, write_tokenizer
 
 from teamtr_min import load_tokenizer
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 
 CHATS = [
     [{"role": "user", "content": "What is 7*8?"}],

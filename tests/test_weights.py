@@ -24,7 +24,8 @@ from tiny import (
 )
 
 from teamtr_min import load_model, save_model
-from teamtr_min.config import ALIASES, UserError, hub_id
+from teamtr_min.config import ALIASES, hub_id
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY, config_json, find_model, read_config
 
 ROOT = Path(__file__).resolve().parents[1]

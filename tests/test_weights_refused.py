@@ -7,7 +7,7 @@ import torch
 from tiny import LLAMA3, random_model, write_checkpoint
 
 from teamtr_min import load_model
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 
 
 @pytest.fixture

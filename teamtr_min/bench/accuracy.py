@@ -26,7 +26,8 @@ from pathlib import Path
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.config import SHIPPED, Config, UserError
+from teamtr_min.config import SHIPPED, Config
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task, read_problems

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 
 # Okabe and Ito's colours, told apart by colour-blind eyes, changed where dark or light paper would hide them.
 COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]

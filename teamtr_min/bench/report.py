@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.run.run import violation_rate
 from teamtr_min.tasks import load_task
 

@@ -11,7 +11,7 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer as Backend
 
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import find_model, read_json
 
 # ChatML, for checkpoints that bring no template of their own.

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teamtr_min.config import ALIASES, SHIPPED, Config, UserError, hub_id
+from teamtr_min.config import ALIASES, SHIPPED, Config, hub_id
+from teamtr_min.files import UserError
 from teamtr_min.hf import hub
 from teamtr_min.model import ModelConfig, Transformer
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 from teamtr_min.learner import Learner, Point
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem

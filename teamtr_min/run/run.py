@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.weights import save_model
 from teamtr_min.rollout import Rollouts

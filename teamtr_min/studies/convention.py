@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 from teamtr_min.tasks import Convention
 
 DELTAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from teamtr_min import rng
 from teamtr_min.bench import curves
 from teamtr_min.bench.plots import render
-from teamtr_min.config import UserError
+from teamtr_min.files import UserError
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 COMMON_LR = 5e-4

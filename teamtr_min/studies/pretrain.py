@@ -29,7 +29,8 @@ from tokenizers import Tokenizer as Backend
 from tqdm import tqdm
 
 from teamtr_min import rng
-from teamtr_min.config import Config, UserError
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.hf.tokenizer import load_tokenizer
 from teamtr_min.hf.weights import ASSETS, save_model
 from teamtr_min.model import ModelConfig, Transformer
