@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from teamtr_min.bench import accuracy, kernels, report
-from teamtr_min.config import add_flags
+from teamtr_min.cli import add_flags
 from teamtr_min.files import UserError
 from teamtr_min.studies import occupancy
 
@@ -62,41 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
     study.add_argument("--out", default="runs/occupancy", help="where its runs and figures go")
     add_flags(parser, TEAM_FLAGS.split())
-    flags = vars(parser.parse_args(argv))
-    team, mode, k, count, data, shown, as_json, short, only, jobs, out = (
-        flags.pop(name) for name in "team mode k problems data show json short only jobs out".split()
-    )
-    benchmarks = flags.pop("benchmarks")
+    args = parser.parse_args(argv)
+    flags = {name: value for name, value in vars(args).items() if name in TEAM_FLAGS.split()}
     try:
-        unknown = sorted(name for name in benchmarks if name not in BENCHMARKS and not name.endswith(".py"))
+        unknown = sorted(n for n in args.benchmarks if n not in BENCHMARKS and not n.endswith(".py"))
         if unknown:
             raise UserError(f"no benchmark {', '.join(unknown)}; there is: {', '.join(BENCHMARKS)}, FILE.py")
-        if k < 1 or count < 1 or shown < 0:
+        if args.k < 1 or args.problems < 1 or args.show < 0:
             raise UserError("--k and --problems must be at least 1, --show at least 0")
-        for name in benchmarks or [accuracy.find_subject(team, flags).config.task]:
-            if name == "kernels":
-                result = kernels.run()
-                print(json.dumps(result) if as_json else kernels.table(result))
-                continue
-            if name == "occupancy":
-                studies = tuple(only.split(",")) if only else occupancy.STUDIES
-                result = occupancy.run(Path(out), short, studies, jobs)
-                print(json.dumps(result) if as_json else occupancy.table(result))
-                continue
-            if name == "report":
-                result = report.run(team)
-                print(json.dumps(result) if as_json else report.table(result))
-                continue
-            subject = accuracy.find_subject(team, flags, name)
-            evaluation = accuracy.run(subject, name, mode, k=k, count=count, data=data)
-            if as_json:
-                print(json.dumps(evaluation.result))
-            else:
-                print(accuracy.table(evaluation))
-                print(accuracy.show(evaluation.rollouts, evaluation.team, shown))
-            kept = accuracy.keep(evaluation.result, subject)
-            if not as_json:
-                print(f"\nresult appended to {kept}")
+        for name in args.benchmarks or [accuracy.find_subject(args.team, flags).config.task]:
+            result, text = measure(name, args, flags)
+            print(json.dumps(result) if args.json else text)
     except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,6 +80,25 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def measure(name: str, args: argparse.Namespace, flags: dict) -> tuple[dict, str]:
+    """One benchmark: what `--json` prints, and the same for people."""
+    if name == "kernels":
+        result = kernels.run()
+        return result, kernels.table(result)
+    if name == "occupancy":
+        studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
+        result = occupancy.run(Path(args.out), args.short, studies, args.jobs)
+        return result, occupancy.table(result)
+    if name == "report":
+        result = report.run(args.team)
+        return result, report.table(result)
+    subject = accuracy.find_subject(args.team, flags, name)
+    evaluation = accuracy.run(subject, name, args.mode, k=args.k, count=args.problems, data=args.data)
+    kept = accuracy.keep(evaluation.result, subject)
+    shown = accuracy.show(evaluation.rollouts, evaluation.team, args.show)
+    return evaluation.result, f"{accuracy.table(evaluation)}\n{shown}\n\nresult appended to {kept}"
 
 
 if __name__ == "__main__":

@@ -15,103 +15,99 @@ import time
 
 import torch
 
-from teamtr_min import rng
+from teamtr_min import cli, rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import pinned
-from teamtr_min.learner import Diverged, Learner, update_agent
+from teamtr_min.learner import Diverged, Learner, Update, evaluate
 from teamtr_min.objective import group_advantages
-from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run import checkpoint
-from teamtr_min.run.checkpoint import Progress
+from teamtr_min.rollout import AgentBatch
 from teamtr_min.run.run import Run
-from teamtr_min.schedule import learning_rate, needed_later, samples_again, unchanged_heads, update_order
+from teamtr_min.schedule import RolloutSource, learning_rate, update_order
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
-from teamtr_min.theory.certificate import Watch
+from teamtr_min.theory.diagnostics import Diagnostics, NoDiagnostics
+
+HALVINGS = 10
 
 
 def train(config: Config) -> dict:
-    """Run Algorithm 1 as `config` says; fills the run's directory and returns its summary."""
+    """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
     task = load_task(config)
     config = pinned(config)
     team = load_team(config, task.roles(config.agents))
-    movers = config.updates  # the agents of each update: one; with joint occupancy all
-    beta = 0.0 if config.kl == "none" else config.beta
-    learners = [Learner([team.agents[j].model for j in agents], beta) for agents in movers]
-    held_out = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    run, progress = Run(config, team, task), Progress()
+    learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
+    with Run(config, task, team, learners) as run:
+        for stage in run.stages():
+            problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
+            source = RolloutSource(config, task, team, problems, stage)
+            diagnostics = Diagnostics(config, task, team, stage) if config.diagnostics else NoDiagnostics()
+            for i, j in enumerate(update_order(config, stage)):
+                learner = learners[j]
+                rollouts = source.of_update(i)  # by the team as it now is, agents before j already updated
+                diagnostics.before(i, learner.agents)
 
-    def stage_problems(stage: int, purpose: str = "problems") -> list:
-        return task.sample_problems(config.problems, rng.generator(config.seed, purpose, stage))
+                begin = time.perf_counter()
+                advantages = group_advantages(  # Eq. 9, (P, G)
+                    rollouts.grouped_returns, config.advantage_clip, config.eps_norm, not config.no_group_norm
+                ).flatten()
+                batches = rollouts.batches(learner.agents, advantages * source.weights, config.batch_tokens)
+                outcome = update(learner, batches, config, learning_rate(config, stage, i))  # Eq. 10, Eq. 11
+                source.updated(learner.agents)
+                outcome = outcome._replace(seconds=time.perf_counter() - begin)
 
-    def play(problems: list, group: int, *place, heads=None) -> Rollouts:
-        return collect(team, problems, group, task.grade, config, place, heads)
+                run.record(stage, i, learner, rollouts, outcome, diagnostics.after())
+            run.end_stage(stage)
+    return run.summary
 
-    def held_out_accuracy(stages_done: int) -> float:
-        return run.evaluated(play(held_out, 1, "held-out", stages_done), stages_done)
 
-    def watch_of(stage: int) -> Watch:
-        problems = stage_problems(stage, "diagnostics")  # not those that are trained on
-        return Watch(team, lambda i: play(problems, config.group, "diagnostics", stage, i), config)
+def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: float) -> Update:
+    """Climb Eq. 10 for up to `inner_steps` steps, but no farther from pi_old than the radius of Eq. 11.
 
-    if config.resume:
-        progress, log_state = checkpoint.load(run.directory, learners, team, stage_problems)
-        run.restore(log_state)
+        pi_old ──step──> accepted ──step──> accepted ──step──> outside: back along this step, by halves
+
+    The forward pass of each step also measures the weights that the step before it left, so monitoring costs
+    one extra forward an update. Whatever is raised leaves the last accepted weights in place.
+    """
+    if not batches:  # a router may leave an agent out of every rollout
+        return Update(lr=lr, beta=learner.beta)
+    # Without any advantage there is nothing to climb: a step would only follow Adam's momentum. [ours]
+    most = config.inner_steps if any(batch.advantage.any() for batch in batches) else 0
+    steps, halvings, grad_norm = 0, 0, None
+    learner.onload()
+    accepted = learner.snapshot()
     try:
-        if run.accuracy_start is None:
-            run.started(held_out_accuracy(0))
-            checkpoint.save(run.directory, progress, learners, set(), run.state(), config.keep)
-        for stage in range(progress.stage, config.stages):
-            problems, order = stage_problems(stage), update_order(config, stage)
-            rollouts = progress.rollouts
-            watch = watch_of(stage) if config.diagnostics else None
-            for i in range(progress.update, len(movers)):
-                agents, learner = movers[order[i]], learners[order[i]]
-                sample = samples_again(config, i)
-                if sample:  # from team^{i-1}, the agents before this one already updated
-                    heads = unchanged_heads(config, rollouts, order[:i])
-                    rollouts = play(problems, config.group, "train", stage, i, heads=heads)
-                if watch:
-                    run.diagnosed(watch.before(i, agents))
-
-                start = time.perf_counter()
-                # Eq. 9
-                advantage = group_advantages(
-                    rollouts.grouped_returns,
-                    config.advantage_bound,
-                    config.eps_norm,
-                    not config.no_group_norm,
-                ).flatten()  # (R,)
-                if config.occupancy == "importance":
-                    advantage *= rollouts.weights
-                # Eq. 10, until Eq. 11 reaches the radius
-                batches = [b for j in agents for b in rollouts.view(j, advantage, config.batch_tokens)]
-                lr = learning_rate(config, stage * len(movers) + i)
-                report = update_agent(learner, batches, config, lr)
-                if config.occupancy == "importance":
-                    rollouts.reweigh(batches, config.temperature)
-                report["seconds_training"] = time.perf_counter() - start
-
-                run.updated(stage, i, agents, rollouts, sample, report | (watch.after() if watch else {}))
-                progress = Progress(stage, i + 1, rollouts if needed_later(config, i) else None)
-                if watch and i + 1 < len(movers):
-                    continue  # a diagnosis spans its stage: a checkpoint within would cut it in two
-                changed = set(order) if watch else {order[i]}
-                checkpoint.save(run.directory, progress, learners, changed, run.state(), config.keep)
-
-            due = config.eval_every and (stage + 1) % config.eval_every == 0 and stage + 1 < config.stages
-            run.finished_stage(stage, held_out_accuracy(stage + 1) if due else None)
-            progress = Progress(stage + 1)
-        return run.finish(accuracy_final=held_out_accuracy(config.stages))
-    except BaseException as reason:  # whatever ends a run early, the team as it is now stays
-        run.finish(stopped="interrupted" if isinstance(reason, KeyboardInterrupt) else str(reason))
+        here, old_logps = evaluate(learner, batches, config, grad=most > 0)  # at pi_old: every ratio is 1
+        first = inside = here
+        while steps < most and here["kl"] <= config.radius:
+            if steps:
+                inside, accepted = here, learner.snapshot(into=accepted)
+            grad_norm = learner.step(lr)
+            steps += 1
+            here, _ = evaluate(learner, batches, config, old_logps, grad=steps < most)
+        attempted, outside = here, learner.clone_masters() if here["kl"] > config.radius else None
+        while here["kl"] > config.radius and halvings < HALVINGS:  # backtracking line search
+            halvings += 1
+            learner.restore(accepted, toward=outside, fraction=0.5**halvings)
+            here, _ = evaluate(learner, batches, config, old_logps, grad=False)
+        if here["kl"] > config.radius:
+            learner.restore(accepted)
+            here, halvings = inside, HALVINGS + 1
+    except BaseException:
+        learner.restore(accepted)
         raise
+    finally:
+        learner.offload()
+    tokens = steps * sum(len(batch.targets) for batch in batches)
+    outcome = Update(first, attempted, here, steps, halvings, grad_norm, lr, learner.beta, tokens)
+    if steps and config.kl != "fixed":
+        learner.adapt_beta(attempted["kl"], config.delta)
+    return outcome
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        train(Config.from_flags(argv, __doc__))
+        train(cli.parse(argv, __doc__))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,16 @@
 """TeamTR-min: trust-region fine-tuning of teams of language models, from scratch and small enough to read."""
 
-import kernels.trust_region
-from teamtr_min.hf.tokenizer import load_tokenizer
-from teamtr_min.hf.weights import load_model, save_model
-from teamtr_min.objective import teamtr_loss
-
 __all__ = ["load_model", "load_tokenizer", "save_model"]
 
-kernels.trust_region.trust_region_reference = teamtr_loss  # handed down: imports only ever point downward
+
+def __getattr__(name: str):
+    """Load PyTorch only when a model or tokenizer is asked for: `import teamtr_min.config` stays light."""
+    if name in ("load_model", "save_model"):
+        from teamtr_min.hf import weights
+
+        return getattr(weights, name)
+    if name == "load_tokenizer":
+        from teamtr_min.hf.tokenizer import load_tokenizer
+
+        return load_tokenizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

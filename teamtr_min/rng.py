@@ -1,9 +1,9 @@
 """Randomness as a pure function of where it is used, so that no draw depends on what else was drawn.
 
-A place is named by words such as ("rollout", stage, update, rollout, turn); `key` turns (seed, *place) into
-64 bits. Sampling tokens takes `uniforms`: Philox-2x32-10 (Salmon et al. 2011) with that key and the position
-as counter, so a message is the same alone, in any batch, in any order, on any device. Host-side draws take
-`generator`.
+Each draw has an rng path: the seed of the run and words such as "train", stage, update, rollout, turn. `key`
+turns it into 64 bits. Sampling tokens takes `uniforms`: Philox-2x32-10 (Salmon et al. 2011) with that key and
+the position as counter, so a message is the same alone, in any batch, in any order, on any device. Draws on
+the host take `generator`.
 """
 
 import hashlib
@@ -15,15 +15,26 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 
 
-def key(seed: int, *place: int | str) -> int:
-    """64 bits that name this place of this seed's run."""
-    name = repr((seed, *place)).encode()
+def key(seed: int, *words: int | str) -> int:
+    """64 bits that name this rng path."""
+    name = repr((seed, *words)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-def generator(seed: int, *place: int | str) -> np.random.Generator:
-    """NumPy's generator for host-side draws at this place: problems, orders, routes, bootstraps."""
-    return np.random.Generator(np.random.Philox(key=key(seed, *place)))
+def generator(seed: int, *words: int | str) -> np.random.Generator:
+    """NumPy's generator for draws on the host: problems, orders, routes, bootstraps."""
+    return np.random.Generator(np.random.Philox(key=key(seed, *words)))
+
+
+class Path:
+    """The rng path that all draws of one collection of rollouts share: a seed and words."""
+
+    def __init__(self, seed: int, *words: int | str):
+        self.seed, self.words = seed, words
+
+    def key(self, kind: str, rollout: int, turn: int) -> int:
+        """64 bits for the draws of one `kind` at one turn of one rollout."""
+        return key(self.seed, kind, *self.words, rollout, turn)
 
 
 def uniforms(keys: list[int], count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -32,9 +43,7 @@ def uniforms(keys: list[int], count: int, device: torch.device | str = "cpu") ->
     Philox-2x32-10 on int64 lanes: ten rounds of a 32 x 32 -> 64 bit product whose high word is mixed with the
     other word and a key that walks by a constant. Integer arithmetic only, hence equal on every device.
     """
-    counter = torch.arange(count, device=device)[
-        None
-    ]  # (1, count): low word = position, high word = key's upper half
+    counter = torch.arange(count, device=device)[None]  # (1, count)
     low_key = torch.tensor([k & _LOW for k in keys], device=device)[:, None]  # (R, 1)
     left = counter.expand(len(keys), count)
     right = torch.tensor([k >> 32 for k in keys], device=device)[:, None].expand(len(keys), count)

@@ -1,7 +1,6 @@
-"""A team's turns -> Rollouts -> the batch that one agent trains on."""
+"""A team's turns -> Rollouts -> the batches that one agent trains on."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,14 +9,13 @@ from torch import Tensor
 
 import kernels
 from teamtr_min import rng
-from teamtr_min.config import Config
 from teamtr_min.model import Transformer
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
-from teamtr_min.team import Message, Team, View
+from teamtr_min.team import Message, Rendered, Team
 
 
-@dataclass
+@dataclass(frozen=True)
 class AgentBatch:
     """Rollouts of similar length as one agent trains on them; sums over a list of these make the whole batch.
 
@@ -26,21 +24,19 @@ class AgentBatch:
     """
 
     model: Transformer  # the agent's
-    tokens: Tensor  # (R, T) int64
-    where: Tensor  # (N,) int64: position in the flattened (R * T) whose hidden state predicts the token
+    tokens: Tensor  # (B, T) int64
+    where: Tensor  # (N,) int64: position in the flattened (B * T) whose hidden state predicts the token
     targets: Tensor  # (N,) int64: the token
-    message: Tensor  # (N,) int64 in 0..M-1
+    message: Tensor  # (N,) int64 in 0..M-1: whose token it is
     sampled_logp: Tensor  # (N,) fp32, the sampler's
     advantage: Tensor  # (M,) fp32
-    place: tuple[Tensor, Tensor]  # (M,) int64 each: number of the rollout, and turn in it
-    # pi_old, filled in by the update's first forward pass:
-    old_logp: Tensor | None = None  # (N,) fp32
-    old_hidden: Tensor | None = None  # (N, C), for the exact KL only
+    rollout: Tensor  # (M,) int64: number of the rollout that holds the message
+    turn: Tensor  # (M,) int64: and its turn there
 
     @torch.no_grad()
-    def logp(self, model: Transformer, temperature: float) -> Tensor:
+    def logps(self, model: Transformer, temperature: float) -> Tensor:
         """(N,) fp32 log-probs of the tokens under `model`."""
-        hidden = model.hidden(self.tokens).flatten(0, 1)[self.where]  # (N, C)
+        hidden = model.hidden(self.tokens).flatten(0, 1)[self.where]  # (N, H)
         return kernels.linear_logprob(hidden, model.head, self.targets, temperature)
 
     def per_message(self, x: Tensor) -> Tensor:
@@ -48,14 +44,14 @@ class AgentBatch:
         return x.new_zeros(len(self.advantage)).index_add(0, self.message, x)
 
 
-class Head(NamedTuple):
+class Prefix(NamedTuple):
     """The start of a rollout that is there already."""
 
     messages: list[Message]
-    speaker: int | None = None  # whose turn comes next, where the router has said so
+    next_agent: int | None = None  # whose turn comes next, where the router has said so
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rollouts:
     """P problems x G rollouts of one team; those of a problem stand together."""
 
@@ -64,27 +60,12 @@ class Rollouts:
     messages: list[list[Message]]  # (R,) lists of messages in turn order
     returns: Tensor  # (R,) fp32
     group_size: int
-    seconds: float
-    kept: list[int]  # (R,) how many of its first messages an earlier collection had sampled
-    log_weight: Tensor  # (R,) fp32: log-likelihood of the rollout under the present team over its writers'
+    reused: list[int]  # (R,) how many of its first messages an earlier collection had sampled
+    seconds: float  # that collecting took
 
     @property
     def grouped_returns(self) -> Tensor:
         return self.returns.view(-1, self.group_size)  # (P, G)
-
-    @property
-    def tokens_sampled(self) -> int:
-        return sum(len(m.tokens) for messages, k in zip(self.messages, self.kept) for m in messages[k:])
-
-    @property
-    def sampled(self) -> int:
-        """Rollouts that this collection sampled, at least in part."""
-        return sum(len(messages) > k for messages, k in zip(self.messages, self.kept))
-
-    @property
-    def weights(self) -> Tensor:
-        """Importance weights (R,) of the present team on these rollouts, self-normalised: their mean is 1."""
-        return self.log_weight.softmax(0) * len(self.log_weight)
 
     @property
     def accuracy(self) -> float:
@@ -92,149 +73,149 @@ class Rollouts:
         return (self.returns == 1).float().mean().item()
 
     @property
-    def constant_groups(self) -> float:
-        """Share of problems whose rollouts all have the same return: they pull nowhere."""
+    def zero_variance_groups(self) -> float:
+        """Share of problems whose rollouts all have the same return, and so no advantage."""
         returns = self.grouped_returns
         return (returns.amax(1) == returns.amin(1)).float().mean().item()
+
+    @property
+    def tokens_sampled(self) -> int:
+        return sum(len(m.tokens) for messages, k in zip(self.messages, self.reused) for m in messages[k:])
+
+    @property
+    def count_sampled(self) -> int:
+        """Rollouts that this collection sampled, at least in part."""
+        return sum(len(messages) > k for messages, k in zip(self.messages, self.reused))
 
     def by(self, agents: list[int]) -> list[Message]:
         return [m for messages in self.messages for m in messages if m.agent in agents]
 
-    def before(self, agents: set[int]) -> list[Head]:
+    def prefixes_before(self, agents: set[int]) -> list[Prefix]:
         """Of each rollout what precedes the first message of any of `agents`: they had no part in it.
 
         Nor in the router's choice of them, which stays: asked again at just these moments, a random router
         would name them too rarely.
         """
-        heads = []
+        prefixes = []
         for messages in self.messages:
-            for turn, message in enumerate(messages):
-                if message.agent in agents:
-                    heads.append(Head(messages[:turn], message.agent))
-                    break
-            else:
-                heads.append(Head(messages))
-        return heads
+            turn = next((t for t, message in enumerate(messages) if message.agent in agents), None)
+            prefixes.append(
+                Prefix(messages) if turn is None else Prefix(messages[:turn], messages[turn].agent)
+            )
+        return prefixes
 
-    def view(self, agent: int, advantage: Tensor, batch_tokens: int = 16384) -> list[AgentBatch]:
-        """What `agent` trains on, given one advantage per rollout (R,).
+    def batches(self, agents: list[int], advantages: Tensor, batch_tokens: int) -> list[AgentBatch]:
+        """What each of `agents` trains on, given one advantage per rollout (R,).
 
         Rollouts are sorted by length and cut into batches of at most `batch_tokens` padded tokens (one row at
-        least), so that no row is padded to the longest of all. Rollouts in which the agent was silent are
+        least), so that no row is padded to the longest of all. Rollouts in which the agent took no turn are
         left out.
         """
-        views = [self.team.view(agent, p.text, m, speak=False) for p, m in zip(self.problems, self.messages)]
-        spoken = sorted((r for r, v in enumerate(views) if v.spans), key=lambda r: len(views[r].ids))
-        batches, start = [], 0
-        while start < len(spoken):
-            stop = start + 1
-            while stop < len(spoken) and (stop + 1 - start) * len(views[spoken[stop]].ids) <= batch_tokens:
-                stop += 1
-            batches.append(self._batch(agent, spoken[start:stop], views, advantage))
-            start = stop
+        batches = []
+        for j in agents:
+            seen = [
+                self.team.render(j, p.text, m, add_generation_prompt=False)
+                for p, m in zip(self.problems, self.messages)
+            ]
+            rows = sorted((r for r, one in enumerate(seen) if one.spans), key=lambda r: len(seen[r].ids))
+            start = 0
+            while start < len(rows):
+                stop = start + 1
+                while stop < len(rows) and (stop + 1 - start) * len(seen[rows[stop]].ids) <= batch_tokens:
+                    stop += 1
+                batches.append(self._batch(j, rows[start:stop], seen, advantages))
+                start = stop
         return batches
 
-    def message_logp(self, agent: int, model: Transformer, config: Config) -> Tensor:
-        """(R, T) log-prob under `model`, at the sampling temperature, of each message of `agent`; else 0."""
+    def message_logps(self, agent: int, model: Transformer, batch_tokens: int) -> Tensor:
+        """(R, turns) log-prob under `model`, at the sampling temperature, of each message of `agent`; else 0."""
         table = torch.zeros(len(self.messages), self.team.turns)
-        for batch in self.view(agent, torch.zeros_like(self.returns), config.batch_tokens):
-            table[batch.place] = batch.per_message(batch.logp(model, config.temperature)).cpu()
+        for batch in self.batches([agent], torch.zeros_like(self.returns), batch_tokens):
+            logps = batch.per_message(batch.logps(model, self.team.temperature))  # (M,)
+            table[batch.rollout, batch.turn] = logps.cpu()
         return table
 
-    def reweigh(self, batches: list[AgentBatch], temperature: float) -> None:
-        """Account for an update on `batches` of these rollouts: its agent is another one than wrote them."""
-        for batch in batches:
-            change = batch.per_message(batch.logp(batch.model, temperature) - batch.old_logp)  # (M,)
-            self.log_weight.index_add_(0, batch.place[0], change.cpu())
-
-    def _batch(self, agent: int, rows: list[int], views: list[View], advantage: Tensor) -> AgentBatch:
-        width = max(len(views[r].ids) for r in rows)
-        tokens, where, targets, message, sampled, place = [], [], [], [], [], []
+    def _batch(self, agent: int, rows: list[int], seen: list[Rendered], advantages: Tensor) -> AgentBatch:
+        width = max(len(seen[r].ids) for r in rows)  # T
+        tokens, where, targets, message, sampled_logp, rollout, turns = [], [], [], [], [], [], []
         for row, r in enumerate(rows):
-            ids = views[r].ids
+            ids = seen[r].ids
             tokens.append(ids + [0] * (width - len(ids)))
             own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
-            for (start, stop), (turn, m) in zip(views[r].spans, own):
+            for (start, stop), (turn, m) in zip(seen[r].spans, own):
                 where += range(row * width + start - 1, row * width + stop - 1)
                 targets += m.tokens
-                message += [len(place)] * len(m.tokens)
-                sampled += m.logprobs
-                place.append((r, turn))
+                message += [len(rollout)] * len(m.tokens)
+                sampled_logp += m.logprobs
+                rollout.append(r)
+                turns.append(turn)
         model = self.team.agents[agent].model
-        device, (rollout, turn) = model.device, torch.tensor(place).unbind(1)
+        rollout = torch.tensor(rollout)
         return AgentBatch(
             model=model,
-            tokens=torch.tensor(tokens, device=device),
-            where=torch.tensor(where, device=device),
-            targets=torch.tensor(targets, device=device),
-            message=torch.tensor(message, device=device),
-            sampled_logp=torch.tensor(sampled, device=device),
-            advantage=advantage[rollout].to(device),
-            place=(rollout, turn),
+            tokens=torch.tensor(tokens, device=model.device),
+            where=torch.tensor(where, device=model.device),
+            targets=torch.tensor(targets, device=model.device),
+            message=torch.tensor(message, device=model.device),
+            sampled_logp=torch.tensor(sampled_logp, device=model.device),
+            advantage=advantages[rollout].to(model.device),
+            rollout=rollout,
+            turn=torch.tensor(turns),
         )
 
 
 def collect(
     team: Team,
+    task,
     problems: list[Problem],
     group: int,
-    grade: Callable[[Problem, list[Message]], float],
-    config: Config,
-    place: tuple,
-    heads: list[Head] | None = None,
+    path: rng.Path,
+    prefixes: list[Prefix] | None = None,
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade what came out.
 
-    `place` names this collection within the run, as ("train", stage, update). Each draw is a function of
-    (config.seed, place, rollout, turn, position) alone, so batching changes nothing. `heads`: how each
-    rollout begins, where that is kept (`--resample suffix`).
+    Each draw is a function of the rng path, rollout, turn and position alone, so batching changes nothing.
+    `prefixes`: how each rollout begins, where that is kept (`--resample suffix`).
     """
     start = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
-    heads = heads or [Head([])] * len(repeated)
+    prefixes = prefixes or [Prefix([])] * len(repeated)
     messages: list[list[Message]] = []
-    for first in range(0, len(repeated), config.batch_rows):
-        rows = slice(first, first + config.batch_rows)
-        messages += _play(team, repeated[rows], heads[rows], first, config, place)
-    returns = torch.tensor([float(grade(p, m)) for p, m in zip(repeated, messages)])
-    kept, log_weight = [len(head.messages) for head in heads], torch.zeros(len(repeated))
-    return Rollouts(team, repeated, messages, returns, group, time.perf_counter() - start, kept, log_weight)
+    for first in range(0, len(repeated), team.batch_rows):
+        rows = slice(first, first + team.batch_rows)
+        messages += _take_turns(team, repeated[rows], prefixes[rows], first, path)
+    returns = torch.tensor([float(task.grade(p, m)) for p, m in zip(repeated, messages)])
+    reused = [len(prefix.messages) for prefix in prefixes]
+    return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - start)
 
 
-def _play(
-    team: Team,
-    problems: list[Problem],
-    heads: list[Head],
-    first: int,
-    config: Config,
-    place: tuple,
+def _take_turns(
+    team: Team, problems: list[Problem], prefixes: list[Prefix], first: int, path: rng.Path
 ) -> list[list[Message]]:
     """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
-    transcripts = [list(head.messages) for head in heads]
+    transcripts = [list(prefix.messages) for prefix in prefixes]
     samplers: dict[int, Sampler] = {}
     for turn in range(team.turns):
-        speakers = {}  # row -> agent
-        for r, (transcript, head) in enumerate(zip(transcripts, heads)):
-            if turn == len(head.messages) and head.speaker is not None:
-                speakers[r] = head.speaker
+        turn_of = {}  # row -> agent
+        for r, (transcript, prefix) in enumerate(zip(transcripts, prefixes)):
+            if turn == len(prefix.messages) and prefix.next_agent is not None:
+                turn_of[r] = prefix.next_agent
             elif turn == len(transcript):
-                uniform = rng.key(config.seed, "route", *place, first + r, turn) / 2**64
-                speakers[r] = team.route(turn, transcript, uniform)
-        for j in sorted(set(speakers.values())):
-            agent, rows = team.agents[j], [r for r, speaker in speakers.items() if speaker == j]
+                turn_of[r] = team.route(turn, transcript, path.key("route", first + r, turn) / 2**64)
+        for j in sorted(set(turn_of.values())):
+            agent, rows = team.agents[j], [r for r, chosen in turn_of.items() if chosen == j]
             if j not in samplers:
                 samplers[j] = Sampler(agent.model, len(problems))
-            completions = samplers[j].speak(
-                rows,
-                [team.view(j, problems[r].text, transcripts[r], speak=True).ids for r in rows],
-                [rng.key(config.seed, "rollout", *place, first + r, turn) for r in rows],
-                config.max_new_tokens,
-                config.temperature,
-                [agent.chat.end_of_message],
+            prompts = [
+                team.render(j, problems[r].text, transcripts[r], add_generation_prompt=True).ids for r in rows
+            ]
+            keys = [path.key("rollout", first + r, turn) for r in rows]
+            completions = samplers[j].generate(
+                rows, prompts, keys, team.max_new_tokens, team.temperature, [agent.chat.end_of_message]
             )
             texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
             for r, c, text in zip(rows, completions, texts):
                 transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
-            if team.speaks_last(j, turn):
+            if team.writes_last(j, turn):
                 del samplers[j]  # the memory of its cache serves the next agent
     return transcripts

@@ -2,7 +2,7 @@
 
 A `Sampler` keeps its cache from turn to turn: it is handed whole sequences and computes only what it has not
 yet seen. Live rows occupy the first slots of the cache, so every decode step works on a plain slice; a row
-that has finished trades places with the last live one and leaves the batch. Each draw takes one uniform that
+that has finished trades places with the last live one and leaves the batch. Each token takes one uniform that
 is a function of the row's key and the position alone (rng.py), so a message does not depend on its
 neighbours.
 """
@@ -43,7 +43,7 @@ def generate(
         seen[prompt] = seen.get(prompt, -1) + 1
         keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
     sampler = Sampler(model, len(prompts))
-    return sampler.speak(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
+    return sampler.generate(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -73,32 +73,32 @@ class Sampler:
         self.check_every = 16 if model.device.type == "cuda" else 1  # steps between device syncs
 
     @torch.no_grad()
-    def speak(
+    def generate(
         self,
         rows: list[int] | range,
-        sequences: list[list[int]],
+        prompts: list[list[int]],
         keys: list[int],
         max_new_tokens: int,
         temperature: float,
         stop_ids: tuple[int, ...] | list[int],
         prefill_tokens: int = 16384,
     ) -> list[Completion]:
-        """Continue `sequences[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
+        """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
 
-        Each sequence must extend what the row's cache holds; only the rest of it is computed. Raises
+        Each prompt must extend what the row's cache holds; only the rest of it is computed. Raises
         FloatingPointError when the model's output is not finite.
         """
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
-        for row, ids in zip(rows, sequences):
+        for row, ids in zip(rows, prompts):
             if len(ids) <= self.cached[row]:
                 raise ValueError(
-                    f"row {row} holds {self.cached[row]} tokens; a sequence of {len(ids)} adds none"
+                    f"row {row} holds {self.cached[row]} tokens; a prompt of {len(ids)} adds none"
                 )
-        longest, most = max(map(len, sequences)), self.model.config.max_positions
+        longest, most = max(map(len, prompts)), self.model.config.max_positions
         if longest + max_new_tokens > most:
             raise UserError(
-                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} pass the model's "
+                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} exceed the model's "
                 f"{most} positions; lower --max-new-tokens or --rounds"
             )
         device, live = self.model.device, len(rows)
@@ -111,7 +111,7 @@ class Sampler:
         tokens = torch.zeros(live, max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(live, max_new_tokens, device=device)
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        logits = self._prefill([sequences[i] for i in request], prefill_tokens)  # (B, V), by slot
+        logits = self._prefill([prompts[i] for i in request], prefill_tokens)  # (B, V), by slot
         order = torch.tensor(request, device=device)  # (live,) slot -> i
         done = torch.zeros(live, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
@@ -127,13 +127,13 @@ class Sampler:
                     break
                 order, token, done = (x[swapped][:live] for x in (order, token, done))
             self.cache.reserve(longest + step + 1)
-            hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, C)
+            hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, H)
             self.cache.length[:live] += 1
             logits = self.model.logits(hidden[:, 0])  # (live, V)
 
         completions = _cut(tokens.tolist(), logprobs, set(stop_ids))
-        for i, row in enumerate(rows):  # the last token of a message was drawn, not fed
-            self.cached[row] = len(sequences[i]) + len(completions[i].tokens) - 1
+        for i, row in enumerate(rows):  # the last token of a message was sampled, not fed
+            self.cached[row] = len(prompts[i]) + len(completions[i].tokens) - 1
         self.cache.length.copy_(torch.tensor([self.cached[row] for row in self.row_at]))
         return completions
 
@@ -143,15 +143,15 @@ class Sampler:
         Returns the permutation as (len(wanted),): new slot -> old slot.
         """
         holes = [slot for slot in range(count) if not wanted[slot]]
-        movers = [slot for slot in range(count, len(wanted)) if wanted[slot]]
+        fillers = [slot for slot in range(count, len(wanted)) if wanted[slot]]
         source = list(range(len(wanted)))
-        for hole, mover in zip(holes, movers):
-            source[hole], source[mover] = mover, hole
-            self.row_at[hole], self.row_at[mover] = self.row_at[mover], self.row_at[hole]
+        for hole, filler in zip(holes, fillers):
+            source[hole], source[filler] = filler, hole
+            self.row_at[hole], self.row_at[filler] = self.row_at[filler], self.row_at[hole]
         device = self.model.device
         if holes:
-            to = torch.tensor(holes + movers, device=device)
-            self.cache.permute(to, torch.tensor(movers + holes, device=device))
+            to = torch.tensor(holes + fillers, device=device)
+            self.cache.permute(to, torch.tensor(fillers + holes, device=device))
         return torch.tensor(source, device=device)
 
     def _prefill(self, sequences: list[list[int]], budget: int) -> Tensor:
@@ -182,7 +182,7 @@ class Sampler:
             slots = torch.tensor(group, device=device)
             lengths = torch.tensor([len(rest[slot]) for slot in group], device=device)
             self.cache.reserve(max(max(held[slot] for slot in group) + width, self.cache.span))
-            hidden = self.model.hidden(padded, self.cache, slots)  # (b, width, C)
+            hidden = self.model.hidden(padded, self.cache, slots)  # (rows, width, H)
             self.cache.length[slots] += lengths
             last[slots] = hidden[torch.arange(len(group), device=device), lengths - 1]
         copies = [(slot, slots[0]) for slots in twins.values() for slot in slots[1:]]

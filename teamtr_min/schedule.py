@@ -3,16 +3,22 @@
 The variants of SPEC's ablation differ here and in a few numbers of config.py; train.py is the same for all.
 """
 
+import dataclasses
 import math
+
+import torch
+from torch import Tensor
 
 from teamtr_min import rng
 from teamtr_min.config import Config
-from teamtr_min.rollout import Head, Rollouts
+from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.tasks import Problem
+from teamtr_min.team import Team
 
 
 def update_order(config: Config, stage: int) -> list[int]:
     """The order in which this stage makes its updates; the guarantee holds for any [paper]."""
-    order = list(range(len(config.updates)))
+    order = list(range(len(config.update_groups)))
     if config.order == "reversed":
         order.reverse()
     elif config.order == "random":
@@ -20,37 +26,57 @@ def update_order(config: Config, stage: int) -> list[int]:
     return order
 
 
-def learning_rate(config: Config, update: int) -> float:
-    """Cosine decay from lr to 0 over all updates of the run."""
-    return 0.5 * config.lr * (1 + math.cos(math.pi * update / (config.stages * len(config.updates))))
+def learning_rate(config: Config, stage: int, i: int) -> float:
+    """Cosine decay from lr to 0 over all updates of the run; i counts those of the stage."""
+    groups = len(config.update_groups)
+    return 0.5 * config.lr * (1 + math.cos(math.pi * (stage * groups + i) / (config.stages * groups)))
 
 
-def samples_again(config: Config, i: int) -> bool:
-    """Whether update number `i` of a stage begins with new rollouts."""
-    return i % sampling_interval(config) == 0
+class RolloutSource:
+    """Hands out the rollouts that each update of one stage trains on.
 
-
-def sampling_interval(config: Config) -> int:
-    """Updates that share one collection of rollouts."""
-    return {"fresh": 1, "every_k": config.every}.get(config.occupancy, config.agents)
-
-
-def needed_later(config: Config, i: int) -> bool:
-    """Whether what update number `i` trained on serves a later one of its stage, and so must be kept."""
-    another = i + 1 < len(config.updates)
-    return another and (config.resample == "suffix" or not samples_again(config, i + 1))
-
-
-def unchanged_heads(config: Config, rollouts: Rollouts | None, done: list[int]) -> list[Head] | None:
-    """With `--resample suffix`, the start of each latest rollout that the team as it now is would write
-    alike.
-
-    It ends before the first turn of any agent that was updated since; `done` are this stage's updates so far.
-    The law of these starts is the new team's only marginally, not given the team, whose earlier updates were
-    fitted to them. [ours]
+    fresh: collected from the team as it now is, before every update (`--every 1`) or every k-th; stale,
+    importance, joint: once, from the team that began the stage.
     """
-    if config.resample == "full" or not done:
-        return None
-    return rollouts.before(
-        {j for update in done[-sampling_interval(config) :] for j in config.updates[update]}
-    )
+
+    def __init__(self, config: Config, task, team: Team, problems: list[Problem], stage: int):
+        self.config, self.task, self.team, self.problems, self.stage = config, task, team, problems, stage
+        self.every = config.every if config.occupancy == "fresh" else config.agents
+        self.rollouts: Rollouts | None = None  # the latest
+        self.updated_since: set[int] = set()  # agents
+
+    def of_update(self, i: int) -> Rollouts:
+        """The rollouts of update i, from 0. Those that an earlier update had cost nothing again."""
+        if i % self.every:
+            reused = [len(messages) for messages in self.rollouts.messages]
+            return dataclasses.replace(self.rollouts, reused=reused, seconds=0.0)
+        prefixes = None
+        if self.config.resample == "suffix" and self.rollouts:
+            # What precedes the updated agents' first turns has the law of the team as it now is, though only
+            # marginally, not given the team, whose earlier updates were fitted to it. [ours]
+            prefixes = self.rollouts.prefixes_before(self.updated_since)
+        path = rng.Path(self.config.seed, "train", self.stage, i)
+        self.rollouts = collect(self.team, self.task, self.problems, self.config.group, path, prefixes)
+        self.updated_since = set()
+        self.log_weights = torch.zeros(len(self.rollouts.returns))  # (R,)
+        if self.config.occupancy == "importance":
+            self.sampled_from = {j: self._message_logps(j) for j in range(self.config.agents)}
+        return self.rollouts
+
+    def updated(self, agents: list[int]) -> None:
+        """Take note that these agents are others now than those who wrote the latest rollouts."""
+        self.updated_since |= set(agents)
+        if self.config.occupancy == "importance":
+            for j in agents:
+                self.log_weights += (self._message_logps(j) - self.sampled_from[j]).sum(1)
+
+    @property
+    def weights(self) -> Tensor:
+        """Importance weights (R,) of the team as it now is on the latest rollouts, self-normalised: mean 1."""
+        if self.config.occupancy != "importance":
+            return torch.ones_like(self.log_weights)
+        return self.log_weights.softmax(0) * len(self.log_weights)
+
+    def _message_logps(self, j: int) -> Tensor:
+        """(R, turns), under agent j as it now is; 0 where another wrote."""
+        return self.rollouts.message_logps(j, self.team.agents[j].model, self.config.batch_tokens)

@@ -1,13 +1,14 @@
 """Agents, routers, and the shared transcript as each agent sees it.
 
 A transcript is the problem and every message so far. Agent j sees: its own system prompt, the problem as
-`user`, then each message as `assistant` if j wrote it, else as `user` with the writer's name in front. A view
-only ever grows at its end, so an agent's KV cache of it stays valid from turn to turn, and sampled ids are
+`user`, then each message as `assistant` if j wrote it, else as `user` with the writer's name in front. What
+an agent sees only ever grows at its end, so its KV cache stays valid from turn to turn, and sampled ids are
 never encoded again.
 """
 
 import functools
 import operator
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 
 import kernels
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, function_from_file
+from teamtr_min.files import UserError, function_from_file, replacing
+from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
-from teamtr_min.hf.weights import DTYPES, find_model, load_model
+from teamtr_min.hf.weights import DTYPES, find_model, load_model, save_model
 from teamtr_min.model import Transformer
 
 
@@ -50,14 +52,14 @@ class Agent:
 
 
 @dataclass(frozen=True)
-class View:
+class Rendered:
     """Token ids of a transcript in one agent's eyes, and where its own messages stand in them."""
 
     ids: list[int]
     spans: list[tuple[int, int]]  # (start, stop) of each own message's sampled tokens
 
 
-# (turn, messages so far, number of agents, one uniform draw in [0, 1)) -> the agent who speaks.
+# (turn, messages so far, number of agents, one uniform draw in [0, 1)) -> the agent whose turn it is.
 Router = Callable[[int, list[Message], int, float], int]
 
 
@@ -81,39 +83,44 @@ def load_router(name: str) -> Router:
 
 @dataclass
 class Team:
+    """Agents in turn order, who names the next, and how they write."""
+
     agents: list[Agent]
     router: Router = round_robin
     rounds: int = 1
+    temperature: float = 1.0  # of sampling, and of every log-prob
+    max_new_tokens: int = 16  # longest message
+    batch_rows: int = 2048  # rollouts sampled at once
 
     @property
     def turns(self) -> int:
         return len(self.agents) * self.rounds
 
-    def speaks_last(self, j: int, turn: int) -> bool:
-        """Whether agent j, speaking at `turn`, is known to be silent for the rest of the rollout."""
+    def writes_last(self, j: int, turn: int) -> bool:
+        """Whether agent j, writing at `turn`, is known to have no turn in the rest of the rollout."""
         return self.router is round_robin and turn + len(self.agents) >= self.turns
 
     def route(self, turn: int, messages: list[Message], uniform: float) -> int:
-        """The agent who speaks next; UserError when a router of the user's own fails or names nobody."""
+        """The agent whose turn is next; UserError when a router of the user's own fails or names nobody."""
         n = len(self.agents)
         try:
             choice = self.router(turn, messages, n, uniform)
-            speaker = -1 if isinstance(choice, bool) else operator.index(choice)
+            chosen = -1 if isinstance(choice, bool) else operator.index(choice)
         except Exception as error:
             raise UserError(f"the router failed at turn {turn}: {type(error).__name__}: {error}") from None
-        if not 0 <= speaker < n:
+        if not 0 <= chosen < n:
             raise UserError(f"the router chose {choice!r} at turn {turn}; agents are numbered 0 to {n - 1}")
-        return speaker
+        return chosen
 
-    def view(self, j: int, problem: str, messages: list[Message], speak: bool) -> View:
-        """What agent j sees of a transcript; `speak` ends it with the header of j's next message.
+    def render(self, j: int, problem: str, messages: list[Message], add_generation_prompt: bool) -> Rendered:
+        """The transcript as agent j sees it, ending with the header of its next message if asked to.
 
-        Without `speak` it ends with j's latest message: nothing later can be trained on.
+        Without that header it ends with j's latest message: nothing later can be trained on.
         """
         agent = self.agents[j]
         chat = agent.chat
         ids, spans = list(chat.opening(agent.role.system, problem)), []
-        if not speak:
+        if not add_generation_prompt:
             own = [t for t, message in enumerate(messages) if message.agent == j]
             messages = messages[: own[-1] + 1] if own else []
         for message in messages:
@@ -127,11 +134,20 @@ class Team:
                 same = writer.tokenizer.hash == agent.tokenizer.hash
                 content = message.content if same else chat.encode(message.text)
                 ids += chat.user_header + chat.encode(writer.role.name + ":\n") + content + chat.user_footer
-        if speak:
+        if add_generation_prompt:
             ids += chat.assistant_header
         elif spans:
             del ids[spans[-1][1] :]
-        return View(ids, spans)
+        return Rendered(ids, spans)
+
+    def save(self, directory: Path) -> None:
+        """agents/0..n-1 in Hugging Face layout, weights in the compute dtype; replaced as a whole."""
+        with replacing(directory) as aside:
+            for j, agent in enumerate(self.agents):
+                save_model(agent.model, aside / str(j))
+                for file in TOKENIZER_FILES:
+                    if (agent.tokenizer.directory / file).is_file():
+                        shutil.copyfile(agent.tokenizer.directory / file, aside / str(j) / file)
 
 
 def load_team(config: Config, roles: list[Role], sources: list[str | Path] | None = None) -> Team:
@@ -154,7 +170,8 @@ def load_team(config: Config, roles: list[Role], sources: list[str | Path] | Non
                 f"but the model only {model.config.vocab_size}"
             )
         agents.append(Agent(model, chat.tokenizer, chat, role))
-    return Team(agents, load_router(config.router), config.rounds)
+    how = config.temperature, config.max_new_tokens, config.batch_rows
+    return Team(agents, load_router(config.router), config.rounds, *how)
 
 
 def placement(config: Config) -> tuple[torch.device, torch.dtype]:

@@ -30,6 +30,7 @@ from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.run.directory import newest_run
 from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Message, Team, load_team
 from teamtr_min.theory.certificate import mean_with_interval
@@ -73,11 +74,9 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
             "--team is a trained team with its own agents and models; leave out --agents and --model"
         )
     if not team and not fresh:
-        runs = [p.parent for p in Path("runs").glob("*/summary.json") if (p.parent / "agents").is_dir()]
-        runs = [run for run in runs if task is None or is_of(run, task)]
-        team = str(max(runs, key=lambda run: (run / "summary.json").stat().st_mtime, default=""))
+        team = newest_run("summary.json", lambda run: (run / "agents").is_dir() and is_of(run, task))
     if not team:
-        return Subject("untrained team", pinned(Config.of({"task": task or "relay"} | changes)), None)
+        return Subject("untrained team", pinned(Config(**{"task": task or "relay"} | changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
@@ -86,10 +85,10 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
     return Subject(str(directory), config, sources)
 
 
-def is_of(run: Path, task: str) -> bool:
-    """Whether this is a run of `task`; one that cannot be read is of none."""
+def is_of(run: Path, task: str | None) -> bool:
+    """Whether this is a run of `task`, or with None of any; one that cannot be read is of none."""
     try:
-        return Config.load(run / "config.json").task == task
+        return Config.load(run / "config.json").task == task or task is None
     except UserError:
         return False
 
@@ -108,7 +107,7 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
     if mode in ("best_of", "vote") and k < 2:
         raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
     start = time.perf_counter()
-    rollouts, task = play(
+    rollouts, task = sample(
         subject, task_name, k, count, data, votes=mode == "vote" or mode == "solo" and k > 1
     )
     who = subject.solo if mode == "solo" else subject
@@ -121,12 +120,12 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
         "k": k,
     }
     if mode == "solo":
-        both = [(subject, rollouts), (who, play(who, task_name, k, count, data)[0])]
+        both = [(subject, rollouts), (who, sample(who, task_name, k, count, data)[0])]
         most = max(r.tokens_sampled for _, r in both)
         for i, (player, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
             affordable = k * most // max(drawn.tokens_sampled, 1)
             if affordable > k and callable(getattr(task, "answer", None)):
-                both[i] = player, play(player, task_name, affordable, count, data)[0]
+                both[i] = player, sample(player, task_name, affordable, count, data)[0]
         (_, rollouts), (_, alone) = both
         result["equal_tokens"] = at_equal_tokens(rollouts, alone, task, subject.config.seed)
         rollouts = alone
@@ -149,7 +148,7 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
     return Evaluation(result, rollouts, rollouts.team)
 
 
-def play(
+def sample(
     subject: Subject, task_name: str, k: int, count: int, data: str | None, votes: bool = False
 ) -> tuple[Rollouts, object]:
     """k rollouts of the subject on every problem, and the task; `votes`: its answers will be counted."""
@@ -164,7 +163,7 @@ def play(
     else:
         problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
-    return collect(team, problems, k, task.grade, config, ("eval",)), task
+    return collect(team, task, problems, k, rng.Path(config.seed, "eval")), task
 
 
 def pick(rollouts: Rollouts, mode: str, task) -> Tensor:

@@ -16,11 +16,22 @@ from pathlib import Path
 
 from teamtr_min.files import UserError
 
+ALIASES = {
+    **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
+    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
+    **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
+}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
+
+
+def hub_id(name: str) -> str:
+    """The hub's own name of an alias, `@revision` kept; any other name as it is."""
+    name, at, revision = name.strip().partition("@")
+    return ALIASES.get(name.lower(), name) + at + revision
 
 
 def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teamtr_min.config import ALIASES, SHIPPED, Config, hub_id
+from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.hf import hub
+from teamtr_min.hf.hub import ALIASES, hub_id
 from teamtr_min.model import ModelConfig, Transformer
 
 ASSETS = Path(__file__).parents[1] / "assets"

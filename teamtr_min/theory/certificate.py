@@ -15,7 +15,6 @@ are small. From about 1 nat per message those of the gap, which weighs by 1/rho,
 and ESS/B, which should warn of it, is itself read too high.
 """
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -24,16 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.config import Config
-from teamtr_min.rollout import Rollouts
-from teamtr_min.team import Team
 
 GAMMA = 0.99  # [ours] the paper's is not public
 RESAMPLES = 500
-DIAGNOSIS = (  # of one update, in metrics.jsonl
-    "surrogate", "surrogate_ci", "gap", "gap_ci", "occupancy_shift", "occupancy_shift_ci", "ess", "ess_ci",
-    "kl_held_out", "kl_held_out_ci", "zeta", "penalty", "certificate", "bound",
-)  # fmt: skip
 
 
 def centred(returns: Tensor) -> Tensor:
@@ -116,75 +108,6 @@ def bootstrap(
 def mean_with_interval(values: Tensor, seed: int, resamples: int = RESAMPLES) -> tuple[float, list[float]]:
     """Mean of per-problem values (P,) and its 95% bootstrap interval over problems."""
     return bootstrap(lambda v: v.mean(), values.double(), group=1, seed=seed, resamples=resamples)
-
-
-class Watch:
-    """Diagnoses the updates of one stage, each on rollouts of its own (`--diagnostics`).
-
-    `play(i)` collects rollouts of the team as it now is. Keeps a copy of all models as they were at the start
-    of the stage, and of those in an update as they were before it.
-    """
-
-    def __init__(self, team: Team, play: Callable[[int], Rollouts], config: Config):
-        self.team, self.play, self.config = team, play, config
-        self.start = [copy.deepcopy(agent.model) for agent in team.agents]
-        self.updated: list[int] = []
-        self.first: Rollouts | None = None  # of team^0
-
-    def before(self, i: int, agents: list[int]) -> Rollouts:
-        """Call just before update number i of the stage, which moves `agents`; returns what it sampled."""
-        self.rollouts = self.play(i)
-        self.first = self.first or self.rollouts
-        self.agents = agents
-        self.old = {j: copy.deepcopy(self.team.agents[j].model) for j in agents}
-        return self.rollouts
-
-    @torch.no_grad()
-    def after(self) -> dict:
-        """Call just after it; returns what metrics.jsonl keeps of the diagnosis."""
-        group, seed = self.rollouts.group_size, self.config.seed
-        speaks, spoken = self._speaks(self.rollouts), self._speaks(self.first)
-        if not speaks.any() or not spoken.any():  # a router left the agent out: nothing to measure
-            self.updated += self.agents
-            return {}
-        log_w = self._log_ratio(self.rollouts, self.old)
-        start = {k: self.start[k] for k in self.updated}
-        log_rho = before_turn(self._log_ratio(self.rollouts, start))
-        terms = surrogate_terms(self.rollouts.grouped_returns, log_w, speaks)
-        gap = gap_terms(self.rollouts.grouped_returns, log_w, log_rho, speaks)
-        drift = before_turn(self._log_ratio(self.first, start))
-
-        surrogate, (low, high) = bootstrap(lambda x: x.mean(), terms, group=group, seed=seed)
-        zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
-        kl, (kl_low, kl_high) = bootstrap(message_kl, log_w, speaks, group=group, seed=seed)
-        penalty = penalty_constant() * math.sqrt(max(kl, 0.0)) + zeta / (1 - GAMMA)
-        turns = speaks.sum(1).float()  # (R,) messages of j in each rollout
-        # One message at most: an agent's own update cannot move the states it acts in, and L^seq is exact.
-        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl_high, 0.0) / 2)
-        report = {"surrogate": surrogate, "surrogate_ci": [low, high], "zeta": zeta}
-        report |= {"kl_held_out": kl, "kl_held_out_ci": [kl_low, kl_high]}
-        for name, statistic, *tables in (
-            ("gap", lambda x: x.mean(), gap),
-            ("occupancy_shift", occupancy_shift, drift, spoken),
-            ("ess", effective_sample_share, drift, spoken),
-        ):
-            report[name], report[f"{name}_ci"] = bootstrap(statistic, *tables, group=group, seed=seed)
-        self.updated += self.agents
-        return report | {"certificate": surrogate - penalty, "penalty": penalty, "bound": bound}
-
-    def _speaks(self, rollouts: Rollouts) -> Tensor:
-        """(R, T) bool: who was updated speaks here."""
-        return torch.tensor([[m.agent in self.agents for m in messages] for messages in rollouts.messages])
-
-    def _log_ratio(self, rollouts: Rollouts, old: dict) -> Tensor:
-        """(R, T): log-prob of each message of the agents in `old` as they are now, minus as they were."""
-        table = torch.zeros(
-            len(rollouts.messages), self.team.turns, dtype=torch.double
-        )  # exp never overflows
-        for j, model in old.items():
-            table += rollouts.message_logp(j, self.team.agents[j].model, self.config)
-            table -= rollouts.message_logp(j, model, self.config)
-        return table
 
 
 def before_turn(log_ratio: Tensor) -> Tensor:

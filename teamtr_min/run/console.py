@@ -1,0 +1,151 @@
+"""What a run says on the terminal."""
+
+import math
+from pathlib import Path
+
+from tqdm import tqdm
+
+from teamtr_min.config import Config
+from teamtr_min.team import Team
+
+
+class Console:
+    """Lines above a bar of updates, which is quiet when the output is no terminal."""
+
+    def __init__(self, updates: int):
+        self.bar = tqdm(total=updates, unit="update", disable=None, leave=False)
+
+    def say(self, text: str) -> None:
+        self.bar.clear()
+        print(text, flush=True)
+        self.bar.refresh()
+
+    def advance(self, updates: int, note: str = "") -> None:
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(updates)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def header(config: Config, team: Team, directory: Path) -> str:
+    """Team, model, memory, task, method and place, one line each."""
+    models = [agent.model for agent in team.agents]
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    width = models[0].dtype.itemsize
+    weights = sum(counts) * width
+    collections = "before each update" if config.every == 1 else f"before every {config.every} updates"
+    # Who is in an update: gradients, Adam, the last accepted point with its Adam, the attempted point;
+    # and where the masters are a second copy, they and their own gradients.
+    moved = max(sum(counts[j] for j in agents) for agents in config.update_groups)
+    update = moved * (width + 8 + 12 + 4 + (8 if width == 2 else 0))
+    rows = min(config.problems * config.group, config.batch_rows)
+    caches = [m.config.kv_per_token * width * rows for m in models]
+    cache = max(caches) if team.writes_last(0, 0) else sum(caches)  # all stay where agents write again
+    roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
+    precision = "bf16 over fp32 masters" if width == 2 else "fp32"
+    weights += config.diagnostics * (weights + moved * width)  # the team as it was
+    lines = [
+        f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
+        f"{precision} on {models[0].device}",
+        f"model   {config.model}",
+        f"memory  weights {size(weights)}, an update {size(update)} besides activations, "
+        f"KV cache {size(cache)} per token of a transcript",
+        f"task    {config.task}: {team.turns} turns, temperature {config.temperature:g}, "
+        f"{config.problems} problems x {config.group} rollouts "
+        + (collections if config.occupancy == "fresh" else "once a stage"),
+        f"method  {config.occupancy} occupancy, {config.order} order, {region(config)}, "
+        f"at most {config.inner_steps} steps at lr {config.lr:g}, {config.stages} stages",
+        f"output  {directory}",
+    ]
+    return "\n".join(lines)
+
+
+def region(config: Config) -> str:
+    """What bounds an update."""
+    if config.kl == "fixed" and config.beta == 0:
+        return "no trust region"
+    return {
+        "hard": f"radius {config.delta:g} ({config.kl_estimator} per {config.kl_unit})",
+        "adaptive": f"KL penalty adapted to {config.delta:g}, no radius",
+        "fixed": f"KL penalty {config.beta:g}, no radius",
+    }[config.kl]
+
+
+def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
+    """A stage's line: accuracy before its first update, and each update's KL, by agent.
+
+    `B 0.0153*`: the star says that the update exceeded its radius and was backtracked.
+    """
+    kls = []
+    for u in sorted(updates, key=lambda u: u.get("agent", 0)):
+        name = names[u["agent"]] if "agent" in u else "team"
+        took_turn = "kl_after" in u
+        kls.append(
+            f"{name} {u['kl_after']:.4f}{'*' if u['halvings'] else ' '}" if took_turn else f"{name} no turn"
+        )
+    held_out = f"  held-out {stage['accuracy_held_out']:.3f}" if "accuracy_held_out" in stage else ""
+    lines = [
+        f"stage {stage['stage'] + 1:3d}/{config.stages}  accuracy {stage['accuracy']:.3f}{held_out}"
+        f"  KL {' '.join(kls)} of {config.delta:g}  {stage['seconds']:4.0f} s"
+    ]
+    if config.diagnostics:
+        lines.append(diagnosis(stage, [u for u in updates if "surrogate" in u]))
+    return "\n".join(lines)
+
+
+def diagnosis(stage: dict, updates: list[dict]) -> str:
+    """A stage's certificate and its terms, below its line."""
+    if not updates:
+        return "      nobody who was updated took a turn: nothing to diagnose"
+    gap = f"{stage['delta_stale']:.4f}" if "delta_stale" in stage else "none"
+    return (
+        f"      certificate {stage['certificate']:,.0f}{' (vacuous)' * stage['vacuous']}, "
+        f"finite-horizon bound {stage['bound']:+.3f}; "
+        f"stale gap {gap}, occupancy shift {max(u['occupancy_shift'] for u in updates):.3f}, "
+        f"ESS/B {min(u['ess'] for u in updates):.2f}, "
+        f"held-out KL {max(u['kl_held_out'] for u in updates):.4f}"
+    )
+
+
+def closing(config: Config, directory: Path, summary: dict, accuracies: list[float]) -> str:
+    """The last words of a run: the curve, the result, where the files are, what to try next."""
+    lines = [""]
+    if accuracies:
+        lines.append(plot(accuracies, label=f"accuracy on each stage's problems, {len(accuracies)} stages"))
+    if summary["stopped"]:
+        lines.append(f"stopped early: {summary['stopped']}; to go on: python train.py --resume {directory}")
+    else:
+        lines.append(
+            f"held-out accuracy {summary['accuracy_start']:.3f} -> {summary['accuracy_final']:.3f} "
+            f"in {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
+        )
+        if (exceeded := summary["violation_rate_before"]) is not None:
+            backtracked = " and were backtracked" * (config.kl == "hard")
+            lines[-1] += f"; {exceeded:.0%} of updates exceeded the radius{backtracked}"
+    lines.append(
+        f"{directory}/ holds agents/, metrics.jsonl, transcripts.jsonl, config.json and summary.json"
+    )
+    lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes in words: 1.4 MiB."""
+    power = min(3, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def plot(values: list[float], height: int = 8, width: int = 60, label: str = "") -> str:
+    """A curve in [0, 1] for a terminal; a column is the mean of its share of the values."""
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    repeat = max(1, width // columns)
+    lines = []
+    for row in reversed(range(height)):
+        bars = (" ▁▂▃▄▅▆▇█"[max(0, min(8, round(8 * (mean * height - row))))] * repeat for mean in means)
+        tick = f"{(row + 1) / height:4.1f}" if (row + 1) % (height // 2) == 0 else "    "
+        lines.append(f"{tick} │{''.join(bars)}")
+    lines.append(" 0.0 └" + "─" * (columns * repeat) + f" {label}")
+    return "\n".join(lines)

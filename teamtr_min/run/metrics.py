@@ -1,0 +1,117 @@
+"""The lines of metrics.jsonl and transcripts.jsonl and the object of summary.json; docs/metrics.md explains each key.
+
+A line holds only what was measured: a key that means nothing for it is absent.
+"""
+
+import math
+
+from teamtr_min.config import Config
+from teamtr_min.learner import Update
+from teamtr_min.rollout import Rollouts
+from teamtr_min.theory.certificate import stage_certificate
+
+TRANSCRIPTS_PER_COLLECTION = 4
+KL_NAMES = ("kl", "kl_k1", "kl_k3", "kl_exact")  # "kl" is the one that the radius is enforced on
+
+
+def update_line(
+    stage: int, i: int, agents: list[int], rollouts: Rollouts, update: Update, delta: float, more: dict
+) -> dict:
+    """The update of one agent, or of all together; `more`: what the task and the diagnostics measured."""
+    own = rollouts.by(agents)
+    line = {
+        "kind": "update",
+        "stage": stage,
+        "update": i,
+        "agent": agents[0] if len(agents) == 1 else None,
+        "accuracy": rollouts.accuracy,
+        "return_mean": rollouts.returns.mean().item(),
+        "zero_variance_groups": rollouts.zero_variance_groups,
+        "messages": len(own),
+        "message_tokens": sum(len(m.tokens) for m in own) / len(own) if own else None,
+        "truncated": sum(not m.stopped for m in own) / len(own) if own else None,
+        **{name: update.first.get(name) for name in ("entropy", "sampler_mismatch", "sampler_mismatch_max")},
+        "grad_norm": update.grad_norm,
+        **{name: update.kept.get(name) for name in ("loss", "clip_fraction", "ratio_mean", "ratio_max")},
+        **{f"{name}_before": update.attempted.get(name) for name in KL_NAMES},
+        **{f"{name}_after": update.kept.get(name) for name in KL_NAMES},
+        "steps": update.steps,
+        "halvings": update.halvings,
+        "lr": update.lr,
+        "beta": update.beta,
+        "delta": delta if math.isfinite(delta) else None,
+        "tokens_trained": update.tokens,
+        "rollouts": rollouts.count_sampled,
+        "tokens_sampled": rollouts.tokens_sampled,
+        "seconds_sampling": rollouts.seconds,
+        "seconds_training": update.seconds,
+        **more,
+    }
+    return {key: value for key, value in line.items() if value is not None}
+
+
+def stage_line(
+    stage: int,
+    updates: list[dict],
+    accuracy_held_out: float | None,
+    rollouts: int,
+    seconds: dict,
+    config: Config,
+) -> dict:
+    """A stage, from the lines of its updates in any order; `rollouts` and `seconds` are the run's so far."""
+    first = next(u for u in updates if u["update"] == 0)
+    line = {
+        "kind": "stage",
+        "stage": stage,
+        "accuracy": first["accuracy"],
+        "accuracy_held_out": accuracy_held_out,
+        "return_mean": first["return_mean"],
+        "kl": [u.get("kl_after") for u in updates],
+        "delta": first.get("delta"),
+        "rollouts_so_far": rollouts,
+        **seconds,
+        **(stage_certificate(updates) if config.diagnostics else {}),
+    }
+    return {key: value for key, value in line.items() if value is not None}
+
+
+def transcripts(rollouts: Rollouts, stage: int, split: str) -> list[dict]:
+    """A few rollouts, spread over the problems."""
+    stride = max(1, len(rollouts.messages) // TRANSCRIPTS_PER_COLLECTION)
+    few = range(0, stride * TRANSCRIPTS_PER_COLLECTION, stride)[: len(rollouts.messages)]
+    return [
+        {
+            "id": rollouts.problems[r].id,
+            "text": rollouts.problems[r].text,
+            "answer": rollouts.problems[r].answer,
+            "messages": [{"agent": m.agent, "text": m.text} for m in rollouts.messages[r]],
+            "return": rollouts.returns[r].item(),
+            "stage": stage,
+            "split": split,
+        }
+        for r in few
+    ]
+
+
+def totals(updates: list[dict]) -> dict:
+    """What all updates so far cost, by purpose."""
+
+    def total(key: str) -> float:
+        return sum(u.get(key, 0) for u in updates)
+
+    return {
+        "rollouts": total("rollouts"),
+        "tokens_sampled": total("tokens_sampled"),
+        "tokens_trained": total("tokens_trained"),
+        "seconds_sampling": total("seconds_sampling"),
+        "seconds_training": total("seconds_training"),
+        "rollouts_diagnostics": total("rollouts_diagnostics"),
+        "tokens_sampled_diagnostics": total("tokens_sampled_diagnostics"),
+        "seconds_diagnostics": total("seconds_diagnostics"),
+    }
+
+
+def violation_rate(updates: list[dict], kl: str) -> float | None:
+    """Share of updates whose KL exceeded delta; without either they do not count. None without any."""
+    outside = [u[kl] > u["delta"] for u in updates if kl in u and "delta" in u]
+    return sum(outside) / len(outside) if outside else None

@@ -1,0 +1,100 @@
+"""`--diagnostics`: what each update of a run was worth, estimated on rollouts of its own by certificate.py."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+
+from teamtr_min import rng
+from teamtr_min.config import Config
+from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.team import Team
+from teamtr_min.theory import certificate
+from teamtr_min.theory.certificate import GAMMA, before_turn, bootstrap
+
+
+class NoDiagnostics:
+    """What a run without `--diagnostics` has in their place."""
+
+    def before(self, i: int, agents: list[int]) -> None:
+        pass
+
+    def after(self) -> dict:
+        return {}
+
+
+class Diagnostics:
+    """Diagnoses the updates of one stage, each on rollouts of the team just before it.
+
+    Keeps a copy of all models as they were at the start of the stage, and of those in an update as they were
+    before it. Its problems are not those that are trained on.
+    """
+
+    def __init__(self, config: Config, task, team: Team, stage: int):
+        self.config, self.task, self.team, self.stage = config, task, team, stage
+        problems = rng.generator(config.seed, "diagnostics", stage)
+        self.problems = task.sample_problems(config.problems, problems)
+        self.start = [copy.deepcopy(agent.model) for agent in team.agents]
+        self.updated: list[int] = []
+        self.first: Rollouts | None = None  # of team^0
+
+    def before(self, i: int, agents: list[int]) -> None:
+        """Call just before update number i of the stage, which moves `agents`."""
+        path = rng.Path(self.config.seed, "diagnostics", self.stage, i)
+        self.rollouts = collect(self.team, self.task, self.problems, self.config.group, path)
+        self.first = self.first or self.rollouts
+        self.agents = agents
+        self.old = {j: copy.deepcopy(self.team.agents[j].model) for j in agents}
+
+    @torch.no_grad()
+    def after(self) -> dict:
+        """Call just after it; what metrics.jsonl keeps of the diagnosis, estimates absent if it has none."""
+        cost = {
+            "rollouts_diagnostics": self.rollouts.count_sampled,
+            "tokens_sampled_diagnostics": self.rollouts.tokens_sampled,
+            "seconds_diagnostics": self.rollouts.seconds,
+        }
+        group, seed = self.rollouts.group_size, self.config.seed
+        writes, wrote = self._writes(self.rollouts), self._writes(self.first)
+        if not writes.any() or not wrote.any():  # a router left the agent out: nothing to measure
+            self.updated += self.agents
+            return cost
+        log_w = self._log_ratio(self.rollouts, self.old)
+        start = {k: self.start[k] for k in self.updated}
+        log_rho = before_turn(self._log_ratio(self.rollouts, start))
+        terms = certificate.surrogate_terms(self.rollouts.grouped_returns, log_w, writes)
+        gap = certificate.gap_terms(self.rollouts.grouped_returns, log_w, log_rho, writes)
+        drift = before_turn(self._log_ratio(self.first, start))
+
+        surrogate, (low, high) = bootstrap(lambda x: x.mean(), terms, group=group, seed=seed)
+        zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
+        kl, (kl_low, kl_high) = bootstrap(certificate.message_kl, log_w, writes, group=group, seed=seed)
+        penalty = certificate.penalty_constant() * math.sqrt(max(kl, 0.0)) + zeta / (1 - GAMMA)
+        turns = writes.sum(1).float()  # (R,) messages of the agent in each rollout
+        # One message at most: an agent's own update cannot move the states it acts in, and L^seq is exact.
+        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl_high, 0.0) / 2)
+        found = {"surrogate": surrogate, "surrogate_ci": [low, high], "zeta": zeta}
+        found |= {"kl_held_out": kl, "kl_held_out_ci": [kl_low, kl_high]}
+        for name, statistic, *tables in (
+            ("gap", lambda x: x.mean(), gap),
+            ("occupancy_shift", certificate.occupancy_shift, drift, wrote),
+            ("ess", certificate.effective_sample_share, drift, wrote),
+        ):
+            found[name], found[f"{name}_ci"] = bootstrap(statistic, *tables, group=group, seed=seed)
+        self.updated += self.agents
+        return found | {"certificate": surrogate - penalty, "penalty": penalty, "bound": bound} | cost
+
+    def _writes(self, rollouts: Rollouts) -> Tensor:
+        """(R, turns) bool: a message of an agent that was updated."""
+        return torch.tensor([[m.agent in self.agents for m in messages] for messages in rollouts.messages])
+
+    def _log_ratio(self, rollouts: Rollouts, old: dict) -> Tensor:
+        """(R, turns): log-prob of each message of the agents in `old` as they are now, minus as they were."""
+        table = torch.zeros(
+            len(rollouts.messages), self.team.turns, dtype=torch.double
+        )  # exp never overflows
+        for j, model in old.items():
+            table += rollouts.message_logps(j, self.team.agents[j].model, self.config.batch_tokens)
+            table -= rollouts.message_logps(j, model, self.config.batch_tokens)
+        return table
