@@ -101,7 +101,7 @@ class Learner:
         self._move(self.models[0].device)
 
     def offload(self) -> None:
-        """Adam's moments, and masters that are a second copy, wait on the host and leave the device to others."""
+        """Adam's moments, and masters that are a second copy, wait on the host: the device is for others."""
         self._move("cpu")
 
     def add_gradients(self) -> None:

@@ -98,8 +98,8 @@ class Sampler:
         longest, most = max(map(len, prompts)), self.model.config.max_positions
         if longest + max_new_tokens > most:
             raise UserError(
-                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} exceed the model's "
-                f"{most} positions; lower --max-new-tokens or --rounds"
+                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} exceed the {most} "
+                "positions of the model; lower --max-new-tokens or --rounds"
             )
         device, live = self.model.device, len(rows)
         index_of = {row: i for i, row in enumerate(rows)}

@@ -72,7 +72,7 @@ class RolloutSource:
 
     @property
     def weights(self) -> Tensor:
-        """Importance weights (R,) of the team as it now is on the latest rollouts, self-normalised: mean 1."""
+        """Importance weights (R,) of the team as it now is on the latest rollouts; their mean is 1."""
         if self.config.occupancy != "importance":
             return torch.ones_like(self.log_weights)
         return self.log_weights.softmax(0) * len(self.log_weights)

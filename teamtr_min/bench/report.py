@@ -19,7 +19,7 @@ import numpy as np
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
-from teamtr_min.run.run import violation_rate
+from teamtr_min.run.metrics import violation_rate
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"

@@ -5,8 +5,8 @@
         state.json                   betas, what the logs held by then, sha256 of the files
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the rng path (rng.py),
-and the learning rate one of the update's number. So a run that was killed repeats at most a stage, to the same
-bits. A checkpoint needs no other one; it is written whole or not at all.
+and the learning rate is one of the update's number. So a run that was killed repeats at most a stage, to the
+same bits. Each checkpoint stands alone; it is written whole or not at all.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl and transcripts.jsonl and the object of summary.json; docs/metrics.md explains each key.
+"""The lines of metrics.jsonl and transcripts.jsonl; docs/metrics.md explains each key.
 
 A line holds only what was measured: a key that means nothing for it is absent.
 """

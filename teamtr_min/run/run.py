@@ -1,4 +1,4 @@
-"""One run around the loop of train.py: its directory and logs, evaluation, checkpoints, resume, the summary."""
+"""A run around the loop of train.py: its directory and logs, evaluation, checkpoints, resume, summary."""
 
 import json
 import os

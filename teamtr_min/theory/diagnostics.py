@@ -1,4 +1,4 @@
-"""`--diagnostics`: what each update of a run was worth, estimated on rollouts of its own by certificate.py."""
+"""`--diagnostics`: what each update of a run was worth, estimated on rollouts of its own."""
 
 import copy
 import math
