@@ -66,8 +66,8 @@ class Config:
     stages: int = knob(50, "stages; each updates every agent once", least=1)
     occupancy: str = knob(
         "fresh",
-        "what an update trains on. fresh: on-policy rollouts, collected anew before each; stale: those of the "
-        "stage's start; importance: the same, reweighted; joint: the same, for one update of all agents",
+        "what an update trains on. fresh: on-policy rollouts, collected anew before each; stale: those of "
+        "the stage's start; importance: the same, reweighted; joint: the same, for one update of all agents",
         choices=("fresh", "stale", "importance", "joint"),
     )
     every: int = knob(1, "with fresh occupancy: collect before every so many updates", least=1)

@@ -128,7 +128,7 @@ class Rollouts:
         return batches
 
     def message_logps(self, agent: int, model: Transformer, batch_tokens: int) -> Tensor:
-        """(R, turns) log-prob of each message of `agent` under `model`, at the sampling temperature; else 0."""
+        """(R, turns) log-probs of the messages of `agent` under `model`, 0 at others' turns."""
         table = torch.zeros(len(self.messages), self.team.turns)
         for batch in self.batches([agent], torch.zeros_like(self.returns), batch_tokens):
             logps = batch.per_message(batch.logps(model, self.team.temperature))  # (M,)
