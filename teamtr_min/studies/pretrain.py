@@ -119,17 +119,18 @@ def transcript(generator: np.random.Generator, course: RelayCourse, careful: flo
 
 
 def batches(tokenizer: Tokenizer, transcripts: list[str], parts: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
-    """The transcripts as `parts` batches of similar length: tokens and targets, both (B, T).
+    """The transcripts as at most `parts` batches of similar length: tokens and targets, both (B, T).
 
     Targets are -100 wherever the next token is no part of a message.
     """
-    encoded, rows = sorted(map(tokenizer.encode, transcripts), key=len), len(transcripts)
+    encoded = sorted(map(tokenizer.encode, transcripts), key=len)
+    rows, parts = len(encoded), min(parts, len(encoded))
     (end,) = tokenizer.encode("<|end|>")
     names = "".join(f"{name}:\n" for name in Relay.agent_names)
     headers = set(tokenizer.encode("<|user|><|assistant|>" + names))
     for part in range(parts):
         batch = encoded[part * rows // parts : (part + 1) * rows // parts]
-        tokens = torch.zeros(len(batch), max(map(len, batch), default=0), dtype=torch.long)
+        tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
         targets = torch.full_like(tokens, -100)
         for row, ids in enumerate(batch):
             tokens[row, : len(ids)] = torch.tensor(ids)
