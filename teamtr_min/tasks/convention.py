@@ -18,9 +18,9 @@ class Convention(Relay):
     the problem and the last message are plain. All agents in code 0 reach the answer, and so do all in code
     1. The return is the share of handovers with writer and reader in the same code.
 
-    Every digit is as likely in either code. So a message tells its code only to a reader who works out the
-    problem himself. All operands but the first two and the last are odd: an even one would make the sum come
-    out the same in either code.
+    Every digit is as likely in either code, so a message shows its code only to a reader who also works out
+    the problem. All digits of a problem but the first two and the last are odd: with an even one both codes
+    would write the same digit.
     """
 
     name = "convention"
