@@ -1,4 +1,4 @@
-"""Relay arithmetic: right answers, and a split that nothing crosses."""
+"""Tasks: right answers, a held-out split that no training problem crosses, and faults that are located."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def by_hand(chain: str) -> str:
 
 
 def test_one_step_carries_out_the_first_operation():
-    assert Relay.step("7+8*3-4") == "5*3-4" and Relay.step("5*3-4") == "5-4" and Relay.step("2-7") == "5"
+    assert [Relay.step(chain) for chain in ("7+8*3-4", "5*3-4", "2-7")] == ["5*3-4", "5-4", "5"]
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 8])
@@ -40,57 +40,75 @@ def test_answers_are_right_and_chains_have_one_operation_per_turn(turns):
         assert len(problem.text) == 2 * turns + 1 and problem.answer == by_hand(problem.text)
 
 
-def test_the_held_out_split_never_overlaps_training():
-    for turns in (1, 2, 3, 5):
-        task = relay(turns)
-        trained = {
-            p.text for seed in range(5) for p in task.sample_problems(500, rng.generator(seed, "problems", 0))
-        }
-        held_out = {p.text for p in task.sample_problems(2048, rng.generator(0, "held-out"), held_out=True)}
-        assert trained and held_out and not trained & held_out
-    chains = [f"{a}{s}{b}" for a in range(10) for s in "+-*" for b in range(10)]
-    assert 15 < sum(map(Relay.is_held_out, chains)) < 45, "about a tenth"
+@pytest.mark.parametrize(
+    "task, turns", [("relay", 1), ("relay", 2), ("relay", 3), ("relay", 5), ("convention", 3)]
+)
+def test_the_held_out_split_never_overlaps_training(task, turns):
+    sample = load_task(Config(task=task, agents=turns)).sample_problems
+    trained = {p.text for seed in range(5) for p in sample(500, rng.generator(seed, "problems", 0))}
+    held_out = {p.text for p in sample(2048, rng.generator(0, "held-out"), held_out=True)}
+    assert trained and held_out and not trained & held_out
+
+
+def test_about_a_tenth_of_all_chains_is_held_out():
+    chains = [f"{a}{sign}{b}" for a in range(10) for sign in "+-*" for b in range(10)]
+    assert 15 < sum(map(Relay.is_held_out, chains)) < 45
 
 
 def test_only_the_last_message_counts():
     (problem,) = relay(2).sample_problems(1, rng.generator(0))
-    wrong = str((int(problem.answer) + 1) % 10)
-    grade = relay(2).grade
-    assert grade(problem, said("nonsense", problem.answer)) == 1
-    assert grade(problem, said(problem.answer, wrong)) == 0
-    assert grade(problem, said(problem.answer, "")) == 0
-    assert grade(problem, said(problem.answer, problem.answer * 2)) == 0
+    right, wrong = problem.answer, str((int(problem.answer) + 1) % 10)
+    assert relay(2).grade(problem, said("nonsense", right)) == 1
+    for last in (wrong, "", right * 2):
+        assert relay(2).grade(problem, said(right, last)) == 0
 
 
-def test_too_many_turns_and_unknown_tasks_are_refused():
-    with pytest.raises(UserError, match="at most 8 operations.*9 turns"):
-        relay(9)
-    with pytest.raises(UserError, match="no task 'chess'"):
-        load_task(Config(task="chess"))
-    with pytest.raises(UserError, match="relay makes its own problems"):
-        load_task(Config(data="x.jsonl"))
+@pytest.mark.parametrize(
+    "given, fault",
+    [
+        ({"agents": 9}, "relay .* at most 8 operations.* 9 turns"),
+        ({"task": "convention", "agents": 1}, "convention .* at least 2 .* 1 turns"),
+        ({"task": "convention", "agents": 5}, "convention .* at most 4 operations.* 5 turns"),
+        ({"task": "chess"}, "no task 'chess': give relay, convention, gsm8k, jsonl, or FILE.py"),
+        ({"data": "x.jsonl"}, "relay makes its own problems"),
+        ({"task": "gsm8k"}, "gsm8k needs --data"),
+    ],
+)
+def test_impossible_choices_are_refused(given, fault):
+    with pytest.raises(UserError, match=fault):
+        load_task(Config(**given))
 
 
-def test_problem_files_are_read_and_their_faults_located(tmp_path):
+def test_problem_files_are_read(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"q": "7+8", "a": 5}\n\n{"q": "1*1", "a": "so #### 1", "id": "x"}\n')
     problems = read_problems(file, "q", "a")
     assert [(p.id, p.text, p.answer) for p in problems] == [("1", "7+8", "5"), ("x", "1*1", "1")]
-    faults = (
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
         ('{"q": "1"', "not JSON"),
-        ('{"q": "1", "b": 2}', 'no text in the field "a" .it has: q, b.; --question-field'),
+        ('{"q": "1", "b": 2}', r'no text in the field "a" \(it has: q, b\); --question-field'),
         ('{"q": null, "a": 1}', 'no text in the field "q"'),
         ("[1]", "a JSON list, not an object"),
-    )
-    for line, fault in faults:
-        file.write_text('{"q": "7+8", "a": "5"}\n' + line + "\n")
-        with pytest.raises(UserError, match=f"p.jsonl, line 2: {fault}"):
-            read_problems(file, "q", "a")
+    ],
+)
+def test_a_fault_in_a_problem_file_is_located(tmp_path, line, fault):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"q": "7+8", "a": "5"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"p.jsonl, line 2: {fault}"):
+        read_problems(file, "q", "a")
+
+
+def test_a_problem_file_that_is_absent_or_empty_is_refused(tmp_path):
+    file = tmp_path / "p.jsonl"
+    with pytest.raises(UserError, match="cannot read"):
+        read_problems(file, "q", "a")
     file.write_text("\n")
     with pytest.raises(UserError, match="no problems"):
         read_problems(file, "q", "a")
-    with pytest.raises(UserError, match="cannot read"):
-        read_problems(tmp_path / "absent.jsonl", "q", "a")
 
 
 @pytest.mark.parametrize(
@@ -111,34 +129,21 @@ def test_the_last_stated_answer_counts(text, answer):
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    "given, wanted, same",
-    [
-        ("1,234.50", "1234.5", True),
-        ("$18", "18", True),
-        ("18 dollars", "18", True),
-        ("18.00", "18", True),
-        ("50%", "50", True),
-        (r"50\%", "50", True),
-        ("-3", "\N{MINUS SIGN}3", True),
-        ("1/2", "0.5", True),
-        (r"\frac{1}{2}", r"\dfrac12", False),
-        (r"\frac{1}{2}", "0.5", True),
-        ("0.1", "0.10000000000000001", False),
-        ("10000000000000001", "10000000000000000", False),
-        ("12,34", "1234", False),
-        ("18", "81", False),
-        ("18", "-18", False),
-        ("1/0", "0", False),
-        (r"x = \text{even}", r"x=\text{ even}", True),
-        (r"(1, 2)", "(1,2)", True),
-        ("blue", "red", False),
-        (r"12\text{ cm}", "12", True),
-    ],
-)
-def test_numbers_are_compared_exactly_and_other_answers_as_text(given, wanted, same):
-    assert is_correct(f"so \\boxed{{{given}}}", wanted) == same
-    assert is_correct(f"#### {given}", wanted) == same
+@pytest.mark.parametrize("given, wanted", [
+    ("1,234.50", "1234.5"), ("$18", "18"), ("18 dollars", "18"), ("18.00", "18"), ("50%", "50"),
+    (r"50\%", "50"), ("-3", "\N{MINUS SIGN}3"), ("1/2", "0.5"), (r"\frac{1}{2}", "0.5"),
+    (r"12\text{ cm}", "12"), (r"x = \text{even}", r"x=\text{ even}"), (r"(1, 2)", "(1,2)"),
+])  # fmt: skip
+def test_answers_are_equal_as_numbers_or_else_as_text(given, wanted):
+    assert is_correct(f"so \\boxed{{{given}}}", wanted) and is_correct(f"#### {given}", wanted)
+
+
+@pytest.mark.parametrize("given, wanted", [
+    (r"\frac{1}{2}", r"\dfrac12"), ("0.1", "0.10000000000000001"), ("12,34", "1234"), ("18", "81"),
+    ("10000000000000001", "10000000000000000"), ("18", "-18"), ("1/0", "0"), ("blue", "red"),
+])  # fmt: skip
+def test_other_answers_are_wrong(given, wanted):
+    assert not is_correct(f"so \\boxed{{{given}}}", wanted) and not is_correct(f"#### {given}", wanted)
 
 
 def test_a_response_without_an_answer_is_wrong():
@@ -165,32 +170,51 @@ def test_gold_solutions_of_math_are_right():
     assert sum(is_correct(r["solution"], r["answer"]) for r in records) / len(records) > 0.99
 
 
-def test_word_problems_are_split_and_drawn_without_repetition(tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_text(
-        "".join(json.dumps({"question": f"What is {i}?", "answer": str(i)}) + "\n" for i in range(200))
-    )
-    task = load_task(Config(task="jsonl", data=str(file)))
-    assert len(task.train) + len(task.held_out) == 200 and 8 <= len(task.held_out) <= 35
-    drawn = [p.id for p in task.sample_problems(50, rng.generator(0, "problems", 0))]
-    assert len(set(drawn)) == 50 and not set(drawn) & {p.id for p in task.held_out}
-    assert drawn != [p.id for p in task.sample_problems(50, rng.generator(0, "problems", 1))]
+@pytest.fixture
+def word_problems(tmp_path):
+    lines = [json.dumps({"question": f"What is {i}?", "answer": str(i)}) for i in range(200)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    return load_task(Config(task="jsonl", data=str(tmp_path / "p.jsonl")))
+
+
+def test_word_problems_are_split_and_sampled_without_repetition(word_problems):
+    held_out, sample = word_problems.held_out, word_problems.sample_problems
+    assert len(word_problems.train) + len(held_out) == 200 and 8 <= len(held_out) <= 35
+    first, second = ([p.id for p in sample(50, rng.generator(0, "problems", stage))] for stage in (0, 1))
+    assert len(set(first)) == 50 and not set(first) & {p.id for p in held_out} and first != second
     with pytest.raises(UserError, match="only .* to train on"):
-        task.sample_problems(500, rng.generator(0))
-    problem = task.train[0]
-    assert task.grade(problem, said(f"\\boxed{{{problem.answer}}}", "I agree")) == 1
-    assert task.grade(problem, said(f"\\boxed{{{problem.answer}}}", "no: \\boxed{-7}")) == 0
-    assert task.grade(problem, said("hm", "hm")) == 0
-    assert [r.name for r in task.roles(3)] == ["Agent 1", "Agent 2", "Agent 3"] and len(task.roles(1)) == 1
+        sample(500, rng.generator(0))
 
 
-def test_a_task_of_ones_own(tmp_path):
+def test_the_last_answer_that_any_message_states_is_the_teams(word_problems):
+    problem = word_problems.train[0]
+    right = f"\\boxed{{{problem.answer}}}"
+    assert word_problems.grade(problem, said(right, "I agree")) == 1
+    assert word_problems.grade(problem, said(right, "no: \\boxed{-7}")) == 0
+    assert word_problems.grade(problem, said("hm", "hm")) == 0
+
+
+def test_word_problems_have_a_role_for_each_agent(word_problems):
+    assert [role.name for role in word_problems.roles(3)] == ["Agent 1", "Agent 2", "Agent 3"]
+    assert [len(word_problems.roles(agents)) for agents in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "source, fault",
+    [
+        ("task = lambda config: object()", "has no roles, sample_problems, grade"),
+        ("class task:\n    def __init__(self, config): ...\n    def draw(self): ...", "rename it"),
+        ("task = 3", "`task` is not a function"),
+        ("", "no usable function `task`"),
+    ],
+)
+def test_a_faulty_task_of_ones_own_is_refused(tmp_path, source, fault):
     file = tmp_path / "mine.py"
-    file.write_text("def task(config):\n    return object()\n")
-    with pytest.raises(UserError, match="has no roles, draw, grade"):
+    file.write_text(source)
+    with pytest.raises(UserError, match=fault):
         load_task(Config(task=str(file)))
-    file.write_text("task = 3\n")
-    with pytest.raises(UserError, match="`task` is not a function"):
-        load_task(Config(task=str(file)))
+
+
+def test_an_absent_task_of_ones_own_is_refused():
     with pytest.raises(UserError, match="no usable function `task`"):
-        load_task(Config(task=str(tmp_path / "absent.py")))
+        load_task(Config(task="absent.py"))

@@ -1,0 +1,102 @@
+"""Word problems with short answers, from JSONL files such as GSM8K's."""
+
+import json
+from pathlib import Path
+
+from numpy.random import Generator
+
+from teamtr_min import rng
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
+from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
+from teamtr_min.tasks.task import Problem
+from teamtr_min.team import Message, Role
+
+
+class WordProblems:
+    """Questions from a JSONL file, or from a directory with train.jsonl and test.jsonl.
+
+    Of a single file every tenth problem, by a hash of its text, is held out. The team's answer is the last
+    one that any message states. The return is 1 if it equals the gold answer (`is_correct`), else 0.
+    """
+
+    def __init__(self, config: Config):
+        if not config.data:
+            raise UserError(
+                f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
+                "test.jsonl (for GSM8K: grade_school_math/data of openai/grade-school-math)"
+            )
+        self.path, self.fields = Path(config.data), (config.question_field, config.answer_field)
+        if self.path.is_dir():
+            self.train = read_problems(self.path / "train.jsonl", *self.fields)
+            self.held_out = read_problems(self.path / "test.jsonl", *self.fields)
+        else:
+            problems = read_problems(self.path, *self.fields)
+            self.train = [p for p in problems if rng.key(0, p.text) % 10]
+            self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
+
+    def roles(self, agents: int) -> list[Role]:
+        """A solver, checkers, and a finisher who gives the answer."""
+        team = "of a team that solves a maths problem together."
+        final = "End with the final answer in \\boxed{}."
+        first = f"You are the first {team} Work it out step by step. {final}"
+        check = f"You are one {team} Check the work so far; correct it. {final}"
+        last = f"You are the last {team} Decide what is right. {final}"
+        systems = [first] + [check] * (agents - 2) + [last] * (agents > 1)
+        return [Role(f"Agent {j + 1}", system) for j, system in enumerate(systems)]
+
+    def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
+        """`count` different problems: training ones at random, or the first held-out ones."""
+        if held_out:
+            if not self.held_out:
+                raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
+            return self.held_out[:count]
+        if count > len(self.train):
+            raise UserError(f"--problems {count}, but {self.path} has only {len(self.train)} to train on")
+        return [self.train[i] for i in generator.choice(len(self.train), count, replace=False)]
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        return float(is_correct(last_statement(messages), problem.answer))
+
+    def answer(self, messages: list[Message]) -> str | None:
+        """The team's answer, such that equal ones are equal texts."""
+        stated = extract_answer(last_statement(messages))
+        return None if stated is None else canonical(stated)
+
+
+def last_statement(messages: list[Message]) -> str:
+    """The text of the last message that states an answer; empty if none does."""
+    return next((m.text for m in reversed(messages) if extract_answer(m.text) is not None), "")
+
+
+def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
+    """Problems from a JSONL file; "id" is optional. Errors name the file, the line and what is wrong."""
+    try:
+        # Not splitlines(), which would also cut at the other line separators that a text may hold.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a JSON {type(record).__name__}, not an object")
+        for field in (question_field, answer_field):
+            value = record.get(field)
+            if type(value) not in (str, int, float) or value != value or not str(value).strip():
+                has = f"(it has: {', '.join(record) or 'nothing'})"
+                others = "--question-field and --answer-field name others"
+                raise UserError(f'{where}: no text in the field "{field}" {has}; {others}')
+        question, gold = str(record[question_field]), str(record[answer_field])
+        if any("\ud800" <= c <= "\udfff" for c in question + gold):
+            raise UserError(f"{where}: half of a surrogate pair is not text")
+        problems.append(Problem(str(record.get("id", number)), question, extract_answer(gold) or gold))
+    if not problems:
+        raise UserError(f"{path} holds no problems")
+    return problems
