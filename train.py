@@ -34,7 +34,7 @@ HALVINGS = 10
 def train(config: Config) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
     task = load_task(config)
-    config = pinned(config)
+    config = pinned(config)  # with the commit of each model
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
     with Run(config, task, team, learners) as run:
@@ -54,9 +54,9 @@ def train(config: Config) -> dict:
                 batches = rollouts.batches(learner.agents, advantages * source.weights, config.batch_tokens)
                 outcome = update(learner, batches, config, learning_rate(config, stage, i))  # Eq. 10, Eq. 11
                 source.updated(learner.agents)
-                outcome = outcome._replace(seconds=time.perf_counter() - begin)
+                seconds = time.perf_counter() - begin
 
-                run.record(stage, i, learner, rollouts, outcome, diagnostics.after())
+                run.record(stage, i, learner, rollouts, outcome, seconds, diagnostics.after())
             run.end_stage(stage)
     return run.summary
 
@@ -78,10 +78,10 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
     accepted = learner.snapshot()
     try:
         here, old_logps = evaluate(learner, batches, config, grad=most > 0)  # at pi_old: every ratio is 1
-        first = inside = here
+        first = kept = here
         while steps < most and here["kl"] <= config.radius:
-            if steps:
-                inside, accepted = here, learner.snapshot(into=accepted)
+            if steps:  # the step before this one stayed inside
+                kept, accepted = here, learner.snapshot(into=accepted)
             grad_norm = learner.step(lr)
             steps += 1
             here, _ = evaluate(learner, batches, config, old_logps, grad=steps < most)
@@ -92,7 +92,7 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
             here, _ = evaluate(learner, batches, config, old_logps, grad=False)
         if here["kl"] > config.radius:
             learner.restore(accepted)
-            here, halvings = inside, HALVINGS + 1
+            here, halvings = kept, HALVINGS + 1
     except BaseException:
         learner.restore(accepted)
         raise

@@ -35,7 +35,6 @@ class Update(NamedTuple):
     lr: float = 0.0
     beta: float = 0.0  # that this update used
     tokens: int = 0  # trainable tokens times steps
-    seconds: float = 0.0
 
 
 class Snapshot(NamedTuple):

@@ -15,9 +15,16 @@ KL_NAMES = ("kl", "kl_k1", "kl_k3", "kl_exact")  # "kl" is the one that the radi
 
 
 def update_line(
-    stage: int, i: int, agents: list[int], rollouts: Rollouts, update: Update, delta: float, more: dict
+    stage: int,
+    i: int,
+    agents: list[int],
+    rollouts: Rollouts,
+    update: Update,
+    seconds: float,
+    delta: float,
+    more: dict,
 ) -> dict:
-    """The update of one agent, or of all together; `more`: what the task and the diagnostics measured."""
+    """Update number i of a stage, in `seconds`; `more` is what the task and the diagnostics measured."""
     own = rollouts.by(agents)
     line = {
         "kind": "update",
@@ -44,7 +51,7 @@ def update_line(
         "rollouts": rollouts.count_sampled,
         "tokens_sampled": rollouts.tokens_sampled,
         "seconds_sampling": rollouts.seconds,
-        "seconds_training": update.seconds,
+        "seconds_training": seconds,
         **more,
     }
     return {key: value for key, value in line.items() if value is not None}

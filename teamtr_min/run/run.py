@@ -63,19 +63,27 @@ class Run:
         self.accuracy_final = self._evaluate(self.config.stages)
 
     def record(
-        self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, diagnosis: dict
+        self,
+        stage: int,
+        i: int,
+        learner: Learner,
+        rollouts: Rollouts,
+        update: Update,
+        seconds: float,
+        diagnosis: dict,
     ) -> None:
-        """Log update number i of a stage."""
+        """Log update number i of a stage, which took `seconds`."""
         measure = getattr(self.task, "measure", lambda problems, messages: {})
         more = measure(rollouts.problems, rollouts.messages) | diagnosis
-        line = metrics.update_line(stage, i, learner.agents, rollouts, update, self.config.delta, more)
+        delta = self.config.delta
+        line = metrics.update_line(stage, i, learner.agents, rollouts, update, seconds, delta, more)
         self._append("metrics.jsonl", [line])
         if i == 0:
             self._append("transcripts.jsonl", metrics.transcripts(rollouts, stage, "train"))
             self.accuracies.append(rollouts.accuracy)
         self.updates.append(line)
         tokens = rollouts.tokens_sampled + update.tokens
-        rate = tokens / (rollouts.seconds + update.seconds)
+        rate = tokens / (rollouts.seconds + seconds)
         self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
 
     def end_stage(self, stage: int) -> None:
