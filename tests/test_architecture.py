@@ -12,16 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
-SOURCES = [
-    ROOT / "train.py", ROOT / "eval.py", *(ROOT / "kernels").rglob("*.py"), *(ROOT / "teamtr_min").rglob("*.py")
-]  # fmt: skip
+FILES = [path for folder in ("kernels", "teamtr_min") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = [ROOT / "train.py", ROOT / "eval.py", *FILES]
 FLOORS = [line.split() for line in re.search(r"```\n(eval.*?)```", PAGE, flags=re.DOTALL)[1].splitlines()]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LETTERS = dict(re.findall(r"\| ([A-Z]) \| ([^|]+?) (?=\|)", PAGE))
 
 
 def room(module: str) -> str | None:
-    """The room of a dotted module of ours: `teamtr_min.run.metrics` is in `run`; None for a package's face."""
+    """`teamtr_min.run.metrics` is in the room `run`; None for a package's face and for others' modules."""
     parts = module.split(".")
     if parts[0] in ("train", "eval"):
         return f"{parts[0]}.py"

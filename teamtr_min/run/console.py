@@ -73,12 +73,12 @@ def region(config: Config) -> str:
 
 
 def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
-    """A stage's line: accuracy before its first update, and each update's KL, by agent.
+    """A stage's line: accuracy before its first update, and the KL of each agent's update.
 
     `B 0.0153*`: the star says that the update exceeded its radius and was backtracked.
     """
     kls = []
-    for u in sorted(updates, key=lambda u: u.get("agent", 0)):
+    for u in updates:
         name = names[u["agent"]] if "agent" in u else "team"
         took_turn = "kl_after" in u
         kls.append(

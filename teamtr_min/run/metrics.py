@@ -65,7 +65,7 @@ def stage_line(
     seconds: dict,
     config: Config,
 ) -> dict:
-    """A stage, from the lines of its updates in any order; `rollouts` and `seconds` are the run's so far."""
+    """A stage, from the lines of its updates by agent; `rollouts` and `seconds` are the run's so far."""
     first = next(u for u in updates if u["update"] == 0)
     line = {
         "kind": "stage",

@@ -91,7 +91,7 @@ class Run:
         every, done = self.config.eval_every, stage + 1
         due = every and done % every == 0 and done < self.config.stages
         accuracy = self._evaluate(done) if due else None
-        updates = self.updates[-len(self.learners) :]
+        updates = sorted(self.updates[-len(self.learners) :], key=lambda u: u.get("agent", 0))
         rollouts = metrics.totals(self.updates)["rollouts"]
         seconds = {
             "seconds": time.perf_counter() - self.begin,
