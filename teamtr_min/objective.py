@@ -116,7 +116,3 @@ def teamtr_loss(
 def _clipped(w: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The pessimistic surrogate min(w A, clip(w) A)."""
     return torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
-
-
-def trust_region_loss(*a, **k):
-    return teamtr_loss(*a, **k)
