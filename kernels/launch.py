@@ -57,20 +57,22 @@ def start(kernel, programs: int, *arguments, **options) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
-def blocks(dtype: torch.dtype, major: int, old: bool = False) -> dict:
+def blocks(dtype: torch.dtype, major: int, H: int, old: bool = False) -> dict:
     """The pinned tile of the kernels with a matrix product; compile_report shows what each compiles to.
 
     Never chosen by N, so that a row's sums are added in the same order in every batch. fp32 runs without
     tensor cores, exact. The KL holds two tiles of logits at once, so each is half as large.
     """
     wide = major in (9, 10)  # TMA, matrix products that leave the registers alone, 227 KB of shared memory
+    # The compiler unrolls a loop of one step over H (on sm_100, of three), and a full tile would then spill.
+    short = H <= (192 if major == 10 else 64)
     if dtype == torch.float32:
-        m, n, k, stages = 64, 64, 32, 2
+        rows, columns, depth, stages = 64, 64, 32, 2
     elif wide:
-        m, n, k, stages = 128, 128 if old else 256, 64, 4
+        rows, columns, depth, stages = 64 if short else 128, 128 if old else 256, 64, 4
     else:
-        m, n, k, stages = 64 if old else 128, 128, 64, 3
-    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": wide}
+        rows, columns, depth, stages = 64 if short or old else 128, 128, 64, 3
+    tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "TMA": wide}
     return tile | {"num_warps": 8, "num_stages": stages}
 
 
@@ -79,8 +81,8 @@ def operands(tile: dict, x: Tensor, w: Tensor) -> tuple:
     if not tile["TMA"]:
         return x.contiguous(), w.contiguous()
     return (
-        TensorDescriptor.from_tensor(_aligned(x), [tile["BLOCK_M"], tile["BLOCK_K"]]),
-        TensorDescriptor.from_tensor(_aligned(w), [tile["BLOCK_N"], tile["BLOCK_K"]]),
+        TensorDescriptor.from_tensor(_aligned(x), [tile["ROWS"], tile["DEPTH"]]),
+        TensorDescriptor.from_tensor(_aligned(w), [tile["COLUMNS"], tile["DEPTH"]]),
     )
 
 
