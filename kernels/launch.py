@@ -18,6 +18,7 @@ except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only t
 # TRITON_INTERPRET=1 makes every kernel a Python function on CPU tensors. Triton reads it when a kernel is
 # defined, so it has to be set before this package is imported.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+NEEDS = "needs Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU"
 
 launches: Counter[str] = Counter()  # kernel name -> times started in this process
 
@@ -27,21 +28,22 @@ def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
 
 
+def runs_on(tensor: Tensor) -> bool:
+    """Whether Triton can work on `tensor`: one on CUDA, or in the interpreter one on the CPU."""
+    return triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+
+
 def use_triton(tensor: Tensor) -> bool:
-    """Whether the kernels handle `tensor`: on CUDA and in the interpreter, unless TEAMTR_KERNELS=torch.
+    """Whether the kernels handle `tensor`: wherever they can, unless TEAMTR_KERNELS=torch.
 
     TEAMTR_KERNELS=triton insists: it raises where `auto`, the default, would take the torch reference.
     """
     mode = os.environ.get("TEAMTR_KERNELS") or "auto"
     if mode not in ("auto", "triton", "torch"):
         raise ValueError(f"TEAMTR_KERNELS is {mode!r}; it must be auto, triton or torch")
-    able = triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
-    if mode == "triton" and not able:
-        raise ValueError(
-            f"TEAMTR_KERNELS=triton needs Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU; "
-            f"this tensor is on {tensor.device}"
-        )
-    return able and mode != "torch"
+    if mode == "triton" and not runs_on(tensor):
+        raise ValueError(f"TEAMTR_KERNELS=triton {NEEDS}; this tensor is on {tensor.device}")
+    return mode != "torch" and runs_on(tensor)
 
 
 def capability(device: torch.device) -> int:

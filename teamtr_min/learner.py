@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from teamtr_min import objective
 from teamtr_min.config import Config
 from teamtr_min.model import Transformer
 from teamtr_min.rollout import AgentBatch
@@ -207,7 +208,7 @@ def evaluate(
                 add("entropy", token.entropy.sum(), 1 / tokens)
                 add("sampler_mismatch", mismatch.sum(), 1 / tokens)
                 mismatch_max.append(mismatch.max())
-            loss, stats = kernels.trust_region_loss(  # objective.teamtr_loss, Eq. 10
+            loss, stats = objective.trust_region_loss(  # Eq. 10
                 token.logp,
                 batch.old_logp,
                 batch.message,
