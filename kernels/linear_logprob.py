@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import INTERPRETED, blocks, capability, jit, operands, start, tl, use_triton
-from kernels.measure import device_name, example, extra_mib, matmul_rate, milliseconds
+from kernels.measure import device_name, example, matmul_rate, measured, setting
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
@@ -376,25 +376,16 @@ def linear_logprob_stats(
 
 
 def main() -> None:
-    device, shape, dtype = "cpu", (512, 256, 8192), torch.float32
-    if torch.cuda.is_available():
-        device, shape, dtype = "cuda", (16384, 1536, 151936), torch.bfloat16
-    hidden, weight, targets, grad = example(*shape, dtype, device)
-
-    def step():
-        hidden.grad = weight.grad = None
-        linear_logprob(hidden, weight, targets).backward(grad)
-
-    mib = extra_mib(step, device) - (hidden.nbytes + weight.nbytes) / 2**20
-    median, low, high = milliseconds(step, device)
+    device, dtype, shape = setting()
+    data = example(*shape, dtype, device)
+    row = measured(linear_logprob, *data)
+    median, low, high = row["both_ms"]
     floor = 8 * math.prod(shape) / matmul_rate(dtype, device) * 1e3
-    few = slice(256)  # float64 logits of all rows would not fit
-    exact = (hidden[few].double() @ weight.double().t()).log_softmax(1).gather(1, targets[few, None])[:, 0]
-    error = (linear_logprob(hidden[few], weight, targets[few]) - exact).abs().max()
-    how = "Triton" if use_triton(hidden) else "the torch reference"
+    how = "Triton" if use_triton(data[0]) else "the torch reference"
     print(f"linear_logprob by {how} on {device_name(device)}, (N, H, V) = {shape}, {dtype}, both ways:")
     print(f"  {median:.1f} ms ({low:.1f}-{high:.1f}), {floor / median:.0%} of the floor at this run's rate")
-    print(f"  log-prob off by at most {error:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
+    off, mib = row["error"][0], row["peak_mib"]
+    print(f"  log-prob off by at most {off:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
 
 
 if __name__ == "__main__":
