@@ -1,5 +1,7 @@
-"""The one door to the heavy operations: Triton on CUDA, the torch reference elsewhere.
+"""The heavy operations in Triton.
 
+linear_logprob holds its plain torch reference too, and takes it where Triton cannot run. trust_region_loss is
+the kernel alone: its definition, and the choice between the two, are in teamtr_min.objective.
 TEAMTR_KERNELS=auto|triton|torch chooses; TRITON_INTERPRET=1 runs the kernels themselves on a CPU, slowly.
 """
 

@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and say what came out.
 
-    python -m kernels.compile_report [--json] [--hidden 896 1536 2048 3584]
+    python -m kernels.compile_report [--json] [--hidden 64 896 1536 2048 3584]
 
 Triton brings its own assembler, so a machine without a GPU builds the very code that an A100 (sm_80), H100
 (sm_90) or B200 (sm_100) would run. The launches are recorded from the product's own calls on tensors without
@@ -16,47 +16,49 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from kernels import trust_region as trust
 from kernels.launch import INTERPRETED, triton
 
+logprob = importlib.import_module("kernels.linear_logprob")  # the package's name for it is the function
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have, by architecture
-HIDDEN = (896, 1536, 2048, 3584)  # Qwen2.5 0.5B, 1.5B, 3B and 7B
+HIDDEN = (64, 896, 1536, 2048, 3584)  # the models that ship; Qwen2.5 0.5B, 1.5B, 3B and 7B
 N, V = 16384, 151936
 COLUMNS = ("kernel", "arch", "H", "V", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma")
 
 
 def launches(arch: int, H: int) -> dict[str, tuple]:
     """name -> (kernel, arguments, options) of every kernel that a training step may start."""
-    logprob, trust = (
-        importlib.import_module(f"kernels.{name}") for name in ("linear_logprob", "trust_region")
-    )
     found, suffix = {}, ""
 
     def record(kernel, programs, *arguments, **options):
         found.setdefault(kernel.__name__ + suffix, (kernel, arguments, options))
-
-    logprob.start = trust.start = record
-    logprob.capability = lambda device: arch // 10
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     hidden, weight = empty(N, H, dtype=torch.bfloat16), empty(V, H, dtype=torch.bfloat16)
     ids, floats = empty(N, dtype=torch.int64), empty(N)
-    for wanted in ("", "+entropy", "+kl"):
-        suffix, old = wanted, (hidden, weight) if wanted == "+kl" else None
-        logprob._forward_triton(hidden, weight, ids, 1.0, wanted == "+entropy", old)
-    suffix = ""
-    logprob._dlogits_triton(hidden, weight, ids, floats, floats, slice(0, 3584), 1.0)
-    for ratio in trust.RATIOS:
-        suffix = f"+{ratio}"
-        logp = floats.clone().requires_grad_()
-        loss, _ = trust._TrustRegion.apply(
-            logp, floats, ids, empty(512), empty(512, dtype=torch.int64), empty(3), 0.2, ratio, "message"
-        )
-        loss.backward()
+    with (
+        patch.object(logprob, "capability", lambda device: arch // 10),
+        patch.object(logprob, "start", record),
+        patch.object(trust, "start", record),
+    ):
+        for suffix in ("", "+entropy", "+kl"):
+            old = (hidden, weight) if suffix == "+kl" else None
+            logprob._forward_triton(hidden, weight, ids, 1.0, suffix == "+entropy", old)
+        suffix = ""
+        logprob._dlogits_triton(hidden, weight, ids, floats, floats, slice(0, 3584), 1.0)
+        for ratio in trust.RATIOS:
+            suffix = f"+{ratio}"
+            logp = floats.clone().requires_grad_()
+            loss, _ = trust._TrustRegion.apply(
+                logp, floats, ids, empty(512), empty(512, dtype=torch.int64), empty(3), 0.2, ratio, "message"
+            )
+            loss.backward()
     return found
 
 
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per row, nothing else")
     parser.add_argument(
-        "--hidden", type=int, nargs="+", default=HIDDEN, help="hidden sizes (default: Qwen2.5's)"
+        "--hidden", type=int, nargs="+", default=HIDDEN, help="hidden sizes (default: %(default)s)"
     )
     flags = parser.parse_args(argv)
     if triton is None or INTERPRETED:

@@ -18,6 +18,7 @@ except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only t
 # TRITON_INTERPRET=1 makes every kernel a Python function on CPU tensors. Triton reads it when a kernel is
 # defined, so it has to be set before this package is imported.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+NEEDS = "needs Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU"
 
 launches: Counter[str] = Counter()  # kernel name -> times started in this process
 
@@ -27,21 +28,22 @@ def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
 
 
+def runs_on(tensor: Tensor) -> bool:
+    """Whether Triton can work on `tensor`: one on CUDA, or in the interpreter one on the CPU."""
+    return triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+
+
 def use_triton(tensor: Tensor) -> bool:
-    """Whether the kernels handle `tensor`: on CUDA and in the interpreter, unless TEAMTR_KERNELS=torch.
+    """Whether the kernels handle `tensor`: wherever they can, unless TEAMTR_KERNELS=torch.
 
     TEAMTR_KERNELS=triton insists: it raises where `auto`, the default, would take the torch reference.
     """
     mode = os.environ.get("TEAMTR_KERNELS") or "auto"
     if mode not in ("auto", "triton", "torch"):
         raise ValueError(f"TEAMTR_KERNELS is {mode!r}; it must be auto, triton or torch")
-    able = triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
-    if mode == "triton" and not able:
-        raise ValueError(
-            f"TEAMTR_KERNELS=triton needs Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU; "
-            f"this tensor is on {tensor.device}"
-        )
-    return able and mode != "torch"
+    if mode == "triton" and not runs_on(tensor):
+        raise ValueError(f"TEAMTR_KERNELS=triton {NEEDS}; this tensor is on {tensor.device}")
+    return mode != "torch" and runs_on(tensor)
 
 
 def capability(device: torch.device) -> int:
@@ -57,20 +59,22 @@ def start(kernel, programs: int, *arguments, **options) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
-def blocks(dtype: torch.dtype, major: int, old: bool = False) -> dict:
+def blocks(dtype: torch.dtype, major: int, H: int, old: bool = False) -> dict:
     """The pinned tile of the kernels with a matrix product; compile_report shows what each compiles to.
 
     Never chosen by N, so that a row's sums are added in the same order in every batch. fp32 runs without
     tensor cores, exact. The KL holds two tiles of logits at once, so each is half as large.
     """
     wide = major in (9, 10)  # TMA, matrix products that leave the registers alone, 227 KB of shared memory
+    # The compiler unrolls a loop of one step over H (on sm_100, of three), and a full tile would then spill.
+    short = H <= (192 if major == 10 else 64)
     if dtype == torch.float32:
-        m, n, k, stages = 64, 64, 32, 2
+        rows, columns, depth, stages = 64, 64, 32, 2
     elif wide:
-        m, n, k, stages = 128, 128 if old else 256, 64, 4
+        rows, columns, depth, stages = 64 if short else 128, 128 if old else 256, 64, 4
     else:
-        m, n, k, stages = 64 if old else 128, 128, 64, 3
-    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": wide}
+        rows, columns, depth, stages = 64 if short or old else 128, 128, 64, 3
+    tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "TMA": wide}
     return tile | {"num_warps": 8, "num_stages": stages}
 
 
@@ -79,8 +83,8 @@ def operands(tile: dict, x: Tensor, w: Tensor) -> tuple:
     if not tile["TMA"]:
         return x.contiguous(), w.contiguous()
     return (
-        TensorDescriptor.from_tensor(_aligned(x), [tile["BLOCK_M"], tile["BLOCK_K"]]),
-        TensorDescriptor.from_tensor(_aligned(w), [tile["BLOCK_N"], tile["BLOCK_K"]]),
+        TensorDescriptor.from_tensor(_aligned(x), [tile["ROWS"], tile["DEPTH"]]),
+        TensorDescriptor.from_tensor(_aligned(w), [tile["COLUMNS"], tile["DEPTH"]]),
     )
 
 

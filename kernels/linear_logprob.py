@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import INTERPRETED, blocks, capability, jit, operands, start, tl, use_triton
-from kernels.measure import device_name, example, extra_mib, matmul_rate, milliseconds
+from kernels.measure import device_name, example, matmul_rate, measured, setting
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
@@ -110,15 +110,15 @@ def _chunks(N: int, V: int, itemsize: int) -> list[slice]:
 @jit
 def _product(
     x, w, row, column, N, V,
-    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TMA: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """The (BM, BN) tile of x (N, H) w (V, H)^T at (row, column), fp32; what lies outside is arbitrary."""
-    tile = tl.zeros((BM, BN), tl.float32)
-    ks = tl.arange(0, BK)
-    rows = ((row + tl.arange(0, BM)) % N).to(tl.int64)
-    columns = ((column + tl.arange(0, BN)) % V).to(tl.int64)
-    for k in range(0, H, BK):
+    """The (ROWS, COLUMNS) tile of x (N, H) w (V, H)^T at (row, column), fp32; arbitrary past N and V."""
+    tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+    ks = tl.arange(0, DEPTH)
+    rows = ((row + tl.arange(0, ROWS)) % N).to(tl.int64)
+    columns = ((column + tl.arange(0, COLUMNS)) % V).to(tl.int64)
+    for k in range(0, H, DEPTH):
         if TMA:
             a, b = x.load([row, k]), w.load([column, k])  # 0 outside
         else:
@@ -141,10 +141,11 @@ def _fold(m, s, z):
 
 
 @jit
-def _tile_of(program, rows, across, GROUP: tl.constexpr):
-    """Number of this program's row block and of its strip: GROUP row blocks share a strip at a time."""
+def _tile_of(program, down, across, GROUP: tl.constexpr):
+    """Number of this program's row block, of `down`, and of its strip, of `across`; GROUP row blocks share
+    a strip at a time."""
     first = program // (GROUP * across) * GROUP
-    height = tl.minimum(rows - first, GROUP)
+    height = tl.minimum(down - first, GROUP)
     inside = program % (GROUP * across)
     return first + inside % height, inside // height
 
@@ -155,21 +156,21 @@ def logprob_strips(
     chosen, lse, mean_z, old_lse, mean_shift,  # (N,) and (strips, N) fp32; the last three or None
     N, V, strips, scale,
     H: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TMA: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of one strip for a block of rows, the target's logit where it lies in the strip, and the
     strip's means of z (entropy) and, under the old policy, of old z - z (KL)."""
-    block, strip = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_M), strips, GROUP)
-    row = block * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
+    block, strip = _tile_of(tl.program_id(0), tl.cdiv(N, ROWS), strips, GROUP)
+    row = block * ROWS
+    rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     lo, hi = strip * STRIP, tl.minimum(strip * STRIP + STRIP, V)
-    none, zero = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    none, zero = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     m, s, z_target, e, old_m, old_s, d = none, zero, zero, zero, none, zero, zero
-    for column in tl.range(lo, hi, BLOCK_N, num_stages=1):  # the loop over H is the one to pipeline
-        z = scale * _product(hidden, weight, row, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP)
-        columns = column + tl.arange(0, BLOCK_N)
+    for column in tl.range(lo, hi, COLUMNS, num_stages=1):  # the loop over H is the one to pipeline
+        z = scale * _product(hidden, weight, row, column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP)
+        columns = column + tl.arange(0, COLUMNS)
         # Columns past V leave before the maximum: their zeros would outweigh a row of negative logits.
         z = tl.where((columns < V)[None, :], z, NEVER)
         z_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
@@ -178,7 +179,7 @@ def logprob_strips(
             e = e * keep + tl.sum(p * z, 1)
         if old_hidden is not None:
             old_z = scale * _product(
-                old_hidden, old_weight, row, column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP
+                old_hidden, old_weight, row, column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP
             )
             old_z = tl.where((columns < V)[None, :], old_z, NEVER)
             old_m, old_s, p, keep = _fold(old_m, old_s, old_z)
@@ -234,22 +235,22 @@ def logprob_dlogits(
     dz,  # (N, width of the chunk), its rows `stride` apart
     N, V, first, width, stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TMA: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """One tile of dL / d(logits before the temperature), for the chunk of the vocabulary at `first`."""
-    across = tl.cdiv(width, BLOCK_N)
-    block, tile = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_M), across, GROUP)
-    row, column = block * BLOCK_M, tile * BLOCK_N
-    z = scale * _product(hidden, weight, row, first + column, N, V, H, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UP)
-    rows = row + tl.arange(0, BLOCK_M)
-    columns = first + column + tl.arange(0, BLOCK_N)
+    across = tl.cdiv(width, COLUMNS)
+    block, tile = _tile_of(tl.program_id(0), tl.cdiv(N, ROWS), across, GROUP)
+    row, column = block * ROWS, tile * COLUMNS
+    z = scale * _product(hidden, weight, row, first + column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP)
+    rows = row + tl.arange(0, ROWS)
+    columns = first + column + tl.arange(0, COLUMNS)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     total = tl.load(lse + rows, mask=rows < N, other=0.0)
     g = tl.load(grad + rows, mask=rows < N, other=0.0) * scale
     hit = tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
     d = (hit - tl.exp(z - total[:, None])) * g[:, None]
-    at = rows.to(tl.int64)[:, None] * stride + (column + tl.arange(0, BLOCK_N))[None, :]
+    at = rows.to(tl.int64)[:, None] * stride + (column + tl.arange(0, COLUMNS))[None, :]
     inside = (rows < N)[:, None] & (columns < first + width)[None, :]
     tl.store(dz + at, d.to(dz.dtype.element_ty), mask=inside)
 
@@ -258,7 +259,7 @@ def _forward_triton(hidden, weight, targets, temperature, entropy, old):
     """-> logp, lse, entropy or None, kl or None; each (N,) fp32."""
     N, V = len(hidden), len(weight)
     strips = -(-V // STRIP)
-    tile = blocks(hidden.dtype, capability(hidden.device), old is not None)
+    tile = blocks(hidden.dtype, capability(hidden.device), hidden.shape[1], old is not None)
 
     def empty(wanted, *shape):
         return torch.empty(*shape, N, device=hidden.device) if wanted else None
@@ -270,7 +271,7 @@ def _forward_triton(hidden, weight, targets, temperature, entropy, old):
     if N == 0:
         return logp, total, spread, kl
     start(
-        logprob_strips, -(-N // tile["BLOCK_M"]) * strips,
+        logprob_strips, -(-N // tile["ROWS"]) * strips,
         *operands(tile, hidden, weight), *(operands(tile, *old) if old else (None, None)),
         targets, chosen, lse, mean_z, old_lse, mean_shift, N, V, strips, 1 / temperature,
         H=hidden.shape[1], STRIP=STRIP, GROUP=GROUP, UP=INTERPRETED, **tile,
@@ -285,12 +286,12 @@ def _forward_triton(hidden, weight, targets, temperature, entropy, old):
 def _dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) in hidden's dtype."""
     N, V, width = len(hidden), len(weight), part.stop - part.start
-    tile = blocks(hidden.dtype, capability(hidden.device))
+    tile = blocks(hidden.dtype, capability(hidden.device), hidden.shape[1])
     dtype = torch.float32 if INTERPRETED else hidden.dtype  # the interpreter truncates what it stores as bf16
     dz = torch.empty(N, -(-width // 64) * 64, dtype=dtype, device=hidden.device)[:, :width]  # aligned rows
     if N:
         start(
-            logprob_dlogits, -(-N // tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"]),
+            logprob_dlogits, -(-N // tile["ROWS"]) * -(-width // tile["COLUMNS"]),
             *operands(tile, hidden, weight), targets, lse, grad.contiguous(), dz,
             N, V, part.start, width, dz.stride(0), 1 / temperature,
             H=hidden.shape[1], GROUP=GROUP, UP=INTERPRETED, **tile,
@@ -375,25 +376,16 @@ def linear_logprob_stats(
 
 
 def main() -> None:
-    device, shape, dtype = "cpu", (512, 256, 8192), torch.float32
-    if torch.cuda.is_available():
-        device, shape, dtype = "cuda", (16384, 1536, 151936), torch.bfloat16
-    hidden, weight, targets, grad = example(*shape, dtype, device)
-
-    def step():
-        hidden.grad = weight.grad = None
-        linear_logprob(hidden, weight, targets).backward(grad)
-
-    mib = extra_mib(step, device) - (hidden.nbytes + weight.nbytes) / 2**20
-    median, low, high = milliseconds(step, device)
+    device, dtype, shape = setting()
+    data = example(*shape, dtype, device)
+    row = measured(linear_logprob, *data)
+    median, low, high = row["both_ms"]
     floor = 8 * math.prod(shape) / matmul_rate(dtype, device) * 1e3
-    few = slice(256)  # float64 logits of all rows would not fit
-    exact = (hidden[few].double() @ weight.double().t()).log_softmax(1).gather(1, targets[few, None])[:, 0]
-    error = (linear_logprob(hidden[few], weight, targets[few]) - exact).abs().max()
-    how = "Triton" if use_triton(hidden) else "the torch reference"
+    how = "Triton" if use_triton(data[0]) else "the torch reference"
     print(f"linear_logprob by {how} on {device_name(device)}, (N, H, V) = {shape}, {dtype}, both ways:")
     print(f"  {median:.1f} ms ({low:.1f}-{high:.1f}), {floor / median:.0%} of the floor at this run's rate")
-    print(f"  log-prob off by at most {error:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
+    off, mib = row["error"][0], row["peak_mib"]
+    print(f"  log-prob off by at most {off:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ and k3 = sum (e^x - 1 - x); per agent the means; and back to every token
 
     dL/dlogp = -(1/M) [ w A 1[unclipped, |sum x| <= 20] - beta (e^x - 1) 1[|x| <= 20] ]      (ratio "message")
 
-The definition, letter for letter, is teamtr_min.objective.teamtr_loss. It is launch-bound: forward and
-backward each read 8 bytes of log-probs and 8 of ids per token once and backward writes 4, 0.6 MB at 16,384
-tokens, where a start costs about 5 microseconds.
+teamtr_min.objective.teamtr_loss is the definition; objective.trust_region_loss chooses between it and the
+kernels, and only the kernels are here. They are launch-bound: forward and backward each read 8 bytes of
+log-probs and 8 of ids per token once and backward writes 4, 0.6 MB at 16,384 tokens, where a start costs
+about 5 microseconds.
 
 Forward: one program per message walks its tokens, then one per agent walks the messages, both in order.
 Backward: one pass over the tokens. No atomics: the same bits in every run.
@@ -17,16 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import jit, start, tl, use_triton
+from kernels.launch import NEEDS, jit, runs_on, start, tl
 
 LOG_RATIO_LIMIT = 20.0
 RATIOS, KL_UNITS = ("message", "mean", "token"), ("message", "token")
 STATS = ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max", "messages")
 BLOCK = 256
-
-# teamtr_min puts its teamtr_loss here when it is imported. The definition lives one floor up, where Eq. 10 is
-# read; `kernels` imports nothing from there, and a second copy could drift from it.
-trust_region_reference = None
 
 
 @jit
@@ -216,19 +213,17 @@ def trust_region_loss(
     ratio: str = "message",
     kl_unit: str = "message",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """teamtr_min.objective.teamtr_loss, which documents arguments and results; the kernels where they run.
+    """teamtr_min.objective.teamtr_loss, which documents arguments and results, by the kernels alone.
 
     They need one thing that it does not: the ids in `message` (N,) must ascend. Slots to ignore, -1, may
     stand anywhere and hold anything. An id out of order or past the last message, or an agent past the last,
     raises ValueError on a CPU; on CUDA, where looking would stall the stream, it makes the loss NaN.
     """
-    if not use_triton(logp):
-        if trust_region_reference is None:
-            raise RuntimeError("the torch path of trust_region_loss is teamtr_min's; import teamtr_min first")
-        return trust_region_reference(
-            logp, old_logp, message, advantage,
-            agent=agent, n_agents=n_agents, clip=clip, beta=beta, ratio=ratio, kl_unit=kl_unit,
-        )  # fmt: skip
+    if not runs_on(logp):
+        raise ValueError(
+            f"kernels.trust_region_loss {NEEDS}, and logp is on {logp.device}; "
+            "teamtr_min.objective.trust_region_loss takes plain torch there"
+        )
     if agent is None:
         agent = torch.zeros(len(advantage), dtype=torch.long, device=logp.device)
     if not isinstance(beta, Tensor):

@@ -1,4 +1,4 @@
-"""Eq. 9, 10 and 11 in plain torch: the definition that every faster path must match.
+"""Eq. 9, 10 and 11 in plain torch: the definition that the fused kernel must match.
 
 The trainable tokens of M messages are one flat list of N tokens; `message[t]` in 0..M-1 says whose token t
 is, and -1 marks a slot to ignore, whatever it holds. Log-probs are at the sampling temperature, of the token
@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import kernels
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is still far inside fp32, and no ratio past 1 + clip matters
 
@@ -89,9 +91,8 @@ def teamtr_loss(
     unit = length if kl_unit == "token" else torch.ones_like(length)
     bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     k1 = -per_message(log_ratio) / unit  # Eq. 11 [paper]
-    k3 = (
-        per_message(bounded.expm1() - bounded) / unit
-    )  # [ours] r - 1 - log r: never negative, same expectation
+    # [ours] r - 1 - log r: never negative, same expectation
+    k3 = per_message(bounded.expm1() - bounded) / unit
     weight = torch.as_tensor(beta, dtype=logp.dtype, device=logp.device).expand(n_agents)[agent]  # (M,)
     loss = -(surrogate - weight * k3).sum() / max(M, 1)
 
@@ -116,3 +117,12 @@ def teamtr_loss(
 def _clipped(w: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The pessimistic surrogate min(w A, clip(w) A)."""
     return torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def trust_region_loss(logp: Tensor, *others, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """teamtr_loss, by the fused kernel where TEAMTR_KERNELS and the device let it; what training calls.
+
+    The kernel needs the message ids to ascend, as a batch has them.
+    """
+    loss_function = kernels.trust_region_loss if kernels.use_triton(logp) else teamtr_loss
+    return loss_function(logp, *others, **options)

@@ -1,37 +1,64 @@
-"""`python eval.py kernels` at a toy shape; the memory rows, which need half a minute, are made up."""
+"""The kernels' benchmarks at a toy shape; the memory rows, which need half a minute, are made up."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
 import eval as evaluation
+from kernels import measure
 from teamtr_min.bench import kernels as bench
+
+module = importlib.import_module("kernels.linear_logprob")  # the package's name for it is the function
+BOUND = 1e-2 if torch.cuda.is_available() else 1e-5
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {"cpu": (8, 16, 40), "cuda": (8, 16, 40)})
-    monkeypatch.setattr(bench, "matmul_rate", lambda dtype, device: 1e12)
-    monkeypatch.setattr(bench, "milliseconds", lambda step, device, seconds=1.0: (step(), (2.0, 1.0, 3.0))[1])
-    monkeypatch.setattr(bench, "memory", lambda name: {"name": name, "shape": [8, 16, 40], "peak_mib": None})
+    device, dtype, _ = measure.setting()
 
     def broken(hidden, weight, targets):
         raise RuntimeError("not on this machine")
 
-    peers = {"ours": bench.kernels.linear_logprob, "eager torch": bench.eager, "broken": broken}
+    peers = {"ours": module.linear_logprob, "eager torch": bench.eager, "broken": broken}
     monkeypatch.setattr(bench, "implementations", lambda device: peers)
+    monkeypatch.setattr(bench, "memory", lambda name: {"name": name, "shape": [8, 16, 40], "peak_mib": None})
+    for user in (bench, module):
+        monkeypatch.setattr(user, "setting", lambda: (device, dtype, (8, 16, 40)))
+        monkeypatch.setattr(user, "matmul_rate", lambda dtype, device: 1e12)
+    for user in (bench, measure):
+        monkeypatch.setattr(user, "milliseconds", lambda step, *_: (step(), (2.0, 1.0, 3.0))[1])
 
 
 def test_one_table_and_one_object(toy, capsys):
     assert evaluation.main(["kernels", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     ours, eager, broken = result["rows"]
-    assert ours["repeats"] and max(ours["error"] + eager["error"]) < (
-        1e-2 if torch.cuda.is_available() else 1e-5
-    )
+    assert ours["repeats"] and max(ours["error"] + eager["error"]) < BOUND
+    assert (ours["peak_mib"] is None) == (result["device"].startswith("a CPU"))
     assert broken["missing"] == "RuntimeError: not on this machine"
     assert evaluation.main(["kernels"]) == 0
     text = capsys.readouterr().out
     assert "ours" in text and "not on this machine" in text
     assert torch.cuda.is_available() or "on a GPU: not measured yet" in text
+
+
+def test_the_kernels_own_line(toy, capsys):
+    module.main()
+    text = capsys.readouterr().out
+    assert "(N, H, V) = (8, 16, 40)" in text and "2.0 ms (1.0-3.0)" in text
+    assert float(text.split("at most ")[1].split()[0]) < BOUND
+
+
+def test_the_memory_gauge_takes_the_gradients_off_once(monkeypatch):
+    """They are allocated within the step that is gauged, and its warm-up must leave none behind."""
+    data = measure.example(8, 16, 40, torch.float32, "cpu")
+
+    def gauge(step, device):
+        step()
+        assert data[0].grad is None and data[1].grad is None
+        return 1.0
+
+    monkeypatch.setattr(measure, "extra_mib", gauge)
+    assert measure.peak_mib(bench.eager, *data) == 1 - (8 * 16 + 40 * 16) * 4 / 2**20

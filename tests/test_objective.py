@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from teamtr_min.objective import group_advantages, teamtr_loss
+import kernels
+from teamtr_min.objective import group_advantages, teamtr_loss, trust_region_loss
 
 
 def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.15) -> dict:
@@ -30,10 +31,8 @@ def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.
 def by_loop(x: dict, clip: float, beta, ratio: str, kl_unit: str) -> tuple[float, dict]:
     """The same numbers, one message and one token at a time."""
     M, A = len(x["advantage"]), x["n_agents"]
-    total, stats = (
-        0.0,
-        {name: [0.0] * A for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max")},
-    )
+    means = ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean")
+    total, stats = 0.0, {name: [0.0] * A for name in (*means, "ratio_max")}
     count = [0] * A
     for m in range(M):
         tokens = [t for t in range(len(x["message"])) if x["message"][t] == m]
@@ -53,7 +52,7 @@ def by_loop(x: dict, clip: float, beta, ratio: str, kl_unit: str) -> tuple[float
         stats["clip_fraction"][agent] += sum(abs(w - 1) > clip for w in ratios) / max(len(ratios), 1)
         stats["ratio_mean"][agent] += sum(ratios) / max(len(ratios), 1)
         stats["ratio_max"][agent] = max([stats["ratio_max"][agent], *ratios])
-    for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
+    for name in means:
         stats[name] = [v / max(c, 1) for v, c in zip(stats[name], count)]
     return -total / M, {**stats, "messages": [float(c) for c in count]}
 
@@ -115,25 +114,17 @@ def test_a_message_past_the_clip_pulls_no_further():
 def test_the_message_ratio_is_the_full_product():
     old, logp = torch.zeros(5), torch.full((5,), 0.03)
     message, advantage = torch.zeros(5, dtype=torch.long), torch.ones(1)
-    ratios = {
-        r: teamtr_loss(logp, old, message, advantage, ratio=r)[1]["ratio_max"] for r in ("message", "mean")
-    }
-    assert ratios["message"].item() == pytest.approx(math.exp(0.15))
-    assert ratios["mean"].item() == pytest.approx(math.exp(0.03))
+    for ratio, log_ratio in (("message", 0.15), ("mean", 0.03)):
+        stats = teamtr_loss(logp, old, message, advantage, ratio=ratio)[1]
+        assert stats["ratio_max"].item() == pytest.approx(math.exp(log_ratio))
 
 
 def test_log_ratios_of_200_stay_finite():
+    message, advantage = torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0])
     for value in (200.0, -200.0):
         logp = torch.full((3,), value, requires_grad=True)
         for ratio in ("message", "mean", "token"):
-            loss, stats = teamtr_loss(
-                logp,
-                torch.zeros(3),
-                torch.tensor([0, 0, 1]),
-                torch.tensor([1.0, -1.0]),
-                beta=0.1,
-                ratio=ratio,
-            )
+            loss, stats = teamtr_loss(logp, torch.zeros(3), message, advantage, beta=0.1, ratio=ratio)
             loss.backward()
             assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
             assert all(torch.isfinite(v).all() for v in stats.values())
@@ -154,14 +145,13 @@ def test_k1_and_k3_have_the_exact_kl_as_expectation():
     stats = [teamtr_loss(new[v : v + 1], old[v : v + 1], torch.zeros(1, dtype=torch.long),
                          torch.zeros(1, dtype=torch.float64))[1] for v in range(6)]  # fmt: skip
     for name in ("kl_k1", "kl_k3"):
-        assert sum(p * s[name] for p, s in zip(old.exp(), stats)).item() == pytest.approx(
-            exact.item(), abs=1e-12
-        )
+        mean = sum(p * s[name] for p, s in zip(old.exp(), stats))
+        assert mean.item() == pytest.approx(exact.item(), abs=1e-12)
     assert all(s["kl_k3"] >= 0 for s in stats) and any(s["kl_k1"] < 0 for s in stats)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7])
-def test_a_constant_group_pulls_exactly_nowhere(value):
+def test_a_zero_variance_group_has_advantages_of_exactly_zero(value):
     for G in (2, 3, 7, 8):
         assert (group_advantages(torch.full((5, G), value), clip=2.0, eps_norm=1e-6) == 0).all()
 
@@ -182,9 +172,8 @@ def test_an_advantage_never_exceeds_the_root_of_the_group_less_one():
     for G in (2, 4, 8):
         one_hit = torch.zeros(1, G)
         one_hit[0, 0] = 1.0
-        assert group_advantages(one_hit, eps_norm=0.0).max().item() == pytest.approx(
-            math.sqrt(G - 1), rel=1e-6
-        )
+        largest = group_advantages(one_hit, eps_norm=0.0).max().item()
+        assert largest == pytest.approx(math.sqrt(G - 1), rel=1e-6)
 
 
 def test_unknown_modes_are_named():
@@ -193,3 +182,25 @@ def test_unknown_modes_are_named():
         teamtr_loss(**x, ratio="geometric")
     with pytest.raises(ValueError, match="nats"):
         teamtr_loss(**x, kl_unit="nats")
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_training_takes_the_definition_or_the_kernel(mode, request, monkeypatch):
+    """By torch the definition's very bits, and no kernel is started; by Triton the same but for rounding."""
+    if mode == "triton":
+        request.getfixturevalue("launches")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setenv("TEAMTR_KERNELS", mode)
+    kernels.launch.launches.clear()
+    x = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in example(2).items()}
+    results = []
+    for loss_function in (trust_region_loss, teamtr_loss):
+        logp = x["logp"].clone().requires_grad_()
+        loss, stats = loss_function(**x | {"logp": logp}, beta=0.3)
+        loss.backward()
+        results.append([loss.detach(), logp.grad, *stats.values()])
+    for ours, definition in zip(*results):
+        if mode == "torch":
+            assert torch.equal(ours, definition)
+        assert torch.allclose(ours, definition, atol=1e-9)
+    assert bool(kernels.launch.launches) == (mode == "triton")

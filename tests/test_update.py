@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-import kernels
-from teamtr_min import rng
+from teamtr_min import objective, rng
 from teamtr_min.config import Config
 from teamtr_min.learner import Diverged, Learner, adapt_beta, evaluate, update_agent
 from teamtr_min.objective import group_advantages
@@ -238,8 +237,8 @@ def test_the_learning_rate_that_is_logged_is_the_one_that_is_used():
 
 def test_every_knob_of_the_objective_reaches_it(monkeypatch):
     learner, batches, config, *_ = prepared(clip=0.3, ratio="mean", kl_unit="token", beta=0.07, inner_steps=1)
-    seen, original = [], kernels.trust_region_loss
-    monkeypatch.setattr(kernels, "trust_region_loss", lambda *a, **k: seen.append(k) or original(*a, **k))
+    seen, original = [], objective.trust_region_loss
+    monkeypatch.setattr(objective, "trust_region_loss", lambda *a, **k: seen.append(k) or original(*a, **k))
     update_agent(learner, batches, config, config.lr)
     assert seen and all(k == {"clip": 0.3, "ratio": "mean", "kl_unit": "token", "beta": 0.07} for k in seen)
 

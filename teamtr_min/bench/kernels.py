@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.measure import device_name, example, extra_mib, matmul_rate, milliseconds
-from teamtr_min.objective import teamtr_loss
+from kernels.measure import device_name, example, matmul_rate, measured, milliseconds, peak_mib, setting
+from teamtr_min.objective import teamtr_loss, trust_region_loss
 
-SHAPES = {"cuda": (16384, 1536, 151936), "cpu": (512, 256, 8192)}  # (N, H, V)
-CHECKED_ROWS = 512  # float64 logits of more would not fit
 MEMORY_SHAPE = (2048, 896, 151936)  # of the CPU's memory rows: Qwen2.5-0.5B
 
 
@@ -60,9 +58,7 @@ def implementations(device: str) -> dict[str, Callable]:
 
 def run() -> dict:
     """Everything that `python eval.py kernels` prints, as one object."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    N, H, V = SHAPES[device]
+    device, dtype, (N, H, V) = setting()
     data = example(N, H, V, dtype, device)
     rate = matmul_rate(dtype, device)
     return {
@@ -73,7 +69,7 @@ def run() -> dict:
         "matmul_tflops": rate / 1e12,
         "floor_ms": [2 * N * H * V / rate * 1e3, 8 * N * H * V / rate * 1e3],
         "products_ms": products(data[0].detach(), data[1].detach(), device),
-        "rows": [measure(name, f, *data, device) for name, f in implementations(device).items()],
+        "rows": [measure(name, f, data) for name, f in implementations(device).items()],
         "trust_region": trust_region(N, device),
         "cpu_memory": None if device == "cuda" else [memory(name) for name in ("ours", "eager")],
     }  # fmt: skip
@@ -87,41 +83,17 @@ def products(hidden: Tensor, weight: Tensor, device: str) -> list[float]:
     return [one, 2 * one + two]
 
 
-def measure(
-    name: str, f: Callable, hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, device: str
-) -> dict:
+def measure(name: str, f: Callable, data: tuple[Tensor, ...]) -> dict:
     """One row of the table; of an implementation that cannot run here, the reason."""
-
-    def step(rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        hidden.grad = weight.grad = None
-        logp = f(hidden[rows], weight, targets[rows])
-        logp.backward(grad[rows].to(logp.dtype))
-        return logp.detach(), hidden.grad, weight.grad
-
-    def forward() -> None:
-        with torch.no_grad():
-            f(hidden, weight, targets)
-
     try:
-        row = {
-            "name": name,
-            "forward_ms": milliseconds(forward, device),
-            "both_ms": milliseconds(step, device),
-        }
-        gradients = (hidden.nbytes + weight.nbytes) / 2**20
-        row["peak_mib"] = extra_mib(step, device) - gradients if device == "cuda" else None
-        few = slice(CHECKED_ROWS)
-        got, again = step(few), step(few)
-        row["repeats"] = all(torch.equal(a, b) for a, b in zip(got, again))
+        row = {"name": name} | measured(f, *data)
     except ModuleNotFoundError as error:
         return {"name": name, "missing": f"pip install {name} to compare ({error})"}
     except Exception as error:  # a peer may refuse this shape, device or torch: that is its row
         return {"name": name, "missing": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"}
-    x, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    exact = (x[few] @ w.t()).log_softmax(1).gather(1, targets[few, None])[:, 0]
-    exact.backward(grad[few].double())
-    off = [(a.double() - b).abs().max().item() for a, b in zip(got, (exact.detach(), x.grad, w.grad))]
-    return row | {"error": [off[0], off[1] / x.grad.abs().max().item(), off[2] / w.grad.abs().max().item()]}
+    if not data[0].is_cuda:
+        row["peak_mib"] = None  # only the first implementation's would mean something; see `memory`
+    return row
 
 
 def trust_region(N: int, device: str) -> dict:
@@ -130,7 +102,7 @@ def trust_region(N: int, device: str) -> dict:
     old_logp, message = logp.detach() + 0.01, torch.arange(N, device=device) // 64
     advantage = torch.randn(int(message[-1]) + 1, device=device)
     times = {"tokens": N}
-    for name, f in (("ours_us", kernels.trust_region_loss), ("definition_us", teamtr_loss)):
+    for name, f in (("ours_us", trust_region_loss), ("definition_us", teamtr_loss)):
         step = functools.partial(f, logp, old_logp, message, advantage, beta=0.1)
         times[name] = milliseconds(lambda step=step: step()[0].backward(), device, 0.5)[0] * 1e3
     return times
@@ -146,9 +118,7 @@ def memory(name: str) -> dict:
 
 def memory_of(name: str) -> float:
     f = {"ours": kernels.linear_logprob, "eager": eager}[name]
-    hidden, weight, targets, grad = example(*MEMORY_SHAPE, torch.float32, "cpu")
-    mib = extra_mib(lambda: f(hidden, weight, targets).backward(grad), "cpu")
-    return mib - (hidden.nbytes + weight.nbytes) / 2**20
+    return peak_mib(f, *example(*MEMORY_SHAPE, torch.float32, "cpu"))
 
 
 def table(result: dict) -> str:
