@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from teamtr_min.files import UserError
+from teamtr_min.hf.hub import hub_id
 
-ALIASES = {
-    **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
-    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
-    **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
-}
 SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same name
 
 
@@ -251,12 +247,6 @@ class Config:
         if changed:
             raise UserError(f"--resume continues a run as it was started; not with {', '.join(changed)}")
         return dataclasses.replace(saved, resume=directory)
-
-
-def hub_id(name: str) -> str:
-    """The hub's own name of an alias, `@revision` kept; any other name as it is."""
-    name, at, revision = name.strip().partition("@")
-    return ALIASES.get(name.lower(), name) + at + revision
 
 
 LEAST = {
