@@ -1,4 +1,4 @@
-"""A model on the Hugging Face hub -> its directory in the hub's cache, fetched when it is not there.
+"""A name on the Hugging Face hub -> the model's directory in the hub's cache, fetched when it is not there.
 
 The cache is asked first: a complete snapshot costs no request. Otherwise huggingface_hub finds the commit and
 lays out its cache as always, but the weights come in through `_fetch`: huggingface_hub 2 deletes a download
@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
+PART = ".incomplete"  # what huggingface_hub, too, adds to the name of a blob that is still arriving
 MAKE_ROOM = "make room, or set HF_HOME to a place that has it"
 
 
@@ -100,8 +101,8 @@ def _download(repo: str, revision: str, cache: Path, endpoint: str, accept: Call
 
     home = directory.parents[1]  # of this repository in the cache
     large = {home / "blobs" / files[name].lfs.sha256: name for name in weights if files[name].lfs}
-    missing = sum(files[name].size for name in weights)
-    missing -= sum(path.stat().st_size for b in large for path in (b, _part(b)) if path.exists())
+    here = [path for blob in large for path in (blob, blob.with_suffix(PART)) if path.exists()]
+    missing = sum(files[name].size for name in weights) - sum(path.stat().st_size for path in here)
     free = shutil.disk_usage(home).free
     if missing > free:
         needed = f"{missing / 1e6:,.0f} MB in {cache}, where {free / 1e6:,.0f} MB are free"
@@ -124,7 +125,7 @@ def _fetch(url: str, blob: Path, size: int, name: str) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-    part = _part(blob)
+    part = blob.with_suffix(PART)
     part.parent.mkdir(exist_ok=True)
     lock = blob.parents[2] / ".locks" / blob.parents[1].name / f"{blob.name}.lock"  # huggingface_hub's own
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -149,10 +150,6 @@ def _fetch(url: str, blob: Path, size: int, name: str) -> None:
             part.unlink()
             raise UserError(f"{name} arrived damaged from {url}: run the same command again")
         part.rename(blob)
-
-
-def _part(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.incomplete")
 
 
 def _reason(error: Exception, repo: str, revision: str, cache: Path, endpoint: str) -> str | None:
