@@ -1,6 +1,6 @@
 """The transformer: Qwen2/2.5, Qwen3 and Llama 3.x are one architecture with three switches.
 
-    x = x + attention(norm(x));  x = x + mlp(norm(x))          RMSNorm before, residual around, L times
+    x = x + attention(norm(x));  x = x + mlp(norm(x))          in every layer; the norms are RMSNorm
 
 | switch         | Qwen2/2.5      | Qwen3           | Llama 3.x              |
 |----------------|----------------|-----------------|------------------------|
@@ -9,8 +9,8 @@
 | `rope_scaling` | none           | none            | "llama3" wave lengths  |
 
 Modules are named as in Hugging Face checkpoints, so loading a weight file is a loop and not a mapping.
-Letters in shape comments: B rows, T tokens, C hidden size, H query heads, K key/value heads, D head size, V
-vocabulary.
+Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden size, Q query heads, K
+key/value heads, D head size, V vocabulary. `span` counts the cached positions that a row may attend to.
 """
 
 import functools
@@ -73,13 +73,13 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
         return frequency
     # Long waves are slowed down by `factor`, short ones kept, those in between interpolated.
     factor, low, high, original_length = config.rope_scaling
-    turns = original_length * frequency / (2 * math.pi)  # full turns within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = original_length * frequency / (2 * math.pi)  # full ones, within the original context
+    keep = ((rotations - low) / (high - low)).clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: pair d with d + D/2. x (B, T, heads, D), cos and sin (B or 1, T, 1, D/2)."""
+    """Rotary embedding: pair d with d + D/2. x (B, T, Q or K, D), cos and sin (B or 1, T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -148,7 +148,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: CachedStep | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)  # (B, T, H, D)
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)  # (B, T, Q, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
         if hasattr(self, "q_norm"):
@@ -156,22 +156,22 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if step is not None:
             k, v = step.write_then_read(layer, k, v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or span, D)
-        y = attend(q, k, v, None if step is None else step.mask)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T or span, D)
+        y = attend(q, k, v, None if step is None else step.mask)  # (B, Q, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention, H/K query heads to a key head; causal when `mask` is None."""
+    """Scaled dot-product attention, Q/K query heads to a key head; causal when `mask` is None."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What `attend` computes, written out. q (B, H, T, D), k and v (B, K, span, D), mask (B, 1, T, span)."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, span, D)
+    """What `attend` computes, written out. q (B, Q, T, D), k and v (B, K, span, D), mask (B, 1, T, span)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, Q, span, D)
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, H, T, span)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, Q, T, span)
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """Output projection, (V, C)."""
+        """Output projection, (V, H)."""
         return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     @property
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
     def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, rows: slice | Tensor | None = None
     ) -> Tensor:
-        """Final hidden states, tokens (B, T) int64 -> (B, T, C).
+        """Final hidden states, tokens (B, T) int64 -> (B, T, H).
 
         Without a cache row b starts at position 0; shorter rows are padded on the right with any token, which
         no earlier position can see. With a cache the tokens continue the sequences `rows` from their current
@@ -245,17 +245,16 @@ class Transformer(nn.Module):
         if cache is not None:
             step = self._cached_step(tokens, cache, slice(0, len(tokens)) if rows is None else rows)
             positions = step.positions  # (B, T)
-        angle = positions[:, :, None, None] * rope_frequencies(
-            self.config, tokens.device
-        )  # (B or 1, T, 1, D/2)
+        frequencies = rope_frequencies(self.config, tokens.device)  # (D/2,)
+        angle = positions[:, :, None, None] * frequencies  # (B or 1, T, 1, D/2)
         cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-        x = self.model.embed_tokens(tokens)  # (B, T, C)
+        x = self.model.embed_tokens(tokens)  # (B, T, H)
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, layer, step)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V) fp32. The product accumulates in fp32 and is never rounded to the compute
+        """(..., H) -> (..., V) fp32. The product accumulates in fp32 and is never rounded to the compute
         dtype: bf16 logits are off by 2e-2, more than a trust region of 0.01 can bear."""
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
             flat = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
@@ -270,8 +269,7 @@ class Transformer(nn.Module):
         T = tokens.shape[1]
         start = cache.length[rows]  # (B,)
         positions = start[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-        mask = (
-            torch.arange(cache.span, device=tokens.device) <= positions[:, None, :, None]
-        )  # (B, 1, T, span)
+        cached = torch.arange(cache.span, device=tokens.device)  # (span,)
+        mask = cached <= positions[:, None, :, None]  # (B, 1, T, span)
         index = torch.arange(rows.start, rows.stop, device=tokens.device) if isinstance(rows, slice) else rows
         return CachedStep(cache, rows, index[:, None], positions, mask)

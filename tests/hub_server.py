@@ -6,6 +6,7 @@ others come from the hub itself.
 
 import hashlib
 import json
+import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,21 +14,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+PATH = re.compile("(/api/models)?/([^/]+/[^/]+)/(?:revision|resolve)/([^/]+)/?(.*)")
+
 
 @dataclass
 class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # hash -> path -> content
     refs: dict[str, str] = field(default_factory=dict)  # branch or tag -> hash
-    gated: tuple[int, dict] = ()  # the answer (status, headers) to whoever asks for a file
+    gated: tuple[int, str] | None = None  # (status, error code) for whoever asks for a file
 
-    def commit(self, files: dict[str, bytes] | Path, branch: str = "main") -> str:
-        """Add a commit of these files, or of those in a directory, and move the branch there."""
-        if isinstance(files, Path):
-            files = {str(p.relative_to(files)): p.read_bytes() for p in files.rglob("*") if p.is_file()}
+    def commit(self, files: dict[str, bytes]) -> str:
+        """Add a commit of these files and move the branch main there; returns its hash."""
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
-        self.commits[commit] = files
-        self.refs[branch] = commit
+        self.commits[commit], self.refs["main"] = files, commit
         return commit
+
+    @property
+    def main(self) -> dict[str, bytes]:
+        return self.commits[self.refs["main"]]
 
 
 class Hub:
@@ -36,9 +40,11 @@ class Hub:
     def __init__(self, port: int):
         self.url, self.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}/storage"
         self.repos: dict[str, Repo] = {}
+        self.stored: dict[str, bytes] = {}  # what the other host has, by its sha256
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers in lower case
         self.break_at: int | None = None  # the byte at which large files break off
         self.token: str | None = None  # the only token that is not refused
+        self.status: int | None = None  # its answer to everything
 
     def repo(self, name: str) -> Repo:
         return self.repos.setdefault(name, Repo())
@@ -49,13 +55,6 @@ class Hub:
         self.requests.clear()
         return {path for path in paths if path}
 
-    def find(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | tuple[int, str]:
-        if name not in self.repos:
-            return 404, "RepoNotFound"
-        repo = self.repos[name]
-        commit = repo.refs.get(revision, revision)
-        return (commit, repo.commits[commit]) if commit in repo.commits else (404, "RevisionNotFound")
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -65,52 +64,47 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, path, {k.lower(): v for k, v in self.headers.items()}))
         if path.startswith("/storage/"):
             return self.storage(hub, path.rpartition("/")[2])
+        if hub.status:
+            return self.answer(hub.status)
         if hub.token and self.headers["Authorization"] != f"Bearer {hub.token}":
-            return self.answer(
-                401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
-            )
-        if path.startswith("/api/models/"):
-            name, _, revision = path.removeprefix("/api/models/").partition("/revision/")
-            commit, files = hub.find(name, revision)
-            if isinstance(commit, int):
-                return self.answer(commit, headers={"X-Error-Code": files})
-            siblings = [sibling(file, content) for file, content in files.items()]
-            return self.answer(200, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode())
-        name, _, rest = path[1:].partition("/resolve/")
-        revision, _, file = rest.partition("/")
-        commit, files = hub.find(name, revision)
-        if isinstance(commit, int):
-            return self.answer(commit, headers={"X-Error-Code": files})
-        if hub.repos[name].gated:
-            return self.answer(hub.repos[name].gated[0], headers=hub.repos[name].gated[1])
-        if file not in files:
-            return self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        entry = sibling(file, files[file])
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["blobId"]}"'}
-        if "lfs" not in entry:
-            return self.answer(200, files[file], headers)
-        sha256 = entry["lfs"]["sha256"]
-        headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(entry["size"])}
-        self.answer(302, headers=headers | {"Location": f"{hub.storage}/{sha256}"})
+            return self.answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        listing, name, revision, file = PATH.fullmatch(path).groups()
+        repo = hub.repos.get(name)
+        if repo is None:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        contents = repo.commits[commit]
+        entries = {path: describe(path, content) for path, content in contents.items()}
+        if listing:
+            model = {"id": name, "sha": commit, "siblings": list(entries.values())}
+            return self.answer(200, body=json.dumps(model).encode())
+        if repo.gated:
+            return self.answer(repo.gated[0], {"X-Error-Code": repo.gated[1]})
+        headers = {"X-Repo-Commit": commit}
+        if file not in entries:
+            return self.answer(404, headers | {"X-Error-Code": "EntryNotFound"})
+        headers["ETag"] = f'"{entries[file]["blobId"]}"'
+        if "lfs" not in entries[file]:
+            return self.answer(200, headers, contents[file])
+        sha256, size = entries[file]["lfs"]["sha256"], entries[file]["size"]
+        hub.stored[sha256] = contents[file]
+        headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(size)}
+        self.answer(302, headers | {"Location": f"{hub.storage}/{sha256}"})
 
     do_HEAD = do_GET
 
     def storage(self, hub: Hub, sha256: str):
-        content = next(
-            content
-            for repo in hub.repos.values()
-            for files in repo.commits.values()
-            for content in files.values()
-            if hashlib.sha256(content).hexdigest() == sha256
-        )
+        content = hub.stored[sha256]
         first = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         headers = {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         last = len(content) if hub.break_at is None else hub.break_at
-        self.answer(206 if first else 200, content[first:], headers, sent=max(0, last - first))
+        self.answer(206 if first else 200, headers, content[first:], sent=max(0, last - first))
 
-    def answer(self, status: int, body: bytes = b"", headers: dict | None = None, sent: int | None = None):
+    def answer(self, status: int, headers: dict | None = None, body: bytes = b"", sent: int | None = None):
         """Answer; the connection breaks off after `sent` bytes of a longer body."""
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **(headers or {})}.items():
@@ -124,13 +118,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def sibling(file: str, content: bytes) -> dict:
+def read_files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def describe(file: str, content: bytes) -> dict:
     """A file as the hub lists it."""
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     entry = {"rfilename": file, "size": len(content), "blobId": blob}
     if file.endswith((".safetensors", ".bin")):
-        lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-        entry["lfs"] = lfs
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
     return entry
 
 

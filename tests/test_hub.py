@@ -2,8 +2,8 @@
 
 import collections
 import errno
+import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, running
+from hub_server import Hub, read_files, running
 from huggingface_hub import constants, file_download
-from tiny import assert_same, random_model, write_checkpoint, write_tokenizer
+from tiny import assert_same, random_model, refusal, write_checkpoint, write_tokenizer
 
 import eval as evaluation
 import train
 from teamtr_min import load_model, load_tokenizer
 from teamtr_min.config import Config
-from teamtr_min.files import UserError
+from teamtr_min.hf.hub import ALIASES
 from teamtr_min.hf.weights import RELAY, find_model, pinned
 
 ROOT = Path(__file__).parent.parent
@@ -29,41 +29,39 @@ TOY = ["--agents", "2", "--stages", "1", "--problems", "2", "--group", "2", "--i
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def environ(monkeypatch):
+    """Sets variables of the environment, which huggingface_hub then reads as when a process starts."""
+
+    def change(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        importlib.reload(constants)
+        constants.DOWNLOAD_CHUNK_SIZE = 1000
+
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    yield change
+    monkeypatch.undo()
+    importlib.reload(constants)
+
+
+@pytest.fixture
+def hub(tmp_path, environ, monkeypatch):
     """A hub of one's own and an empty cache; transfers in small pieces, and no patience between retries."""
     with running() as hub:
-        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+        environ(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="hf_secret")
         pause = file_download.time.sleep
         monkeypatch.setattr(file_download.time, "sleep", lambda seconds: pause(min(seconds, 0.01)))
         yield hub
 
 
-def publish(hub: Hub, tmp_path: Path, shards: int = 1, seed: int = 0, name: str = "org/tiny"):
-    """A repository with a random model, and beside it what nobody here reads; returns (model, commit)."""
+def publish(hub: Hub, tmp_path: Path, shards: int = 1, seed: int = 0):
+    """org/tiny with a random model, and beside it what nobody here reads; returns (model, commit)."""
     model = random_model("qwen2", seed=seed)
-    directory = tmp_path / f"repo-{seed}-{shards}"
-    write_tokenizer(write_checkpoint(directory, model, shards=shards))
-    (directory / "original").mkdir()
-    for unread in (
-        "pytorch_model.bin",
-        "README.md",
-        "original/model.safetensors",
-        "consolidated.safetensors",
-    ):
-        (directory / unread).write_bytes(b"never asked for")
-    return model, hub.repo(name).commit(directory)
-
-
-def refusal(name: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load_model(name)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    directory = write_tokenizer(write_checkpoint(tmp_path / f"repo-{seed}", model, shards=shards))
+    unread = ("pytorch_model.bin", "README.md", "original/model.safetensors", "consolidated.safetensors")
+    files = read_files(directory) | dict.fromkeys(unread, b"never asked for")
+    return model, hub.repo("org/tiny").commit(files)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -76,6 +74,14 @@ def test_only_what_is_read_is_fetched_and_only_once(hub, tmp_path, shards):
     assert_same(load_model("org/tiny"), model)
     assert load_tokenizer("org/tiny").encode("ab") and find_model("org/tiny").name == commit
     assert hub.requests == []
+
+
+def test_an_alias_is_a_hub_id_in_capitals_or_not_with_a_revision_or_without(hub):
+    commit = hub.repo("Qwen/Qwen2.5-1.5B-Instruct").commit(read_files(RELAY))
+    for name in ("qwen2.5-1.5b", "Qwen2.5-1.5B@main", f"qwen2.5-1.5b@{commit}", "Qwen/Qwen2.5-1.5B-Instruct"):
+        assert find_model(name).name == commit
+    assert "no model Qwen/Qwen3-0.6B:" in refusal(find_model, "qwen3-0.6b")
+    assert all(alias == alias.lower() and ALIASES[alias].count("/") == 1 for alias in ALIASES)
 
 
 def test_the_weights_come_from_another_host_which_never_sees_the_token(hub, tmp_path):
@@ -91,7 +97,7 @@ def test_the_weights_come_from_another_host_which_never_sees_the_token(hub, tmp_
 def test_an_interrupted_download_goes_on_where_it_stopped(hub, tmp_path, shards):
     model, _ = publish(hub, tmp_path, shards)
     hub.break_at = 5500
-    assert "run the same command again" in refusal("org/tiny")
+    assert "run the same command again" in refusal(load_model, "org/tiny")
     hub.break_at = None
     hub.requests.clear()
     assert_same(load_model("org/tiny"), model)
@@ -103,13 +109,12 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, tmp_path, shards)
 def test_what_arrived_damaged_is_fetched_anew(hub, tmp_path):
     model, _ = publish(hub, tmp_path)
     hub.break_at = 5500
-    refusal("org/tiny")
+    refusal(load_model, "org/tiny")
     (part,) = (tmp_path / "home").rglob("*.incomplete")
     part.write_bytes(b"x" * 4000)
     hub.break_at = None
-    assert "damaged" in refusal("org/tiny")
+    assert "damaged" in refusal(load_model, "org/tiny")
     assert_same(load_model("org/tiny"), model)
-    find_model("org/tiny")
 
 
 def test_a_snapshot_that_lacks_a_file_is_completed(hub, tmp_path):
@@ -122,16 +127,14 @@ def test_a_snapshot_that_lacks_a_file_is_completed(hub, tmp_path):
         assert hub.asked() == {name}
 
 
-def test_a_name_with_a_revision_means_the_same_weights_for_ever(hub, tmp_path):
+def test_a_name_with_a_revision_means_the_same_weights_for_ever(hub, environ, tmp_path):
     old, first = publish(hub, tmp_path, seed=1)
     hub.repo("org/tiny").refs["v1"] = first
     config = pinned(Config(model="org/tiny, relay", agents=2))
     assert config.model == f"org/tiny@{first},relay"
     new, second = publish(hub, tmp_path, seed=2)
-    assert hub.repo("org/tiny").refs["main"] == second != first
-    for empty in (False, True):
-        if empty:
-            os.environ["HF_HOME"] += "-elsewhere"
+    for home in ("home", "elsewhere"):
+        environ(HF_HOME=str(tmp_path / home))
         for name in (config.models[0], "org/tiny@v1"):
             assert_same(load_model(name), old)
     assert_same(load_model("org/tiny"), new)  # this cache has not seen main before
@@ -143,45 +146,48 @@ def test_a_name_with_a_revision_means_the_same_weights_for_ever(hub, tmp_path):
 def test_a_branch_that_did_not_arrive_is_not_taken_for_one_that_did(hub, tmp_path):
     old, _ = publish(hub, tmp_path, seed=1)
     find_model("org/tiny")
-    new, second = publish(hub, tmp_path, seed=2)
+    _, second = publish(hub, tmp_path, seed=2)
     hub.break_at = 5500
-    refusal(f"org/tiny@{second}")
+    refusal(load_model, f"org/tiny@{second}")
     assert_same(load_model("org/tiny"), old)
 
 
 @pytest.mark.parametrize("status, code", [(401, "GatedRepo"), (403, "GatedRepo"), (403, "")])
 def test_a_gated_model_says_where_to_accept_its_licence(hub, tmp_path, status, code):
     publish(hub, tmp_path)
-    hub.repo("org/tiny").gated = status, {"X-Error-Code": code}
-    sentence = refusal("org/tiny")
+    hub.repo("org/tiny").gated = status, code
+    sentence = refusal(load_model, "org/tiny")
     assert f"accept its licence on {hub.url}/org/tiny" in sentence and "HF_TOKEN" in sentence
     assert not any("/storage/" in path for _, path, _ in hub.requests)
 
 
-def test_what_the_hub_does_not_have_is_named(hub, tmp_path, monkeypatch):
+def test_a_name_that_the_hub_does_not_know_is_named(hub, tmp_path):
     publish(hub, tmp_path)
-    assert "shows you no model org/nothing: check the name" in refusal("org/nothing")
-    assert "org/tiny has no revision v9" in refusal("org/tiny@v9")
-    assert f"org/tiny has no revision {'0' * 40}" in refusal(f"org/tiny@{'0' * 40}")
-    assert "neither a directory nor the id" in refusal("o rg/ti*ny")
-    for lacking, words in {"model.safetensors": "weights in safetensors", "config.json": "config.json",
-                           "tokenizer.json": "tokenizer.json"}.items():  # fmt: skip
-        files = dict(hub.repo("org/tiny").commits[hub.repo("org/tiny").refs["main"]])
-        del files[lacking]
-        hub.repo("org/less").commit(files)
-        hub.requests.clear()
-        assert f"org/less at main has no {words}" in refusal("org/less")
-        assert hub.asked() == set()
-    monkeypatch.setattr(hub, "find", lambda name, revision: (401, ""))  # to strangers, of private ones too
-    assert "shows you no model org/nothing: check the name" in refusal("org/nothing")
-    monkeypatch.setattr(hub, "find", lambda name, revision: (503, ""))
-    assert f"{hub.url} answered 503" in refusal("org/nothing")
+    assert "shows you no model org/nothing: check the name" in refusal(load_model, "org/nothing")
+    for revision in ("v9", "0" * 40):
+        assert f"org/tiny has no revision {revision}:" in refusal(load_model, f"org/tiny@{revision}")
+    assert "neither a directory nor the id" in refusal(load_model, "o rg/ti*ny")
 
 
-def test_a_token_that_is_refused_is_among_the_things_to_check(hub, tmp_path):
+@pytest.mark.parametrize("lacking", ["weights in safetensors", "config.json", "tokenizer.json"])
+def test_a_repository_without_what_is_needed_is_refused_before_anything_is_fetched(hub, tmp_path, lacking):
     publish(hub, tmp_path)
-    hub.token = "hf_another"
-    assert "or the token old" in refusal("org/tiny")
+    files = dict(hub.repo("org/tiny").main)
+    del files["model.safetensors" if "weights" in lacking else lacking]
+    hub.repo("org/less").commit(files)
+    assert f"org/less at main has no {lacking}" in refusal(load_model, "org/less")
+    assert hub.asked() == set()
+
+
+def test_what_the_hub_answers_instead_is_told(hub):
+    hub.status = 401  # to strangers, for private models and for none
+    assert "shows you no model org/nothing: check the name" in refusal(load_model, "org/nothing")
+    hub.status = 503
+    assert f"{hub.url} answered 503" in refusal(load_model, "org/nothing")
+    hub.status, hub.token = None, "hf_another"
+    assert "or the token old" in refusal(load_model, "org/nothing")
+    hub.status = 200  # of a proxy that asks for a login, say: not JSON
+    assert "does not answer as the hub does" in refusal(load_model, "org/nothing")
 
 
 def test_two_runs_that_start_together_fetch_the_weights_once(hub, tmp_path):
@@ -193,10 +199,10 @@ def test_two_runs_that_start_together_fetch_the_weights_once(hub, tmp_path):
 
 def test_a_model_of_another_architecture_is_refused_before_its_weights_are_fetched(hub, tmp_path):
     publish(hub, tmp_path)
-    files = hub.repo("org/tiny").commits[hub.repo("org/tiny").refs["main"]]
+    files = hub.repo("org/tiny").main
     other = json.loads(files["config.json"]) | {"architectures": ["MistralForCausalLM"]}
-    hub.repo("org/other").commit({**files, "config.json": json.dumps(other).encode()})
-    assert "MistralForCausalLM is not supported" in refusal("org/other")
+    hub.repo("org/other").commit(files | {"config.json": json.dumps(other).encode()})
+    assert "MistralForCausalLM is not supported" in refusal(load_model, "org/other")
     assert "model.safetensors" not in hub.asked()
 
 
@@ -205,46 +211,47 @@ def test_a_disk_without_room_is_said_before_the_weights_are_fetched(hub, tmp_pat
     publish(hub, tmp_path)
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    assert "make room, or set HF_HOME" in refusal("org/tiny")
+    assert "make room, or set HF_HOME" in refusal(load_model, "org/tiny")
     assert "model.safetensors" not in hub.asked()
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_named(hub, environ, tmp_path, monkeypatch):
     publish(hub, tmp_path)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(file_download, "http_get", full)
-    assert f"no space is left in {tmp_path / 'home' / 'hub'}: make room" in refusal("org/tiny")
+    assert f"no space is left in {tmp_path / 'home' / 'hub'}: make room" in refusal(load_model, "org/tiny")
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-    assert f"cannot write to {tmp_path / 'file' / 'hub'} (Not a directory)" in refusal("org/tiny")
+    environ(HF_HUB_CACHE=str(tmp_path / "file"))
+    assert f"cannot write to {tmp_path / 'file'} (Not a directory)" in refusal(load_model, "org/tiny")
 
 
-def test_without_a_connection_it_is_said_at_once_and_the_cache_still_serves(hub, tmp_path, monkeypatch):
+def test_without_a_connection_it_is_said_at_once_and_the_cache_still_serves(hub, environ, tmp_path):
     model, _ = publish(hub, tmp_path)
     find_model("org/tiny")
     hub.requests.clear()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    environ(HF_HUB_OFFLINE="1")
     assert_same(load_model("org/tiny"), model)
-    assert "HF_HUB_OFFLINE is set" in refusal("org/other") and hub.requests == []
+    assert "HF_HUB_OFFLINE is set" in refusal(load_model, "org/other") and hub.requests == []
     (find_model("org/tiny") / "tokenizer.json").unlink()
-    assert "is not complete (tokenizer.json)" in refusal("org/tiny")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert "is not complete (tokenizer.json)" in refusal(load_model, "org/tiny")
+    environ(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")  # nobody listens there
     begin = time.perf_counter()
-    for name in ("org/other", "org/tiny"):
-        sentence = refusal(name)
+    for name, revision in (("org/other", "v1"), ("org/tiny", "main")):
+        sentence = refusal(load_model, f"{name}@{revision}")
+        assert f"{name} at {revision} is not " in sentence and f"hf download {name} " in sentence
         assert "cannot be reached (" in sentence and "Connection refused" in sentence
-        assert f"hf download {name} " in sentence
     assert time.perf_counter() - begin < 5
 
 
-def test_a_run_names_its_commit_and_resumes_with_the_flags_it_was_started_with(hub, tmp_path, capsys):
+def test_a_run_names_its_commit_and_resumes_with_the_flags_it_was_started_with(
+    hub, environ, tmp_path, capsys
+):
     """The command in a process of its own; afterwards the model's branch moves and the cache is gone."""
     name = "Qwen/Qwen2.5-0.5B-Instruct"
-    pin = f"{name}@{hub.repo(name).commit(RELAY)}"
+    pin = f"{name}@{hub.repo(name).commit(read_files(RELAY))}"
     out, flags = str(tmp_path / "run"), [*TOY, "--model", "qwen2.5-0.5b"]
     command = [sys.executable, "train.py", *flags, "--out", out]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -253,12 +260,12 @@ def test_a_run_names_its_commit_and_resumes_with_the_flags_it_was_started_with(h
     trained = load_model(tmp_path / "run" / "agents" / "0")
 
     hub.repo(name).commit({"config.json": b"{}"})
-    os.environ["HF_HOME"] += "-elsewhere"
+    environ(HF_HOME=str(tmp_path / "elsewhere"))
     hub.requests.clear()
     assert train.main(["--resume", out, "--model", "qwen3-0.6b"]) == 2
     assert f"the run has {pin}" in capsys.readouterr().err and hub.requests == []
     assert train.main(["--resume", out, *flags]) == 0
-    assert hub.asked() == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    assert hub.asked() == NEEDED | {"model.safetensors"}
     assert_same(load_model(tmp_path / "run" / "agents" / "0"), trained)
     capsys.readouterr()
     for team in (["--team", out], ["--model", pin, *TOY[:2]]):

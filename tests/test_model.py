@@ -5,35 +5,37 @@ import math
 
 import pytest
 import torch
-from tiny import CONFIGS, FAMILIES, in_transformers, random_model, random_tokens, shared
+from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.model import KVCache, attend, attend_reference, rope_frequencies
+from teamtr_min.model import KVCache, attend, attend_reference
 from teamtr_min.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
 
 
+def frequencies_by_definition(config):
+    """Angle per position of each pair of head dimensions; Llama 3 keeps short waves, slows down long ones."""
+    plain = [config.rope_theta ** (-2 * d / config.head_dim) for d in range(config.head_dim // 2)]
+    if config.rope_scaling is None:
+        return plain
+    factor, low, high, original = config.rope_scaling
+    shares = [(original * f / (2 * math.pi) - low) / (high - low) for f in plain]
+    assert min(shares) < 0 and max(shares) > 1 and any(0 < share < 1 for share in shares)  # all kinds occur
+    keep = [min(max(share, 0), 1) for share in shares]
+    return [share * f + (1 - share) * f / factor for share, f in zip(keep, plain)]
+
+
 def logits_by_definition(model, tokens):
     """tokens (T,) -> logits (T, V), in float64, one position and one head at a time."""
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    frequencies = torch.tensor(frequencies_by_definition(c)).double()
 
     def norm(x, weight):
         return x / (x.square().mean() + c.norm_eps).sqrt() * weight
 
     def turned(x, t):  # dimension d and d + D/2 are one complex number, turned by t times its frequency
-        number = torch.complex(*x.chunk(2))
-        for d in range(len(number)):
-            frequency = c.rope_theta ** (-2 * d / c.head_dim)
-            if c.rope_scaling is not None:
-                factor, low, high, original = c.rope_scaling
-                turns = original * frequency / (2 * math.pi)
-                if turns < low:
-                    frequency = frequency / factor
-                elif turns < high:
-                    share = (turns - low) / (high - low)
-                    frequency = share * frequency + (1 - share) * frequency / factor
-            number[d] *= torch.polar(torch.tensor(1.0).double(), torch.tensor(t * frequency).double())
+        number = torch.complex(*x.chunk(2)) * torch.polar(torch.ones_like(frequencies), t * frequencies)
         return torch.cat((number.real, number.imag))
 
     def project(layer, name, x, heads):
@@ -69,8 +71,7 @@ def logits_by_definition(model, tokens):
     return final @ (w["model.embed_tokens.weight"] if c.tied else w["lm_head.weight"]).t()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_model
 def test_logits_equal_the_definition_written_out(family, tied):
     model = random_model(family, tied)
     tokens = random_tokens(model, 37)  # past Llama's original length of 32
@@ -79,8 +80,7 @@ def test_logits_equal_the_definition_written_out(family, tied):
     torch.testing.assert_close(model(tokens[None])[0].double(), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_model
 def test_logits_and_gradients_equal_transformers(family, tied):
     model = random_model(family, tied, seed=5)
     theirs = in_transformers(model)
@@ -95,35 +95,19 @@ def test_logits_and_gradients_equal_transformers(family, tied):
         assert torch.allclose(p.grad, gradients[name], atol=1e-5, rtol=1e-3), name
 
 
-def test_llama3_frequencies_keep_stretch_and_interpolate():
-    config = CONFIGS["llama"]
-    factor, low, high, original = config.rope_scaling
-    plain = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-    turns = original * plain / (2 * math.pi)
-    got = rope_frequencies(config, torch.device("cpu"))
-    assert got.dtype == torch.float32
-    kept, stretched = turns > high, turns < low
-    assert kept.any() and stretched.any() and (~kept & ~stretched).any()  # all three kinds occur
-    torch.testing.assert_close(got[kept], plain[kept])
-    torch.testing.assert_close(got[stretched], plain[stretched] / factor)
-    between = ~kept & ~stretched
-    assert (got[between] < plain[between]).all() and (got[between] > plain[between] / factor).all()
-
-
-@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3), (5, 1)])
-def test_attend_equals_attend_reference(heads, kv_heads):
-    g = torch.Generator().manual_seed(heads)
+@pytest.mark.parametrize("Q, K", [(6, 2), (3, 3), (5, 1)])
+def test_attend_equals_attend_reference(Q, K):
+    generator = torch.Generator().manual_seed(Q)
     B, T, span, D = 3, 7, 11, 10
-    q = torch.randn(B, heads, T, D, generator=g)
-    k, v = (torch.randn(B, kv_heads, span, D, generator=g) for _ in "kv")
-    mask = torch.rand(B, 1, T, span, generator=g) < 0.5
+    q = torch.randn(B, Q, T, D, generator=generator)
+    k, v = (torch.randn(B, K, span, D, generator=generator) for _ in "kv")
+    mask = torch.rand(B, 1, T, span, generator=generator) < 0.5
     mask[..., 0] = True  # a query sees something
     torch.testing.assert_close(attend(q, k, v, mask), attend_reference(q, k, v, mask))
     k, v = k[:, :, :T], v[:, :, :T]
     torch.testing.assert_close(attend(q, k, v, None), attend_reference(q, k, v, None))
-    assert not torch.allclose(
-        attend(q, k, v, None), attend(q, k, v, torch.ones(B, 1, T, T, dtype=torch.bool))
-    )
+    everything = torch.ones(B, 1, T, T, dtype=torch.bool)
+    assert not torch.allclose(attend(q, k, v, None), attend(q, k, v, everything))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,6 +119,8 @@ def test_no_position_sees_a_later_token(family):
     before, after = model(tokens)[0], model(changed)[0]
     torch.testing.assert_close(after[:13], before[:13], atol=1e-5, rtol=0)
     assert ((after - before).abs().amax(-1) > 1e-3)[13:].all()  # and every later one does see it
+    padded = model(torch.nn.functional.pad(tokens, (0, 6), value=7))[0]
+    torch.testing.assert_close(padded[:23], before, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -187,31 +173,17 @@ def test_cache_rows_trade_places_and_copy():
     assert cache.keys[:, 0].numel() + cache.values[:, 0].numel() == 9 * model.config.kv_per_token
 
 
-def test_padding_on_the_right_changes_nothing():
-    model = random_model("qwen3")
-    tokens = random_tokens(model, 2, 13)
-    for filler in (0, 7):
-        padded = torch.nn.functional.pad(tokens, (0, 6), value=filler)
-        torch.testing.assert_close(model(padded)[:, :13], model(tokens), atol=1e-5, rtol=0)
-
-
-def test_bf16_models_give_fp32_logits():
-    model = random_model("qwen2", tied=False).bfloat16()
-    tokens = random_tokens(model, 2, 19)
-    hidden = model.hidden(tokens)
-    assert hidden.dtype == torch.bfloat16
-    expected = hidden.double() @ model.head.double().t()
-    logits = model(tokens)
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_bf16_logits_are_near_fp32_ones():
-    model = random_model("llama")
+@each_model
+def test_bf16_models_give_fp32_logits_that_are_near_the_exact_ones(family, tied):
+    model = random_model(family, tied)
     tokens = random_tokens(model, 2, LONG)
     exact = model(tokens)
-    error = (random_model("llama").bfloat16()(tokens) - exact).square().mean().sqrt() / exact.std()
-    assert error < 0.05
+    model = model.bfloat16()
+    hidden, logits = model.hidden(tokens), model(tokens)
+    assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    product = hidden.double() @ model.head.double().t()
+    torch.testing.assert_close(logits.double(), product, atol=1e-5, rtol=1e-5)  # never rounded to bf16
+    assert (logits - exact).square().mean().sqrt() / exact.std() < 0.05
 
 
 @pytest.fixture(scope="module")

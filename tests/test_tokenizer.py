@@ -5,11 +5,11 @@ import json
 import random
 
 import pytest
-from tiny import LLAMA3_STYLE, ODD_TEXTS, shared, write_tokenizer
+from tiny import LLAMA3_STYLE, ODD_TEXTS, refusal, shared, write_tokenizer
 
 from teamtr_min import load_tokenizer
-from teamtr_min.files import UserError
 
+LOOK = {"name": "look", "arguments": {"at": "Zürich <b>"}}
 CHATS = [
     [{"role": "user", "content": "What is 7*8?"}],
     [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": " hi "}],
@@ -23,13 +23,7 @@ CHATS = [
     [{"role": "user", "content": text or "nothing"} for text in ODD_TEXTS],
     [
         {"role": "user", "content": "weather?"},
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [
-                {"type": "function", "function": {"name": "look", "arguments": {"at": "Zürich <b>"}}}
-            ],
-        },
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": LOOK}]},
         {"role": "tool", "content": '{"degrees": 21}'},
         {"role": "tool", "content": "sunny"},
         {"role": "assistant", "content": "21 degrees."},
@@ -61,22 +55,20 @@ ODDITIES = """\
 """
 
 
-def rendered_by_transformers(directory, chat, **kwargs) -> str:
+def in_transformers(directory):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
-    return theirs.apply_chat_template(chat, tokenize=False, **kwargs)
+    return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def refusal(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    return str(caught.value)
+def rendered_by_transformers(directory, chat, **kwargs) -> str:
+    return in_transformers(directory).apply_chat_template(chat, tokenize=False, **kwargs)
 
 
 # Ids
 
 
 def test_any_text_survives_encoding_and_decoding(tmp_path):
+    """Special tokens that are written out too; they are one id each, and not shown unless asked for."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     draw = random.Random(0)
     texts = ODD_TEXTS + ["".join(chr(draw.randrange(1, 0xD800)) for _ in range(n)) for n in range(40)]
@@ -85,14 +77,10 @@ def test_any_text_survives_encoding_and_decoding(tmp_path):
         assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode_batch([tokenizer.encode(text) for text in texts[-9:]]) == texts[-9:]
-
-
-def test_special_tokens_are_one_id_each_and_not_shown(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     ids = tokenizer.encode("1<|im_end|>2")
-    assert len(ids) == 3
+    assert [tokenizer.is_special(i) for i in ids] == [False, True, False]
     assert tokenizer.decode(ids) == "12"
-    assert tokenizer.eos_id == tokenizer.encode("</s>")[0]
+    assert tokenizer.eos_id == tokenizer.encode("</s>")[0] and tokenizer.unk_id is None
 
 
 def test_the_tokenizers_own_special_tokens_can_be_left_out(tmp_path):
@@ -102,14 +90,18 @@ def test_the_tokenizers_own_special_tokens_can_be_left_out(tmp_path):
     assert len(plain) == 2
 
 
-def test_the_real_tokenizer_encodes_like_transformers():
+def test_qwens_tokenizer_encodes_and_renders_as_in_transformers():
     directory = shared("qwen2.5-tokenizer")
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    theirs, mine = transformers.PreTrainedTokenizerFast.from_pretrained(directory), load_tokenizer(directory)
+    theirs, mine = in_transformers(directory), load_tokenizer(directory)
     for text in ODD_TEXTS:
         assert mine.encode(text) == theirs(text)["input_ids"]
         assert mine.decode(mine.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
     assert mine.eos_id == theirs.eos_token_id
+    for chat in CHATS:
+        for prompt in (True, False):
+            text = mine.render(chat, add_generation_prompt=prompt)
+            assert text == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            assert text.endswith("<|im_start|>assistant\n") == prompt
 
 
 def test_a_batch_setting_in_the_file_neither_pads_nor_truncates(tmp_path):
@@ -132,28 +124,16 @@ def test_equal_hash_means_equal_ids(tmp_path):
 # Conversations
 
 
-def test_qwens_own_template_renders_as_in_transformers():
-    directory = shared("qwen2.5-tokenizer")
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    theirs, mine = transformers.PreTrainedTokenizerFast.from_pretrained(directory), load_tokenizer(directory)
-    for chat in CHATS:
-        for prompt in (True, False):
-            text = mine.render(chat, add_generation_prompt=prompt)
-            assert text == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
-            assert text.endswith("<|im_start|>assistant\n") == prompt
-
-
 @pytest.mark.parametrize(
     "kwargs", [{}, {"date_string": "26 Jul 2024"}, {"bos_token": "other"}, {"tools": []}]
 )
-@pytest.mark.parametrize("number", range(4))
-def test_a_llama3_style_template_renders_as_in_transformers(tmp_path, number, kwargs):
+def test_a_llama3_style_template_renders_as_in_transformers(tmp_path, kwargs):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
-    chat = CHATS[number]
-    text = tokenizer.render(chat, **kwargs)
-    assert text.startswith(kwargs.get("bos_token", "<s>") + "<|header|>system")
-    assert f"Today: {kwargs.get('date_string', datetime.datetime.now().strftime('%Y'))}\n" in text
-    assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=True, **kwargs)
+    for chat in CHATS[:4]:
+        text = tokenizer.render(chat, **kwargs)
+        assert text.startswith(kwargs.get("bos_token", "<s>") + "<|header|>system")
+        assert f"Today: {kwargs.get('date_string', datetime.datetime.now().strftime('%Y'))}\n" in text
+        assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=True, **kwargs)
 
 
 TOKENS = {
@@ -165,6 +145,7 @@ TOKENS = {
 
 
 def test_every_construct_that_templates_rely_on_renders(tmp_path):
+    """As spelled out here, and as in transformers; and the messages are as before."""
     chat = [{"role": "user", "content": "é<b>"}, {"role": "system", "content": "s"}]
     chat += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "behind the break"}]
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, ODDITIES, **TOKENS))
@@ -175,13 +156,11 @@ def test_every_construct_that_templates_rely_on_renders(tmp_path):
         "4<|im_end|>False</s><s>\n"
         "TrueTrueéFalseé<b>é<b>"
     )
-
-
-@pytest.mark.parametrize("number", range(len(CHATS)))
-def test_every_construct_renders_as_in_transformers(tmp_path, number):
-    write_tokenizer(tmp_path, ODDITIES, **TOKENS)
-    text = load_tokenizer(tmp_path).render(CHATS[number], add_generation_prompt=False, extra="é")
-    assert text == rendered_by_transformers(tmp_path, CHATS[number], add_generation_prompt=False, extra="é")
+    before = json.dumps(CHATS)
+    texts = [tokenizer.render(chat, add_generation_prompt=False, extra="é") for chat in CHATS]
+    assert json.dumps(CHATS) == before
+    for chat, text in zip(CHATS, texts):
+        assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=False, extra="é")
 
 
 def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path):
@@ -230,14 +209,6 @@ def test_chatml_ends_messages_with_the_end_of_sequence_of_those_who_have_no_im_e
     assert tokenizer.render(CHATS[0], False) == "<|im_start|>user\nWhat is 7*8?</s>\n"
 
 
-def test_rendering_leaves_the_messages_alone(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, ODDITIES))
-    before = json.dumps(CHATS)
-    for chat in CHATS:
-        tokenizer.render(chat)
-    assert json.dumps(CHATS) == before
-
-
 # Templates are programs of strangers
 
 
@@ -272,37 +243,38 @@ def test_templates_cannot_reach_python(tmp_path, template):
     assert chat == [{"role": "user", "content": "x"}]
 
 
-@pytest.mark.parametrize(
-    "template, reason",
-    [
-        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "str"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ 'x' * 10**15 }}", "MemoryError"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{{ nowhere.attribute }}", "undefined"),
-        ("{{ messages[0] | nosuchthing }}", None),
-        ("{% for %}", None),
-        ("{{ unclosed", None),
-        ("{% generation %} never ends", None),
-    ],
-)
-def test_a_broken_template_gets_a_sentence(tmp_path, template, reason):
-    write_tokenizer(tmp_path, template)
-    if reason is None:
-        sentence = refusal(load_tokenizer, tmp_path)
-        assert "does not parse" in sentence
-    else:
-        sentence = refusal(load_tokenizer(tmp_path).render, CHATS[0])
-        assert "refuses this conversation" in sentence and reason in sentence
-    assert str(tmp_path) in sentence
+FAILING = {
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
+    "{{ raise_exception('roles must alternate') }}": "roles must alternate",
+    "{{ messages[0].content + 1 }}": "str",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ 'x' * 10**15 }}": "MemoryError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{{ nowhere.attribute }}": "undefined",
+}
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_gets_a_sentence(tmp_path, template):
+    sentence = refusal(load_tokenizer(write_tokenizer(tmp_path, template)).render, CHATS[0])
+    assert f"chat template of {tmp_path} refuses this conversation" in sentence
+    assert FAILING[template] in sentence
+
+
+UNPARSABLE = ["{{ messages[0] | nosuchthing }}", "{% for %}", "{{ unclosed", "{% generation %} never ends"]
+
+
+@pytest.mark.parametrize("template", UNPARSABLE)
+def test_a_template_that_does_not_parse_gets_a_sentence(tmp_path, template):
+    sentence = refusal(load_tokenizer, write_tokenizer(tmp_path, template))
+    assert f"chat template of {tmp_path} does not parse" in sentence
 
 
 # Damaged files
 
 
 def test_missing_and_damaged_files_get_a_sentence(tmp_path):
+    assert "give a directory" in refusal(load_tokenizer, "qwen9")
     assert "tokenizer.json does not exist" in refusal(load_tokenizer, tmp_path)
     write_tokenizer(tmp_path)
     whole = (tmp_path / "tokenizer.json").read_text()
@@ -318,7 +290,3 @@ def test_missing_and_damaged_files_get_a_sentence(tmp_path):
         assert "neither a text nor a list" in refusal(load_tokenizer, tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     assert "chat_template.jinja cannot be read" in refusal(load_tokenizer, tmp_path)
-
-
-def test_an_unknown_name_gets_a_sentence():
-    assert "give a directory" in refusal(load_tokenizer, "qwen9")

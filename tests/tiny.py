@@ -1,6 +1,7 @@
 """What tests share: tiny random models of each family, a tiny tokenizer, and where the real data lie."""
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import config_json
 from teamtr_min.model import ModelConfig, Transformer
 
@@ -22,29 +24,18 @@ CONFIGS = {
     "qwen2": ModelConfig("qwen2", 53, 30, 41, layers=3, heads=3, kv_heads=1, head_dim=10),
     "qwen3": ModelConfig("qwen3", 47, 36, 29, layers=2, heads=6, kv_heads=3, head_dim=14, rope_theta=900.0),
     "llama": ModelConfig(
-        "llama",
-        vocab_size=59,
-        hidden_size=40,
-        intermediate_size=27,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=10,
-        norm_eps=1e-5,
-        rope_theta=500.0,
-        rope_scaling=(4.0, 1.0, 4.0, 32),
-        max_positions=128,
+        "llama", 59, 40, 27, layers=2, heads=4, kv_heads=2, head_dim=10, norm_eps=1e-5, rope_theta=500.0,
+        rope_scaling=(4.0, 1.0, 4.0, 32), max_positions=128,
     ),
-}
+}  # fmt: skip
 FAMILIES = list(CONFIGS)
+each_model = pytest.mark.parametrize("family, tied", list(itertools.product(FAMILIES, (True, False))))
 
 # The stretching of CONFIGS["llama"] as config.json names it.
 LLAMA3 = {
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}
+}  # fmt: skip
 
 
 def random_model(family: str, tied: bool = True, seed: int = 0, **changes) -> Transformer:
@@ -65,27 +56,10 @@ def random_tokens(model: Transformer, *shape: int, seed: int = 1) -> torch.Tenso
 def in_transformers(model: Transformer):
     """The same weights in transformers' own class, put there by name; skips where it is not installed."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    c = model.config
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **dict(zip(LLAMA3, c.rope_scaling))}
-    kind = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[c.family]
-    config = getattr(transformers, kind + "Config")(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=c.tied,
-        max_position_embeddings=c.max_positions,
-    )
-    theirs = getattr(transformers, kind + "ForCausalLM")(config)
+    config = transformers.AutoConfig.for_model(**config_json(model.config, torch.float32))
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
     missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
-    assert not unexpected and missing == (["lm_head.weight"] if c.tied else [])
+    assert not unexpected and missing == (["lm_head.weight"] if model.config.tied else [])
     return theirs.eval()
 
 
@@ -124,6 +98,14 @@ def assert_same(model: Transformer, other: Transformer) -> None:
     assert list(a) == list(b)
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def refusal(function, *args, **kwargs) -> str:
+    """The one line that a person is shown when this call is refused."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def shared(path: str) -> Path:

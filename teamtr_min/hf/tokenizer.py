@@ -1,7 +1,6 @@
 """tokenizer.json through tokenizers, and the checkpoint's own chat template through jinja2's sandbox."""
 
 import datetime
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,8 +10,8 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer as Backend
 
-from teamtr_min.files import UserError
-from teamtr_min.hf.weights import find_model, read_json
+from teamtr_min.files import UserError, read_json, sha256
+from teamtr_min.hf.weights import find_model
 
 # ChatML, for checkpoints that bring no template of their own.
 CHATML = """\
@@ -23,7 +22,11 @@ CHATML = """\
 
 
 class Tokenizer:
-    """Text <-> token ids, and conversations -> text. Two tokenizers with equal `hash` agree on every id."""
+    """Text <-> token ids, and conversations -> text. Two tokenizers with equal `hash` agree on every id.
+
+    `eos_id` is the end-of-sequence token, for `generate`'s stop_ids; `unk_id` stands for text that the
+    tokenizer cannot write. Either may be None, as may `template_text`, the checkpoint's own chat template.
+    """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
@@ -36,19 +39,20 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer: {error}") from None
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.hash = sha256(path)
         config_path = self.directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         legacy = self.directory / "special_tokens_map.json"
         if "added_tokens_decoder" not in config and legacy.is_file():  # only then transformers reads it too
             config |= read_json(legacy)
         self.special = _special_tokens(config)
-        self.template_text = self._template_text(config)
-        if self.template_text is None:
+        self.eos_id, self.unk_id = self._special_id("eos_token"), self._special_id("unk_token")
+        self.template_text = text = _template_text(self.directory, config)
+        if text is None:
+            text = CHATML
             known = self.backend.token_to_id("<|im_end|>") is not None
             self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
         try:
-            text = CHATML if self.template_text is None else self.template_text
             self._template = _environment().from_string(text)
         except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"the chat template of {self.directory} does not parse: {error}") from None
@@ -56,18 +60,6 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def eos_id(self) -> int | None:
-        """Id of the tokenizer's end-of-sequence token, for `generate`'s stop_ids, or None."""
-        token = self.special.get("eos_token")
-        return None if token is None else self.backend.token_to_id(token)
-
-    @property
-    def unk_id(self) -> int | None:
-        """Id of what stands for text that the tokenizer cannot write, or None."""
-        token = self.special.get("unk_token")
-        return None if token is None else self.backend.token_to_id(token)
 
     def is_special(self, token: int) -> bool:
         """Whether this id is one of the tokenizer's special tokens, which text is never split into."""
@@ -92,35 +84,20 @@ class Tokenizer:
 
         As transformers' `apply_chat_template(tokenize=False)`. Raises UserError when the template refuses.
         """
-        messages = [{key: v for key, v in message.items() if v is not None} for message in messages]
+        given = [{key: v for key, v in message.items() if v is not None} for message in messages]
         values = {"tools": None, "documents": None, **self.special, **template_kwargs}
+        values |= {"messages": given, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                values, messages=messages, add_generation_prompt=add_generation_prompt
-            )
+            return self._template.render(values)
         except Exception as error:  # a template is somebody's program: it may raise anything
-            reason = str(error) or type(error).__name__
+            why = str(error) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.directory} refuses this conversation: {reason}"
+                f"the chat template of {self.directory} refuses this conversation: {why}"
             ) from None
 
-    def _template_text(self, config: dict) -> str | None:
-        file = self.directory / "chat_template.jinja"
-        if file.is_file():
-            try:
-                return file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{file} cannot be read: {error}") from None
-        text = config.get("chat_template")
-        if isinstance(text, list):  # several named templates
-            named = {str(one.get("name")): one.get("template") for one in text if isinstance(one, dict)}
-            text = named.get("default", text)
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"the chat_template of {self.directory} is neither a text nor a list of named texts "
-                "with one called default"
-            )
-        return text
+    def _special_id(self, name: str) -> int | None:
+        token = self.special.get(name)
+        return None if token is None else self.backend.token_to_id(token)
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
@@ -136,10 +113,25 @@ def _special_tokens(config: dict) -> dict[str, str]:
     extra = config.get("extra_special_tokens")
     named = {name: token for name, token in config.items() if name.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
-    plain = {
-        name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()
-    }
+    plain = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items()}
     return {name: token for name, token in plain.items() if isinstance(token, str)}
+
+
+def _template_text(directory: Path, config: dict) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+    text = config.get("chat_template")
+    if isinstance(text, list):  # several named templates
+        named = {str(one.get("name")): one.get("template") for one in text if isinstance(one, dict)}
+        text = named.get("default", text)
+    if not isinstance(text, str | None):
+        wanted = "neither a text nor a list of named texts with one called default"
+        raise UserError(f"the chat_template of {directory} is {wanted}")
+    return text
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -147,14 +139,16 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = (
-        lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-    )
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     return environment
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _refuse(message: str):

@@ -7,19 +7,17 @@ would compute differently from its author is refused by name, never ignored.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, read_json, replacing, write_json
 from teamtr_min.hf import hub
-from teamtr_min.hf.hub import ALIASES, hub_id
 from teamtr_min.model import ModelConfig, Transformer
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -27,7 +25,7 @@ RELAY = ASSETS / "relay"
 FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 ARCHITECTURES = {family: architecture for architecture, family in FAMILIES.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_STORED = {"F32", "F16", "BF16"}
+_STORED = ("BF16", "F16", "F32")
 _SIZES = {  # config.json's name -> ModelConfig's
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -38,6 +36,7 @@ _SIZES = {  # config.json's name -> ModelConfig's
     "head_dim": "head_dim",
     "max_position_embeddings": "max_positions",
 }
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def find_model(name: str | os.PathLike) -> Path:
@@ -63,11 +62,11 @@ def _find(name: str) -> tuple[Path, str]:
         return Path(path), name
     if os.path.isfile(path):
         raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
-    repo, _, revision = hub_id(name).partition("@")
+    repo, _, revision = hub.hub_id(name).partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise UserError(
             f"no model {name!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
-            f"or one of: {', '.join([*SHIPPED, *ALIASES])}"
+            f"or one of: {', '.join([*SHIPPED, *hub.ALIASES])}"
         )
     directory = hub.snapshot(repo, revision or "main", accept=read_config)
     return directory, f"{repo}@{directory.name}"
@@ -83,7 +82,7 @@ def load_model(
     missing, unexpected, misshapen or oddly typed tensors at once.
     """
     directory = find_model(name_or_dir)
-    config, stored = read_config(directory), _index(directory)
+    config, stored = read_config(directory), _headers(directory)
     if config.layers > len(stored):
         raise UserError(f"{directory} has {len(stored)} tensors, too few for {config.layers} layers")
     with torch.device("meta"):
@@ -96,49 +95,51 @@ def load_model(
         elif shape != list(expected[name].shape):
             problems.append(f"{name} has shape {shape}, expected {list(expected[name].shape)}")
         elif kind not in _STORED:
-            problems.append(f"{name} is stored as {kind}; supported are {', '.join(sorted(_STORED))}")
+            problems.append(f"{name} is stored as {kind}; supported are {', '.join(_STORED)}")
     if problems:
         raise UserError(f"{directory} does not hold this {config.family} model: " + "; ".join(problems))
+    tensors = {}
     for name in expected:
-        parent, _, leaf = name.rpartition(".")
         # A copy in any case: the file may be replaced later.
-        value = _read(stored, name).to(device=device, dtype=dtype, copy=True)
-        if not all(bound.isfinite() for bound in value.aminmax()):  # NaN spreads to both bounds
+        tensors[name] = _read(stored, name).to(device=device, dtype=dtype, copy=True)
+        if not all(bound.isfinite() for bound in tensors[name].aminmax()):  # NaN spreads to both bounds
             raise UserError(f"{directory}: {name} holds NaN or infinity")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
+    model.load_state_dict(tensors, assign=True)
     return model
 
 
 def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     """Write config.json and model.safetensors as transformers reads them, in the model's dtype.
 
-    Each file is written aside and renamed, so an interrupted save leaves the old one whole.
+    Each file is written whole or not at all, so an interrupted save leaves the old one as it was.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    aside = directory / ".model.safetensors.part"
-    try:
-        save_file(tensors, aside, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {aside}: {error}") from None
-    os.replace(aside, directory / "model.safetensors")
-    aside = directory / ".config.json.part"
-    aside.write_text(json.dumps(config_json(model.config, model.dtype), indent=2) + "\n")
-    os.replace(aside, directory / "config.json")
+    with replacing(directory / hub.SINGLE) as aside:
+        try:
+            save_file(tensors, aside, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {aside}: {error}") from None
+    write_json(directory / "config.json", config_json(model.config, model.dtype))
 
 
 def read_config(directory: Path) -> ModelConfig:
     """config.json -> ModelConfig, or a UserError that names what is not supported."""
     path = directory / "config.json"
     raw = read_json(path)
+    try:
+        return _model_config(raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _model_config(raw: dict) -> ModelConfig:
     architectures = raw.get("architectures") or [raw.get("model_type", "unknown")]
     architecture = str(architectures[0] if isinstance(architectures, list) else architectures)
     family = FAMILIES.get(architecture)
     if family is None:
-        raise UserError(
-            f"{path}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}")
     kinds = raw.get("layer_types") or []
     refused = {
         "quantised weights (quantization_config)": raw.get("quantization_config"),
@@ -153,125 +154,87 @@ def read_config(directory: Path) -> ModelConfig:
     }
     for feature, used in refused.items():
         if used:
-            raise UserError(f"{path}: {feature} is not supported")
-    hidden, heads = _number(raw, path, "hidden_size", int), _number(raw, path, "num_attention_heads", int)
+            raise UserError(f"{feature} is not supported")
+    hidden, heads = _number(raw, "hidden_size", int), _number(raw, "num_attention_heads", int)
     usual = {
         "num_key_value_heads": heads,
         "head_dim": 128 if family == "qwen3" else hidden // heads,  # Qwen3's is not derived
         "max_position_embeddings": 2048 if family == "llama" else 32768,
     }
-    theta, scaling = _rope(raw, path)
+    sizes = {ours: _number(raw, key, int, usual.get(key)) for key, ours in _SIZES.items()}
+    theta, scaling = _rope(raw)
+    tied = raw.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise UserError(f"tie_word_embeddings must be true or false, not {tied!r}")
+    norm_eps = _number(raw, "rms_norm_eps", float, 1e-6)
     config = ModelConfig(
-        family=family,
-        norm_eps=_number(raw, path, "rms_norm_eps", float, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=raw.get("tie_word_embeddings") or False,
-        **{ours: _number(raw, path, key, int, usual.get(key)) for key, ours in _SIZES.items()},
+        family, **sizes, norm_eps=norm_eps, rope_theta=theta, rope_scaling=scaling, tied=tied
     )
-    if config.tied is not True and config.tied is not False:
-        raise UserError(f"{path}: tie_word_embeddings must be true or false, not {config.tied!r}")
     if config.heads % config.kv_heads or config.head_dim % 2:
-        raise UserError(
-            f"{path}: {config.heads} heads over {config.kv_heads} key/value heads of size {config.head_dim} "
-            "cannot be divided evenly"
-        )
+        shape = f"{config.heads} heads over {config.kv_heads} key/value heads of size {config.head_dim}"
+        raise UserError(f"{shape} cannot be divided evenly")
     return config
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """ModelConfig -> config.json, in the dialect of transformers 4, which transformers 5 reads as well."""
-    raw = {
+    scaling = config.rope_scaling and {"rope_type": "llama3", **dict(zip(_SCALING, config.rope_scaling))}
+    return {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
         **{key: getattr(config, ours) for key, ours in _SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": scaling,
         "tie_word_embeddings": config.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    if config.rope_scaling is not None:
-        factor, low, high, original = config.rope_scaling
-        raw["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
-    return raw
 
 
-def read_json(path: Path) -> dict:
-    """The object that a JSON file holds; UserError when there is none to be had."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _number(raw: dict, path: Path, key: str, kind: type, default: float | None = None) -> int | float:
+def _number(raw: dict, key: str, kind: type, default: float | None = None) -> int | float:
     """A positive number of config.json; a null counts as not given."""
     value = default if raw.get(key) is None else raw[key]
     if value is None:
-        raise UserError(f"{path}: the field {key} is missing")
+        raise UserError(f"the field {key} is missing")
     # A weight's shape is the product of up to three sizes; with these bounds its bytes fit an int64.
     most = 2**20 if key in _SIZES and key != "max_position_embeddings" else 2**53
     if type(value) not in (int, kind) or not 0 < value <= most:  # also catches NaN
         wanted = "whole number" if kind is int else "number"
-        raise UserError(f"{path}: {key} must be a positive {wanted} up to {most}, not {value!r}")
+        raise UserError(f"{key} must be a positive {wanted} up to {most}, not {value!r}")
     return kind(value)
 
 
-def _rope(raw: dict, path: Path) -> tuple[float, tuple | None]:
+def _rope(raw: dict) -> tuple[float, tuple | None]:
     """(theta, Llama 3 scaling or None) from either dialect."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{path}: rotary parameters must be one object, not {rope!r}")
+        raise UserError(f"rotary parameters must be one object, not {rope!r}")
     rope = {**raw, **rope}
-    theta = _number(rope, path, "rope_theta", float, 10_000.0)
+    theta = _number(rope, "rope_theta", float, 10_000.0)
     if rope.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(f"{path}: partial_rotary_factor is not supported")
+        raise UserError("partial_rotary_factor is not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise UserError(f"{path}: rope scaling {kind!r} is not supported; supported are default and llama3")
-    factor, low, high = (
-        _number(rope, path, key, float) for key in ("factor", "low_freq_factor", "high_freq_factor")
-    )
+        raise UserError(f"rope scaling {kind!r} is not supported; supported are default and llama3")
+    factor, low, high = (_number(rope, key, float) for key in _SCALING[:3])
     if low >= high:
-        raise UserError(f"{path}: low_freq_factor {low} must lie below high_freq_factor {high}")
+        raise UserError(f"low_freq_factor {low} must lie below high_freq_factor {high}")
     # Where both levels name the original length the outer one counts, and the current length is the fallback.
-    key = "original_max_position_embeddings"
-    original = _number({**rope, **raw}, path, key, int, raw.get("max_position_embeddings"))
+    original = _number({**rope, **raw}, _SCALING[3], int, raw.get("max_position_embeddings"))
     return theta, (factor, low, high, original)
 
 
-def _index(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Tensor name -> (file, shape, stored dtype), from the headers alone."""
-    single, listing = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif listing.is_file():
-        names = read_json(listing).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise UserError(f"{listing} has no weight_map from tensors to files")
-        files = [directory / file for file in sorted(set(names.values()))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise UserError(f"{directory} lacks shards that its index lists: {', '.join(absent)}")
-    else:
-        raise UserError(f"{directory} holds no model.safetensors and no model.safetensors.index.json")
+def _headers(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """Tensor name -> (file, shape, stored dtype), from the headers of the files alone."""
+    files = [directory / name for name in hub.weight_files(directory)]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent == [hub.SINGLE]:
+        raise UserError(f"{directory} holds no {hub.SINGLE} and no {hub.INDEX}")
+    if absent:
+        raise UserError(f"{directory} lacks shards that its index lists: {', '.join(absent)}")
     stored = {}
     for file in files:
         with _open(file) as f:
