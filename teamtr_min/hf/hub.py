@@ -45,12 +45,6 @@ def weight_files(directory: Path) -> list[str]:
     return sorted(set(listed.values()))
 
 
-def hub_id(name: str) -> str:
-    """The hub's own name of an alias, `@revision` kept; any other name as it is."""
-    name, at, revision = name.strip().partition("@")
-    return ALIASES.get(name.lower(), name) + at + revision
-
-
 def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
     """The directory of `repo` at `revision` (a commit, tag or branch); its name is the commit's hash.
 
