@@ -27,7 +27,8 @@ from torch import Tensor
 
 from teamtr_min import rng
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, sha256
+from teamtr_min.hf.hub import weight_files
 from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
@@ -213,12 +214,9 @@ def keep(result: dict, subject: Subject) -> Path:
 
 
 def hash_weights(directory: Path) -> str:
-    """sha256 over a checkpoint's safetensors, by name."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """sha256 over a checkpoint's files of weights, by name."""
+    sums = [sha256(directory / file) for file in weight_files(directory)]
+    return hashlib.sha256(bytes.fromhex("".join(sums))).hexdigest()
 
 
 def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
@@ -234,7 +232,7 @@ def table(evaluation: Evaluation) -> str:
     players = "first agent alone" if result["mode"] == "solo" else f"{result['agents']} agents"
     lines = [
         f"{result['benchmark']}: {result['team']}, {players}, {result['problems']:,} problems x {drawn}, "
-        f"T = {result['temperature']:g}, {result['seconds']:.1f} s"
+        f"temperature {result['temperature']:g}, {result['seconds']:.1f} s"
     ]
     rows = [(f"avg@{drawn}", right / drawn)]
     rows += [
