@@ -115,7 +115,8 @@ def test_an_agent_that_took_no_turn_or_drifted_without_bound_gives_numbers():
 
 def test_a_stage_s_certificate_is_the_sum_of_its_updates():
     updates = [
-        {"update": i, "surrogate": 0.1, "certificate": -0.3 * i, "penalty": 0.4 * i, "bound": 0.01 * i, "gap": g}
+        {"update": i, "surrogate": 0.1, "gap": g,
+         "certificate": -0.3 * i, "penalty": 0.4 * i, "bound": 0.01 * i}
         for i, g in enumerate((9.0, -0.2, 0.1))
     ]  # fmt: skip
     took_no_turn = [{"update": 3}, {"update": 4, "surrogate": None}]
