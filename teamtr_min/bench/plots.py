@@ -63,17 +63,22 @@ def title(figure, text: str) -> None:
 
 
 def name_ends(axes, ends: list[tuple[float, str, str]], apart: float, **how) -> None:
-    """Write each line's (height, text, colour) right of the axes, heights in [0, 1] and `apart` or more."""
+    """Write (height, text, colour) of each line right of the axes, beside its end; heights are in [0, 1]."""
     ends = sorted(ends)
-    heights = [height for height, *_ in ends]
-    for _ in range(100):  # two that are too close give way, each by half
+    how |= {"xycoords": ("axes fraction", "data"), "va": "center"}
+    for height, (_, text, colour) in zip(spread([height for height, *_ in ends], apart), ends):
+        axes.annotate(text, (1.02, height), color=colour, **how)
+
+
+def spread(heights: list[float], apart: float) -> list[float]:
+    """Ascending heights in [0, 1]; neighbours that are less than `apart` give way, each by half."""
+    heights = list(heights)
+    for _ in range(100):
         for i in range(len(heights) - 1):
             give = max(0.0, apart - heights[i + 1] + heights[i]) / 2
             heights[i], heights[i + 1] = heights[i] - give, heights[i + 1] + give
         heights = [min(max(height, 0.0), 1.0) for height in heights]
-    how |= {"xycoords": ("axes fraction", "data"), "va": "center"}
-    for height, (_, text, colour) in zip(heights, ends):
-        axes.annotate(text, (1.02, height), color=colour, **how)
+    return heights
 
 
 # A run's report. `record` is report.Record, the run as its files tell it.

@@ -63,7 +63,7 @@ VARIANTS = {  # name: flags, and what the paper reports on AIME24 for 3 x Qwen3-
     "resample the suffix only": ({"resample": "suffix"}, None),
     "stale, a third of the rollouts": ({"occupancy": "stale", "problems": FULL["problems"]}, None),
 }
-SIZE_ARMS = {name: ARMS[name] for name in ("fresh, radius", "stale, radius", "stale, no radius")}
+SIZE_ARMS = ("fresh, radius", "stale, radius", "stale, no radius")
 REPORTED_GAPS = {  # by the paper, for n = 2 to 8
     "reported: naive": {2: 0.08, 3: 0.21, 4: 0.41, 5: 0.68, 6: 1.02, 8: 1.89},
     "reported: TeamTR": {2: 0.03, 8: 0.15},
@@ -94,22 +94,24 @@ def arms(size: dict, studies: tuple[str, ...]) -> list[Arm]:
     settings = {
         "learning_rate": [(name, flags | {"lr": lr}) for name, flags in ARMS.items() for lr in size["rates"]],
         "variants": [(name, flags) for name, (flags, _) in VARIANTS.items()],
-        "team_size": [(name, flags | brief | {"agents": n})
-                      for name, flags in SIZE_ARMS.items() for n in size["sizes"]],
-    }  # fmt: skip
-    return [
-        Arm(study, name, equal_rollouts(base | flags, size["problems"]), size["seeds"])
-        for study in STUDIES
-        if study in studies
-        for name, flags in settings[study]
-    ]
+        "team_size": [(name, ARMS[name] | {"agents": n}) for name in SIZE_ARMS for n in size["sizes"]],
+    }
+    found = []
+    for study in (study for study in STUDIES if study in studies):
+        for name, flags in settings[study]:
+            flags = equal_rollouts(base | flags, size["problems"])
+            found.append(Arm(study, name, flags | brief if study == "team_size" else flags, size["seeds"]))
+    return found
 
 
 def equal_rollouts(flags: dict, problems: int) -> dict:
-    """These flags with as many problems per collection as make n * problems a stage."""
+    """These flags with as many problems per collection as make n * `problems` a stage.
+
+    A variant that names `problems` gets that many once a stage, where the full method has them n times.
+    """
     n, occupancy = flags["agents"], flags.get("occupancy", "fresh")
     collections = {"fresh": n, "every_k": math.ceil(n / flags.get("every", 2))}.get(occupancy, 1)
-    return {"problems": n * problems // collections} | flags
+    return flags | {"problems": problems if "problems" in flags else n * problems // collections}
 
 
 def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
