@@ -66,8 +66,8 @@ class Game:
         X = P * M**turns
         if X > MOST_ROLLOUTS:
             raise ValueError(
-                f"{P} problems x {M} messages ^ {turns} turns = {X:,} rollouts, and at most {MOST_ROLLOUTS:,} "
-                "are enumerated; take fewer turns, shorter messages or a smaller vocabulary"
+                f"{P} problems x {M} messages ^ {turns} turns = {X:,} rollouts, past the {MOST_ROLLOUTS:,} "
+                "that are enumerated; take fewer turns, shorter messages or a smaller vocabulary"
             )
 
         m, u = torch.arange(M)[:, None], torch.arange(U)
