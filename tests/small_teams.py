@@ -1,5 +1,6 @@
 """Random teams small enough to enumerate, updated at random, for tests against the truth."""
 
+import functools
 import itertools
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from teamtr_min.theory.exact import Game, Team
 
 ROUND_OFF = 1e-12
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=ROUND_OFF)
 
 
 def by_transcript(agents: int):
@@ -39,19 +41,23 @@ def orders(agents: int, seed: int) -> list[tuple[int, ...]]:
     return every if agents <= 3 else [every[0], every[-1], every[seed % len(every)]]
 
 
-def random_stages(gamma: float | None = None):
-    """(teams, order): n = 2..4, one round and two, all routers and kinds of policy, small steps and large."""
+@functools.cache
+def random_stages(gamma: float | None = None) -> list[tuple[list[Team], tuple[int, ...]]]:
+    """(teams, order): 2 to 4 agents, one round and two, all routers and kinds of policy, small steps and
+    large."""
     kinds = (
         lambda agents, turns: {},
         lambda agents, turns: {"router": by_transcript(agents), "problems": 2},
         lambda agents, turns: {"router": by_transcript(agents), "features": last_word},
         lambda agents, turns: {"length": 2 if turns <= 4 else 1, "features": summary},
     )
+    stages = []
     for agents, rounds, seed in itertools.product((2, 3, 4), (1, 2), range(16)):
         turns, discount = agents * rounds, gamma or (0.1, 0.5, 0.9, 0.99)[seed // 4]
         game = random_game(seed, agents, turns, discount, **kinds[seed % 4](agents, turns))
-        for order in orders(agents, seed):
-            yield stage(game, order, seed, step=(0.02, 0.3, 1.0, 3.0)[(seed + seed // 4) % 4]), order
+        step = (0.02, 0.3, 1.0, 3.0)[(seed + seed // 4) % 4]
+        stages += [(stage(game, order, seed, step=step), order) for order in orders(agents, seed)]
+    return stages
 
 
 def last_word(agent, context, prefix) -> int:
@@ -62,7 +68,3 @@ def last_word(agent, context, prefix) -> int:
 def summary(agent, context, prefix) -> list[float]:
     """Linear features: few numbers stand for the whole context."""
     return [1.0, context[-1] - 0.5, len(context) + sum(prefix)]
-
-
-def pairs(teams: list[Team]):
-    return list(zip(teams, teams[1:]))

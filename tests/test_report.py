@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
 import train
-from teamtr_min.bench import report
+from teamtr_min.bench import plots, report
 from teamtr_min.run.run import violation_rate
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
@@ -100,6 +101,13 @@ def test_without_a_name_the_newest_run_is_reported(copy, capsys, monkeypatch):
     assert report.find_run(None) == Path("runs/newer")
 
 
+@pytest.mark.parametrize("heights", [[0.98, 0.99], [0.0, 0.01], [0.5, 0.51, 0.52, 0.9], [1] * 5, [0.2, 0.7]])
+def test_labels_neither_overlap_nor_leave_the_axes_nor_move_without_need(heights):
+    found = plots.spread(heights, apart=0.2)
+    assert min(b - a for a, b in pairwise(found)) > 0.199 and 0 <= found[0] < found[-1] <= 1
+    assert heights != [0.2, 0.7] or found == heights
+
+
 def test_the_page_stands_alone(toy_page):
     loads = [value for name, value in toy_page.attributes if name in ("src", "srcset", "href")]
     assert len(loads) == 2 * len(FIGURES)  # on light and on dark paper
@@ -180,23 +188,21 @@ def test_a_run_that_was_interrupted_has_a_report(tmp_path, monkeypatch):
 
 def test_a_run_that_was_killed_in_mid_write_has_a_report(copy):
     """The cut-off last line is left out, and a summary from before the kill is not believed."""
-    whole, transcripts = lines(copy / "metrics.jsonl"), (copy / "transcripts.jsonl").read_text()
+    metrics, transcripts = (copy / "metrics.jsonl").read_text(), (copy / "transcripts.jsonl").read_text()
+    whole = metrics.splitlines(keepends=True)
     (copy / "transcripts.jsonl").write_text(transcripts[:-20])
-    (copy / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in whole[:4]) + json.dumps(whole[4])[:50]
-    )
+    (copy / "metrics.jsonl").write_text("".join(whole[:4]) + whole[4][:50])
     result = report.run(str(copy))
     assert result["damaged"] == ["metrics.jsonl", "transcripts.jsonl"]
     assert result["transcripts"] == transcripts.count("\n") - 1
     assert result["accuracy_start"] is not None and result["accuracy_final"] is None
     assert "killed" in result["stopped"] and result["stages"] == 1
-    assert result["violation_rate_before"] == violation_rate(
-        [u for u in whole[:4] if u["kind"] == "update"], "kl_before"
-    )
+    updates = [u for u in map(json.loads, whole[:4]) if u["kind"] == "update"]
+    assert result["violation_rate_before"] == violation_rate(updates, "kl_before")
     assert "the last line of metrics.jsonl was cut off" in Page(copy / "report.html").source
 
 
-def test_silent_agents_no_radius_and_a_single_stage_are_drawn(tmp_path):
+def test_agents_that_took_no_turn_no_radius_and_a_single_stage_are_drawn(tmp_path):
     router = tmp_path / "router.py"
     router.write_text("def router(turn, messages, agents, uniform):\n    return 2 * (turn % 2)\n")
     out = tmp_path / "run"
@@ -210,19 +216,19 @@ def test_silent_agents_no_radius_and_a_single_stage_are_drawn(tmp_path):
 
 
 def test_what_is_no_run_is_a_sentence(copy, tmp_path, capsys, monkeypatch):
-    assert "is " + str(tmp_path) + " the directory of a run?" in complaint(tmp_path, capsys)
+    assert f"is {tmp_path} the directory of a run?" in complaint(tmp_path, capsys)
     metrics = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(metrics.replace("{", "", 1))
     assert "metrics.jsonl, line 1: not a line that a run writes" in complaint(copy, capsys)
-    (copy / "metrics.jsonl").write_text(metrics.replace('"kl_before"', '"kl"', 1))
-    assert "metrics.jsonl, line 1: no kl_before" in complaint(copy, capsys)
+    (copy / "metrics.jsonl").write_text(metrics.replace('"halvings"', '"halves"', 1))
+    assert "metrics.jsonl, line 1: no halvings" in complaint(copy, capsys)
     (copy / "metrics.jsonl").write_text("")
     assert "no update in its metrics.jsonl yet" in complaint(copy, capsys)
     (copy / "metrics.jsonl").unlink()
     assert "metrics.jsonl: No such file" in complaint(copy, capsys)
     (copy / "metrics.jsonl").write_text(metrics)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in complaint(copy, capsys)
+    assert "figures need matplotlib: pip install matplotlib" in complaint(copy, capsys)
     assert not (copy / "report").exists() and not (copy / "report.html").exists()
 
 

@@ -204,7 +204,7 @@ def test_importance_weighs_by_the_other_updated_agents_messages_before_and_after
 def test_the_weighted_mean_return_is_that_of_the_present_team():
     """On an enumerable team, rollouts of team^0 weighted to team^2; self-normalised: up to O(1 / batch)."""
     teams = estimators.stage(estimators.small_game(), 0, kl=0.05)
-    x = estimators.draw(teams[0], 400, seed=5)
+    x = estimators.sample_batches(teams[0], 400, seed=5)
     log_weight = estimators.log_ratio(x, teams[2], teams[0]).sum(1).float()
     batches = zip(x.returns.float().split(512), log_weight.split(512))
     means = torch.tensor([

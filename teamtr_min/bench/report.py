@@ -23,11 +23,10 @@ from teamtr_min.run.metrics import violation_rate
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
-KEYS = {
-    "update": {"stage", "update", "agent", "accuracy", "return_mean", "constant_groups", "kl_before",
-               "kl_after", "delta", "halvings", "rollouts", "tokens_sampled", "tokens_trained",
-               "seconds_sampling", "seconds_training"},
-    "stage": {"stage", "accuracy", "accuracy_held_out", "seconds"},
+KEYS = {  # that every line has; a line holds others only where they were measured
+    "update": {"stage", "update", "accuracy", "return_mean", "constant_groups", "halvings", "rollouts",
+               "tokens_sampled", "tokens_trained", "seconds_sampling", "seconds_training"},
+    "stage": {"stage", "accuracy", "seconds"},
 }  # fmt: skip
 TRANSCRIPT = {"text", "answer", "messages", "return", "stage", "split"}
 
@@ -46,8 +45,8 @@ class Record:
     damaged: list[str]  # files whose last line was cut off
 
     def numbers(self, key: str, records: list[dict] | None = None) -> np.ndarray:
-        """One value of each update, or of each of `records`; NaN where it is null."""
-        return np.array([r[key] for r in (self.updates if records is None else records)], dtype=float)
+        """One value of each update, or of each of `records`; NaN where it was not measured."""
+        return np.array([r.get(key) for r in (self.updates if records is None else records)], dtype=float)
 
     @property
     def seconds(self) -> float:
@@ -60,19 +59,18 @@ class Record:
 def run(team: str | None) -> dict:
     """Write runs/NAME/report/*.png and runs/NAME/report.html; returns what `--json` prints."""
     record = read(find_run(team))
+    directory, counts = record.directory, ("rollouts", "tokens_sampled", "tokens_trained")
     headline = {
         "benchmark": "report",
-        "team": str(record.directory),
-        "report": str(record.directory / "report.html"),
-        "figures": [str(record.directory / "report" / f"{draw.__name__}.png") for draw in FIGURES],
+        "team": str(directory),
+        "report": str(directory / "report.html"),
+        "figures": [str(directory / "report" / f"{draw.__name__}.png") for draw in FIGURES],
         "accuracy_start": record.summary.get("accuracy_start"),
         "accuracy_final": record.summary.get("accuracy_final"),
         "accuracy_last_stage": [u["accuracy"] for u in record.updates if u["update"] == 0][-1],
         "seconds": record.seconds,
         "stages": len(record.stages),
-        **{
-            name: int(record.numbers(name).sum()) for name in ("rollouts", "tokens_sampled", "tokens_trained")
-        },
+        **{name: int(record.numbers(name).sum()) for name in counts},
         "enforced": record.config.kl == "hard",
         "delta": None if math.isinf(record.config.delta) else record.config.delta,
         "violation_rate_before": violation_rate(record.updates, "kl_before"),
@@ -82,7 +80,7 @@ def run(team: str | None) -> dict:
         "damaged": record.damaged,
     }
     images = [[render(draw, record, paper) for paper in ("light", "dark")] for draw in FIGURES]
-    (record.directory / "report").mkdir(exist_ok=True)
+    (directory / "report").mkdir(exist_ok=True)
     for path, (light, _) in zip(headline["figures"], images):
         Path(path).write_bytes(light)
     Path(headline["report"]).write_text(page(record, headline, images), encoding="utf-8")
@@ -145,30 +143,26 @@ def read_lines(path: Path, keys: Callable[[dict], set | None], damaged: list[str
 
 def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
-
-    def image(data: bytes) -> str:
-        return "data:image/png;base64," + base64.b64encode(data).decode()
-
-    knobs, config = [], record.config
+    knobs, figures, config = [], [], record.config
     fitting = Config.of({"model": config.model, "agents": config.agents})  # other models, other defaults
     defaults = dataclasses.asdict(fitting) | {"model": Config.model, "agents": Config.agents}
     for name, value in dataclasses.asdict(config).items():
         tag = "span" if value == defaults[name] else "b"
         text = html.escape(str(value)) if value != "" else "none"
         knobs.append(f'<li><span class="soft">{name}</span> <{tag}>{text}</{tag}>')
+    for draw, both in zip(FIGURES, images):
+        light, dark = ("data:image/png;base64," + base64.b64encode(image).decode() for image in both)
+        figures.append(
+            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img src="{light}" alt="{html.escape(draw.__doc__)}"></picture></figure>'
+        )
+    tile = "<div><dt>{}</dt><dd>{}</dd></div>"
     data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
     parts = {
         "title": html.escape(record.directory.resolve().name),
         "subtitle": html.escape(subtitle(record, headline)),
-        "tiles": "".join(
-            f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
-            for name, text in tiles(headline).items()
-        ),
-        "figures": "\n".join(
-            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{image(dark)}">'
-            f'<img src="{image(light)}" alt="{html.escape(draw.__doc__)}"></picture></figure>'
-            for draw, (light, dark) in zip(FIGURES, images)
-        ),
+        "tiles": "".join(tile.format(*map(html.escape, pair)) for pair in tiles(headline).items()),
+        "figures": "\n".join(figures),
         "knobs": "\n".join(knobs),
         "data": json.dumps(data).replace("<", "\\u003c"),
     }
@@ -178,35 +172,33 @@ def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
 def subtitle(record: Record, headline: dict) -> str:
     """What ran, and how it ended."""
     config = record.config
-    ended = f"not finished: {headline['stopped']}" if headline["stopped"] else "finished"
-    damaged = "".join(
-        f"; the last line of {name} was cut off, and is left out" for name in headline["damaged"]
-    )
-    return (
+    return "; ".join([
         f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy, "
-        f"{config.region}; {headline['stages']} of {config.stages} stages; {ended}{damaged}"
-    )
+        f"{config.region}",
+        f"{headline['stages']} of {config.stages} stages",
+        f"not finished: {headline['stopped']}" if headline["stopped"] else "finished",
+        *cut_off(headline),
+    ])  # fmt: skip
+
+
+def cut_off(headline: dict) -> list[str]:
+    return [f"the last line of {name} was cut off, and is left out" for name in headline["damaged"]]
 
 
 def tiles(headline: dict) -> dict[str, str]:
-    """The headline numbers by what they are."""
-    start, final, before, after = (
-        headline[name]
-        for name in ("accuracy_start", "accuracy_final", "violation_rate_before", "violation_rate_after")
-    )
-    if final is not None:
-        known = {"held-out accuracy": f"{start:.3f} → {final:.3f}"}
-    else:
-        known = {
-            "held-out accuracy at the start": None if start is None else f"{start:.3f}",
-            "accuracy on the last stage's problems": f"{headline['accuracy_last_stage']:.3f}",
-        }
-    known |= {"time": duration(headline["seconds"]), "rollouts": f"{headline['rollouts']:,}"}
-    if headline["delta"] is not None and before is not None:
-        known["updates that passed the radius"] = f"{before:.0%}"
-        if headline["enforced"]:
-            known["outside it after enforcement"] = f"{after:.0%}"
-    return {name: text for name, text in known.items() if text is not None}
+    """The headline numbers by what they are, as far as they are known."""
+    start, final = headline["accuracy_start"], headline["accuracy_final"]
+    before, after = headline["violation_rate_before"], headline["violation_rate_after"]
+    texts = {
+        "held-out accuracy": final is not None and f"{start:.3f} → {final:.3f}",
+        "held-out accuracy at the start": final is None and start is not None and f"{start:.3f}",
+        "accuracy on the last stage's problems": final is None and f"{headline['accuracy_last_stage']:.3f}",
+        "time": duration(headline["seconds"]),
+        "rollouts": f"{headline['rollouts']:,}",
+        "updates that exceeded the radius": before is not None and f"{before:.0%}",
+        "outside it after enforcement": before is not None and headline["enforced"] and f"{after:.0%}",
+    }
+    return {name: text for name, text in texts.items() if text}
 
 
 def table(headline: dict) -> str:
@@ -214,7 +206,7 @@ def table(headline: dict) -> str:
     lines = [f"{headline['team']}: " + ", ".join(f"{name} {text}" for name, text in tiles(headline).items())]
     if headline["stopped"]:
         lines.append(f"not finished, {headline['stages']} stages done: {headline['stopped']}")
-    lines += [f"the last line of {name} was cut off, and is left out" for name in headline["damaged"]]
+    lines += cut_off(headline)
     lines += [f"figures  {path}" for path in headline["figures"]]
     lines.append(f"report   {headline['report']}   ({headline['transcripts']} transcripts to leaf through)")
     return "\n".join(lines)

@@ -7,8 +7,8 @@ the habits of the teammates already updated in its stage; stale: those from befo
 
 Stale agents each adapt to the other's old habit, and when a step is longer than the way to the middle they
 swap habits instead of meeting. The swap is exactly balanced, so real runs leave it by their own noise. Two
-kinds are modelled: a step may fall short of the radius (the line search of update.py halves), and the sign
-of a slope is read from samples.
+kinds are modelled: a step may fall short of the radius (learner.py backtracks by halves), and the sign of a
+slope is read from samples.
 
     python -m teamtr_min.studies.convention                         the table
     python -m teamtr_min.studies.convention --figure map.png        and the map
@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from teamtr_min.files import UserError
+from teamtr_min.bench.plots import agreement_map, habit_curves, render, require_matplotlib
+from teamtr_min.files import UserError, read_json
 from teamtr_min.tasks import Convention
 
 DELTAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -30,13 +31,13 @@ EDGE = 1e-3  # no habit goes beyond [EDGE, 1 - EDGE]: a sampled policy never see
 
 
 def agreement(habits: np.ndarray) -> np.ndarray:
-    """J: mean over neighbours of P(same code); habits (n, ...) -> (...)."""
+    """J: mean over neighbours of P(same code); habits (A, ...) -> (...)."""
     a, b = habits[:-1], habits[1:]
     return (a * b + (1 - a) * (1 - b)).mean(0)
 
 
 def slope(habits: np.ndarray, i: int) -> np.ndarray:
-    """dJ / dhabit_i, times the number of neighbours in the chain; habits (n, ...) -> (...)."""
+    """dJ / dhabit_i, times the number of neighbours in the chain; habits (A, ...) -> (...)."""
     neighbours = [j for j in (i - 1, i + 1) if 0 <= j < len(habits)]
     return sum(2 * habits[j] - 1 for j in neighbours)
 
@@ -68,23 +69,22 @@ def simulate(
     draws: int = 1,
     seed: int = 0,
 ) -> np.ndarray:
-    """Habits before each stage and after the last, (stages + 1, agents, draws), updated in turn order.
+    """Habits before each stage and after the last, (stages + 1, A, draws), updated in turn order.
 
     `reach`: least share of a full-radius step that an update makes, uniform up to 1; `noise`: standard
     deviation of the error in an estimated slope. With 1 and 0, the defaults, nothing is random.
     """
     generator = np.random.default_rng(seed)
     start = Convention.starting_habits
-    habits = np.array([[start[i % 2]] * draws for i in range(agents)])  # (n, S)
-    trace = [habits.copy()]
+    now = np.array([[start[i % 2]] * draws for i in range(agents)])  # (A, draws)
+    trace = [now.copy()]
     for _ in range(stages):
-        first = habits.copy()
         for i in range(agents):
-            direction = slope(first if occupancy == "stale" else habits, i)
+            direction = slope(trace[-1] if occupancy == "stale" else now, i)
             direction = direction + noise * generator.standard_normal(draws)
             share = generator.uniform(reach, 1, draws)  # KL grows with the square of a step
-            habits[i] = move(habits[i], direction, delta * share**2)
-        trace.append(habits.copy())
+            now[i] = move(now[i], direction, delta * share**2)
+        trace.append(now.copy())
     return np.array(trace)
 
 
@@ -93,94 +93,47 @@ def final_agreement(agents: int, delta: float, occupancy: str, **how) -> float:
     return float(np.mean([agreement(habits) for habits in simulate(agents, delta, occupancy, **how)[-2:]]))
 
 
-def table(**how) -> str:
-    """Agreement at the end, stale / fresh, for every team size and radius."""
+def agreements(**how) -> np.ndarray:
+    """Agreement at the end for every team size and radius, (teams, deltas, 2): stale and fresh."""
+    return np.array([
+        [[final_agreement(n, delta, o, **how) for o in ("stale", "fresh")] for delta in DELTAS] for n in TEAMS
+    ])  # fmt: skip
+
+
+def table(found: np.ndarray) -> str:
+    """The same in words, stale / fresh."""
     lines = ["agents " + "".join(f"{f'delta {delta:g}':>14s}" for delta in DELTAS)]
-    for n in TEAMS:
-        cells = [[final_agreement(n, delta, o, **how) for o in ("stale", "fresh")] for delta in DELTAS]
+    for n, cells in zip(TEAMS, found):
         lines.append(f"{n:6d} " + "".join(f"{f'{stale:.2f} / {fresh:.2f}':>14s}" for stale, fresh in cells))
     return "\n".join(lines)
 
 
-def draw_map(file: Path, **how) -> None:
-    """How much a team loses by stale occupancy, over radius and team size, without noise and with it."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
-    for ax, (title, kind) in zip(axes, {"exact steps": {}, "noisy steps": how}.items()):
-        values = [
-            [[final_agreement(n, d, o, **kind) for d in DELTAS] for n in TEAMS] for o in ("fresh", "stale")
-        ]
-        loss = np.subtract(*values)  # (teams, deltas)
-        image = ax.imshow(loss, vmin=-0.7, vmax=0.7, cmap="RdBu_r", origin="lower", aspect="auto")
-        for (row, column), value in np.ndenumerate(loss):
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
-        ax.set_xticks(range(len(DELTAS)), [f"{d:g}" for d in DELTAS])
-        ax.set_yticks(range(len(TEAMS)), TEAMS)
-        ax.set(title=title, xlabel="radius delta, nats")
-    axes[0].set_ylabel("agents")
-    figure.colorbar(image, ax=axes, label="agreement, fresh minus stale")
-    figure.savefig(file, dpi=130)
+def swaps(habits: np.ndarray) -> int:
+    """Stages after which every agent stands on the other side of 1/2 and neighbours still disagree.
 
-
-def draw_habits(file: Path, runs: list[Path]) -> None:
-    """Each agent's habit at the start of each stage, one panel per run.
-
-    Where the return lies above what independent habits would give, readers see through the code.
+    habits: (stages, A), NaN where an agent wrote in neither code.
     """
-    plt = pyplot()
-    rows = [metrics(run) for run in runs]
-    columns = min(len(runs), 3)
-    shape = -(-len(runs) // columns), columns
-    figure, axes = plt.subplots(
-        *shape, figsize=(4 * columns, 2.4 * shape[0]), sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, run, updates in zip(axes.flat, runs, rows):
-        config = json.loads((run / "config.json").read_text())
-        for j, habits in enumerate(zip(*(u["habits"] for u in updates))):
-            ax.plot([np.nan if h is None else h for h in habits], marker=".", label="ABCD"[j])
-        ax.plot([u["return_mean"] for u in updates], color="0.4", linestyle="--", label="return")
-        ax.plot([explained(u) for u in updates], color="0.4", linestyle=":", label="by the habits alone")
-        ax.set_title(f"{config['occupancy']}, delta {config['delta']:g}, seed {config['seed']}", fontsize=10)
-        ax.set(xlabel="stage", ylim=(-0.03, 1.03))
-        ax.axhline(0.5, color="0.85", zorder=0)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("share of code 1")
-    axes[0, 0].legend(fontsize=8, loc="center right")
-    figure.savefig(file, dpi=130)
+    side = np.array(habits, dtype=float) > 0.5
+    crossed, apart = side[1:] != side[:-1], side[1:, 1:] != side[1:, :-1]
+    return int((crossed.all(1) & apart.all(1)).sum())
 
 
-def metrics(run: Path) -> list[dict]:
-    """The first update of each stage of a run: rollouts of the team as the stage found it."""
+def read(run: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """A run's name in a figure; its habits (stages, A) and return (stages,) at the start of each stage.
+
+    `explained` is the return that these habits give if no agent's code depends on another's in the same
+    rollout.
+    """
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "update" and line["update"] == 0]
-
-
-def explained(update: dict) -> float:
-    """The return that these habits give if no agent's code depends on another's in the same rollout."""
-    habits = [np.nan if h is None else h for h in update["habits"]]
-    return float(agreement(np.array(habits)))
-
-
-def swaps(habits: list[list[float]]) -> int:
-    """Stages after which every agent stands on the other side of 1/2 and neighbours still disagree."""
-    count = 0
-    for before, after in zip(habits, habits[1:]):
-        side, new = ([h > 0.5 for h in row] for row in (before, after))
-        apart = all(a != b for a, b in zip(new, new[1:]))
-        count += apart and all(a != b for a, b in zip(side, new))
-    return count
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    updates = [line for line in lines if line["kind"] == "update" and line["update"] == 0]
+    if not updates or "habits" not in updates[0]:
+        raise UserError(f"{run} is not a run of --task convention that has made an update")
+    config, habits = read_json(run / "config.json"), np.array([u["habits"] for u in updates], dtype=float)
+    return f"{config['occupancy']}, delta {config['delta']:g}, seed {config['seed']}", {
+        "habits": habits,
+        "return": np.array([u["return_mean"] for u in updates]),
+        "explained": agreement(habits.T),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,25 +146,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reach", type=float, default=0.8, help="least share of a full step (default 0.8)")
     parser.add_argument("--noise", type=float, default=0.05, help="of a slope (default 0.05: 400 rollouts)")
     args = parser.parse_args(argv)
-    if args.runs:
-        for run in args.runs:
-            updates = metrics(run)
-            if not updates or "habits" not in updates[0]:
-                raise UserError(f"{run} is not a run of --task convention that has made an update")
-            first, last = updates[0], updates[-1]
-            print(
-                f"{run}: {swaps([u['habits'] for u in updates])} swaps in {len(updates)} stages, "
-                f"return {first['return_mean']:.3f} -> {last['return_mean']:.3f}, "
-                f"{explained(first):.3f} -> {explained(last):.3f} by the habits alone"
-            )
-        if args.figure:
-            draw_habits(args.figure, args.runs)
-        return
-    how = {"stages": args.stages, "reach": args.reach, "noise": args.noise, "draws": 200}
-    print(f"agreement after {args.stages} stages, stale / fresh; exact steps\n{table(stages=args.stages)}")
-    print(f"\nsteps of {args.reach:g} to 1 of the radius, slopes with noise {args.noise:g}\n{table(**how)}")
     if args.figure:
-        draw_map(args.figure, **how)
+        require_matplotlib()
+    if args.runs:
+        runs = [read(directory) for directory in args.runs]
+        for directory, (_, run) in zip(args.runs, runs):
+            whole, own = run["return"], run["explained"]
+            print(
+                f"{directory}: {swaps(run['habits'])} swaps in {len(whole)} stages, "
+                f"return {whole[0]:.3f} -> {whole[-1]:.3f}, {own[0]:.3f} -> {own[-1]:.3f} by the habits alone"
+            )
+        figure = habit_curves, runs
+    else:
+        exact = agreements(stages=args.stages)
+        print(f"agreement after {args.stages} stages, stale / fresh; exact steps\n{table(exact)}")
+        noisy = agreements(stages=args.stages, reach=args.reach, noise=args.noise, draws=200)
+        print(f"\nsteps of {args.reach:g} to 1 of the radius, slopes with noise {args.noise:g}")
+        print(table(noisy))
+        losses = {"exact steps": exact, "noisy steps": noisy}
+        losses = {name: found[..., 1] - found[..., 0] for name, found in losses.items()}
+        figure = agreement_map, (losses, TEAMS, DELTAS)
+    if args.figure:
+        args.figure.write_bytes(render(*figure))
 
 
 if __name__ == "__main__":

@@ -4,34 +4,32 @@
     variants        the paper's ablation
     team_size       stale gap and occupancy shift for n = 2 to 8 agents
 
-Each arm is `python train.py` with a few flags, in a directory of its own under `--out`. A run that is there
-already is not made again and one that was cut off is resumed, so the study may be stopped and started at
-will.
+Each arm is `python train.py` with a few flags, once per seed, in a directory of its own under `--out`. A run
+that is there already is not made again and one that was cut off is resumed, so the study may be stopped and
+started at will.
 
 Equal rollouts: where a stage samples once instead of n times, it samples n times as many problems. So in the
 first two studies every stage costs the same rollouts, but for two variants that say so (`suffix` keeps the
 start of each, and one stale arm has the batches, and a third of the rollouts, of the fresh one); each agent
-is moved once a stage, in a joint update all at once. The third study keeps the batch, and thus the radius'
+is updated once a stage, in a joint update all at once. The third study keeps the batch, and thus the radius'
 error, equal.
 """
 
-import dataclasses
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from teamtr_min import rng
-from teamtr_min.bench import curves
-from teamtr_min.bench.plots import render
-from teamtr_min.files import UserError
+from teamtr_min.bench.plots import learning_rate, render, require_matplotlib, team_size, two_by_two
+from teamtr_min.files import UserError, read_json, write_json
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 COMMON_LR = 5e-4
@@ -65,11 +63,7 @@ VARIANTS = {  # name: flags, and what the paper reports on AIME24 for 3 x Qwen3-
     "resample the suffix only": ({"resample": "suffix"}, None),
     "stale, a third of the rollouts": ({"occupancy": "stale", "problems": FULL["problems"]}, None),
 }
-SIZE_ARMS = {
-    "fresh, radius": {},
-    "stale, radius": {"occupancy": "stale"},
-    "stale, no radius": {"occupancy": "stale", "kl": "none"},
-}
+SIZE_ARMS = ("fresh, radius", "stale, radius", "stale, no radius")
 REPORTED_GAPS = {  # by the paper, for n = 2 to 8
     "reported: naive": {2: 0.08, 3: 0.21, 4: 0.41, 5: 0.68, 6: 1.02, 8: 1.89},
     "reported: TeamTR": {2: 0.03, 8: 0.15},
@@ -78,7 +72,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 STUDIES = ("learning_rate", "variants", "team_size")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Arm:
     """One setting: a study's row, column or curve; run once per seed."""
 
@@ -95,27 +89,26 @@ class Arm:
 
 def arms(size: dict, studies: tuple[str, ...]) -> list[Arm]:
     """All arms of these studies at this size."""
-    seeds, base = size["seeds"], {"stages": size["stages"], "agents": 3, "lr": COMMON_LR}
+    base = {"stages": size["stages"], "agents": 3, "lr": COMMON_LR}
+    brief = {"stages": size["size_stages"], "problems": size["size_problems"], "diagnostics": True}
+    settings = {
+        "learning_rate": [(name, flags | {"lr": lr}) for name, flags in ARMS.items() for lr in size["rates"]],
+        "variants": [(name, flags) for name, (flags, _) in VARIANTS.items()],
+        "team_size": [(name, ARMS[name] | {"agents": n}) for name in SIZE_ARMS for n in size["sizes"]],
+    }
     found = []
-    if "learning_rate" in studies:
-        for name, flags in ARMS.items():
-            for lr in size["rates"]:
-                wanted = base | flags | {"lr": lr}
-                found.append(Arm("learning_rate", name, equal_rollouts(wanted, size["problems"]), seeds))
-    if "variants" in studies:
-        for name, (flags, _) in VARIANTS.items():
-            wanted = equal_rollouts(base | flags, size["problems"])
-            found.append(Arm("variants", name, wanted, seeds))
-    if "team_size" in studies:
-        for name, flags in SIZE_ARMS.items():
-            for n in size["sizes"]:
-                wanted = base | flags | {"agents": n, "stages": size["size_stages"], "diagnostics": True}
-                found.append(Arm("team_size", name, wanted | {"problems": size["size_problems"]}, seeds))
+    for study in (study for study in STUDIES if study in studies):
+        for name, flags in settings[study]:
+            flags = equal_rollouts(base | flags, size["problems"])
+            found.append(Arm(study, name, flags | brief if study == "team_size" else flags, size["seeds"]))
     return found
 
 
 def equal_rollouts(flags: dict, problems: int) -> dict:
-    """These flags with as many problems per collection as make n * problems a stage."""
+    """These flags with as many problems per collection as make n * `problems` a stage.
+
+    A variant that names `problems` gets that many once a stage, where the full method has them n times.
+    """
     n, occupancy = flags["agents"], flags.get("occupancy", "fresh")
     collections = {"fresh": n, "every_k": math.ceil(n / flags.get("every", 2))}.get(occupancy, 1)
     return flags | {"problems": problems if "problems" in flags else n * problems // collections}
@@ -123,15 +116,12 @@ def equal_rollouts(flags: dict, problems: int) -> dict:
 
 def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
     """Make what runs are missing, draw the figures; returns what occupancy.json holds: a row per arm."""
-    unknown = sorted(set(studies) - set(STUDIES))
-    if unknown or jobs < 1:
-        raise UserError(
-            f"--only {','.join(unknown)}: there is {', '.join(STUDIES)}" if unknown else "--jobs < 1"
-        )
-    if importlib.util.find_spec("matplotlib") is None:  # hours before it is needed
-        raise UserError("the figures of this study need matplotlib: pip install matplotlib")
-    root = root / "short" if short else root
-    size = SHORT if short else FULL
+    if unknown := ",".join(sorted(set(studies) - set(STUDIES))):
+        raise UserError(f"--only {unknown}: there is {', '.join(STUDIES)}")
+    if jobs < 1:
+        raise UserError("--jobs < 1")
+    require_matplotlib()
+    root, size = (root / "short", SHORT) if short else (root, FULL)
     wanted = arms(size, studies)
     todo = {arm.directory(root, seed): (arm, seed) for arm in wanted for seed in range(arm.seeds)}
     todo = {path: what for path, what in todo.items() if summary(path) is None}
@@ -148,14 +138,19 @@ def run(root: Path, short: bool, studies: tuple[str, ...], jobs: int) -> dict:
     return report(rows, root)
 
 
+def words(flags: dict) -> list[str]:
+    """Flags as train.py's command line has them."""
+    pairs = (["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]
+             for name, value in flags.items())  # fmt: skip
+    return [word for pair in pairs for word in pair]
+
+
 def train(arm: Arm, seed: int, path: Path, short: bool) -> None:
     """One run in a process of its own, on one thread; goes on with what an interrupted one left."""
     flags = arm.flags | {"seed": seed, "device": "cpu", "eval_problems": 256 if short else 2048, "out": path}
-    words = [["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]
-             for name, value in flags.items()]  # fmt: skip
     if (path / "config.json").is_file():
-        words = [["--resume", str(path)]]
-    command = [sys.executable, str(TRAIN), *(word for pair in words for word in pair)]
+        flags = {"resume": path}
+    command = [sys.executable, str(TRAIN), *words(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     diverged = done.returncode == 1 and summary(path) is not None  # a result like any other
@@ -166,8 +161,8 @@ def train(arm: Arm, seed: int, path: Path, short: bool) -> None:
 def summary(path: Path) -> dict | None:
     """The run's summary if it has come to its end: all stages, or weights that are no numbers any more."""
     try:
-        found = json.loads((path / "summary.json").read_text())
-    except (OSError, ValueError):
+        found = read_json(path / "summary.json")
+    except UserError:
         return None
     return found if found["accuracy_final"] is not None or "finite" in (found["stopped"] or "") else None
 
@@ -177,8 +172,14 @@ def row(arm: Arm, root: Path) -> dict:
     runs = [arm.directory(root, seed) for seed in range(arm.seeds)]
     summaries = [summary(path) for path in runs]
     metrics = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in runs]
-    updates = [[m for m in lines if m["kind"] == "update"] for lines in metrics]
-    stages = [[m for m in lines if m["kind"] == "stage"] for lines in metrics]
+    updates, stages = ([[m for m in lines if m["kind"] == kind] for lines in metrics]
+                       for kind in ("update", "stage"))  # fmt: skip
+    later = [[u for u in one if u["update"]] for one in updates]  # the first of a stage sees no shift
+    last = [[u for u in one if u["update"] == arm.flags["agents"] - 1] for one in updates]
+
+    def means(records: list[list[dict]], key: str) -> list[float | None]:
+        return [mean(r.get(key) for r in one) for one in records]
+
     kept = ("accuracy_start", "accuracy_final", "rollouts", "tokens_sampled", "tokens_trained", "seconds",
             "violation_rate_before", "violation_rate_after")  # fmt: skip
     return {
@@ -189,67 +190,69 @@ def row(arm: Arm, root: Path) -> dict:
         **{name: [s[name] for s in summaries] for name in kept},
         "curve": [[s["accuracy"] for s in one] for one in stages],
         "curve_rollouts": [s["rollouts_so_far"] for s in stages[0]],
-        "kl_largest": [max(u["kl_after"] for u in one) for one in updates],
-        "delta_stale": [mean(s["delta_stale"] for s in one) for one in stages],
-        "gap": [mean(u["gap"] for u in one if u["update"]) for one in updates],
-        "occupancy_shift": [mean(u["occupancy_shift"] for u in one if u["update"]) for one in updates],
-        "ess_last": [
-            mean(u["ess"] for u in one if u["update"] == arm.flags["agents"] - 1) for one in updates
-        ],
-        "vacuous": [mean(s["vacuous"] for s in one) for one in stages],
+        "kl_largest": [max(measured(u.get("kl_after") for u in one), default=None) for one in updates],
+        "delta_stale": means(stages, "delta_stale"),
+        "gap": means(later, "gap"),
+        "occupancy_shift": means(later, "occupancy_shift"),
+        "ess_last": means(last, "ess"),
+        "vacuous": means(stages, "vacuous"),
     }
+
+
+def measured(values) -> list:
+    return [v for v in values if v is not None]
 
 
 def mean(values) -> float | None:
     """The mean, or None where nothing was measured."""
-    values = [v for v in values if v is not None]
+    values = measured(values)
     return sum(values) / len(values) if values else None
 
 
 def report(rows: dict[str, list[dict]], root: Path) -> dict:
     """Draw the figures under `root` and write everything into occupancy.json; returns what that holds."""
-    found, figures = {"benchmark": "occupancy", "rows": rows, "fits": {}}, {}
+    found, figures = {"benchmark": "occupancy", "rows": rows, "fits": {}}, []
     if "learning_rate" in rows:
-        figures["two_by_two"] = (curves.two_by_two, two_by_two(rows["learning_rate"]))
-        figures["learning_rate"] = (curves.learning_rate, rows["learning_rate"])
+        by_arm = by_name(rows["learning_rate"])
+        figures += [(two_by_two, four_arms(by_arm)), (learning_rate, by_arm)]
     if "team_size" in rows:
-        figures["team_size"] = (curves.team_size, rows["team_size"])
-        for name in SIZE_ARMS:
-            own = [row for row in rows["team_size"] if row["name"] == name]
+        by_arm = by_name(rows["team_size"])
+        figures.append((team_size, by_arm))
+        for name, own in by_arm.items():
             found["fits"][name] = {key: exponent(own, key) for key in ("delta_stale", "occupancy_shift")}
-    found["figures"] = [str(root / f"{name}.png") for name in figures]
-    (root / "occupancy.json").write_text(json.dumps(found, indent=1) + "\n")
-    for name, (draw, what) in figures.items():
-        (root / f"{name}.png").write_bytes(render(draw, what, "light"))
+    found["figures"] = [str(root / f"{draw.__name__}.png") for draw, _ in figures]
+    write_json(root / "occupancy.json", found)
+    for (draw, what), path in zip(figures, found["figures"]):
+        Path(path).write_bytes(render(draw, what))
     return found
 
 
-def two_by_two(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """The four arms at the common learning rate and at each one's own best: {panel: {arm: row}}.
+def by_name(rows: list[dict]) -> dict[str, list[dict]]:
+    """Each arm's rows: one per learning rate, or per team size."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def four_arms(by_arm: dict[str, list[dict]]) -> dict[str, dict[str, dict]]:
+    """The arms of the 2 x 2 at the common learning rate and at each one's own best: {panel: {arm: row}}.
 
     The best one is chosen on training problems, by the mean of the last stage over seeds, so that the
-    held-out figure stays what it is called.
+    held-out figure stays what it is called. A rate at which a seed diverged is never it.
     """
-    four = [name for name in ARMS if not name.startswith("joint")]
-    own = {name: [row for row in rows if row["name"] == name] for name in four}
-    rates = [row["flags"]["lr"] for row in own[four[0]]]
-    common = min(rates, key=lambda lr: abs(lr - COMMON_LR))
+    four = {name: rows for name, rows in by_arm.items() if not name.startswith("joint")}
+
+    def distance(row: dict) -> float:
+        return abs(row["flags"]["lr"] - COMMON_LR)
+
+    def last_stage(row: dict) -> float:
+        return -1.0 if None in row["accuracy_final"] else mean(one[-1] for one in row["curve"])
+
     return {
-        "at one learning rate": {
-            name: next(row for row in own[name] if row["flags"]["lr"] == common) for name in four
-        },
-        "at its own best of five": {
-            name: max(
-                own[name], key=lambda row: mean(one[-1] for one in row["curve"]) if whole(row) else -1.0
-            )
-            for name in four
-        },
+        "at one learning rate": {name: min(rows, key=distance) for name, rows in four.items()},
+        "at its own best of five": {name: max(rows, key=last_stage) for name, rows in four.items()},
     }
-
-
-def whole(row: dict) -> bool:
-    """Whether no seed diverged."""
-    return None not in row["accuracy_final"]
 
 
 def exponent(rows: list[dict], key: str, resamples: int = 2000) -> tuple[float, list[float]]:
@@ -272,55 +275,44 @@ def interval(values: list[float]) -> str:
 
 def table(found: dict) -> str:
     """The studies as Markdown tables."""
-    lines, rows = [], found["rows"]
+    rows, lines = found["rows"], []
+
+    def add(caption: str, head: list, body: list[list]) -> None:
+        lines.extend([caption, "", f"| {' | '.join(map(str, head))} |", "|---" * len(head) + "|"])
+        lines.extend(f"| {' | '.join(map(str, cells))} |" for cells in body)
+        lines.append("")
+
     if "variants" in rows:
-        lines += [
+        add(
             "Variants at equal rollouts (relay, 3 agents). ± is Student's 95% interval over seeds; "
             "reported: the paper, AIME24, 3 x Qwen3-8B.",
-            "",
-            "| variant | final accuracy | rollouts | tokens sampled | tokens trained | "
-            "passed delta before / after enforcement | reported |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in rows["variants"]:
-            reported = VARIANTS[row["name"]][1]
-            before, after = mean(row["violation_rate_before"]), mean(row["violation_rate_after"])
-            lines.append(
-                f"| {row['name']} | {interval(row['accuracy_final'])} | {row['rollouts'][0]:,} | "
-                f"{mean(row['tokens_sampled']):,.0f} | {mean(row['tokens_trained']):,.0f} | "
-                f"{before:.0%} / {after:.0%} | {reported or ''} |"
-            )
-        lines.append("")
+            ["variant", "final accuracy", "rollouts", "tokens sampled", "tokens trained",
+             "exceeded delta before / after enforcement", "reported"],
+            [[row["name"], interval(row["accuracy_final"]), f"{row['rollouts'][0]:,}",
+              f"{mean(row['tokens_sampled']):,.0f}", f"{mean(row['tokens_trained']):,.0f}",
+              f"{mean(row['violation_rate_before']):.0%} / {mean(row['violation_rate_after']):.0%}",
+              VARIANTS[row["name"]][1] or ""] for row in rows["variants"]],
+        )  # fmt: skip
     if "learning_rate" in rows:
-        rates = list(dict.fromkeys(row["flags"]["lr"] for row in rows["learning_rate"]))
-        lines += [
+        rates = dict.fromkeys(f"{row['flags']['lr']:g}" for row in rows["learning_rate"])
+        add(
             "Final held-out accuracy against the peak learning rate, at equal rollouts.",
-            "",
-            f"| arm | {' | '.join(f'{lr:g}' for lr in rates)} |",
-            "|---" * (len(rates) + 1) + "|",
-        ]
-        for name in ARMS:
-            own = [row for row in rows["learning_rate"] if row["name"] == name]
-            lines.append(f"| {name} | {' | '.join(interval(row['accuracy_final']) for row in own)} |")
-        lines.append("")
+            ["arm", *rates],
+            [[name, *(interval(row["accuracy_final"]) for row in own)]
+             for name, own in by_name(rows["learning_rate"]).items()],
+        )  # fmt: skip
     if "team_size" in rows:
-        sizes = list(dict.fromkeys(row["flags"]["agents"] for row in rows["team_size"]))
+        sizes = dict.fromkeys(row["flags"]["agents"] for row in rows["team_size"])
         for key, text in (("delta_stale", "Stale gap"), ("occupancy_shift", "Occupancy shift D_occ")):
-            lines += [
-                f"{text} by number of agents, and the exponent of a power of n fitted to it.",
-                "",
-                f"| arm | {' | '.join(map(str, sizes))} | exponent |",
-                "|---" * (len(sizes) + 2) + "|",
-            ]
-            for name in SIZE_ARMS:
-                own = [row for row in rows["team_size"] if row["name"] == name]
+            body = []
+            for name, own in by_name(rows["team_size"]).items():
                 slope, (low, high) = found["fits"][name][key]
-                values = " | ".join(f"{mean(row[key]):.4f}" for row in own)
-                lines.append(f"| {name} | {values} | {slope:.2f} [{low:.2f}, {high:.2f}] |")
-            if key == "delta_stale":
-                for name, values in REPORTED_GAPS.items():
-                    lines.append(f"| {name} | {' | '.join(str(values.get(n, '')) for n in sizes)} | |")
-            lines.append("")
+                values = [f"{mean(row[key]):.4f}" for row in own]
+                body.append([name, *values, f"{slope:.2f} [{low:.2f}, {high:.2f}]"])
+            for name, gaps in REPORTED_GAPS.items() if key == "delta_stale" else ():
+                body.append([name, *(gaps.get(n, "") for n in sizes), ""])
+            caption = f"{text} by number of agents, and the exponent of a power of n fitted to it."
+            add(caption, ["arm", *sizes, "exponent"], body)
         share = mean(v for row in rows["team_size"] for v in row["vacuous"])
         lines.append(f"The certificate was vacuous in {share:.0%} of these stages.")
     return "\n".join([*lines, "", "figures  " + "  ".join(found["figures"])])

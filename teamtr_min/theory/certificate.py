@@ -1,10 +1,10 @@
 """What an update is worth and how far the team has drifted from its data: lower bounds and their terms.
 
-All estimators read tables with a row per rollout and a column per turn, (R, T), rollouts of a problem
-together:
+All estimators read tables with a row per rollout and a column per turn, (R, turns); the G rollouts of a
+problem are neighbours:
 
     speaks    bool: the agent that was updated, j, wrote this message
-    log_w     log pi_new - log pi_old of that message, 0 where j is silent
+    log_w     log pi_new - log pi_old of that message, 0 where another agent wrote
     log_rho   log-likelihood of all messages *before* this turn under team^{i-1}, minus under team^0
 
 team^0 is the team at the start of the stage, team^{i-1} the one that j's update began from. Everything here
@@ -34,7 +34,7 @@ def centred(returns: Tensor) -> Tensor:
 
 
 def surrogate_terms(returns: Tensor, log_w: Tensor, speaks: Tensor) -> Tensor:
-    """(R,) terms whose mean estimates L^seq, undiscounted: sum over j's turns of (w - 1)(R - baseline).
+    """(R,) terms whose mean estimates L^seq, undiscounted: sum over j's turns of (w - 1)(return - baseline).
 
     Per state E_old[w A] = E_new[A] and E_old[A] = 0, so w - 1 in place of w changes the variance alone.
     """
@@ -53,16 +53,15 @@ def gap_terms(returns: Tensor, log_w: Tensor, log_rho: Tensor, speaks: Tensor) -
 def occupancy_shift(log_rho: Tensor, speaks: Tensor) -> Tensor:
     """D_occ in [0, 1]: total variation between team^{i-1}'s and team^0's states where j acts, turn by turn.
 
-    From rollouts of *team^0*: 1/2 E|rho - 1|, rho self-normalised within each turn, averaged over j's
-    messages.
+    From rollouts of *team^0*: E|rho - 1| / 2 over j's messages, rho self-normalised within each turn.
     """
     rho = log_rho.exp() * speaks
-    mean = rho.sum(0) / speaks.sum(0).clamp(min=1)  # (T,)
+    mean = rho.sum(0) / speaks.sum(0).clamp(min=1)  # (turns,)
     return ((rho / mean.clamp(min=1e-30) - 1).abs() * speaks).sum() / (2 * speaks.sum().clamp(min=1))
 
 
 def effective_sample_share(log_rho: Tensor, speaks: Tensor) -> Tensor:
-    """ESS/B over the B messages of j in rollouts of team^0: (sum rho)^2 / (B sum rho^2)."""
+    """ESS/B, a share of j's messages in rollouts of team^0: (sum rho)^2 / (messages * sum rho^2)."""
     drift = log_rho * speaks
     rho = (drift - drift.max()).exp() * speaks  # no overflow; the scale cancels
     return rho.sum().square() / (speaks.sum() * rho.square().sum()).clamp(min=1e-300)
@@ -84,7 +83,7 @@ def stage_certificate(updates: list[dict]) -> dict:
     `vacuous` when the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean |gap| of all
     updates but the first, whose gap is 0.
     """
-    updates = [u for u in updates if u["surrogate"] is not None]  # of agents who spoke
+    updates = [u for u in updates if u.get("surrogate") is not None]  # of agents that took a turn
     gaps = [abs(u["gap"]) for u in updates if u["update"] > 0]
     return {
         "certificate": sum(u["certificate"] for u in updates),

@@ -1,8 +1,8 @@
 """Teams small enough to enumerate: the truth that bounds and sampled estimators are tested against.
 
-A rollout is `turns` messages of `length` tokens; nothing else is random but the problem. A state is the
-shared context (problem, m_0, ..., m_{t-1}). So the states of turn t are numbers with t digits in base M, the
-problem in front, and message m leads from number s of turn t to number s * M + m of turn t + 1:
+A rollout is one problem and `turns` messages; nothing else is random. A state is the shared context
+(problem, m_0, ..., m_{t-1}). So the states of turn t are numbers with t digits in base M, the problem in
+front, and message m leads from number s of turn t to number s * M + m of turn t + 1:
 
     theta  --features-->  token_logp  --sum over tokens-->  logp (S, M)       what is written in each state
     law of turn t + 1  =  flatten(law of turn t [:, None] * pi)               forward: how often it is visited
@@ -10,14 +10,14 @@ problem in front, and message m leads from number s of turn t to number s * M + 
 
 The states of all turns lie in one list of S, turn after turn. Everything is float64 and differentiable.
 
-    V tokens in the vocabulary    K tokens a message      M = V^K messages      T turns    n agents
-    B problems                    S = sum_t B M^t states  X = B M^T rollouts
-    P = 1 + V + ... + V^(K-1) token prefixes inside a message, the empty one first
+    A agents    P problems    V tokens in the vocabulary    U tokens a message    M = V^U messages there are
+    S = P (1 + M + ... + M^(turns-1)) states      X = P M^turns rollouts
+    prefixes = 1 + V + ... + V^(U-1): the unfinished messages, the empty one first
 
-Discounting [ours, where the paper leaves it open]: the last message earns the return, at turn T - 1, so
-J = gamma^(T-1) E[R]; after it the team rests in an absorbing state without reward, which holds the missing
-gamma^T of the occupancy. Sums over states weigh turn t by gamma^t, which is (1/(1-gamma)) E_{s ~ d^pi} for
-gamma < 1 and the finite-horizon sum for gamma = 1: one code serves both.
+Discounting [ours, where the paper leaves it open]: the last message earns the return, so its expectation is
+discounted to J = gamma^(turns-1) E[return]. After it the team rests in an absorbing state without reward,
+which holds the missing gamma^turns of the occupancy. Sums over states weigh turn t by gamma^t, which is
+(1/(1-gamma)) E_{s ~ d^pi} for gamma < 1 and the finite-horizon sum for gamma = 1: one code serves both.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,19 +29,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Context = tuple[int, ...]  # (problem, message numbers so far); its length less one is the turn
+MOST_ROLLOUTS = 2**20  # that a game may have
 
 
 class Game:
     """What training never changes: who writes when, what it sees, what a finished rollout is worth.
 
     reward: (X,) in [0, 1] in the order of the rollouts' numbers, or a function of the finished context.
-    start: (B,) law of the problems; one problem if None.
+    start: (P,) law of the problems; one problem if None.
     router: function of the context -> agent; round-robin if None.
     features: function of (agent, context, token prefix) -> what the agent's logits may depend on there: a row
         number (agents have a table of logits, contexts with equal rows are tied) or a list of floats (logits
         are linear in them). None: a free row for every context and prefix.
-
-    A message's number spells its tokens in base V: `tokens[m]` (K,). More than `limit` rollouts: ValueError.
+    length: U, tokens a message. The number m of a message spells its `tokens[m]` (U,) in base V.
     """
 
     def __init__(
@@ -56,44 +56,42 @@ class Game:
         start: Tensor | None = None,
         router: Callable[[Context], int] | None = None,
         features: Callable[[int, Context, tuple[int, ...]], int | Sequence[float]] | None = None,
-        limit: int = 2**20,
     ):
-        self.agents, self.vocabulary, self.turns, self.length = agents, vocabulary, turns, length
-        self.start = torch.ones(1, dtype=torch.float64) if start is None else start.double()
-        self.gamma = gamma
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma is {gamma}; it must be in (0, 1]")
-        V, K, T, B, M = vocabulary, length, turns, len(self.start), vocabulary**length
-        X = B * M**T
-        if X > limit:
+        self.agents, self.vocabulary, self.turns, self.length = agents, vocabulary, turns, length
+        self.gamma, self.messages = gamma, vocabulary**length
+        self.start = torch.ones(1, dtype=torch.float64) if start is None else start.double()
+        V, U, M, P = vocabulary, length, self.messages, len(self.start)
+        X = P * M**turns
+        if X > MOST_ROLLOUTS:
             raise ValueError(
-                f"{B} problems x {M} messages ^ {T} turns = {X:,} rollouts, more than the {limit:,} "
+                f"{P} problems x {M} messages ^ {turns} turns = {X:,} rollouts, past the {MOST_ROLLOUTS:,} "
                 "that are enumerated; take fewer turns, shorter messages or a smaller vocabulary"
             )
 
-        digit, m = torch.arange(K), torch.arange(M)[:, None]
-        self.messages = M
-        self.tokens = m // V ** (K - 1 - digit) % V  # (M, K)
-        self.prefix = (V**digit).cumsum(0) - V**digit + m // V ** (K - digit)  # (M, K), numbers in 0..P-1
-        prefixes = [p for u in range(K) for p in product(range(V), repeat=u)]
-        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()  # (M, P): m goes through prefix p
+        m, u = torch.arange(M)[:, None], torch.arange(U)
+        self.tokens = m // V ** (U - 1 - u) % V  # (M, U)
+        self.prefix = (V**u).cumsum(0) - V**u + m // V ** (U - u)  # (M, U): number of what is before token u
+        prefixes = [p for n in range(U) for p in product(range(V), repeat=n)]
+        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()  # (M, prefixes): m begins with it
 
-        self.sizes = [B * M**t for t in range(T)]  # states of each turn
+        self.sizes = [P * M**t for t in range(turns)]  # states of each turn
         first = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
-        self.turn = torch.arange(T).repeat_interleave(torch.tensor(self.sizes))  # (S,)
+        x, t = torch.arange(X)[:, None], torch.arange(turns)
+        self.turn = t.repeat_interleave(torch.tensor(self.sizes))  # (S,)
         self.discount = gamma ** self.turn.double()  # (S,); an integer exponent would give float32
-        x, steps = torch.arange(X)[:, None], torch.arange(T)
-        self.state = first + x // M ** (T - steps)  # (X, T): the states that each rollout passes through
-        self.message = x // M ** (T - 1 - steps) % M  # (X, T): and what was written there
+        self.state = first + x // M ** (turns - t)  # (X, turns): the states that each rollout passes through
+        self.message = x // M ** (turns - 1 - t) % M  # (X, turns): and what was written there
 
         def contexts(turn: int):
-            return product(range(B), *[range(M)] * turn)
+            return product(range(P), *[range(M)] * turn)
 
-        before = [c for t in range(T) for c in contexts(t)] if router or features else []
+        before = [c for t in range(turns) for c in contexts(t)] if router or features else []
         self.actor = torch.tensor([router(c) for c in before]) if router else self.turn % agents  # (S,)
         if not ((self.actor >= 0) & (self.actor < agents)).all():
             raise ValueError(f"the router names an agent outside 0..{agents - 1}")
-        if features:  # (S, P) row numbers or (S, P, rows) floats
+        if features:  # (S, prefixes) row numbers or (S, prefixes, rows) floats
             seen = [[features(a, c, p) for p in prefixes] for a, c in zip(self.actor.tolist(), before)]
             linear = not isinstance(seen[0][0], int)
             self.features = torch.tensor(seen, dtype=torch.float64 if linear else torch.long)
@@ -103,23 +101,23 @@ class Game:
             self.features = torch.arange(self.rows).view(-1, len(prefixes))
 
         if callable(reward):
-            reward = torch.tensor([reward(c) for c in contexts(T)])
+            reward = torch.tensor([reward(c) for c in contexts(turns)])
         self.reward = reward.double()  # (X,)
         if self.reward.shape != (X,) or not ((self.reward >= 0) & (self.reward <= 1)).all():
             raise ValueError(f"the reward must be ({X},) numbers in [0, 1], not {tuple(reward.shape)}")
 
     def theta(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-        """Normal parameters (n, rows, V) for all agents."""
+        """Normal parameters (A, rows, V) for all agents."""
         shape = (self.agents, self.rows, self.vocabulary)
         return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 class Team:
-    """A game played with parameters theta (n, rows, V): everything there is to know about one team.
+    """A game played with parameters theta (A, rows, V): everything there is to know about one team.
 
-    token_logp (S, P, V), logp and pi (S, M) are those of the agent that writes in the state. law (S,) is the
-    probability that a rollout passes through it, visits (S,) is gamma^t law; rollout_law (X,). Q, A (S, M),
-    V (S,) and J () are values of the discounted return.
+    token_logp (S, prefixes, V), logp and pi (S, M) are those of the agent that writes in the state. law (S,)
+    is the probability that a rollout passes through it, visits (S,) is gamma^t law; rollout_law (X,).
+    action_value and advantage (S, M), value (S,) and J () are of the discounted return.
     """
 
     def __init__(self, game: Game, theta: Tensor):
@@ -129,7 +127,7 @@ class Team:
         else:
             logits = theta[game.actor[:, None], game.features]
         self.token_logp = logits.log_softmax(-1)
-        self.logp = self.token_logp[:, game.prefix, game.tokens].sum(-1)  # (S, M, K) -> (S, M)
+        self.logp = self.token_logp[:, game.prefix, game.tokens].sum(-1)  # (S, M, U) -> (S, M)
         self.pi = self.logp.exp()
         by_turn = self.pi.split(game.sizes)
 
@@ -139,18 +137,18 @@ class Team:
         self.law, self.rollout_law = torch.cat(laws[:-1]), laws[-1]
         self.visits = game.discount * self.law
 
-        Q, V, ahead = [], [], game.reward  # the last message earns the return
+        action_values, values, ahead = [], [], game.reward  # the last message earns the return
         for pi in reversed(by_turn):
-            Q.append(ahead.view(-1, game.messages))
-            V.append((pi * Q[-1]).sum(-1))
-            ahead = game.gamma * V[-1]
-        self.Q, self.V = torch.cat(Q[::-1]), torch.cat(V[::-1])
-        self.A = self.Q - self.V[:, None]
-        self.J = game.start @ V[-1]
+            action_values.append(ahead.view(-1, game.messages))
+            values.append((pi * action_values[-1]).sum(-1))
+            ahead = game.gamma * values[-1]
+        self.action_value, self.value = torch.cat(action_values[::-1]), torch.cat(values[::-1])
+        self.advantage = self.action_value - self.value[:, None]
+        self.J = game.start @ values[-1]
 
     @property
     def occupancy(self) -> Tensor:
-        """d^pi (S,) [paper]; it sums to 1 - gamma^T, the rest is in the absorbing state."""
+        """d^pi (S,) [paper]; it sums to 1 - gamma^turns, the rest is in the absorbing state."""
         if self.game.gamma == 1:
             raise ValueError("the discounted occupancy needs gamma < 1; `law` is the finite-horizon one")
         return (1 - self.game.gamma) * self.visits
@@ -161,12 +159,12 @@ class Team:
         return Team(self.game, torch.where(chosen, theta, self.theta))
 
     def messages_per_rollout(self, agent: int) -> Tensor:
-        """H_j () [ours]: in expectation, of this agent."""
+        """How many messages of a rollout are this agent's, in expectation: ()."""
         return self.law[self.game.actor == agent].sum()
 
 
 def token_kl(old: Team, new: Team) -> Tensor:
-    """KL(old || new) of the next token at every state and token prefix: (S, P)."""
+    """KL(old || new) of the next token at every state and token prefix: (S, prefixes)."""
     return (old.token_logp.exp() * (old.token_logp - new.token_logp)).sum(-1)
 
 
@@ -191,7 +189,7 @@ def surrogate(base: Team, new: Team, states: Team | None = None) -> Tensor:
 
     L_i^seq is surrogate(team^{i-1}, team^i); L_i^stale takes its states from team^0.
     """
-    return ((states or base).visits[:, None] * new.pi * base.A).sum()
+    return ((states or base).visits[:, None] * new.pi * base.advantage).sum()
 
 
 def stale_gap(first: Team, base: Team, new: Team) -> Tensor:
@@ -215,34 +213,31 @@ def occupancy_shift(first: Team, base: Team, agent: int) -> Tensor:
 
 
 class Rollouts(NamedTuple):
-    """Some of a game's rollouts, as a team writes them. `number` in 0..X-1 says which."""
+    """R of a game's rollouts, as a team writes them. `number` in 0..X-1 says which."""
 
-    number: Tensor  # (N,)
-    problem: Tensor  # (N,)
-    state: Tensor  # (N, T) numbers in 0..S-1
-    agent: Tensor  # (N, T)
-    message: Tensor  # (N, T) numbers in 0..M-1
-    tokens: Tensor  # (N, T, K)
-    token_logp: Tensor  # (N, T, K)
-    logp: Tensor  # (N, T) of whole messages
-    returns: Tensor  # (N,)
+    number: Tensor  # (R,)
+    state: Tensor  # (R, turns) numbers in 0..S-1
+    agent: Tensor  # (R, turns)
+    message: Tensor  # (R, turns) numbers in 0..M-1
+    tokens: Tensor  # (R, turns, U)
+    token_logp: Tensor  # (R, turns, U)
+    logp: Tensor  # (R, turns) of whole messages
+    returns: Tensor  # (R,)
 
 
 def rollouts(team: Team, number: Tensor | None = None) -> Rollouts:
-    """The rollouts of these numbers (N,), or all X of them; the probability of x is team.rollout_law[x]."""
+    """The rollouts of these numbers (R,), or all X of them; the probability of x is team.rollout_law[x]."""
     game = team.game
     number = torch.arange(len(game.reward)) if number is None else number
     state, message = game.state[number], game.message[number]
     tokens = game.tokens[message]
     token_logp = team.token_logp[state[..., None], game.prefix[message], tokens]
-    problem, agent = state[:, 0], game.actor[state]
-    return Rollouts(
-        number, problem, state, agent, message, tokens, token_logp, token_logp.sum(-1), game.reward[number]
-    )
+    logp, returns = token_logp.sum(-1), game.reward[number]
+    return Rollouts(number, state, game.actor[state], message, tokens, token_logp, logp, returns)
 
 
-def sample(team: Team, problem: Tensor, generator: torch.Generator) -> Rollouts:
-    """One sampled rollout for each problem number (N,), message by message; repeat a problem for a group."""
+def sample_rollouts(team: Team, problem: Tensor, generator: torch.Generator) -> Rollouts:
+    """One sampled rollout for each problem number (R,), message by message; repeat a problem for a group."""
     number = problem
     for pi in team.pi.detach().split(team.game.sizes):
         message = torch.multinomial(pi[number], 1, generator=generator)[:, 0]
@@ -253,7 +248,7 @@ def sample(team: Team, problem: Tensor, generator: torch.Generator) -> Rollouts:
 def centred_return(team: Team) -> Tensor:
     """R - E[R | problem] of every rollout (X, 1): what a large group's Eq. 9 has before its division."""
     game = team.game
-    expected = team.V[: len(game.start)] / game.gamma ** (game.turns - 1)  # (B,)
+    expected = team.value[: len(game.start)] / game.gamma ** (game.turns - 1)  # (P,)
     return (game.reward.view(len(expected), -1) - expected[:, None]).reshape(-1, 1)
 
 
@@ -264,12 +259,12 @@ def objective(
 
         E_m[ min(w A, clip(w, 1 - eps, 1 + eps) A) ] - beta KL(old || new)      w = new(m | s) / old(m | s)
 
-    advantage: (X, T), or (X, 1) for one number per rollout such as `centred_return`; None: the exact A(s, m).
+    advantage: (X, turns), or (X, 1) for one number per rollout, as `centred_return`; None: the exact A(s, m).
     The penalty is the expectation of its k3 form, which is the KL. Log-ratios are not clamped.
     """
     every = rollouts(old)
-    advantage = old.A[every.state, every.message] if advantage is None else advantage
-    weight = old.rollout_law[:, None] * (every.agent == agent)  # (X, T)
+    advantage = old.advantage[every.state, every.message] if advantage is None else advantage
+    weight = old.rollout_law[:, None] * (every.agent == agent)  # (X, turns)
     w = (new.logp - old.logp)[every.state, every.message].exp()
     clipped = torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
     return (weight * clipped).sum() / weight.sum() - beta * mean_message_kl(old, new, agent)
