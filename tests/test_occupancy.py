@@ -11,8 +11,8 @@ from toy_runs import results, timeless
 
 import eval as evaluation
 import train
-from teamtr_min.config import Config
-from teamtr_min.schedule import samples_again
+from teamtr_min import cli
+from teamtr_min.schedule import RolloutSource
 from teamtr_min.studies import occupancy
 
 TINY = {"stages": 1, "problems": 2, "seeds": 2, "rates": [5e-4, 5e-3],
@@ -38,9 +38,9 @@ def made(monkeypatch):
 @pytest.mark.parametrize("size", [occupancy.FULL, occupancy.SHORT])
 def test_every_arm_but_the_one_that_says_so_makes_equal_rollouts_and_updates(size):
     for arm in occupancy.arms(size, ("learning_rate", "variants")):
-        config = Config.from_flags(occupancy.words(arm.flags), "")
-        n = len(config.updates)
-        rollouts = sum(samples_again(config, i) for i in range(n)) * config.problems
+        config = cli.parse(occupancy.words(arm.flags), "")
+        n, every = len(config.update_groups), RolloutSource(config, None, None, [], 0).every
+        rollouts = len(range(0, n, every)) * config.problems
         share = 1 if arm.name == "stale, a third of the rollouts" else 3
         assert rollouts == share * size["problems"], arm
         assert n == (1 if "joint" in arm.name else 3)

@@ -16,7 +16,7 @@ import pytest
 import eval as evaluation
 import train
 from teamtr_min.bench import plots, report
-from teamtr_min.run.run import violation_rate
+from teamtr_min.run.metrics import violation_rate
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
 from matplotlib.image import imread  # noqa: E402

@@ -168,7 +168,7 @@ def returns(figure, record) -> None:
     stage = record.numbers("stage", sampled) + 1
     x = stage - 0.5 + (record.numbers("update", sampled) + 0.5) / len(record.config.updates)
     stages = np.unique(stage)
-    for axes, key, text in zip(figure.subplots(2, sharex=True), ("return_mean", "constant_groups"), (
+    for axes, key, text in zip(figure.subplots(2, sharex=True), ("return_mean", "zero_variance_groups"), (
         "Mean return", "Share of zero-variance groups: all rollouts have the same return, and teach nothing",
     )):  # fmt: skip
         y = record.numbers(key, sampled)

@@ -19,12 +19,13 @@ import numpy as np
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
+from teamtr_min.run.directory import newest_run
 from teamtr_min.run.metrics import violation_rate
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 KEYS = {  # that every line has; a line holds others only where they were measured
-    "update": {"stage", "update", "accuracy", "return_mean", "constant_groups", "halvings", "rollouts",
+    "update": {"stage", "update", "accuracy", "return_mean", "zero_variance_groups", "halvings", "rollouts",
                "tokens_sampled", "tokens_trained", "seconds_sampling", "seconds_training"},
     "stage": {"stage", "accuracy", "seconds"},
 }  # fmt: skip
@@ -89,11 +90,9 @@ def run(team: str | None) -> dict:
 
 def find_run(team: str | None) -> Path:
     """The run `team`; without one the newest under runs/, finished or not."""
+    team = team or newest_run("metrics.jsonl")
     if not team:
-        runs = [path.parent for path in Path("runs").glob("*/metrics.jsonl")]
-        if not runs:
-            raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
-        team = max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
+        raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
     return Path(team)
 
 
@@ -144,8 +143,10 @@ def read_lines(path: Path, keys: Callable[[dict], set | None], damaged: list[str
 def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
     knobs, figures, config = [], [], record.config
-    fitting = Config.of({"model": config.model, "agents": config.agents})  # other models, other defaults
-    defaults = dataclasses.asdict(fitting) | {"model": Config.model, "agents": Config.agents}
+    fitting = Config(
+        task=config.task, model=config.model, agents=config.agents
+    )  # other models, other defaults
+    defaults = dataclasses.asdict(fitting) | {"task": Config.task, "model": "relay", "agents": Config.agents}
     for name, value in dataclasses.asdict(config).items():
         tag = "span" if value == defaults[name] else "b"
         text = html.escape(str(value)) if value != "" else "none"
@@ -173,7 +174,8 @@ def subtitle(record: Record, headline: dict) -> str:
     """What ran, and how it ended."""
     config = record.config
     return "; ".join([
-        f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy, "
+        f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
+        f"{f' before every {config.every} updates' * (config.every > 1)}, "
         f"{config.region}",
         f"{headline['stages']} of {config.stages} stages",
         f"not finished: {headline['stopped']}" if headline["stopped"] else "finished",

@@ -110,5 +110,5 @@ def mean_with_interval(values: Tensor, seed: int, resamples: int = RESAMPLES) ->
 
 
 def before_turn(log_ratio: Tensor) -> Tensor:
-    """(R, T) log-ratio of each message -> of all messages before it."""
+    """(R, turns) log-ratio of each message -> of all messages before it."""
     return F.pad(log_ratio.cumsum(1)[:, :-1], (1, 0))
