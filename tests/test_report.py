@@ -168,7 +168,7 @@ def test_the_address_chooses_the_transcript_in_a_browser(copy, tmp_path):
 
 
 def test_a_run_that_was_interrupted_has_a_report(tmp_path, monkeypatch):
-    calls, update = [], train.update_agent
+    calls, update = [], train.update
 
     def interrupted(*args):
         calls.append(1)
@@ -176,7 +176,7 @@ def test_a_run_that_was_interrupted_has_a_report(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return update(*args)
 
-    monkeypatch.setattr(train, "update_agent", interrupted)
+    monkeypatch.setattr(train, "update", interrupted)
     out = tmp_path / "run"
     assert train.main([*TOY, "--agents", "2", "--out", str(out)]) == 130
     result = report.run(str(out))

@@ -2,11 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
 import train
+from teamtr_min import rng
+from teamtr_min.config import Config
+from teamtr_min.learner import Learner
+from teamtr_min.objective import group_advantages
+from teamtr_min.rollout import AgentBatch, Rollouts, collect
+from teamtr_min.tasks import Relay
+from teamtr_min.team import load_team
 
 # 3 agents, 2 stages, 12 rollouts per collection; steps large enough that every agent changes its messages.
 TOY = ["--agents", "3", "--stages", "2", "--problems", "3", "--group", "4", "--inner-steps", "2",
@@ -16,6 +24,35 @@ TOY = ["--agents", "3", "--stages", "2", "--problems", "3", "--group", "4", "--i
 def parity(task, problem, messages) -> float:
     """A grade that half of all rollouts get: few groups this small would have both outcomes otherwise."""
     return float(sum(messages[-1].tokens) % 2)
+
+
+class Prepared(NamedTuple):
+    """A team of two with rollouts, ready for an update."""
+
+    config: Config
+    learner: Learner
+    rollouts: Rollouts
+    batches: list[AgentBatch]
+
+    @property
+    def model(self):
+        return self.learner.models[0]
+
+    def update(self, lr: float | None = None) -> train.Update:
+        return train.update(self.learner, self.batches, self.config, self.config.lr if lr is None else lr)
+
+
+def prepared(updated: list[int] | None = None, **changes) -> Prepared:
+    """For an update of these agents, by default agent 0; `changes` are fields of Config."""
+    defaults = {"agents": 2, "problems": 12, "group": 6, "inner_steps": 4, "device": "cpu"}
+    config, updated = Config(**defaults | changes), updated or [0]
+    task = Relay(config)
+    team = load_team(config, task.roles(config.agents))
+    problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems"))
+    rollouts = collect(team, task, problems, config.group, rng.Path(config.seed, "train", 0, 0))
+    advantages = group_advantages(rollouts.grouped_returns, config.advantage_clip, config.eps_norm).flatten()
+    batches = rollouts.batches(updated, advantages, config.batch_tokens)
+    return Prepared(config, Learner(team, updated, config.beta), rollouts, batches)
 
 
 def run(out: Path, *flags: str) -> tuple[dict, list[dict], list[dict]]:

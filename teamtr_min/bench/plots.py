@@ -115,7 +115,8 @@ def accuracy(figure, record) -> None:
 
 def kl(figure, record) -> None:
     """KL of each agent's updates, as attempted and as kept, against the radius, one panel per agent."""
-    joint, delta, n = record.config.occupancy == "joint", record.config.delta, len(record.config.updates)
+    joint, delta = record.config.occupancy == "joint", record.config.delta
+    n = len(record.config.update_groups)
     columns = n if n <= 4 else min(4, math.ceil(n / 2))
     rows = math.ceil(n / columns)
     figure.set_size_inches(8, 1.4 + 2 * rows)
@@ -166,7 +167,7 @@ def returns(figure, record) -> None:
     figure.set_size_inches(8, 4.6)
     sampled = [u for u in record.updates if u["rollouts"]]
     stage = record.numbers("stage", sampled) + 1
-    x = stage - 0.5 + (record.numbers("update", sampled) + 0.5) / len(record.config.updates)
+    x = stage - 0.5 + (record.numbers("update", sampled) + 0.5) / len(record.config.update_groups)
     stages = np.unique(stage)
     for axes, key, text in zip(figure.subplots(2, sharex=True), ("return_mean", "zero_variance_groups"), (
         "Mean return", "Share of zero-variance groups: all rollouts have the same return, and teach nothing",

@@ -19,6 +19,7 @@ import numpy as np
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
+from teamtr_min.run.console import region
 from teamtr_min.run.directory import newest_run
 from teamtr_min.run.metrics import violation_rate
 from teamtr_min.tasks import load_task
@@ -176,7 +177,7 @@ def subtitle(record: Record, headline: dict) -> str:
     return "; ".join([
         f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
         f"{f' before every {config.every} updates' * (config.every > 1)}, "
-        f"{config.region}",
+        f"{region(config)}",
         f"{headline['stages']} of {config.stages} stages",
         f"not finished: {headline['stopped']}" if headline["stopped"] else "finished",
         *cut_off(headline),
