@@ -23,7 +23,7 @@ LOGS = ("metrics.jsonl", "transcripts.jsonl")
 class Run:
     """A context: whatever ends the block, the team as it is then is saved, with a summary.
 
-    A new run that ends before its first measurement leaves nothing behind.
+    A new run that ends before its first measurement leaves nothing behind, a resumed one what it found.
     """
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner]):
@@ -105,9 +105,10 @@ class Run:
 
     def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
-        if self.accuracy_start is None and not self.config.resume:
+        if self.accuracy_start is None:
             self._close()
-            shutil.rmtree(self.directory)
+            if not self.config.resume:
+                shutil.rmtree(self.directory)
             return
         stopped = "interrupted" if isinstance(reason, KeyboardInterrupt) else reason and str(reason)
         try:
