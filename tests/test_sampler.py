@@ -8,7 +8,7 @@ import torch
 from teamtr_min import load_model, rng
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
-from teamtr_min.model import KVCache, Transformer
+from teamtr_min.model import Transformer
 from teamtr_min.sampler import Sampler, generate, sample_token
 
 END = 1
@@ -169,15 +169,3 @@ def test_weights_that_are_not_numbers_stop_the_sampler():
     broken.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         sample(broken, PROMPTS)
-
-
-@torch.no_grad()
-def test_a_growing_cache_keeps_what_it_holds(model):
-    cache = KVCache(model.config, 2, 0, "cpu", torch.float32)
-    tokens = torch.tensor([PROMPTS[1][:6], PROMPTS[3][:6]])
-    whole = model.hidden(tokens)
-    for t in range(6):
-        cache.reserve(t + 1)
-        step = model.hidden(tokens[:, t : t + 1], cache)
-        cache.length += 1
-        assert torch.allclose(step[:, 0], whole[:, t], atol=1e-5)
