@@ -1,7 +1,7 @@
-"""A run that was killed goes on to the same bits."""
+"""A run that was stopped goes on to the same bits, or says in a sentence why it cannot."""
 
 import errno
-import json
+import itertools
 import multiprocessing
 import os
 import random
@@ -12,28 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import interrupt_at, refusal
+from toy_runs import TOY, results, run, timeless
 
 import train
-from teamtr_min import load_model
+from teamtr_min.config import Config
+from teamtr_min.learner import Learner
 from teamtr_min.run import checkpoint
+from teamtr_min.tasks import Relay
+from teamtr_min.team import load_team
 
-TOY = ["--agents", "2", "--stages", "3", "--problems", "4", "--group", "4", "--inner-steps", "2",
-       "--eval-problems", "16", "--eval-every", "1", "--device", "cpu"]  # fmt: skip
+FLAGS = ["--agents", "2", "--stages", "3", "--eval-every", "1", "--keep", "3"]
 
 
-def results(out: Path, agents: int = 2) -> tuple:
-    """All that two equal runs have in common: metrics and summary but for time, transcripts, weights."""
-
-    def timeless(text: str) -> dict:
-        return {k: v for k, v in json.loads(text).items() if not k.startswith("seconds")}
-
-    weights = [[p.detach() for p in load_model(out / "agents" / str(j)).parameters()] for j in range(agents)]
-    return (
-        [timeless(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
-        timeless((out / "summary.json").read_text()),
-        (out / "transcripts.jsonl").read_text(),
-        [p.tolist() for agent in weights for p in agent],
-    )
+def bits(out: Path) -> tuple:
+    """All that two equal runs have in common: logs and summary but for time, agents, the last checkpoint."""
+    summary, updates, stages = results(out)
+    logs = [(out / name).read_bytes() for name in ("metrics.jsonl", "transcripts.jsonl")]
+    assert not any(b"\0" in log for log in logs)
+    files = [*out.glob("agents/*/*"), *out.glob("checkpoints/000003/*.safetensors")]
+    weights = {str(file.relative_to(out)): file.read_bytes() for file in files}
+    return timeless([summary, *updates, *stages]), logs[1], weights
 
 
 def start_or_resume(out: Path, flags: list[str]) -> None:
@@ -41,153 +40,191 @@ def start_or_resume(out: Path, flags: list[str]) -> None:
     train.main(["--resume", str(out)] if (out / "config.json").exists() else [*flags, "--out", str(out)])
 
 
-@pytest.mark.parametrize(
-    "flags", [TOY, [*TOY, "--occupancy", "stale", "--order", "random", "--router", "random"]]
-)
-def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path, flags):
+@pytest.mark.parametrize("more", [[], ["--occupancy", "stale", "--order", "random", "--router", "random"]])
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path, more):
     """SIGKILL at ten random moments (twenty over both cases), against one run that nobody disturbed."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train"])
+    processes.set_forkserver_preload(["train", "torch._dynamo"])  # else most kills hit a child that imports
     moments, kills = random.Random(0), 0
 
     def spawn(out: Path) -> multiprocessing.Process:
-        child = processes.Process(target=start_or_resume, args=(out, flags))
+        child = processes.Process(target=start_or_resume, args=(out, [*TOY, *FLAGS, *more]))
         child.start()
         return child
 
-    undisturbed = spawn(tmp_path / "undisturbed")
-    begin = time.perf_counter()
-    undisturbed.join()
-    whole = time.perf_counter() - begin
+    for name in ("warm-up", "undisturbed"):
+        begin = time.perf_counter()
+        spawn(tmp_path / name).join()
+    whole, expected = time.perf_counter() - begin, bits(tmp_path / "undisturbed")
     out = tmp_path / "killed"
     while kills < 10:
         child = spawn(out)
-        child.join(timeout=moments.uniform(0, 0.6 * whole))
+        child.join(timeout=moments.uniform(0.2, 1) * whole)
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += 1
         else:  # it came through: once more from the start
-            assert results(out) == results(tmp_path / "undisturbed")
+            assert bits(out) == expected
             shutil.rmtree(out)
         if out.is_dir() and not (out / "config.json").exists():
             shutil.rmtree(out)  # killed before it had begun
     spawn(out).join()
-    assert results(out) == results(tmp_path / "undisturbed")
+    assert bits(out) == expected
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """A run of three stages with all its checkpoints."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main([*TOY, "--out", str(out)]) == 0
-    return out
+    run(out, *FLAGS)
+    return out, bits(out)
 
 
-def stopped_copy(finished: Path, tmp_path: Path, number: int = 5) -> Path:
-    """The finished run as it stood after `number` updates, the log being ahead of the checkpoint."""
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    for later in sorted((out / "checkpoints").iterdir()):
-        if int(later.name) > number:
-            shutil.rmtree(later)
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def stop_after(stages: int, out: Path) -> None:
+    """Take a finished run back to this stage's checkpoint, as a kill leaves it: the logs are ahead."""
+    for later in range(stages + 1, 4):
+        shutil.rmtree(out / "checkpoints" / f"{later:06d}")
     shutil.rmtree(out / "agents")
-    return out
+    (out / "summary.json").unlink()
 
 
-def test_only_the_last_checkpoints_stay_and_unchanged_agents_are_links(finished):
-    kept = sorted(p.name for p in (finished / "checkpoints").iterdir())
-    assert kept == ["000005", "000006"]
-    same = [
-        os.path.samefile(*(finished / "checkpoints" / k / f"agent-{j}.safetensors" for k in kept))
-        for j in (0, 1)
-    ]
-    assert same == [True, False]
-    assert {p.suffix for p in finished.rglob("*") if p.is_file()} == {".json", ".jsonl", ".safetensors"}
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, tmp_path, capsys):
-    for number, damage in enumerate((b"", b"x" * 100)):
-        out = tmp_path / str(number)
-        shutil.copytree(finished, out)
-        newest = out / "checkpoints" / "000006" / "agent-1.safetensors"
-        newest.unlink()
-        newest.write_bytes(damage)
-        assert train.main(["--resume", str(out)]) == 0
-        assert "000006 is damaged; trying the one before" in capsys.readouterr().out
-        assert results(out) == results(finished)
+def cut(file: Path) -> None:
+    os.truncate(file, 50)
 
 
-def test_when_all_checkpoints_are_damaged_nothing_is_touched(finished, tmp_path, capsys):
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    for state in out.glob("checkpoints/*/state.json"):
-        state.write_text("{")
-    assert train.main(["--resume", str(out)]) == 2
-    assert "is damaged; nothing to resume from" in capsys.readouterr().err
-    assert results(out) == results(finished)
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("moment", [(2, train, "group_advantages"), (1, checkpoint, "save_file")])
+def test_stopped_before_its_first_checkpoint_a_run_starts_again(
+    finished, tmp_path, monkeypatch, killed, moment
+):
+    call, module, name = moment
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(call, patch, module, name)
+        assert train.main([*TOY, *FLAGS, "--out", str(out)]) == 130
+    if killed:  # then there is no last word
+        shutil.rmtree(out / "agents")
+        (out / "summary.json").unlink()
+    assert train.main(["--resume", str(out)]) == 0
+    assert bits(out) == finished[1]
 
 
-def test_a_finished_run_without_checkpoints_is_not_written_over(finished, tmp_path, capsys):
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    shutil.rmtree(out / "checkpoints")
-    assert train.main(["--resume", str(out)]) == 2
-    assert "holds a trained team but no checkpoints" in capsys.readouterr().err
-    assert results(out) == results(finished)
+FILES = "learner-0.safetensors", "state.json"
+
+
+@pytest.mark.parametrize(
+    "stage, file, damage",
+    [*itertools.product((1, 2), FILES, (cut, Path.unlink)), (2, "learner-1.safetensors", flip_a_bit)],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_gets_into_no_later_one(
+    finished, copy, capsys, stage, file, damage
+):
+    stop_after(2, copy)
+    damage(copy / "checkpoints" / f"{stage:06d}" / file)
+    assert train.main(["--resume", str(copy)]) == 0
+    text = capsys.readouterr().out
+    assert bits(copy) == finished[1] and f"resumed after {3 - stage} of 3 stages" in text
+    assert ("000002 is damaged; trying the one before" in text) == (stage == 2)
+
+
+def test_only_the_last_checkpoints_stay(copy):
+    kept = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    assert kept == ["000001", "000002", "000003"]
+    checkpoint.save(copy, 4, [], {}, keep=2)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["000003", "000004"]
+    assert {p.suffix for p in copy.rglob("*") if p.is_file()} == {".json", ".jsonl", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda out: [s.write_text("{") for s in out.glob("checkpoints/*/state.json")], "every checkpoint"),
+        (lambda out: shutil.rmtree(out / "checkpoints"), "has finished stages but no checkpoints"),
+        (lambda out: os.truncate(out / "metrics.jsonl", 99), "metrics.jsonl was cut short"),
+        (lambda out: os.truncate(out / "transcripts.jsonl", 99), "transcripts.jsonl was cut short"),
+    ],
+)
+def test_where_nothing_can_be_resumed_nothing_is_touched(copy, capsys, spoil, sentence):
+    spoil(copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert sentence in refusal(capsys, train.main, "--resume", str(copy))
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_a_resume_with_another_configuration_names_what_differs(finished, capsys):
-    assert train.main(["--resume", str(finished), "--lr", "0.1", "--agents", "2", "--order", "random"]) == 2
-    error = capsys.readouterr().err
-    assert "--lr 0.1 (the run has 0.0005)" in error and "--order random (the run has fixed)" in error
-    assert "--agents" not in error
+    flags = ["--resume", str(finished[0]), "--lr", "0.1", "--agents", "2", "--order", "random"]
+    sentence = refusal(capsys, train.main, *flags)
+    assert "--lr 0.1 (the run has 0.003), --order random (the run has fixed)" in sentence
+    assert "--agents" not in sentence
 
 
 def test_a_resume_of_nothing_says_so(tmp_path, capsys):
-    assert train.main(["--resume", str(tmp_path / "nowhere")]) == 2
-    assert "No such file or directory; is" in capsys.readouterr().err
+    sentence = refusal(capsys, train.main, "--resume", str(tmp_path / "nowhere"))
+    assert "No such file; is" in sentence and not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(finished, tmp_path, capsys, monkeypatch, fault):
-    out = stopped_copy(finished, tmp_path, number=5)
-    original = checkpoint.save_file
-
-    def refuse(tensors, path, *rest):
-        Path(path).write_bytes(b"half a file")
+@pytest.mark.parametrize("write", ["teamtr_min.run.checkpoint.save_file", "teamtr_min.hf.weights.save_file"])
+def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(
+    finished, copy, capsys, monkeypatch, write, fault
+):
+    def refuse(tensors, path, **metadata):
+        path.write_bytes(b"half a file")
         raise OSError(fault, os.strerror(fault))
 
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
-    assert train.main(["--resume", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert os.strerror(fault) in error and f"continue with --resume {out}" in error and error.count("\n") == 1
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["000005"]
-    monkeypatch.setattr(checkpoint, "save_file", original)
-    assert train.main(["--resume", str(out)]) == 0
-    assert results(out) == results(finished)
+    stop_after(2, copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(write, refuse)
+        sentence = refusal(capsys, train.main, "--resume", str(copy))
+    assert os.strerror(fault) in sentence
+    if "checkpoint" in write:
+        assert f"continue with --resume {copy}" in sentence
+        assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert train.main(["--resume", str(copy)]) == 0
+    assert bits(copy) == finished[1]
+
+
+def test_an_output_directory_that_vanishes_is_a_sentence(tmp_path, capsys, monkeypatch):
+    save_file, out = checkpoint.save_file, tmp_path / "run"
+
+    def vanish(*arguments):
+        shutil.rmtree(out)
+        save_file(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", vanish)
+    assert "cannot write a checkpoint" in refusal(capsys, train.main, *TOY, "--out", str(out))
 
 
 def test_adam_and_beta_come_back_to_the_bit(tmp_path):
     torch.manual_seed(0)
-    from teamtr_min.learner import Learner
 
-    learners = [
-        Learner([load_model("relay", dtype=dtype)], 0.01) for dtype in (torch.float32, torch.bfloat16)
-    ]
-    for learner in learners:
+    def learners() -> list[Learner]:
+        configs = [Config(agents=1, device="cpu", dtype=dtype) for dtype in ("fp32", "bf16")]
+        return [Learner(load_team(config, Relay(config).roles(1)), [0], 0.01) for config in configs]
+
+    saved, loaded = learners(), learners()
+    for learner in saved:
         for p in learner.masters:
             p.grad = torch.randn_like(p)
         learner.step(1e-3)
         learner.beta = 0.3
-    checkpoint.save(tmp_path, checkpoint.Progress(0, 1), learners, {0, 1}, {}, keep=1)
-    fresh = [Learner([load_model("relay", dtype=dtype)], 0.01) for dtype in (torch.float32, torch.bfloat16)]
-    checkpoint.load(tmp_path, fresh, None, None)
-    for a, b in zip(learners, fresh):
-        assert a.beta == b.beta
-        assert all(torch.equal(p, q) for p, q in zip(a.models[0].parameters(), b.models[0].parameters()))
-        one, two = a.point(), b.point()
-        assert all(torch.equal(p, q) for p, q in zip(one.masters, two.masters))
-        assert all(
-            s.keys() == t.keys() and all(torch.equal(s[k], t[k]) for k in s)
-            for s, t in zip(one.state, two.state)
-        )
+    checkpoint.save(tmp_path, 1, saved, {}, keep=1)
+    checkpoint.load(tmp_path, loaded)
+    for a, b in zip(saved, loaded):
+        assert a.beta == b.beta and all(map(torch.equal, a.parameters, b.parameters))
+        one, two = a.snapshot(), b.snapshot()
+        assert all(map(torch.equal, one.masters, two.masters))
+        for s, t in zip(one.state, two.state):
+            assert s and s.keys() == t.keys() and all(torch.equal(s[name], t[name]) for name in s)

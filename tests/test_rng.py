@@ -1,4 +1,6 @@
-"""Counter-based randomness: a pure function of the place, and good enough to sample from."""
+"""Counter-based randomness: a pure function of the rng path, and good enough to sample from."""
+
+import itertools
 
 import numpy as np
 import torch
@@ -24,11 +26,8 @@ def test_the_published_test_vectors():
 
 def test_uniforms_equal_philox_on_python_integers():
     keys = [0, 1, 2**63 + 12345, 2**64 - 1, rng.key(7, "rollout", 3)]
-    u = rng.uniforms(keys, 5)
-    for row, key in enumerate(keys):
-        for position in range(5):
-            word = philox(position | (key >> 32) << 32, key & 0xFFFFFFFF)
-            assert u[row, position].item() == (word >> 8) * 2.0**-24
+    words = [[philox(i | (key >> 32) << 32, key & 0xFFFFFFFF) for i in range(5)] for key in keys]
+    assert rng.uniforms(keys, 5).tolist() == [[(word >> 8) * 2.0**-24 for word in row] for row in words]
 
 
 def test_a_draw_depends_on_its_key_and_position_alone():
@@ -49,9 +48,9 @@ def test_uniforms_are_uniform_and_uncorrelated():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(u.size)
 
 
-def test_places_do_not_collide():
-    places = {
-        rng.key(s, name, i, j) for s in range(3) for name in ("a", "b") for i in range(20) for j in range(20)
-    }
-    assert len(places) == 3 * 2 * 20 * 20
+def test_paths_do_not_collide():
+    keys = {rng.key(*path) for path in itertools.product(range(3), "ab", range(20), range(20))}
+    assert len(keys) == 3 * 2 * 20 * 20
     assert rng.key(0, "a", 12) != rng.key(0, "a", 1, 2)
+    path = rng.Path(0, "train", 1)
+    assert len({path.key(kind, r, t) for kind in ("route", "rollout") for r in (0, 1) for t in (0, 1)}) == 8

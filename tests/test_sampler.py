@@ -8,7 +8,7 @@ import torch
 from teamtr_min import load_model, rng
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
-from teamtr_min.model import KVCache
+from teamtr_min.model import Transformer
 from teamtr_min.sampler import Sampler, generate, sample_token
 
 END = 1
@@ -26,63 +26,73 @@ def model():
     return load_model(RELAY)
 
 
+@pytest.fixture
+def fed(monkeypatch):
+    """The shapes of all that the model is fed."""
+    shapes, hidden = [], Transformer.hidden
+    monkeypatch.setattr(
+        Transformer, "hidden", lambda self, t, *a: shapes.append(tuple(t.shape)) or hidden(self, t, *a)
+    )
+    return shapes
+
+
+def sample(model, prompts, seed=0, limit=12, temperature=1.0):
+    return generate(model, prompts, limit, temperature, seed, [END])
+
+
 def keys(count: int, start: int = 0) -> list[int]:
     return [rng.key(0, "test", start + r) for r in range(count)]
 
 
-def same(a, b) -> None:
-    assert [c.tokens for c in a] == [c.tokens for c in b]
-    assert [c.stopped for c in a] == [c.stopped for c in b]
+def take_turn(sampler: Sampler, prompts, keys, rows=None, limit=8, **options):
+    rows = range(len(prompts)) if rows is None else rows
+    return sampler.generate(rows, prompts, keys, limit, 1.0, [END], **options)
+
+
+def assert_same(a, b) -> None:
+    assert [(c.tokens, c.stopped) for c in a] == [(c.tokens, c.stopped) for c in b]
     for x, y in zip(a, b):
         assert x.logprobs == pytest.approx(y.logprobs, abs=1e-5)
 
 
-def test_the_samplers_logprob_is_that_of_a_plain_forward_pass(model):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_samplers_logprob_is_that_of_a_plain_forward_pass(model, temperature):
     """Cached = uncached: after each prompt, over each sampled token, at the sampling temperature."""
-    for temperature in (1.0, 0.6):
-        for prompt, c in zip(PROMPTS, generate(model, PROMPTS, 12, temperature, seed=3, stop_ids=[END])):
-            logits = model(torch.tensor([prompt + c.tokens]))[0] / temperature
-            logp = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(c.tokens)[:, None])[
-                :, 0
-            ]
-            assert c.logprobs == pytest.approx(logp.tolist(), abs=1e-5)
+    for prompt, c in zip(PROMPTS, sample(model, PROMPTS, 3, temperature=temperature)):
+        logp = (model(torch.tensor([prompt + c.tokens]))[0] / temperature).log_softmax(-1)
+        logp = logp[len(prompt) - 1 : -1].gather(1, torch.tensor(c.tokens)[:, None])[:, 0]
+        assert c.logprobs == pytest.approx(logp.tolist(), abs=1e-5)
 
 
 def test_batched_equals_alone_equals_shuffled(model):
-    batched = generate(model, PROMPTS, 12, 1.0, seed=5, stop_ids=[END])
-    alone = [generate(model, [p], 12, 1.0, seed=5, stop_ids=[END])[0] for p in PROMPTS]
-    same(batched, alone)
+    batched = sample(model, PROMPTS, 5)
+    assert_same(batched, [sample(model, [p], 5)[0] for p in PROMPTS])
     order = [3, 0, 4, 2, 1]
-    shuffled = generate(model, [PROMPTS[i] for i in order], 12, 1.0, seed=5, stop_ids=[END])
-    same([batched[i] for i in order], shuffled)
+    assert_same([batched[i] for i in order], sample(model, [PROMPTS[i] for i in order], 5))
     assert len({tuple(c.tokens) for c in batched}) > 1
 
 
 def test_repeated_prompts_draw_apart_and_seeds_differ(model):
-    same_prompt = generate(model, [PROMPTS[1]] * 16, 12, 1.0, seed=0, stop_ids=[END])
-    assert len({tuple(c.tokens) for c in same_prompt}) > 4
-    other = generate(model, [PROMPTS[1]] * 16, 12, 1.0, seed=1, stop_ids=[END])
-    assert [c.tokens for c in same_prompt] != [c.tokens for c in other]
+    one, other = ([tuple(c.tokens) for c in sample(model, [PROMPTS[1]] * 16, seed)] for seed in (0, 1))
+    assert len(set(one)) > 4 and one != other
 
 
 def test_a_completion_ends_with_its_first_stop_id_or_at_the_limit(model):
     for limit in (1, 2, 12):
-        for c in generate(model, PROMPTS, limit, 1.0, seed=2, stop_ids=[END]):
+        for c in sample(model, PROMPTS, 2, limit):
             assert 1 <= len(c.tokens) <= limit and len(c.logprobs) == len(c.tokens)
             assert c.stopped == (c.tokens[-1] == END) and END not in c.tokens[:-1]
             assert c.stopped or len(c.tokens) == limit
     assert all(len(c.tokens) == 9 and not c.stopped for c in generate(model, PROMPTS, 9, 1.0))
-    assert generate(model, [], 5, 1.0) == []
-    assert [c.tokens for c in generate(model, PROMPTS[:2], 0, 1.0)] == [[], []]
+    assert sample(model, []) == []
+    assert [c.tokens for c in sample(model, PROMPTS[:2], limit=0)] == [[], []]
 
 
 def test_temperature_zero_is_the_argmax(model):
     for prompt, c in zip(PROMPTS, generate(model, PROMPTS, 6, 0.0)):
-        ids = list(prompt)
-        for token, logprob in zip(c.tokens, c.logprobs):
-            logp = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        for t, (token, logprob) in enumerate(zip(c.tokens, c.logprobs)):
+            logp = model(torch.tensor([prompt + c.tokens[:t]]))[0, -1].log_softmax(-1)
             assert token == logp.argmax() and logprob == pytest.approx(logp.max().item(), abs=1e-5)
-            ids.append(token)
 
 
 def test_draws_follow_the_distribution():
@@ -98,72 +108,59 @@ def test_draws_follow_the_distribution():
     assert sample_token(logits.expand(2, -1), ends, 1.0)[0].tolist() == [0, 4]
 
 
-def test_finished_rows_leave_the_batch(model, monkeypatch):
-    sizes, hidden = [], type(model).hidden
-    monkeypatch.setattr(
-        type(model), "hidden", lambda self, t, *a: sizes.append(t.shape) or hidden(self, t, *a)
-    )
-    done = generate(model, PROMPTS * 4, 12, 1.0, seed=1, stop_ids=[END])
-    decode = [rows for rows, width in sizes if width == 1]
-    lengths = [len(c.tokens) for c in done]
-    assert decode == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+def test_finished_rows_leave_the_batch(model, fed):
+    lengths = [len(c.tokens) for c in sample(model, PROMPTS * 4, 1)]
+    decoded = [rows for rows, width in fed if width == 1]
+    assert decoded == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
 
 
-def test_the_cache_survives_between_turns(model, monkeypatch):
-    """Later turns compute only what is new, and sample what a fresh sampler would."""
-    fed, hidden = [], type(model).hidden
-    sampler, limit = Sampler(model, 5), 9
-    first = sampler.speak(range(5), PROMPTS, keys(5), limit, 1.0, [END])
+def test_the_cache_survives_between_turns(model, fed):
+    """Later turns compute only what is new, and sample what a new sampler would."""
+    sampler = Sampler(model, 5)
+    first = take_turn(sampler, PROMPTS, keys(5))
     grown = [p + c.tokens + [2, 17, 8, 1, 3] + [4] * i for i, (p, c) in enumerate(zip(PROMPTS, first))]
-    monkeypatch.setattr(type(model), "hidden", lambda self, t, *a: fed.append(t.shape) or hidden(self, t, *a))
-    second = sampler.speak(range(5), grown, keys(5, 10), limit, 1.0, [END])
+    fed.clear()
+    second = take_turn(sampler, grown, keys(5, 10))
     assert fed[0][1] == 1 + 5 + 4, "a turn prefills the last sampled token and what came since, nothing more"
-    same(second, Sampler(model, 5).speak(range(5), grown, keys(5, 10), limit, 1.0, [END]))
+    assert_same(second, take_turn(Sampler(model, 5), grown, keys(5, 10)))
 
 
 def test_a_turn_of_some_rows_equals_each_row_alone(model):
     """As a random router plays: subsets in any order, each row with a history of its own."""
     together, alone = Sampler(model, 5), [Sampler(model, 1) for _ in range(5)]
-    sequences = [list(p) for p in PROMPTS]
+    sequences = list(PROMPTS)
     for turn, rows in enumerate([[3, 1], [0, 1, 4], [2], [4, 3, 2, 1, 0], [1, 4]]):
         ks = keys(len(rows), 100 * turn)
-        batch = together.speak(rows, [sequences[r] for r in rows], ks, 7, 1.0, [END])
-        same(batch, [alone[r].speak([0], [sequences[r]], [k], 7, 1.0, [END])[0] for r, k in zip(rows, ks)])
+        batch = take_turn(together, [sequences[r] for r in rows], ks, rows)
+        assert_same(batch, [take_turn(alone[r], [sequences[r]], [k])[0] for r, k in zip(rows, ks)])
         for r, c in zip(rows, batch):
             sequences[r] = sequences[r] + c.tokens + [2, 5, 1, 3]
 
 
-def test_prefill_in_small_groups_changes_nothing_and_wastes_little(model, monkeypatch):
-    shapes, hidden = [], type(model).hidden
-    whole = Sampler(model, 5).speak(range(5), PROMPTS, keys(5), 5, 1.0, [END])
-    monkeypatch.setattr(
-        type(model), "hidden", lambda self, t, *a: shapes.append(t.shape) or hidden(self, t, *a)
-    )
-    parts = Sampler(model, 5).speak(range(5), PROMPTS, keys(5), 5, 1.0, [END], prefill_tokens=12)
-    same(whole, parts)
-    assert [tuple(s) for s in shapes[:4]] == [(1, 10), (1, 10), (1, 8), (2, 6)]
+def test_prefill_in_small_groups_changes_nothing_and_wastes_little(model, fed):
+    whole = take_turn(Sampler(model, 5), PROMPTS, keys(5))
+    fed.clear()
+    assert_same(whole, take_turn(Sampler(model, 5), PROMPTS, keys(5), prefill_tokens=12))
+    assert fed[:4] == [(1, 10), (1, 10), (1, 8), (2, 6)]
 
 
-def test_equal_prompts_are_computed_once(model, monkeypatch):
-    shapes, hidden = [], type(model).hidden
+def test_equal_prompts_are_computed_once(model, fed):
     prompts = [PROMPTS[0], PROMPTS[1]] * 6
-    apart = [Sampler(model, 1).speak([0], [p], [k], 8, 1.0, [END])[0] for p, k in zip(prompts, keys(12))]
-    monkeypatch.setattr(
-        type(model), "hidden", lambda self, t, *a: shapes.append(t.shape) or hidden(self, t, *a)
-    )
-    same(Sampler(model, 12).speak(range(12), prompts, keys(12), 8, 1.0, [END]), apart)
-    assert shapes[0][0] == 2
+    apart = [take_turn(Sampler(model, 1), [p], [k])[0] for p, k in zip(prompts, keys(12))]
+    fed.clear()
+    assert_same(take_turn(Sampler(model, 12), prompts, keys(12)), apart)
+    assert fed[0][0] == 2
 
 
 def test_a_sequence_that_adds_nothing_is_refused(model):
     sampler = Sampler(model, 1)
-    (c,) = sampler.speak([0], [PROMPTS[0]], keys(1), 3, 1.0, [END])
+    (c,) = take_turn(sampler, [PROMPTS[0]], keys(1), limit=3)
     with pytest.raises(ValueError, match="adds none"):
-        sampler.speak([0], [PROMPTS[0] + c.tokens[:-1]], keys(1), 3, 1.0, [END])
+        take_turn(sampler, [PROMPTS[0] + c.tokens[:-1]], keys(1))
 
 
 def test_a_transcript_longer_than_the_models_positions_is_refused(model):
-    with pytest.raises(UserError, match="510 tokens .* up to 3 pass the model's 512 positions"):
+    with pytest.raises(UserError, match="510 tokens .* up to 3 exceed the 512 positions"):
         generate(model, [[2] * 510, [2]], 3, 1.0)
 
 
@@ -171,16 +168,4 @@ def test_weights_that_are_not_numbers_stop_the_sampler():
     broken = load_model(RELAY)
     broken.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        generate(broken, PROMPTS, 4, 1.0)
-
-
-def test_a_growing_cache_keeps_what_it_holds(model):
-    cache = KVCache(model.config, 2, 0, "cpu", torch.float32)
-    tokens = torch.tensor([PROMPTS[1][:6], PROMPTS[3][:6]])
-    with torch.no_grad():
-        whole = model.hidden(tokens)
-        for t in range(6):
-            cache.reserve(t + 1)
-            step = model.hidden(tokens[:, t : t + 1], cache)
-            cache.length += 1
-            assert torch.allclose(step[:, 0], whole[:, t], atol=1e-5)
+        sample(broken, PROMPTS)

@@ -9,7 +9,7 @@ from tiny import LLAMA3_STYLE, ODD_TEXTS, shared, write_tokenizer
 
 from teamtr_min import load_tokenizer
 from teamtr_min.files import UserError
-from teamtr_min.team import Agent, ChatFormat, Message, Role, Team
+from teamtr_min.team import Agent, ChatFormat, Message, Rendered, Role, Team
 
 # Histories are rewritten: thinking is only shown while it is fresh, as with Qwen3.
 FORGETFUL = """\
@@ -30,12 +30,8 @@ ALTERNATING = """\
 
 
 def team_of(*tokenizers) -> Team:
-    return Team(
-        [
-            Agent(None, tokenizer, ChatFormat(tokenizer), Role("ABCD"[j], f"You are {'ABCD'[j]}.\nBe brief."))
-            for j, tokenizer in enumerate(tokenizers)
-        ]
-    )
+    roles = [Role(name, f"You are {name}.\nBe brief.") for name in "ABCD"]
+    return Team([Agent(None, t, ChatFormat(t), role) for t, role in zip(tokenizers, roles)])
 
 
 def say(team: Team, j: int, text: str, stopped: bool = True, ids: list[int] | None = None) -> Message:
@@ -46,17 +42,26 @@ def say(team: Team, j: int, text: str, stopped: bool = True, ids: list[int] | No
     return Message(j, tokens, text, [-1.0] * len(tokens), stopped)
 
 
-def rendered(team: Team, j: int, problem: str, messages: list[Message]) -> str:
+def seen(team: Team, j: int, messages: list[Message], problem: str = "2+2?") -> Rendered:
+    return team.render(j, problem, messages, add_generation_prompt=True)
+
+
+def by_template(team: Team, j: int, messages: list[Message], problem: str = "2+2?") -> str:
     """The transcript by the template itself, every turn anew."""
     agent = team.agents[j]
     turns = [{"role": "system", "content": agent.role.system}, {"role": "user", "content": problem}]
     for message in messages:
-        if message.agent == j:
-            turns.append({"role": "assistant", "content": message.text})
-        else:
-            name = team.agents[message.agent].role.name
-            turns.append({"role": "user", "content": f"{name}:\n{message.text}"})
+        name = team.agents[message.agent].role.name
+        own = {"role": "assistant", "content": message.text}
+        turns.append(own if message.agent == j else {"role": "user", "content": f"{name}:\n{message.text}"})
     return agent.tokenizer.render(turns, add_generation_prompt=True, date_string="26 Jul 2024")
+
+
+def assert_reads_as_the_template_writes(team: Team, messages: list[Message], problem: str = "2+2?") -> None:
+    for j, agent in enumerate(team.agents):
+        text = agent.tokenizer.decode(seen(team, j, messages, problem).ids, skip_special_tokens=False)
+        # Normalized, since Qwen's tokenizer does so to all it reads.
+        assert text == unicodedata.normalize("NFC", by_template(team, j, messages, problem))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +78,9 @@ def test_a_soloists_transcript_is_what_the_template_encodes_to(qwen):
     """Qwen2.5's real tokenizer, messages in the ids that encoding gives: splicing shows in no id."""
     team = team_of(qwen)
     texts = [text for text in ODD_TEXTS if text and text[0] != "\n" and "<|" not in text] + ["42", "x\ny"]
+    messages = [say(team, 0, text) for text in texts]
     for problem in texts:
-        messages = [say(team, 0, text) for text in texts]
-        view = team.view(0, problem, messages, speak=True)
-        assert view.ids == qwen.encode(rendered(team, 0, problem, messages))
+        assert seen(team, 0, messages, problem).ids == qwen.encode(by_template(team, 0, messages, problem))
 
 
 def test_a_teams_transcript_reads_as_the_template_writes_it(qwen):
@@ -85,24 +89,17 @@ def test_a_teams_transcript_reads_as_the_template_writes_it(qwen):
     for _ in range(25):
         texts = draw.choices([text for text in ODD_TEXTS if "<|" not in text], k=6)
         messages = [say(team, draw.randrange(3), text) for text in texts]
-        for j in range(3):
-            ids = team.view(j, "12 + 3\n\n", messages, speak=True).ids
-            text = rendered(team, j, "12 + 3\n\n", messages)
-            text = unicodedata.normalize("NFC", text)  # as this tokenizer does to all it reads
-            assert qwen.decode(ids, skip_special_tokens=False) == text
+        assert_reads_as_the_template_writes(team, messages, "12 + 3\n\n")
     # A name and a number share no token, so there even the ids agree.
     messages = [say(team, 1, "15"), say(team, 0, "15, so 16"), say(team, 2, "1"), say(team, 2, "6\n")]
-    assert team.view(0, "?", messages, speak=True).ids == qwen.encode(rendered(team, 0, "?", messages))
+    assert seen(team, 0, messages).ids == qwen.encode(by_template(team, 0, messages))
 
 
 @pytest.mark.parametrize("template", [None, LLAMA3_STYLE, FORGETFUL])
 def test_other_templates_read_alike_too(tmp_path, template):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
-    team = team_of(tokenizer, tokenizer)
+    team = team_of(*[load_tokenizer(write_tokenizer(tmp_path, template))] * 2)
     messages = [say(team, 0, "7*8"), say(team, 1, "56"), say(team, 1, "or so"), say(team, 0, "yes, 56")]
-    for j in range(2):
-        ids = team.view(j, "What is 7*8?", messages, speak=True).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(team, j, "What is 7*8?", messages)
+    assert_reads_as_the_template_writes(team, messages)
 
 
 def random_transcript(team: Team, draw: random.Random) -> list[Message]:
@@ -110,33 +107,30 @@ def random_transcript(team: Team, draw: random.Random) -> list[Message]:
     messages = []
     for _ in range(draw.randrange(9)):
         j, stopped = draw.randrange(len(team.agents)), draw.random() < 0.6
-        tokenizer = team.agents[j].tokenizer
         ids = [draw.randrange(250) for _ in range(draw.randrange(0 if stopped else 1, 6))]
-        messages.append(say(team, j, tokenizer.decode(ids), stopped, ids))
+        messages.append(say(team, j, team.agents[j].tokenizer.decode(ids), stopped, ids))
     return messages
 
 
 @pytest.mark.parametrize("agents", [1, 2, 3, 4])
-def test_views_only_ever_grow_at_their_end(tmp_path, agents):
+def test_what_an_agent_sees_only_ever_grows_at_its_end(tmp_path, agents):
     tokenizers = [load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i)) for i in range(2)]
     team = team_of(*(tokenizers[j % 2] for j in range(agents)))
     draw = random.Random(agents)
     for _ in range(60):
         messages = random_transcript(team, draw)
-        for j in range(agents):
-            final = team.view(j, "2+2", messages, speak=True)
-            trained = team.view(j, "2+2", messages, speak=False)
+        for j, agent in enumerate(team.agents):
+            final = seen(team, j, messages)
+            trained = team.render(j, "2+2?", messages, add_generation_prompt=False)
             own = [(t, message) for t, message in enumerate(messages) if message.agent == j]
             assert len(trained.spans) == len(own) and trained.spans == final.spans
-            assert trained.ids == final.ids[: len(trained.ids)]
             for (t, message), (start, stop) in zip(own, final.spans):
-                before = team.view(j, "2+2", messages[:t], speak=True)
+                before = seen(team, j, messages[:t])
                 # What was sampled stands right behind what was prefilled, and nothing of either ever changes.
                 assert final.ids[:stop] == before.ids + message.tokens and start == len(before.ids)
-            if own:
-                assert len(trained.ids) == trained.spans[-1][1]  # no context behind the last trainable token
-            else:
-                assert tuple(trained.ids) == team.agents[j].chat.opening(team.agents[j].role.system, "2+2")
+            # Trained on is no context behind the last trainable token.
+            end = final.spans[-1][1] if own else len(agent.chat.opening(agent.role.system, "2+2?"))
+            assert trained.ids == final.ids[:end]
 
 
 def test_sampled_ids_are_never_encoded_anew(qwen):
@@ -145,7 +139,7 @@ def test_sampled_ids_are_never_encoded_anew(qwen):
     assert len(qwen.encode("hello")) == 1
     message = say(team, 0, "hello", ids=spelled)
     for j in range(2):
-        ids = team.view(j, "?", [message], speak=True).ids
+        ids = seen(team, j, [message]).ids
         assert any(ids[i : i + 5] == spelled for i in range(len(ids)))
 
 
@@ -154,33 +148,26 @@ def test_a_message_cut_off_is_closed_as_context(tiny):
     whole, cut = say(team, 0, "12 and"), say(team, 0, "12 and", stopped=False)
     end = team.agents[0].chat.end_of_message
     for j in range(2):
-        closed = team.view(j, "?", [whole], speak=True)
-        open_ended = team.view(j, "?", [cut], speak=True)
-        assert open_ended.ids == closed.ids and closed.ids.count(end) == open_ended.ids.count(end) == 3
-    view = team.view(0, "?", [whole, cut], speak=True)
-    (start, stop), (start_cut, stop_cut) = view.spans
-    assert view.ids[start:stop] == whole.tokens and view.ids[stop - 1] == end
-    assert view.ids[start_cut:stop_cut] == cut.tokens
-    assert view.ids[stop_cut] == end  # behind the span: never trained
+        closed = seen(team, j, [cut]).ids
+        assert closed == seen(team, j, [whole]).ids and closed.count(end) == 3
+    both = seen(team, 0, [whole, cut])
+    (start, stop), (start_cut, stop_cut) = both.spans
+    assert both.ids[start:stop] == whole.tokens and both.ids[stop - 1] == end
+    assert both.ids[start_cut:stop_cut] == cut.tokens
+    assert both.ids[stop_cut] == end  # behind the span: never trained
 
 
 def test_agents_with_other_tokenizers_read_each_others_text(tmp_path):
-    one, other = (load_tokenizer(write_tokenizer(tmp_path / str(shift), shift=shift)) for shift in (0, 5))
-    team = team_of(one, other)
+    team = team_of(*(load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i)) for i in (0, 5)))
     messages = [say(team, 0, "ab12"), say(team, 1, "né\n"), say(team, 0, "cut", stopped=False)]
-    for j, tokenizer in enumerate((one, other)):
-        view = team.view(j, "?", messages, speak=True)
-        text = tokenizer.decode(view.ids, skip_special_tokens=False)
-        assert text == rendered(team, j, "?", messages)
-        assert len(view.spans) == 2 - j
-    assert team.view(0, "?", messages, True).ids != team.view(1, "?", messages, True).ids
+    assert_reads_as_the_template_writes(team, messages)
+    first, second = (seen(team, j, messages) for j in range(2))
+    assert (len(first.spans), len(second.spans)) == (2, 1) and first.ids != second.ids
 
 
-def test_a_problem_is_taken_literally(tiny):
-    team = team_of(tiny)
-    for problem in ("", "  ", "\n", "\N{SECTION SIGN}U\N{SECTION SIGN}", "{{ 1 + 1 }}"):
-        ids = team.view(0, problem, [], speak=True).ids
-        assert tiny.decode(ids, skip_special_tokens=False) == rendered(team, 0, problem, [])
+@pytest.mark.parametrize("problem", ["", "  ", "\n", "\N{SECTION SIGN}U\N{SECTION SIGN}", "{{ 1 + 1 }}"])
+def test_a_problem_is_taken_literally(tiny, problem):
+    assert_reads_as_the_template_writes(team_of(tiny), [], problem)
 
 
 def test_the_end_of_message_is_one_special_id(qwen, tiny):
@@ -196,8 +183,7 @@ def test_a_transcript_has_one_bos(tmp_path, template):
     """A checkpoint's template writes it; ChatML does not, so there the tokenizer puts its own."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, template, bos=True))
     team = team_of(tokenizer, tokenizer)
-    messages = [say(team, 0, "7*8"), say(team, 1, "56")]
-    ids = team.view(0, "Hi", messages, speak=True).ids
+    ids = seen(team, 0, [say(team, 0, "7*8"), say(team, 1, "56")]).ids
     assert ids[0] == tokenizer.encode("")[0] and ids.count(ids[0]) == 1
 
 

@@ -73,7 +73,7 @@ def stage_line(
         "accuracy": first["accuracy"],
         "accuracy_held_out": accuracy_held_out,
         "return_mean": first["return_mean"],
-        "kl": [u.get("kl_after") for u in updates],
+        "kl": [u["kl_after"] for u in updates if "kl_after" in u],
         "delta": first.get("delta"),
         "rollouts_so_far": rollouts,
         **seconds,

@@ -23,7 +23,7 @@ LOGS = ("metrics.jsonl", "transcripts.jsonl")
 class Run:
     """A context: whatever ends the block, the team as it is then is saved, with a summary.
 
-    A new run that ends before its first measurement leaves nothing behind.
+    A new run that ends before its first measurement leaves nothing behind, a resumed one what it found.
     """
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner]):
@@ -113,9 +113,10 @@ class Run:
 
     def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
-        if self.accuracy_start is None and not self.config.resume:
+        if self.accuracy_start is None:
             self._close()
-            shutil.rmtree(self.directory)
+            if not self.config.resume:
+                shutil.rmtree(self.directory)
             return
         stopped = "interrupted" if isinstance(reason, KeyboardInterrupt) else reason and str(reason)
         try:
@@ -154,7 +155,8 @@ class Run:
         done, log = checkpoint.load(self.directory, self.learners)
         path = self.directory / "metrics.jsonl"
         if log is None:
-            if '"kind": "stage"' in path.read_text(encoding="utf-8"):  # starting anew would write over it
+            # A kill before the first checkpoint leaves one stage at most; starting anew would write over more.
+            if len(path.read_text(encoding="utf-8").splitlines()) > len(self.learners) + 1:
                 raise UserError(
                     f"{self.directory} has finished stages but no checkpoints; nothing to resume from"
                 )
