@@ -26,7 +26,7 @@ def generator(seed: int, *words: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(seed, *words)))
 
 
-class Path:
+class RngPath:
     """The rng path that all draws of one collection of rollouts share: a seed and words."""
 
     def __init__(self, seed: int, *words: int | str):

@@ -169,7 +169,7 @@ def collect(
     task,
     problems: list[Problem],
     group: int,
-    path: rng.Path,
+    path: rng.RngPath,
     prefixes: list[Prefix] | None = None,
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade what came out.
@@ -190,7 +190,7 @@ def collect(
 
 
 def _take_turns(
-    team: Team, problems: list[Problem], prefixes: list[Prefix], first: int, path: rng.Path
+    team: Team, problems: list[Problem], prefixes: list[Prefix], first: int, path: rng.RngPath
 ) -> list[list[Message]]:
     """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
     transcripts = [list(prefix.messages) for prefix in prefixes]

@@ -55,7 +55,7 @@ class RolloutSource:
             # What precedes the updated agents' first turns has the law of the team as it now is, though only
             # marginally, not given the team, whose earlier updates were fitted to it. [ours]
             prefixes = self.rollouts.prefixes_before(self.updated_since)
-        path = rng.Path(self.config.seed, "train", self.stage, i)
+        path = rng.RngPath(self.config.seed, "train", self.stage, i)
         self.rollouts = collect(self.team, self.task, self.problems, self.config.group, path, prefixes)
         self.updated_since = set()
         self.log_weights = torch.zeros(len(self.rollouts.returns))  # (R,)

@@ -14,7 +14,7 @@ from teamtr_min.team import Message, load_team
 
 
 def task(agents: int) -> Convention:
-    return Convention(Config.of({"task": "convention", "agents": agents}))
+    return Convention(Config(task="convention", agents=agents))
 
 
 def played(problem, codes: tuple[int, ...]) -> list[Message]:
@@ -80,11 +80,13 @@ def test_every_problem_is_a_legal_chain():
 
 @pytest.mark.parametrize("agents", [2, 3])
 def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agents):
-    config = Config.of({"task": "convention", "agents": agents})
+    config = Config(task="convention", agents=agents)
     assert config.model == "convention" and config.temperature == 1.0
     game = Convention(config)
     team = load_team(config, game.roles(agents))
-    rollouts = collect(team, game.sample_problems(512, rng.generator(3)), 1, game.grade, config, ("test",))
+    rollouts = collect(
+        team, game, game.sample_problems(512, rng.generator(3)), 1, rng.RngPath(config.seed, "test")
+    )
     codes = [game.codes(p, m) for p, m in zip(rollouts.problems, rollouts.messages)]
     for turn in range(agents):
         known = [row[turn] for row in codes if row[turn] is not None]

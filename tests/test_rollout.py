@@ -10,14 +10,14 @@ from teamtr_min.rollout import collect
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
 
-PATH = rng.Path(0, "train", 0, 0)
+PATH = rng.RngPath(0, "train", 0, 0)
 TEAM = {"group": 4}
 CUT_OFF = {"group": 4, "max_new_tokens": 4}  # some messages are
 TWO_ROUNDS = {"group": 4, "agents": 2, "rounds": 2}
 CUT_TWICE = TWO_ROUNDS | {"max_new_tokens": 3}  # cut off, and seen again as one's own context
 
 
-def play(knobs: dict, path: rng.Path = PATH, change=lambda team: None):
+def play(knobs: dict, path: rng.RngPath = PATH, change=lambda team: None):
     """Rollouts of five problems, by the team of these knobs as `change` leaves it."""
     config = Config(device="cpu", **knobs)
     task = Relay(config)
@@ -99,7 +99,7 @@ def test_a_cache_goes_when_its_agent_has_written_for_the_last_time(monkeypatch, 
 def test_a_path_is_its_own_stream():
     messages = text_of(play(TWO_ROUNDS))
     assert messages == text_of(play(TWO_ROUNDS))
-    for other in (rng.Path(0, "train", 0, 1), rng.Path(1, "train", 0, 0)):
+    for other in (rng.RngPath(0, "train", 0, 1), rng.RngPath(1, "train", 0, 0)):
         assert messages != text_of(play(TWO_ROUNDS, other))
 
 

@@ -102,7 +102,7 @@ def test_the_saved_agents_are_those_that_accuracy_final_was_read_from(toy):
     task = Relay(config)
     team = load_team(config, task.roles(3), [out / "agents" / str(j) for j in range(3)])
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    again = collect(team, task, problems, 1, rng.Path(config.seed, "held-out", config.stages))
+    again = collect(team, task, problems, 1, rng.RngPath(config.seed, "held-out", config.stages))
     assert again.accuracy == summary["accuracy_final"] > 0
 
 

@@ -212,7 +212,7 @@ def test_suffix_resampling_has_the_law_of_full_resampling(monkeypatch, router, o
     if router is random_router:
         assert any(p.messages for p in prefixes) and any(p.next_agent is None for p in prefixes)
         asked_again = [prefix._replace(next_agent=None) for prefix in prefixes]
-        path = rng.Path(0, "train", 0, 9)
+        path = rng.RngPath(0, "train", 0, 9)
         wrong = rollout.collect(team, task, [problem], 3000, path, asked_again)
         assert excess(wrong, law) > 10, "an agent's first turn must not be drawn again where it had it"
 

@@ -49,7 +49,7 @@ def prepared(updated: list[int] | None = None, **changes) -> Prepared:
     task = Relay(config)
     team = load_team(config, task.roles(config.agents))
     problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems"))
-    rollouts = collect(team, task, problems, config.group, rng.Path(config.seed, "train", 0, 0))
+    rollouts = collect(team, task, problems, config.group, rng.RngPath(config.seed, "train", 0, 0))
     advantages = group_advantages(rollouts.grouped_returns, config.advantage_clip, config.eps_norm).flatten()
     batches = rollouts.batches(updated, advantages, config.batch_tokens)
     return Prepared(config, Learner(team, updated, config.beta), rollouts, batches)

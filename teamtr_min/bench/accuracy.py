@@ -164,7 +164,7 @@ def sample(
     else:
         problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
-    return collect(team, task, problems, k, rng.Path(config.seed, "eval")), task
+    return collect(team, task, problems, k, rng.RngPath(config.seed, "eval")), task
 
 
 def pick(rollouts: Rollouts, mode: str, task) -> Tensor:

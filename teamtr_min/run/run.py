@@ -142,7 +142,7 @@ class Run:
 
     def _evaluate(self, stages_done: int) -> float:
         """Accuracy on the held-out problems, one rollout each."""
-        path = rng.Path(self.config.seed, "held-out", stages_done)
+        path = rng.RngPath(self.config.seed, "held-out", stages_done)
         rollouts = collect(self.team, self.task, self.held_out, 1, path)
         self.evaluation["rollouts_evaluation"] += rollouts.count_sampled
         self.evaluation["tokens_sampled_evaluation"] += rollouts.tokens_sampled
@@ -155,7 +155,7 @@ class Run:
         done, log = checkpoint.load(self.directory, self.learners)
         path = self.directory / "metrics.jsonl"
         if log is None:
-            # A kill before the first checkpoint leaves one stage at most; starting anew would write over more.
+            # A kill before the first checkpoint leaves one stage at most; a new start would write over more.
             if len(path.read_text(encoding="utf-8").splitlines()) > len(self.learners) + 1:
                 raise UserError(
                     f"{self.directory} has finished stages but no checkpoints; nothing to resume from"

@@ -220,7 +220,7 @@ def start_accuracy(config: Config, count: int) -> float:
     task = load_task(config)
     problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents))
-    return collect(team, task, problems, 1, rng.Path(config.seed, "held-out", 0)).accuracy
+    return collect(team, task, problems, 1, rng.RngPath(config.seed, "held-out", 0)).accuracy
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Diagnostics:
 
     def before(self, i: int, agents: list[int]) -> None:
         """Call just before update number i of the stage, which moves `agents`."""
-        path = rng.Path(self.config.seed, "diagnostics", self.stage, i)
+        path = rng.RngPath(self.config.seed, "diagnostics", self.stage, i)
         self.rollouts = collect(self.team, self.task, self.problems, self.config.group, path)
         self.first = self.first or self.rollouts
         self.agents = agents
