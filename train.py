@@ -56,7 +56,7 @@ def train(config: Config) -> dict:
                 source.updated(learner.agents)
                 seconds = time.perf_counter() - begin
 
-                run.record(stage, i, learner, rollouts, outcome, seconds, diagnostics.after())
+                run.record(stage, i, learner, rollouts, outcome, seconds, **diagnostics.after())
             run.end_stage(stage)
     return run.summary
 

@@ -5,28 +5,23 @@ A line holds only what was measured: a key that means nothing for it is absent.
 
 import math
 
-from teamtr_min.config import Config
 from teamtr_min.learner import Update
 from teamtr_min.rollout import Rollouts
-from teamtr_min.theory.certificate import stage_certificate
 
 TRANSCRIPTS_PER_COLLECTION = 4
 KL_NAMES = ("kl", "kl_k1", "kl_k3", "kl_exact")  # "kl" is the one that the radius is enforced on
+COSTS = (  # of an update, which add up to the run's
+    "rollouts", "tokens_sampled", "tokens_trained", "seconds_sampling", "seconds_training",
+    "rollouts_diagnostics", "tokens_sampled_diagnostics", "seconds_diagnostics",
+)  # fmt: skip
 
 
 def update_line(
-    stage: int,
-    i: int,
-    agents: list[int],
-    rollouts: Rollouts,
-    update: Update,
-    seconds: float,
-    delta: float,
-    more: dict,
+    stage: int, i: int, agents: list[int], rollouts: Rollouts, update: Update, delta: float, more: dict
 ) -> dict:
-    """Update number i of a stage, in `seconds`; `more` is what the task and the diagnostics measured."""
+    """Update number i of a stage; `more` is what the task and the diagnostics measured."""
     own = rollouts.by(agents)
-    line = {
+    return measured({
         "kind": "update",
         "stage": stage,
         "update": i,
@@ -51,71 +46,48 @@ def update_line(
         "rollouts": rollouts.count_sampled,
         "tokens_sampled": rollouts.tokens_sampled,
         "seconds_sampling": rollouts.seconds,
-        "seconds_training": seconds,
         **more,
-    }
-    return {key: value for key, value in line.items() if value is not None}
+    })  # fmt: skip
 
 
-def stage_line(
-    stage: int,
-    updates: list[dict],
-    accuracy_held_out: float | None,
-    rollouts: int,
-    seconds: dict,
-    config: Config,
-) -> dict:
-    """A stage, from the lines of its updates by agent; `rollouts` and `seconds` are the run's so far."""
+def stage_line(stage: int, updates: list[dict], **more) -> dict:
+    """A stage, from the lines of its updates by agent; `more` is what the run as a whole has measured."""
     first = next(u for u in updates if u["update"] == 0)
-    line = {
+    return measured({
         "kind": "stage",
         "stage": stage,
         "accuracy": first["accuracy"],
-        "accuracy_held_out": accuracy_held_out,
         "return_mean": first["return_mean"],
         "kl": [u["kl_after"] for u in updates if "kl_after" in u],
         "delta": first.get("delta"),
-        "rollouts_so_far": rollouts,
-        **seconds,
-        **(stage_certificate(updates) if config.diagnostics else {}),
-    }
+        **more,
+    })  # fmt: skip
+
+
+def measured(line: dict) -> dict:
     return {key: value for key, value in line.items() if value is not None}
 
 
 def transcripts(rollouts: Rollouts, stage: int, split: str) -> list[dict]:
     """A few rollouts, spread over the problems."""
     stride = max(1, len(rollouts.messages) // TRANSCRIPTS_PER_COLLECTION)
-    few = range(0, stride * TRANSCRIPTS_PER_COLLECTION, stride)[: len(rollouts.messages)]
+    few = list(zip(rollouts.problems, rollouts.messages, rollouts.returns.tolist()))[::stride]
     return [
         {
-            "id": rollouts.problems[r].id,
-            "text": rollouts.problems[r].text,
-            "answer": rollouts.problems[r].answer,
-            "messages": [{"agent": m.agent, "text": m.text} for m in rollouts.messages[r]],
-            "return": rollouts.returns[r].item(),
+            "id": problem.id,
+            "text": problem.text,
+            "answer": problem.answer,
+            "messages": [{"agent": m.agent, "text": m.text} for m in messages],
+            "return": value,
             "stage": stage,
             "split": split,
         }
-        for r in few
+        for problem, messages, value in few[:TRANSCRIPTS_PER_COLLECTION]
     ]
 
 
 def totals(updates: list[dict]) -> dict:
-    """What all updates so far cost, by purpose."""
-
-    def total(key: str) -> float:
-        return sum(u.get(key, 0) for u in updates)
-
-    return {
-        "rollouts": total("rollouts"),
-        "tokens_sampled": total("tokens_sampled"),
-        "tokens_trained": total("tokens_trained"),
-        "seconds_sampling": total("seconds_sampling"),
-        "seconds_training": total("seconds_training"),
-        "rollouts_diagnostics": total("rollouts_diagnostics"),
-        "tokens_sampled_diagnostics": total("tokens_sampled_diagnostics"),
-        "seconds_diagnostics": total("seconds_diagnostics"),
-    }
+    return {key: sum(u.get(key, 0) for u in updates) for key in COSTS}
 
 
 def violation_rate(updates: list[dict], kl: str) -> float | None:

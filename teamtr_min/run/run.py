@@ -16,6 +16,7 @@ from teamtr_min.run import checkpoint, metrics
 from teamtr_min.run.console import Console, closing, header, stage_text
 from teamtr_min.run.directory import new_directory
 from teamtr_min.team import Team
+from teamtr_min.theory.certificate import stage_certificate
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")
 
@@ -63,41 +64,34 @@ class Run:
         self.accuracy_final = self._evaluate(self.config.stages)
 
     def record(
-        self,
-        stage: int,
-        i: int,
-        learner: Learner,
-        rollouts: Rollouts,
-        update: Update,
-        seconds: float,
-        diagnosis: dict,
+        self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, **more
     ) -> None:
-        """Log update number i of a stage, which took `seconds`."""
-        measure = getattr(self.task, "measure", lambda problems, messages: {})
-        more = measure(rollouts.problems, rollouts.messages) | diagnosis
-        delta = self.config.delta
-        line = metrics.update_line(stage, i, learner.agents, rollouts, update, seconds, delta, more)
+        """Log update number i of a stage; `more` goes into its line as it is."""
+        if callable(measure := getattr(self.task, "measure", None)):
+            more |= measure(rollouts.problems, rollouts.messages)
+        line = metrics.update_line(stage, i, learner.agents, rollouts, update, self.config.delta, more)
         self._append("metrics.jsonl", [line])
         if i == 0:
             self._append("transcripts.jsonl", metrics.transcripts(rollouts, stage, "train"))
             self.accuracies.append(rollouts.accuracy)
         self.updates.append(line)
-        tokens = rollouts.tokens_sampled + update.tokens
-        rate = tokens / (rollouts.seconds + seconds)
-        self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
+        tokens, seconds = rollouts.tokens_sampled + update.tokens, rollouts.seconds + line["seconds_training"]
+        self.console.advance(1, f"return {line['return_mean']:.3f}, {tokens / seconds:,.0f} tokens/s")
 
     def end_stage(self, stage: int) -> None:
         """Log the stage, evaluate if it is time to, and write its checkpoint."""
         every, done = self.config.eval_every, stage + 1
         due = every and done % every == 0 and done < self.config.stages
-        accuracy = self._evaluate(done) if due else None
         updates = sorted(self.updates[-len(self.learners) :], key=lambda u: u.get("agent", 0))
-        rollouts = metrics.totals(self.updates)["rollouts"]
-        seconds = {
-            "seconds": time.perf_counter() - self.begin,
-            "seconds_evaluation": self.evaluation["seconds_evaluation"],
-        }
-        line = metrics.stage_line(stage, updates, accuracy, rollouts, seconds, self.config)
+        line = metrics.stage_line(
+            stage,
+            updates,
+            accuracy_held_out=self._evaluate(done) if due else None,
+            rollouts_so_far=metrics.totals(self.updates)["rollouts"],
+            seconds=time.perf_counter() - self.begin,
+            seconds_evaluation=self.evaluation["seconds_evaluation"],
+            **(stage_certificate(updates) if self.config.diagnostics else {}),
+        )
         self._append("metrics.jsonl", [line])
         names = [agent.role.name for agent in self.team.agents]
         self.console.say(stage_text(line, updates, self.config, names))
