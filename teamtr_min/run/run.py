@@ -147,7 +147,7 @@ class Run:
         done, log = checkpoint.load(self.directory, self.learners)
         path = self.directory / "metrics.jsonl"
         if log is None:
-            # A kill before the first checkpoint leaves one stage at most; starting anew would write over more.
+            # A kill before the first checkpoint leaves one stage at most; a new start would write over more.
             if len(path.read_text(encoding="utf-8").splitlines()) > len(self.learners) + 1:
                 raise UserError(
                     f"{self.directory} has finished stages but no checkpoints; nothing to resume from"
