@@ -176,20 +176,23 @@ def test_a_resume_of_nothing_says_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("write", ["teamtr_min.run.checkpoint.save_file", "teamtr_min.hf.weights.save_file"])
+@pytest.mark.parametrize("modules", [["hf.weights"], ["hf.weights", "run.checkpoint"]])
 def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(
-    finished, copy, capsys, monkeypatch, write, fault
+    finished, copy, capsys, monkeypatch, modules, fault
 ):
+    """At the end of the run, or at the end of a stage, when the team cannot be saved either."""
+
     def refuse(tensors, path, **metadata):
         path.write_bytes(b"half a file")
         raise OSError(fault, os.strerror(fault))
 
     stop_after(2, copy)
     with monkeypatch.context() as patch:
-        patch.setattr(write, refuse)
+        for module in modules:
+            patch.setattr(f"teamtr_min.{module}.save_file", refuse)
         sentence = refusal(capsys, train.main, "--resume", str(copy))
     assert os.strerror(fault) in sentence
-    if "checkpoint" in write:
+    if "run.checkpoint" in modules:
         assert f"continue with --resume {copy}" in sentence
         assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["000001", "000002"]
     assert train.main(["--resume", str(copy)]) == 0
