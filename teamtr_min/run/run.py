@@ -64,19 +64,20 @@ class Run:
         self.accuracy_final = self._evaluate(self.config.stages)
 
     def record(
-        self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, **more
+        self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, seconds: float, **more
     ) -> None:
-        """Log update number i of a stage; `more` goes into its line as it is."""
+        """Log update number i of a stage, which took `seconds`; `more` goes into its line as it is."""
         if callable(measure := getattr(self.task, "measure", None)):
             more |= measure(rollouts.problems, rollouts.messages)
+        more["seconds_training"] = seconds
         line = metrics.update_line(stage, i, learner.agents, rollouts, update, self.config.delta, more)
         self._append("metrics.jsonl", [line])
         if i == 0:
             self._append("transcripts.jsonl", metrics.transcripts(rollouts, stage, "train"))
             self.accuracies.append(rollouts.accuracy)
         self.updates.append(line)
-        tokens, seconds = rollouts.tokens_sampled + update.tokens, rollouts.seconds + line["seconds_training"]
-        self.console.advance(1, f"return {line['return_mean']:.3f}, {tokens / seconds:,.0f} tokens/s")
+        rate = (rollouts.tokens_sampled + update.tokens) / (rollouts.seconds + seconds)
+        self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
 
     def end_stage(self, stage: int) -> None:
         """Log the stage, evaluate if it is time to, and write its checkpoint."""
@@ -158,8 +159,9 @@ class Run:
         for name, count in log["bytes"].items():
             if (self.directory / name).stat().st_size < count:
                 raise UserError(
-                    f"{self.directory / name} was cut short after its checkpoint; nothing to resume from"
+                    f"{self.directory / name} is shorter than at its checkpoint; nothing to resume from"
                 )
+        for name, count in log["bytes"].items():
             os.truncate(self.directory / name, count)
         if done:
             self.begin -= log["seconds"]
