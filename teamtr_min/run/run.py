@@ -158,9 +158,7 @@ class Run:
             log = {"bytes": dict.fromkeys(LOGS, 0)}
         for name, count in log["bytes"].items():
             if (self.directory / name).stat().st_size < count:
-                raise UserError(
-                    f"{self.directory / name} is shorter than at its checkpoint; nothing to resume from"
-                )
+                raise UserError(f"{self.directory / name} was cut short; nothing to resume from")
         for name, count in log["bytes"].items():
             os.truncate(self.directory / name, count)
         if done:
