@@ -36,7 +36,7 @@ config = Config(agents=2, rounds=2, max_new_tokens=4, problems=1, seed=6, device
 task = load_task(config)
 team = load_team(config, task.roles(2))
 problems = task.sample_problems(1, rng.generator(6, "problems", 0))
-rollouts = collect(team, task, problems, config.group, rng.Path(6, "train", 0, 0))
+rollouts = collect(team, task, problems, config.group, rng.RngPath(6, "train", 0, 0))
 show_tokens(team, 0, problems[0], rollouts.messages[0])
 """,
 ]
