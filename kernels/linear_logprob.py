@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.launch import INTERPRETED, blocks, capability, jit, operands, start, tl, use_triton
-from kernels.measure import device_name, example, matmul_rate, measured, setting
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
@@ -373,20 +372,3 @@ def linear_logprob_stats(
         raise ValueError(f"target {t} is {targets[t]}; it must be within 0..{len(weight) - 1}")
     temperature = float(temperature)
     return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, old, use_triton(hidden)))
-
-
-def main() -> None:
-    device, dtype, shape = setting()
-    data = example(*shape, dtype, device)
-    row = measured(linear_logprob, *data)
-    median, low, high = row["both_ms"]
-    floor = 8 * math.prod(shape) / matmul_rate(dtype, device) * 1e3
-    how = "Triton" if use_triton(data[0]) else "the torch reference"
-    print(f"linear_logprob by {how} on {device_name(device)}, (N, H, V) = {shape}, {dtype}, both ways:")
-    print(f"  {median:.1f} ms ({low:.1f}-{high:.1f}), {floor / median:.0%} of the floor at this run's rate")
-    off, mib = row["error"][0], row["peak_mib"]
-    print(f"  log-prob off by at most {off:.1e} nats; {mib:.0f} MiB at the peak over inputs and gradients")
-
-
-if __name__ == "__main__":
-    main()

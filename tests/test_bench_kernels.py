@@ -1,16 +1,15 @@
 """The kernels' benchmarks at a toy shape; the memory rows, which need half a minute, are made up."""
 
-import importlib
 import json
 
 import pytest
 import torch
 
 import eval as evaluation
-from kernels import measure
+import kernels
 from teamtr_min.bench import kernels as bench
+from teamtr_min.bench import measure
 
-module = importlib.import_module("kernels.linear_logprob")  # the package's name for it is the function
 BOUND = 1e-2 if torch.cuda.is_available() else 1e-5
 
 
@@ -21,12 +20,11 @@ def toy(monkeypatch):
     def broken(hidden, weight, targets):
         raise RuntimeError("not on this machine")
 
-    peers = {"ours": module.linear_logprob, "eager torch": bench.eager, "broken": broken}
+    peers = {"ours": kernels.linear_logprob, "eager torch": bench.eager, "broken": broken}
     monkeypatch.setattr(bench, "implementations", lambda device: peers)
     monkeypatch.setattr(bench, "memory", lambda name: {"name": name, "shape": [8, 16, 40], "peak_mib": None})
-    for user in (bench, module):
-        monkeypatch.setattr(user, "setting", lambda: (device, dtype, (8, 16, 40)))
-        monkeypatch.setattr(user, "matmul_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr(bench, "setting", lambda: (device, dtype, (8, 16, 40)))
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype, device: 1e12)
     for user in (bench, measure):
         monkeypatch.setattr(user, "milliseconds", lambda step, *_: (step(), (2.0, 1.0, 3.0))[1])
 
@@ -42,13 +40,6 @@ def test_one_table_and_one_object(toy, capsys):
     text = capsys.readouterr().out
     assert "ours" in text and "not on this machine" in text
     assert torch.cuda.is_available() or "on a GPU: not measured yet" in text
-
-
-def test_the_kernels_own_line(toy, capsys):
-    module.main()
-    text = capsys.readouterr().out
-    assert "(N, H, V) = (8, 16, 40)" in text and "2.0 ms (1.0-3.0)" in text
-    assert float(text.split("at most ")[1].split()[0]) < BOUND
 
 
 def test_the_memory_gauge_takes_the_gradients_off_once(monkeypatch):

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.measure import device_name, example, matmul_rate, measured, milliseconds, peak_mib, setting
+from teamtr_min.bench.measure import (
+    device_name,
+    example,
+    matmul_rate,
+    measured,
+    milliseconds,
+    peak_mib,
+    setting,
+)
 from teamtr_min.objective import teamtr_loss, trust_region_loss
 
 MEMORY_SHAPE = (2048, 896, 151936)  # of the CPU's memory rows: Qwen2.5-0.5B
