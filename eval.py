@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         "best_of: the likeliest of k rollouts; vote: the answer of most of k (default team)",
     )
     parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
-    parser.add_argument("--problems", type=int, default=2048, help="held-out problems (default 2048)")
+    parser.add_argument(
+        "--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)"
+    )
     parser.add_argument("--data", help="JSONL of problems to take instead of the held-out ones")
     parser.add_argument("--show", type=int, default=3, help="transcripts to print (default 3)")
     parser.add_argument(
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         unknown = sorted(n for n in args.benchmarks if n not in BENCHMARKS and not n.endswith(".py"))
         if unknown:
             raise UserError(f"no benchmark {', '.join(unknown)}; there is: {', '.join(BENCHMARKS)}, FILE.py")
-        if args.k < 1 or args.problems < 1 or args.show < 0:
+        if args.k < 1 or (args.problems or 1) < 1 or args.show < 0:
             raise UserError("--k and --problems must be at least 1, --show at least 0")
         for name in args.benchmarks or [accuracy.find_subject(args.team, flags).config.task]:
             result, text = measure(name, args, flags)

@@ -36,6 +36,7 @@ from teamtr_min.tasks import load_task, read_problems
 from teamtr_min.team import Message, Team, load_team
 from teamtr_min.theory.certificate import mean_with_interval
 
+HELD_OUT = 2048  # problems, unless a count is asked for
 MODES = ("team", "solo", "best_of", "vote")
 
 
@@ -103,8 +104,13 @@ class Evaluation:
     team: Team
 
 
-def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data: str | None) -> Evaluation:
-    """Evaluate `subject` in one of MODES, k rollouts for each of `count` problems, or of those in `data`."""
+def run(
+    subject: Subject, task_name: str, mode: str, *, k: int, count: int | None, data: str | None
+) -> Evaluation:
+    """Evaluate `subject` in one of MODES, k rollouts per problem.
+
+    The problems are the first `count` of the file `data`, all without a count; or that many held-out ones.
+    """
     if mode in ("best_of", "vote") and k < 2:
         raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
     start = time.perf_counter()
@@ -150,7 +156,7 @@ def run(subject: Subject, task_name: str, mode: str, *, k: int, count: int, data
 
 
 def sample(
-    subject: Subject, task_name: str, k: int, count: int, data: str | None, votes: bool = False
+    subject: Subject, task_name: str, k: int, count: int | None, data: str | None, votes: bool = False
 ) -> tuple[Rollouts, object]:
     """k rollouts of the subject on every problem, and the task; `votes`: its answers will be counted."""
     own_data = subject.config.data if subject.config.task == task_name else ""
@@ -160,9 +166,9 @@ def sample(
     if votes and not callable(getattr(task, "answer", None)):
         raise UserError("to vote, a task needs a method answer(messages) -> str | None")
     if data and hasattr(task, "fields") and not Path(data).is_dir():
-        problems = read_problems(data, *task.fields)  # all of a file that was named for this
+        problems = read_problems(data, *task.fields)[:count]
     else:
-        problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
+        problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
     team = load_team(config, task.roles(config.agents), subject.sources)
     return collect(team, task, problems, k, rng.RngPath(config.seed, "eval")), task
 
