@@ -14,16 +14,7 @@ from teamtr_min.schedule import update_order
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK, TRANSCRIPT = ROOT / "docs/walkthrough.ipynb", ROOT / "docs/transcript.md"
 
-# Reads sources from its input, runs them in one namespace, and prints what each of them printed.
-RUN = """
-import contextlib, io, json, sys
-namespace, printed = {}, []
-for source in json.load(sys.stdin):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(source, namespace)
-    printed.append(out.getvalue())
-print(json.dumps(printed))
-"""
+BETWEEN = "\n---- next cell ----\n"
 
 # Run after the notebook's cells: each prints one block of transcript.md.
 BLOCKS = [
@@ -49,10 +40,12 @@ def code_cells(notebook: dict) -> list[dict]:
 
 
 def run(sources: list[str], directory: Path) -> list[str]:
-    command, given = [sys.executable, "-c", RUN], json.dumps(sources)
-    child = subprocess.run(command, input=given, text=True, cwd=directory, capture_output=True, timeout=300)
+    """What each source prints when all run one after the other, as one program in this directory."""
+    program = f"\nprint({BETWEEN!r}, end='')\n".join(sources)
+    command = [sys.executable, "-c", program]
+    child = subprocess.run(command, text=True, cwd=directory, capture_output=True, timeout=300)
     assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    return child.stdout.split(BETWEEN)
 
 
 def recompute() -> tuple[dict, list[str], list[str]]:
