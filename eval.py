@@ -104,5 +104,6 @@ def measure(name: str, args: argparse.Namespace, flags: dict) -> tuple[dict, str
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without some characters
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal without some characters
     sys.exit(main())

@@ -121,5 +121,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without the plot's characters
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the plot's characters
     sys.exit(main())

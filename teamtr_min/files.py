@@ -8,6 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two runs in one directory go unnoticed
+    fcntl = None
 
 
 class UserError(Exception):
@@ -54,6 +60,16 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(aside)
         raise
+
+
+def lock(file: IO) -> None:
+    """Keep an open file for this process alone, until it closes it or dies; UserError if another has it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{file.name} is being written by another process; wait for its end") from None
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """A run that was stopped goes on to the same bits, or says in a sentence why it cannot."""
 
 import errno
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -208,6 +209,20 @@ def test_an_output_directory_that_vanishes_is_a_sentence(tmp_path, capsys, monke
 
     monkeypatch.setattr(checkpoint, "save_file", vanish)
     assert "cannot write a checkpoint" in refusal(capsys, train.main, *TOY, "--out", str(out))
+
+
+def test_a_run_has_one_writer(copy, capsys):
+    """A second process that resumes the same run is sent away before it touches anything."""
+
+    def content() -> dict:
+        return {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    before = content()
+    with (copy / "metrics.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is being written by another process" in refusal(capsys, train.main, "--resume", str(copy))
+        assert content() == before
+    assert train.main(["--resume", str(copy)]) == 0
 
 
 def test_adam_and_beta_come_back_to_the_bit(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from teamtr_min import rng
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, write_json
+from teamtr_min.files import UserError, lock, write_json
 from teamtr_min.learner import Learner, Update
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
@@ -48,6 +48,7 @@ class Run:
             self.config.save(self.directory / "config.json")
         try:
             self._logs = {name: (self.directory / name).open("a", encoding="utf-8") for name in LOGS}
+            lock(self._logs["metrics.jsonl"])
         except OSError as error:
             raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
         print(header(self.config, self.team, self.directory), flush=True)
