@@ -54,7 +54,7 @@ class Config:
         "round-robin", "who takes the next turn: round-robin, random, or FILE.py with a function `router`"
     )
     # the task
-    task: str = knob("relay", "relay, convention, gsm8k, jsonl, or FILE.py with a function `task`")
+    task: str = knob("relay", "relay, convention, gsm8k, math, jsonl, or FILE.py with a function `task`")
     data: str = knob("", "JSONL file of problems, or a directory with train.jsonl and test.jsonl")
     question_field: str = knob("question", "field of the JSONL that holds the problem")
     answer_field: str = knob("answer", "field of the JSONL that holds the answer")

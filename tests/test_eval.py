@@ -119,8 +119,8 @@ def test_the_command_that_a_run_prints_last_works_for_every_task(capsys, tmp_pat
         assert evaluation.main(["--team", words[2], "--k", "4", "--json", "--problems", "4"]) == 0
         plain = json.loads(capsys.readouterr().out)
         assert named["benchmark"] == plain["benchmark"] == task and named["avg_at_k"] == plain["avg_at_k"]
-    assert evaluation.main(["gsm8k", "--agents", "2"]) == 2
-    assert "--task gsm8k needs --data" in capsys.readouterr().err
+    assert evaluation.main(["jsonl", "--agents", "2"]) == 2
+    assert "--task jsonl needs --data" in capsys.readouterr().err
 
 
 def test_another_model_is_evaluated_with_the_defaults_that_train_uses():
