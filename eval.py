@@ -6,7 +6,8 @@ python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollout
 python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py convention --agents 2    the other shipped task, its untrained team
-python eval.py gsm8k --model DIR --data DIR   word problems from JSONL
+python eval.py math500 --team runs/NAME   a published test set, on the agents of any run
+python eval.py jsonl --model DIR --data FILE   word problems of one's own
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
@@ -22,8 +23,9 @@ from teamtr_min.bench import accuracy, kernels, report
 from teamtr_min.cli import add_flags
 from teamtr_min.files import UserError
 from teamtr_min.studies import occupancy
+from teamtr_min.tasks import TASKS
 
-BENCHMARKS = ["relay", "convention", "gsm8k", "jsonl", "kernels", "occupancy", "report"]
+BENCHMARKS = [*TASKS, "kernels", "occupancy", "report"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )

@@ -33,7 +33,7 @@ HALVINGS = 10
 
 def train(config: Config) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
-    task = load_task(config)
+    task = load_task(config, training=True)
     config = pinned(config)  # with the commit of each model
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]

@@ -11,6 +11,7 @@ SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same
 PRESET = None  # the default of a knob that depends on the kind of model:
 PRESETS = {
     "shipped": {
+        "task": "relay",
         "problems": 64,
         "temperature": 1.0,
         "max_new_tokens": 16,
@@ -20,6 +21,7 @@ PRESETS = {
         "eval_problems": 2048,
     },
     "pretrained": {  # any other model
+        "task": "gsm8k",
         "problems": 32,
         "temperature": 0.8,
         "max_new_tokens": 256,
@@ -54,7 +56,10 @@ class Config:
         "round-robin", "who takes the next turn: round-robin, random, or FILE.py with a function `router`"
     )
     # the task
-    task: str = knob("relay", "relay, convention, gsm8k, jsonl, or FILE.py with a function `task`")
+    task: str = knob(
+        PRESET,
+        "relay, convention, gsm8k, math, jsonl, or FILE.py with a function `task`",
+    )
     data: str = knob("", "JSONL file of problems, or a directory with train.jsonl and test.jsonl")
     question_field: str = knob("question", "field of the JSONL that holds the problem")
     answer_field: str = knob("answer", "field of the JSONL that holds the answer")
@@ -141,7 +146,7 @@ class Config:
         if self.model is PRESET:
             object.__setattr__(self, "model", self.task if self.task in SHIPPED else "relay")
         kind = "shipped" if set(self.models) <= set(SHIPPED) else "pretrained"
-        for name, value in PRESETS[kind].items():
+        for name, value in PRESETS[kind].items():  # frozen is for everyone else
             if getattr(self, name) is PRESET:
                 object.__setattr__(self, name, value)
         for f in dataclasses.fields(self):

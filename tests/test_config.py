@@ -34,15 +34,18 @@ def test_presets_go_by_the_model_alike_from_python_and_from_the_shell(model):
     assert preset == {name: getattr(config, name) for name in preset}
     assert config.lr == (1e-6 if "qwen" in model else 5e-4)
     for name in preset:  # a value of one's own stands, and changes no other
-        flag = [f"--{name.replace('_', '-')}", "7"]
-        own = Config(model=model, **{name: 7})
-        assert own == cli.parse(["--model", model, *flag], "") == dataclasses.replace(config, **{name: 7})
-        assert dataclasses.asdict(own) == dataclasses.asdict(config) | {name: 7}
+        flag, value = [f"--{name.replace('_', '-')}", "7"], "7" if name == "task" else 7
+        own = Config(model=model, **{name: value})
+        assert own == cli.parse(["--model", model, *flag], "") == dataclasses.replace(config, **{name: value})
+        assert dataclasses.asdict(own) == dataclasses.asdict(config) | {name: value}
 
 
 def test_a_task_brings_its_model():
     models = [Config(task=task).model for task in ("relay", "convention", "gsm8k")]
     assert models == ["relay", "convention", "relay"]
+    assert (
+        Config(model="qwen2.5-1.5b").task == "gsm8k" and Config(model="relay,relay", agents=2).task == "relay"
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,8 +94,8 @@ def test_a_configuration_of_another_version_is_refused_with_the_fields_that_diff
         ("--max-new-tokens 600", "leaves no room in the 512 positions"),
         ("--temperature 0", "nothing to compare"),
         ("--model relay,relay", "2 models for 3 agents"),
-        ("--model nonesuch", "no model 'nonesuch'"),
-        ("--model nobody/nothing", "nobody/nothing at main is not in the Hugging Face cache"),
+        ("--task relay --model nonesuch", "no model 'nonesuch'"),
+        ("--task relay --model nobody/nothing", "nobody/nothing at main is not in the Hugging Face cache"),
         ("--router nonesuch", "no router 'nonesuch'"),
         ("--device meta", "only cpu, cuda and mps can"),
         ("--device cuda:77", "--device cuda:77 cannot be used here"),

@@ -207,7 +207,7 @@ def test_results_are_kept_with_what_they_were_read_from():
         ("--team nowhere", "nowhere/config.json: No such file"),
         ("--team x --agents 2", "leave out --agents"),
         ("--agents 2 --data nowhere.jsonl", "cannot read nowhere.jsonl"),
-        ("gsm8k --agents 2", "--task gsm8k needs --data"),
+        ("jsonl --agents 2", "--task jsonl needs --data"),
     ],
 )
 def test_bad_input_is_a_sentence(capsys, flags, message):

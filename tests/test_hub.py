@@ -252,7 +252,7 @@ def test_a_run_names_its_commit_and_resumes_with_the_flags_it_was_started_with(
     """The command in a process of its own; afterwards the model's branch moves and the cache is gone."""
     name = "Qwen/Qwen2.5-0.5B-Instruct"
     pin = f"{name}@{hub.repo(name).commit(read_files(RELAY))}"
-    out, flags = str(tmp_path / "run"), [*TOY, "--model", "qwen2.5-0.5b"]
+    out, flags = str(tmp_path / "run"), [*TOY, "--task", "relay", "--model", "qwen2.5-0.5b"]
     command = [sys.executable, "train.py", *flags, "--out", out]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -244,12 +244,15 @@ MAINS = {  # program -> its function, and the flags before and after those print
 def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, capsys):
     """As printed, at toy size, in a directory that holds what they name; relay stands for other models."""
     monkeypatch.chdir(tmp_path)
+    published = {True: tmp_path / "FILE", False: tmp_path / "HELD_OUT"}
+    monkeypatch.setattr("teamtr_min.tasks.word_problems.local_copy", lambda name: published["train" in name])
     monkeypatch.setattr(WordProblems, "roles", lambda self, n: Relay(Config()).roles(n))  # in relay's words
     sums = [f"{i % 10}+{i // 10}" for i in range(60)]
     lines = [json.dumps({"question": text, "problem": text, "answer": "?"}) for text in sums]
     Path("DIR").mkdir()
     for file in ("DIR/train.jsonl", "DIR/test.jsonl", "FILE"):
         Path(file).write_text("\n".join(lines))
+    Path("HELD_OUT").write_text("\n".join(lines[:20]))
     (own_task,) = (block for block in blocks("python") if "def task(" in block)
     Path("my_task.py").write_text(own_task)
     run(Path("runs/NAME"), "--stages", "1")

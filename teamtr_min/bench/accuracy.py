@@ -78,7 +78,7 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
     if not team and not fresh:
         team = newest_run("summary.json", lambda run: (run / "agents").is_dir() and is_of(run, task))
     if not team:
-        return Subject("untrained team", pinned(Config(**{"task": task or "relay"} | changes)), None)
+        return Subject("untrained team", pinned(Config(**({"task": task} if task else {}) | changes)), None)
     directory = Path(team)
     config = Config.load(directory / "config.json", changes)
     sources = [directory / "agents" / str(j) for j in range(config.agents)]

@@ -7,6 +7,7 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError, function_from_file
 from teamtr_min.tasks.answers import extract_answer, is_correct, number
 from teamtr_min.tasks.convention import Convention
+from teamtr_min.tasks.datasets import DATASETS
 from teamtr_min.tasks.relay import Relay
 from teamtr_min.tasks.task import Problem, Task
 from teamtr_min.tasks.word_problems import WordProblems, read_problems
@@ -19,13 +20,18 @@ __all__ = [
 TASKS = {
     "relay": Relay,
     "convention": Convention,
-    "gsm8k": WordProblems,
+    **dict.fromkeys(DATASETS, WordProblems),
     "jsonl": WordProblems,
 }
 
 
-def load_task(config: Config) -> Task:
-    """The task that `config.task` names."""
+def load_task(config: Config, training: bool = False) -> Task:
+    """The task that `config.task` names, to train on or, for all there are, to evaluate."""
+    if training and config.task in DATASETS and DATASETS[config.task][0] is None:
+        raise UserError(
+            f"{config.task} is there to evaluate on: train on math, then `python eval.py {config.task} "
+            "--team runs/NAME`"
+        )
     if config.task in TASKS:
         return TASKS[config.task](config)
     if not config.task.endswith(".py"):

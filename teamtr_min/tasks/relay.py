@@ -35,7 +35,7 @@ class Relay:
                 f"operations, one per turn; the team would have {config.turns} turns (agents x rounds)"
             )
         if config.data:
-            raise UserError(f"{self.name} makes its own problems; --data goes with --task gsm8k or jsonl")
+            raise UserError(f"{self.name} makes its own problems; --data goes with --task jsonl")
         self.agents, self.turns = config.agents, config.turns
 
     def roles(self, agents: int) -> list[Role]:

@@ -9,25 +9,34 @@ from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
+from teamtr_min.tasks.datasets import DATASETS, local_copy
 from teamtr_min.tasks.task import Problem
 from teamtr_min.team import Message, Role
 
 
 class WordProblems:
-    """Questions from a JSONL file, or from a directory with train.jsonl and test.jsonl.
+    """Questions of a data set that goes by name, or with `--data` from one's own JSONL.
 
-    Of a single file every tenth problem, by a hash of its text, is held out. The team's answer is the last
-    one that any message states. The return is 1 if it equals the gold answer (`is_correct`), else 0.
+    `--data` names a directory with train.jsonl and test.jsonl, or one file, of which every tenth problem, by
+    a hash of its text, is held out. The team's answer is the last one that any message states. The return is
+    1 if it equals the gold answer (`is_correct`), else 0.
     """
 
     def __init__(self, config: Config):
+        self.fields = config.question_field, config.answer_field
+        self.path = Path(config.data or config.task)  # for messages
         if not config.data:
-            raise UserError(
-                f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
-                "test.jsonl (for GSM8K: grade_school_math/data of openai/grade-school-math)"
-            )
-        self.path, self.fields = Path(config.data), (config.question_field, config.answer_field)
-        if self.path.is_dir():
+            if config.task not in DATASETS:
+                raise UserError(
+                    f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
+                    "test.jsonl"
+                )
+            train, held_out, question = DATASETS[config.task]
+            self.held_out = read_problems(local_copy(held_out), question, "answer")
+            tested = {p.text for p in self.held_out}
+            problems = read_problems(local_copy(train), question, "answer") if train else []
+            self.train = [p for p in problems if p.text not in tested]
+        elif self.path.is_dir():
             self.train = read_problems(self.path / "train.jsonl", *self.fields)
             self.held_out = read_problems(self.path / "test.jsonl", *self.fields)
         else:
