@@ -13,13 +13,11 @@ teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--d
 import sys
 import time
 
-import torch
-
 from teamtr_min import cli, rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import pinned
-from teamtr_min.learner import Diverged, Learner, Update, evaluate
+from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import AgentBatch
 from teamtr_min.run.run import Run
@@ -111,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Diverged, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (Diverged, FloatingPointError, OutOfMemory) as error:
         print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

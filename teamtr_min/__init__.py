@@ -1,5 +1,10 @@
 """TeamTR-min: trust-region fine-tuning of teams of language models, from scratch and small enough to read."""
 
+import os
+
+# Before torch loads: OpenMP threads that spin while they wait stall one another once anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __all__ = ["load_model", "load_tokenizer", "save_model"]
 
 

@@ -15,6 +15,7 @@ from teamtr_min.objective import trust_region_loss
 from teamtr_min.rollout import AgentBatch
 from teamtr_min.team import Team
 
+OutOfMemory = torch.OutOfMemoryError
 BETA_LEAST, BETA_MOST = 1e-4, 1.0
 GRADIENT_NORM = 1.0
 
