@@ -9,6 +9,7 @@ from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
+from teamtr_min.tasks.equivalence import grader
 from teamtr_min.tasks.task import Problem
 from teamtr_min.team import Message, Role
 
@@ -17,7 +18,8 @@ class WordProblems:
     """Questions from a JSONL file, or from a directory with train.jsonl and test.jsonl.
 
     Of a single file every tenth problem, by a hash of its text, is held out. The team's answer is the last
-    one that any message states. The return is 1 if it equals the gold answer (`is_correct`), else 0.
+    one that any message states. The return is 1 if it equals the gold answer (`is_correct`), else 0; `grader`
+    says what decided that.
     """
 
     def __init__(self, config: Config):
@@ -27,6 +29,7 @@ class WordProblems:
                 "test.jsonl (for GSM8K: grade_school_math/data of openai/grade-school-math)"
             )
         self.path, self.fields = Path(config.data), (config.question_field, config.answer_field)
+        self.grader = grader()
         if self.path.is_dir():
             self.train = read_problems(self.path / "train.jsonl", *self.fields)
             self.held_out = read_problems(self.path / "test.jsonl", *self.fields)
