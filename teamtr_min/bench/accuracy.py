@@ -146,6 +146,7 @@ def run(
         "temperature": subject.config.temperature,
         "seed": subject.config.seed,
         "data": data,
+        "grader": getattr(task, "grader", "exact" if task_name in SHIPPED else "own"),
         "model_hash": who.hash,
         "max_new_tokens": who.config.max_new_tokens,
         "rounds": who.config.rounds,
@@ -238,7 +239,7 @@ def table(evaluation: Evaluation) -> str:
     players = "first agent alone" if result["mode"] == "solo" else f"{result['agents']} agents"
     lines = [
         f"{result['benchmark']}: {result['team']}, {players}, {result['problems']:,} problems x {drawn}, "
-        f"temperature {result['temperature']:g}, {result['seconds']:.1f} s"
+        f"temperature {result['temperature']:g}, graded: {result['grader']}, {result['seconds']:.1f} s"
     ]
     rows = [(f"avg@{drawn}", right / drawn)]
     rows += [

@@ -10,6 +10,7 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
 from teamtr_min.tasks.datasets import DATASETS, local_copy
+from teamtr_min.tasks.equivalence import grader
 from teamtr_min.tasks.task import Problem
 from teamtr_min.team import Message, Role
 
@@ -19,12 +20,13 @@ class WordProblems:
 
     `--data` names a directory with train.jsonl and test.jsonl, or one file, of which every tenth problem, by
     a hash of its text, is held out. The team's answer is the last one that any message states. The return is
-    1 if it equals the gold answer (`is_correct`), else 0.
+    1 if it equals the gold answer (`is_correct`), else 0; `grader` says what decided that.
     """
 
     def __init__(self, config: Config):
         self.fields = config.question_field, config.answer_field
         self.path = Path(config.data or config.task)  # for messages
+        self.grader = grader()
         if not config.data:
             if config.task not in DATASETS:
                 raise UserError(
