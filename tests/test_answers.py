@@ -179,7 +179,7 @@ def test_an_answer_that_breaks_its_limits_is_wrong_and_the_next_is_graded(stand_
         for bad in ("loop", "end", "memory"):
             start = time.perf_counter()
             assert not threads.submit(equivalent, bad, bad[::-1]).result()
-            assert time.perf_counter() - start < 30
+            assert time.perf_counter() - start < 60
             assert threads.submit(equivalent, f"x+{len(bad)}", f"{len(bad)}+x").result()
 
 
@@ -195,7 +195,7 @@ def test_a_math_verify_that_does_not_start_is_an_error(stand_in):
 def test_a_malicious_answer_ends_and_the_next_is_graded(math_verify, answer):
     start = time.perf_counter()
     assert not is_correct(boxed(answer), "x^2-1")
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 60
     assert is_correct(boxed("(x-1)(x+1)"), "x^2-1")
 
 
