@@ -25,6 +25,7 @@ from teamtr_min.schedule import RolloutSource, learning_rate, update_order
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
 from teamtr_min.theory.diagnostics import Diagnostics, NoDiagnostics
+from teamtr_min.warm_start import warm_start
 
 HALVINGS = 10
 
@@ -36,6 +37,7 @@ def train(config: Config) -> dict:
     team = load_team(config, task.roles(config.agents))
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
     with Run(config, task, team, learners) as run:
+        warm_start(run, config, task, team, learners)
         for stage in run.stages():
             problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
             source = RolloutSource(config, task, team, problems, stage)

@@ -19,6 +19,8 @@ PRESETS = {
         "delta": 0.02,
         "batch_tokens": 4096,
         "eval_problems": 2048,
+        "warm_start": 0,
+        "warm_start_lr": 1e-3,
     },
     "pretrained": {  # any other model
         "task": "gsm8k",
@@ -29,6 +31,19 @@ PRESETS = {
         "delta": 0.01,
         "batch_tokens": 16384,
         "eval_problems": 128,
+        "warm_start": 0,
+        "warm_start_lr": 1e-4,
+    },
+}
+TASK_PRESETS = {  # and on the task, of a pretrained model
+    "sums": {
+        "problems": 8,
+        "max_new_tokens": 24,
+        "stages": 12,
+        "lr": 1e-5,
+        "delta": 0.05,
+        "inner_steps": 2,
+        "warm_start": 40,
     },
 }
 
@@ -67,6 +82,13 @@ class Config:
     group: int = knob(8, "group size: rollouts per problem, which Eq. 9 compares", least=2)
     temperature: float = knob(PRESET, "of sampling, and of every log-prob", least=0, finite=True)
     max_new_tokens: int = knob(PRESET, "longest message, in tokens", least=1)
+    # before Algorithm 1
+    warm_start: int = knob(PRESET, "supervised steps on demonstrations before stage 0", least=0)
+    warm_start_lr: float = knob(PRESET, "their peak learning rate; it falls to 0", least=0, finite=True)
+    demonstrations: str = knob(
+        "",
+        "JSONL of transcripts for the warm start, each with `text` and `messages` (default: the task's own)",
+    )
     # Algorithm 1
     stages: int = knob(50, "stages; each updates every agent once", least=1)
     occupancy: str = knob(
@@ -146,7 +168,8 @@ class Config:
         if self.model is PRESET:
             object.__setattr__(self, "model", self.task if self.task in SHIPPED else "relay")
         kind = "shipped" if set(self.models) <= set(SHIPPED) else "pretrained"
-        for name, value in PRESETS[kind].items():  # frozen is for everyone else
+        presets = PRESETS[kind] | (TASK_PRESETS.get(self.task, {}) if kind == "pretrained" else {})
+        for name, value in presets.items():  # frozen is for everyone else
             if getattr(self, name) is PRESET:
                 object.__setattr__(self, name, value)
         for f in dataclasses.fields(self):

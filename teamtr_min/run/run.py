@@ -19,6 +19,7 @@ from teamtr_min.team import Team
 from teamtr_min.theory.certificate import stage_certificate
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")
+SECONDS_BETWEEN_CHECKPOINTS = 60  # of a warm start; a stage has one of its own
 
 
 class Run:
@@ -38,7 +39,8 @@ class Run:
         self.evaluation = {
             "rollouts_evaluation": 0, "tokens_sampled_evaluation": 0, "seconds_evaluation": 0.0
         }  # fmt: skip
-        self.accuracy_start = self.accuracy_final = None
+        self.warm_start = {"tokens_warm_start": 0, "seconds_warm_start": 0.0}
+        self.accuracy_untrained = self.accuracy_start = self.accuracy_final = None
         self.summary: dict = {}
 
     def __enter__(self) -> "Run":
@@ -52,17 +54,39 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
         print(header(self.config, self.team, self.directory), flush=True)
-        self.console = Console(self.config.stages * len(self.learners))
+        self.console = Console((self.config.warm_start + self.config.stages) * len(self.learners))
+        self.done = self._resume() if resume else 0  # steps of the warm start, and stages
         return self
+
+    def warm_start_steps(self) -> Iterator[int]:
+        """The steps of the warm start that are still to be done, after a first evaluation."""
+        if self.accuracy_untrained is None:
+            self.accuracy_untrained = self._evaluate(0, "untrained")
+            self.console.say(f"untrained     held-out accuracy {self.accuracy_untrained:.3f}")
+        saved = time.perf_counter()
+        for step in range(self.done, self.config.warm_start):
+            yield step
+            last = step + 1 == self.config.warm_start
+            if last or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                self._checkpoint(step + 1)
+                saved = time.perf_counter()
 
     def stages(self) -> Iterator[int]:
         """The stages that are still to be done, between the first evaluation and the last."""
-        done = self._resume() if self.config.resume else 0
         if self.accuracy_start is None:
             self.accuracy_start = self._evaluate(0)
             self.console.say(f"start         held-out accuracy {self.accuracy_start:.3f}")
-        yield from range(done, self.config.stages)
+        yield from range(max(self.done - self.config.warm_start, 0), self.config.stages)
         self.accuracy_final = self._evaluate(self.config.stages)
+
+    def record_warm_start(self, line: dict, seconds: float) -> None:
+        """Log one step of one learner."""
+        self._append("metrics.jsonl", [{"kind": "warm_start", **line, "seconds": seconds}])
+        self.warm_start["tokens_warm_start"] += line["tokens"]
+        self.warm_start["seconds_warm_start"] += seconds
+        self.console.advance(
+            1, f"warm start, loss {line.get('loss', 0):.3f}, {line['tokens'] / seconds:,.0f} tokens/s"
+        )
 
     def record(
         self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, seconds: float, **more
@@ -97,19 +121,11 @@ class Run:
         self._append("metrics.jsonl", [line])
         names = [agent.role.name for agent in self.team.agents]
         self.console.say(stage_text(line, updates, self.config, names))
-        for file in self._logs.values():
-            os.fsync(file.fileno())
-        log = {
-            "bytes": {name: file.tell() for name, file in self._logs.items()},
-            "accuracy_start": self.accuracy_start,
-            "evaluation": self.evaluation,
-            "seconds": time.perf_counter() - self.begin,
-        }
-        checkpoint.save(self.directory, done, self.learners, log, self.config.keep)
+        self._checkpoint(self.config.warm_start + done)
 
     def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
-        if self.accuracy_start is None:
+        if self.accuracy_start is None and self.accuracy_untrained is None:
             self._close()
             if not self.config.resume:
                 shutil.rmtree(self.directory)
@@ -118,12 +134,14 @@ class Run:
         try:
             self.team.save(self.directory / "agents")
             self.summary = {
+                "accuracy_untrained": self.accuracy_untrained,
                 "accuracy_start": self.accuracy_start,
                 "accuracy_final": self.accuracy_final,
                 "seconds": time.perf_counter() - self.begin,
                 "stages": len(self.updates) // len(self.learners),
                 **metrics.totals(self.updates),
                 **self.evaluation,
+                **self.warm_start,
                 "violation_rate_before": metrics.violation_rate(self.updates, "kl_before"),
                 "violation_rate_after": metrics.violation_rate(self.updates, "kl_after"),
                 "stopped": stopped,
@@ -136,14 +154,28 @@ class Run:
         finally:
             self._close()
 
-    def _evaluate(self, stages_done: int) -> float:
+    def _checkpoint(self, done: int) -> None:
+        """Everything on disk, so that the run can go on from here."""
+        for file in self._logs.values():
+            os.fsync(file.fileno())
+        log = {
+            "bytes": {name: file.tell() for name, file in self._logs.items()},
+            "accuracy_untrained": self.accuracy_untrained,
+            "accuracy_start": self.accuracy_start,
+            "evaluation": self.evaluation,
+            "warm_start": self.warm_start,
+            "seconds": time.perf_counter() - self.begin,
+        }
+        checkpoint.save(self.directory, done, self.learners, log, self.config.keep)
+
+    def _evaluate(self, stages_done: int, split: str = "held-out") -> float:
         """Accuracy on the held-out problems, one rollout each."""
         path = rng.RngPath(self.config.seed, "held-out", stages_done)
         rollouts = collect(self.team, self.task, self.held_out, 1, path)
         self.evaluation["rollouts_evaluation"] += rollouts.count_sampled
         self.evaluation["tokens_sampled_evaluation"] += rollouts.tokens_sampled
         self.evaluation["seconds_evaluation"] += rollouts.seconds
-        self._append("transcripts.jsonl", metrics.transcripts(rollouts, stages_done, "held-out"))
+        self._append("transcripts.jsonl", metrics.transcripts(rollouts, stages_done, split))
         return rollouts.accuracy
 
     def _resume(self) -> int:
@@ -152,7 +184,8 @@ class Run:
         path = self.directory / "metrics.jsonl"
         if log is None:
             # A kill before the first checkpoint leaves one stage at most; a new start would write over more.
-            if len(path.read_text(encoding="utf-8").splitlines()) > len(self.learners) + 1:
+            logged = path.read_text(encoding="utf-8").splitlines()
+            if sum('"kind": "warm_start"' not in line for line in logged) > len(self.learners) + 1:
                 raise UserError(
                     f"{self.directory} has finished stages but no checkpoints; nothing to resume from"
                 )
@@ -164,12 +197,17 @@ class Run:
             os.truncate(self.directory / name, count)
         if done:
             self.begin -= log["seconds"]
-            self.accuracy_start, self.evaluation = log["accuracy_start"], log["evaluation"]
+            self.accuracy_untrained, self.accuracy_start = log["accuracy_untrained"], log["accuracy_start"]
+            self.evaluation, self.warm_start = log["evaluation"], log["warm_start"]
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             self.updates = [line for line in lines if line["kind"] == "update"]
             self.accuracies = [line["accuracy"] for line in lines if line["kind"] == "stage"]
-        self.console.advance(len(self.updates))
-        self.console.say(f"resumed after {done} of {self.config.stages} stages")
+        warm = min(done, self.config.warm_start)
+        self.console.advance(len(self.updates) + warm * len(self.learners))
+        steps = f"{warm} of {self.config.warm_start} steps of the warm start and " * bool(
+            self.config.warm_start
+        )
+        self.console.say(f"resumed after {steps}{done - warm} of {self.config.stages} stages")
         return done
 
     def _append(self, name: str, lines: list[dict]) -> None:

@@ -9,17 +9,19 @@ from teamtr_min.tasks.answers import extract_answer, is_correct, number
 from teamtr_min.tasks.convention import Convention
 from teamtr_min.tasks.datasets import DATASETS
 from teamtr_min.tasks.relay import Relay
-from teamtr_min.tasks.task import Problem, Task
+from teamtr_min.tasks.sums import Sums
+from teamtr_min.tasks.task import Demonstration, Problem, Task
 from teamtr_min.tasks.word_problems import WordProblems, read_problems
 
 __all__ = [
-    "Convention", "Problem", "Relay", "TASKS", "Task", "WordProblems", "extract_answer", "is_correct",
-    "load_task", "number", "read_problems",
+    "Convention", "Demonstration", "Problem", "Relay", "Sums", "TASKS", "Task", "WordProblems",
+    "extract_answer", "is_correct", "load_task", "number", "read_problems",
 ]  # fmt: skip
 
 TASKS = {
     "relay": Relay,
     "convention": Convention,
+    "sums": Sums,
     **dict.fromkeys(DATASETS, WordProblems),
     "jsonl": WordProblems,
 }

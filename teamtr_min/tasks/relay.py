@@ -5,7 +5,7 @@ from numpy.random import Generator
 from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
-from teamtr_min.tasks.task import Problem
+from teamtr_min.tasks.task import Demonstration, Problem
 from teamtr_min.team import Message, Role
 
 
@@ -71,6 +71,16 @@ class Relay:
         while len(chain) > 1:
             chain = cls.step(chain)
         return chain
+
+    def demonstrations(self, count: int, generator: Generator) -> list[Demonstration]:
+        """`count` training problems with every step carried out right."""
+        shown = []
+        for problem in self.sample_problems(count, generator):
+            chains = [problem.text]
+            while len(chains) <= self.turns:
+                chains.append(self.step(chains[-1]))
+            shown.append(Demonstration(problem, chains[1:]))
+        return shown
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(self.answer(messages) == problem.answer)

@@ -15,11 +15,21 @@ class Problem:
     answer: str
 
 
+@dataclass(frozen=True)
+class Demonstration:
+    """A rollout to imitate: its messages, and the agent that writes each (None: the agents in turn)."""
+
+    problem: Problem
+    messages: list[str]
+    agents: list[int] | None = None
+
+
 class Task(Protocol):
     """Any object with these three methods. It may also have
 
     answer(messages) -> str | None         the team's answer, which `eval.py --mode vote` counts
     measure(problems, messages) -> dict    more to log about the rollouts of an update
+    demonstrations(count, generator)       a list of `count` Demonstrations to begin with, `--warm-start`
     fields                                 question and answer field of a file given to `eval.py --data`
     """
 

@@ -1,0 +1,127 @@
+"""Warm start: supervised steps on demonstrations before stage 0. [ours]
+
+A reward can only teach what a team sometimes does. A model that never writes a message in the form which the
+task grades gets no reward at all, so it is first shown some: plain next-token loss on each agent's own
+messages in whole transcripts, by the masters and the optimizer that train it from then on.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import kernels
+from teamtr_min import rng
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
+from teamtr_min.learner import Diverged, Learner
+from teamtr_min.rollout import AgentBatch, Rollouts
+from teamtr_min.tasks import Demonstration, Problem, Task
+from teamtr_min.team import Message, Team
+
+
+def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learner]) -> None:
+    """`--warm-start` steps of every learner on `--problems` demonstrations each; the rate falls to 0."""
+    if not config.warm_start:
+        return
+    source = Demonstrations(config, task)
+    for step in run.warm_start_steps():
+        lr = config.warm_start_lr * (1 - step / config.warm_start)
+        shown = as_rollouts(team, source.draw(config.problems, step))
+        for learner in learners:
+            begin = time.perf_counter()
+            batches = shown.batches(learner.agents, torch.zeros(len(shown.returns)), config.batch_tokens)
+            line = imitate(learner, batches, lr) if batches else {"tokens": 0}
+            seconds = time.perf_counter() - begin
+            run.record_warm_start({"step": step, "agents": learner.agents, "lr": lr, **line}, seconds)
+
+
+def imitate(learner: Learner, batches: list[AgentBatch], lr: float) -> dict[str, float]:
+    """One step on the mean of -log p over all of the batches' trainable tokens.
+
+    Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the count of `tokens`.
+    Raises Diverged when one is not finite; the weights are those from before then.
+    """
+    tokens, loss = sum(len(batch.targets) for batch in batches), 0.0
+    learner.onload()
+    try:
+        for batch in batches:
+            hidden = batch.model.hidden(batch.tokens).flatten(0, 1)[batch.where]  # (N, H)
+            logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)  # (N,)
+            part = -logp.sum() / tokens
+            part.backward()
+            learner.add_gradients()
+            loss += part.item()
+        if not loss < float("inf"):
+            raise Diverged(f"the loss of the warm start is {loss}")
+        return {"loss": loss, "grad_norm": learner.step(lr), "tokens": tokens}
+    finally:
+        learner.offload()
+
+
+class Demonstrations:
+    """Where demonstrations come from: the task makes them, or they are lines of a file (`--demonstrations`).
+
+    A line is an object with `text` and `messages`, a list of {"agent", "text"}: as in transcripts.jsonl.
+    """
+
+    def __init__(self, config: Config, task: Task):
+        self.config, self.task, self.lines = config, task, None
+        if config.demonstrations:
+            self.lines = read_demonstrations(config.demonstrations, config.agents)
+        elif not callable(getattr(task, "demonstrations", None)):
+            raise UserError(
+                f"--warm-start: {config.task} makes no demonstrations; give some with --demonstrations FILE.jsonl"
+            )
+
+    def draw(self, count: int, step: int) -> list[Demonstration]:
+        generator = rng.generator(self.config.seed, "demonstrations", step)
+        if self.lines is None:
+            return self.task.demonstrations(count, generator)
+        return [self.lines[i] for i in generator.integers(len(self.lines), size=count)]
+
+
+def read_demonstrations(path: str, agents: int) -> list[Demonstration]:
+    """A JSONL file of transcripts; errors name the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            problem = Problem(str(record.get("id", number)), record["text"], str(record.get("answer", "")))
+            said = [(message["agent"], message["text"]) for message in record["messages"]]
+            if not said or not isinstance(problem.text, str):
+                raise ValueError
+            if not all(type(j) is int and 0 <= j < agents and isinstance(text, str) for j, text in said):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"{path}, line {number}: not a transcript, which is "
+                f'{{"text": ..., "messages": [{{"agent": 0 to {agents - 1}, "text": ...}}, ...]}}'
+            ) from None
+        found.append(Demonstration(problem, [text for _, text in said], [j for j, _ in said]))
+    if not found:
+        raise UserError(f"{path} holds no transcripts")
+    return found
+
+
+def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:
+    """Demonstrations as if the team had written them: each message closed by its writer's end token."""
+    transcripts = []
+    for shown in demonstrations:
+        writers = shown.agents or [turn % len(team.agents) for turn in range(len(shown.messages))]
+        messages = []
+        for j, text in zip(writers, shown.messages):
+            chat = team.agents[j].chat
+            tokens = [*chat.encode(text), chat.end_of_message]
+            messages.append(Message(j, tokens, text, [0.0] * len(tokens), stopped=True))
+        transcripts.append(messages)
+    count = len(transcripts)
+    problems = [shown.problem for shown in demonstrations]
+    return Rollouts(team, problems, transcripts, torch.ones(count), 1, [0] * count, 0.0)
