@@ -72,7 +72,7 @@ class Demonstrations:
             self.lines = read_demonstrations(config.demonstrations, config.agents)
         elif not callable(getattr(task, "demonstrations", None)):
             raise UserError(
-                f"--warm-start: {config.task} makes no demonstrations; give some with --demonstrations FILE.jsonl"
+                f"--warm-start: {config.task} makes no demonstrations; give some with --demonstrations FILE"
             )
 
     def draw(self, count: int, step: int) -> list[Demonstration]:

@@ -1,4 +1,4 @@
-"""English word problems in several steps, made up here: something to learn for a real model without any data."""
+"""English word problems in several steps, made up here: what a real model can learn without any data."""
 
 import re
 
