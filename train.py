@@ -98,7 +98,7 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
         raise
     finally:
         learner.offload()
-    tokens = steps * sum(len(batch.targets) for batch in batches)
+    tokens = steps * sum(len(batch.pair) for batch in batches)
     outcome = Update(first, attempted, here, steps, halvings, grad_norm, lr, learner.beta, tokens)
     if steps and config.kl != "fixed":
         learner.adapt_beta(attempted["kl"], config.delta)

@@ -139,7 +139,7 @@ class OldLogps(NamedTuple):
     """log pi_old of one batch, read from the trainer's own forward pass before the first step."""
 
     token: Tensor  # (N,) fp32, of the sampled tokens
-    everything: tuple[Tensor, Tensor] | None  # hidden (N, H) and head (V, H), from which all follow: exact KL
+    everything: tuple[Tensor, Tensor] | None  # hidden (pairs, H) and head (V, H), from which all follow: exact KL
 
 
 def evaluate(
@@ -161,7 +161,7 @@ def evaluate(
     if first and exact:
         old_heads = {model: model.head.detach().clone() for model in learner.models}
     messages = sum(len(batch.advantage) for batch in batches)
-    tokens = sum(len(batch.targets) for batch in batches)
+    tokens = sum(len(batch.pair) for batch in batches)
     sums, ratio_max, mismatch_max, made = {}, [], [], []
 
     def add(name: str, value: Tensor, share: float) -> None:
@@ -171,7 +171,7 @@ def evaluate(
         share = len(batch.advantage) / messages  # Eq. 10 and 11 are means over all of the agent's messages
         model = batch.model
         with torch.set_grad_enabled(grad):
-            hidden = model.hidden(batch.tokens).flatten(0, 1)[batch.where]  # (N, H): trainable positions only
+            hidden = batch.hidden(model)  # (pairs, H)
             new = kernels.linear_logprob_stats(
                 hidden,
                 model.head,
@@ -180,14 +180,15 @@ def evaluate(
                 entropy=first,
                 old=old.everything if old else None,
             )
+            logp = new.logp[batch.pair]  # (N,)
             if first:
-                old = OldLogps(new.logp.detach(), (hidden.detach(), old_heads[model]) if exact else None)
+                old = OldLogps(logp.detach(), (hidden.detach(), old_heads[model]) if exact else None)
                 mismatch = (batch.sampled_logp - old.token).abs()
-                add("entropy", new.entropy.sum(), 1 / tokens)
+                add("entropy", new.entropy[batch.pair].sum(), 1 / tokens)
                 add("sampler_mismatch", mismatch.sum(), 1 / tokens)
                 mismatch_max.append(mismatch.max())
             loss, stats = trust_region_loss(
-                new.logp,
+                logp,
                 old.token,
                 batch.message,
                 batch.advantage,
@@ -205,7 +206,7 @@ def evaluate(
             add(name, stats[name][0], share)
         ratio_max.append(stats["ratio_max"][0])
         if exact:
-            kl = torch.zeros_like(new.logp) if first else new.kl  # (N,)
+            kl = torch.zeros_like(logp) if first else new.kl[batch.pair]  # (N,)
             length = torch.bincount(batch.message)[batch.message] if config.kl_unit == "token" else 1
             add("kl_exact", (kl / length).sum(), 1 / messages)
     sums["ratio_max"] = torch.stack(ratio_max).max()

@@ -47,6 +47,13 @@ class ModelConfig:
         return self.family == "qwen3"
 
     @property
+    def pairs_per_token(self) -> float:
+        """Pairs of tokens whose attention costs as many operations as a token's matrix products."""
+        inner = self.heads * self.head_dim
+        weights = self.hidden_size * (2 * inner + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate_size)
+        return weights / (2 * inner)
+
+    @property
     def kv_per_token(self) -> int:
         """Numbers that one token occupies in the KV cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim
@@ -133,6 +140,29 @@ class CachedStep:
         return keys[self.rows, : self.cache.span], values[self.rows, : self.cache.span]  # (B, span, K, D)
 
 
+@dataclass
+class PackedStep:
+    """A forward pass over rows that hold prefix trees (packing.py): the same for every layer."""
+
+    positions: Tensor  # (B, T) int64, of each token in its sequences
+    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
+    where: Tensor  # (pairs,) int64: positions in the flattened (B * T) whose final hidden states are wanted
+
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """Which tokens each token sees, (B, 1, T, T)."""
+        if self.end is None:
+            return None
+        index = torch.arange(self.end.shape[1], device=self.end.device)
+        return (index <= index[:, None]) & (index[:, None] < self.end[:, None, None])
+
+    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+Step = CachedStep | PackedStep | None
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -146,7 +176,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: CachedStep | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: Step, where: Tensor | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim)  # (B, T, Q, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)  # (B, T, K, D)
@@ -158,7 +190,8 @@ class Attention(nn.Module):
             k, v = step.write_then_read(layer, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T or span, D)
         y = attend(q, k, v, None if step is None else step.mask)  # (B, Q, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H)
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y if where is None else y.flatten(0, 1)[where])  # (B, T, H) or (pairs, H)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,8 +229,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: CachedStep | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, step)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: Step, where: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, H) -> (B, T, H); with `where` (pairs,) only these of the flattened B * T, (pairs, H)."""
+        y = self.self_attn(self.input_layernorm(x), cos, sin, layer, step, where)
+        x = (x if where is None else x.flatten(0, 1)[where]) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -233,24 +270,33 @@ class Transformer(nn.Module):
         return self.head.dtype
 
     def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, rows: slice | Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        rows: slice | Tensor | None = None,
+        packed: PackedStep | None = None,
     ) -> Tensor:
-        """Final hidden states, tokens (B, T) int64 -> (B, T, H).
+        """Final hidden states, tokens (B, T) int64 -> (B, T, H); with `packed` where it wants them, (pairs, H).
 
         Without a cache row b starts at position 0; shorter rows are padded on the right with any token, which
         no earlier position can see. With a cache the tokens continue the sequences `rows` from their current
         lengths; the caller advances `cache.length` by what was not padding.
         """
-        step, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        step = packed
         if cache is not None:
             step = self._cached_step(tokens, cache, slice(0, len(tokens)) if rows is None else rows)
+        if step is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        else:
             positions = step.positions  # (B, T)
         frequencies = rope_frequencies(self.config, tokens.device)  # (D/2,)
         angle = positions[:, :, None, None] * frequencies  # (B or 1, T, 1, D/2)
         cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
         x = self.model.embed_tokens(tokens)  # (B, T, H)
+        last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, layer, step)
+            where = packed.where if packed and layer == last else None  # all later ones see of it is K and V
+            x = block(x, cos, sin, layer, step, where)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

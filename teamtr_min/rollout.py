@@ -9,7 +9,8 @@ from torch import Tensor
 
 import kernels
 from teamtr_min import rng
-from teamtr_min.model import Transformer
+from teamtr_min.model import PackedStep, Transformer
+from teamtr_min.packing import Tree, rows_of, trees_of
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Rendered, Team
@@ -17,27 +18,36 @@ from teamtr_min.team import Message, Rendered, Team
 
 @dataclass(frozen=True)
 class AgentBatch:
-    """Rollouts of similar length as one agent trains on them; sums over a list of these make the whole batch.
+    """Rollouts as one agent trains on them; sums over a list of these make the whole batch.
 
-    One row per rollout, padded on the right. The agent's sampled tokens, and nothing else, are one flat list
-    of N, ascending in `message`: no contexts, no padding, not the end token that closes a cut-off message.
+    A row holds the prefix tree of several rollouts (packing.py), padded on the right: what they have in
+    common, a problem at least, stands once. So does a token that several rollouts sampled in the same context:
+    it is one of the batch's `pairs` of context and token. The agent's sampled tokens, and nothing else, are
+    one flat list of N, ascending in `message`: no contexts, no padding, not the end token that closes a
+    cut-off message.
     """
 
     model: Transformer  # the agent's
     tokens: Tensor  # (B, T) int64
-    where: Tensor  # (N,) int64: position in the flattened (B * T) whose hidden state predicts the token
-    targets: Tensor  # (N,) int64: the token
+    positions: Tensor  # (B, T) int64, in the rollout
+    end: Tensor | None  # (B, T) int64: where what follows upon a token ends; None if each row is a rollout
+    where: Tensor  # (pairs,) int64: position in the flattened (B * T) whose hidden state predicts the token
+    targets: Tensor  # (pairs,) int64: the token
+    pair: Tensor  # (N,) int64: the pair that each sampled token is
     message: Tensor  # (N,) int64 in 0..M-1: whose token it is
     sampled_logp: Tensor  # (N,) fp32, the sampler's
     advantage: Tensor  # (M,) fp32
     rollout: Tensor  # (M,) int64: number of the rollout that holds the message
     turn: Tensor  # (M,) int64: and its turn there
 
+    def hidden(self, model: Transformer) -> Tensor:
+        """(pairs, H): the hidden states that predict the pairs' tokens under `model`."""
+        return model.hidden(self.tokens, packed=PackedStep(self.positions, self.end, self.where))
+
     @torch.no_grad()
     def logps(self, model: Transformer, temperature: float) -> Tensor:
         """(N,) fp32 log-probs of the tokens under `model`."""
-        hidden = model.hidden(self.tokens).flatten(0, 1)[self.where]  # (N, H)
-        return kernels.linear_logprob(hidden, model.head, self.targets, temperature)
+        return kernels.linear_logprob(self.hidden(model), model.head, self.targets, temperature)[self.pair]
 
     def per_message(self, x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""
@@ -107,24 +117,26 @@ class Rollouts:
     def batches(self, agents: list[int], advantages: Tensor, batch_tokens: int) -> list[AgentBatch]:
         """What each of `agents` trains on, given one advantage per rollout (R,).
 
-        Rollouts are sorted by length and cut into batches of at most `batch_tokens` padded tokens (one row at
-        least), so that no row is padded to the longest of all. Rollouts in which the agent took no turn are
-        left out.
+        Rows are sorted by length and cut into batches of at most `batch_tokens` padded tokens (one row at
+        least, one rollout at least to a row), so that no row is padded to the longest of all. Problems without
+        any advantage have batches of their own: most of these need no gradient. Rollouts in which the agent
+        took no turn are left out.
         """
-        batches = []
+        batches, size = [], self.group_size
+        pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
         for j in agents:
             seen = [
                 self.team.render(j, p.text, m, add_generation_prompt=False)
                 for p, m in zip(self.problems, self.messages)
             ]
-            rows = sorted((r for r, one in enumerate(seen) if one.spans), key=lambda r: len(seen[r].ids))
-            start = 0
-            while start < len(rows):
-                stop = start + 1
-                while stop < len(rows) and (stop + 1 - start) * len(seen[rows[stop]].ids) <= batch_tokens:
-                    stop += 1
-                batches.append(self._batch(j, rows[start:stop], seen, advantages))
-                start = stop
+            pairs_per_token = self.team.agents[j].model.config.pairs_per_token
+            for pulling in (True, False):
+                # Nothing is predicted from a rollout's last token.
+                sequences = [
+                    (r, s.ids[:-1]) for r, s in enumerate(seen) if s.spans and pulls[r // size] == pulling
+                ]
+                trees = trees_of(sequences, batch_tokens, pairs_per_token)
+                batches += [self._batch(j, rows, seen, advantages) for rows in rows_of(trees, batch_tokens)]
         return batches
 
     def message_logps(self, agent: int, model: Transformer, batch_tokens: int) -> Tensor:
@@ -135,27 +147,44 @@ class Rollouts:
             table[batch.rollout, batch.turn] = logps.cpu()
         return table
 
-    def _batch(self, agent: int, rows: list[int], seen: list[Rendered], advantages: Tensor) -> AgentBatch:
-        width = max(len(seen[r].ids) for r in rows)  # T
-        tokens, where, targets, message, sampled_logp, rollout, turns = [], [], [], [], [], [], []
-        for row, r in enumerate(rows):
-            ids = seen[r].ids
-            tokens.append(ids + [0] * (width - len(ids)))
-            own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
-            for (start, stop), (turn, m) in zip(seen[r].spans, own):
-                where += range(row * width + start - 1, row * width + stop - 1)
-                targets += m.tokens
-                message += [len(rollout)] * len(m.tokens)
-                sampled_logp += m.logprobs
-                rollout.append(r)
-                turns.append(turn)
+    def _batch(
+        self, agent: int, rows: list[list[Tree]], seen: list[Rendered], advantages: Tensor
+    ) -> AgentBatch:
+        width = max(sum(map(len, trees)) for trees in rows)  # T
+        tokens, positions, end = [], [], []  # (B * T)
+        pair, message, sampled_logp, rollout, turns = [], [], [], [], []
+        pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
+        for row, trees in enumerate(rows):
+            for tree in trees:
+                base = len(tokens)
+                tokens += tree.tokens
+                positions += tree.positions
+                end += [base - row * width + t for t in tree.end]
+                for r in sorted(tree.paths):
+                    own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
+                    for (start, stop), (turn, m) in zip(seen[r].spans, own):
+                        for t, token in zip(tree.paths[r][start - 1 : stop - 1], m.tokens):
+                            pair.append(pairs.setdefault((base + t, token), len(pairs)))
+                        message += [len(rollout)] * len(m.tokens)
+                        sampled_logp += m.logprobs
+                        rollout.append(r)
+                        turns.append(turn)
+            padding = (row + 1) * width - len(tokens)
+            tokens += [0] * padding
+            positions += [0] * padding
+            end += range(width - padding + 1, width + 1)  # which sees itself only
         model = self.team.agents[agent].model
+        where, targets = zip(*pairs)
         rollout = torch.tensor(rollout)
+        branched = any(len(trees) > 1 or len(trees[0].paths) > 1 for trees in rows)
         return AgentBatch(
             model=model,
-            tokens=torch.tensor(tokens, device=model.device),
+            tokens=torch.tensor(tokens, device=model.device).view(-1, width),
+            positions=torch.tensor(positions, device=model.device).view(-1, width),
+            end=torch.tensor(end, device=model.device).view(-1, width) if branched else None,
             where=torch.tensor(where, device=model.device),
             targets=torch.tensor(targets, device=model.device),
+            pair=torch.tensor(pair, device=model.device),
             message=torch.tensor(message, device=model.device),
             sampled_logp=torch.tensor(sampled_logp, device=model.device),
             advantage=advantages[rollout].to(model.device),

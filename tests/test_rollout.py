@@ -35,6 +35,15 @@ def writers(rollouts) -> list[list[int]]:
     return [[m.agent for m in messages] for messages in rollouts.messages]
 
 
+def context(b, where: int) -> list[int]:
+    """The tokens that position `where` of the flattened rows sees."""
+    row, i = divmod(where, b.tokens.shape[1])
+    end = torch.full_like(b.tokens, i + 1) if b.end is None else b.end
+    seen = [k for k in range(i + 1) if end[row, k] > i]
+    assert b.positions[row, seen].tolist() == list(range(len(seen)))
+    return b.tokens[row, seen].tolist()
+
+
 @pytest.mark.parametrize("knobs", [CUT_OFF, TWO_ROUNDS, CUT_TWICE, TEAM | {"router": "random"}])
 def test_every_sampled_token_is_trained_on_once_and_nothing_else(knobs):
     """End-of-message tokens are in; contexts, padding and the token that closes a cut-off message are not."""
@@ -47,15 +56,15 @@ def test_every_sampled_token_is_trained_on_once_and_nothing_else(knobs):
             B, T = b.tokens.shape
             assert B * T <= 60 or B == 1
             assert b.message.tolist() == sorted(b.message.tolist())
-            assert torch.equal(b.tokens.flatten()[b.where + 1], b.targets), "predicted from the one before"
             assert torch.equal(b.advantage, advantages[b.rollout])
             for m, (r, turn) in enumerate(zip(b.rollout.tolist(), b.turn.tolist())):
                 own, message = b.message == m, rollouts.messages[r][turn]
-                assert b.targets[own].tolist() == message.tokens and message.agent == j
+                assert b.targets[b.pair[own]].tolist() == message.tokens and message.agent == j
                 assert b.sampled_logp[own].tolist() == pytest.approx(message.logprobs)
-                row = b.tokens[b.where[own][0] // T].tolist()
                 seen = team.render(j, rollouts.problems[r].text, rollouts.messages[r], False)
-                assert row == seen.ids + [0] * (T - len(seen.ids))
+                at = [t for t, k in enumerate(writers(rollouts)[r]) if k == j].index(turn)
+                for t, where in enumerate(b.where[b.pair[own]].tolist(), start=seen.spans[at][0]):
+                    assert context(b, where) == seen.ids[:t], "predicted from all before it, and from no more"
                 trained.append((r, turn))
         assert sorted(trained) == [
             (r, t) for r in range(20) for t, k in enumerate(writers(rollouts)[r]) if k == j
@@ -67,9 +76,9 @@ def test_the_samplers_logprob_is_the_trainers(knobs):
     rollouts = play(knobs | {"temperature": 0.7})
     for j, agent in enumerate(rollouts.team.agents):
         for b in rollouts.batches([j], torch.zeros(20), 100):
-            logits = agent.model(b.tokens).flatten(0, 1)[b.where] / 0.7
+            logits = agent.model.logits(b.hidden(agent.model)) / 0.7
             logp = logits.log_softmax(-1).gather(1, b.targets[:, None])[:, 0]
-            assert torch.allclose(logp, b.sampled_logp, atol=1e-4)  # fp32 rounding of logits near 30
+            assert torch.allclose(logp[b.pair], b.sampled_logp, atol=1e-4)  # fp32 rounding of logits near 30
 
 
 def test_sampling_in_small_batches_changes_no_message():

@@ -1,0 +1,85 @@
+"""Token sequences -> rows that hold prefix trees: what sequences have in common is computed once.
+
+    sequences  a b c d      one row   a b c d e f
+               a b c e      position  0 1 2 3 3 2
+               a b f        end       6 6 5 4 5 6
+
+A tree lies in its row depth first, so whatever follows a token up to its `end` descends from it: token i sees
+token k exactly when k <= i < end[k]. A row of one sequence is the ordinary causal case.
+"""
+
+from collections.abc import Iterable, Iterator
+
+
+class Tree:
+    """Sequences must be added in lexicographic order, or what they share is not found."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.positions: list[int] = []  # of each token in its sequences
+        self.end: list[int] = []
+        self.paths: dict[int, list[int]] = {}  # number of a sequence -> where its tokens stand
+        self._last: list[int] = []  # the sequence added last,
+        self._path: list[int] = []  # and its path
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def common(self, sequence: list[int]) -> int:
+        """How many tokens at the start of `sequence` stand here already."""
+        shorter = min(len(self._last), len(sequence))
+        return next((t for t in range(shorter) if self._last[t] != sequence[t]), shorter)
+
+    def add(self, number: int, sequence: list[int]) -> None:
+        shared = self.common(sequence)
+        path = self._path[:shared] + list(range(len(self), len(self) + len(sequence) - shared))
+        self.tokens += sequence[shared:]
+        self.positions += range(shared, len(sequence))
+        self.end += [0] * (len(sequence) - shared)
+        for t in path:
+            self.end[t] = len(self)
+        self.paths[number] = self._path = path
+        self._last = sequence
+
+
+def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_token: float) -> list[Tree]:
+    """Numbered sequences as prefix trees of at most `most` tokens, or of one sequence.
+
+    Attention looks at every pair of tokens in a tree, so long sequences that share little stay apart: one
+    joins a tree only if the tokens that it finds there cost more to compute than the pairs that it adds.
+    `pairs_per_token` is how many pairs cost as much as one token.
+    """
+    trees: list[Tree] = []
+    for number, sequence in sorted(sequences, key=lambda numbered: numbered[1]):
+        if trees:
+            tree, shared = trees[-1], trees[-1].common(sequence)
+            joined = len(tree) + len(sequence) - shared
+            more_pairs = joined**2 - len(tree) ** 2 - len(sequence) ** 2
+            if joined <= most and more_pairs < shared * pairs_per_token:
+                tree.add(number, sequence)
+                continue
+        trees.append(Tree())
+        trees[-1].add(number, sequence)
+    return trees
+
+
+def rows_of(trees: list[Tree], most: int) -> Iterator[list[list[Tree]]]:
+    """Trees as batches of rows, each row with one or more: at most `most` tokens when padded, or one tree.
+
+    The longest trees come first, and shorter ones go where padding would stand.
+    """
+    rest = sorted(trees, key=len, reverse=True)
+    while rest:
+        width, rows, free, later = len(rest[0]), [], [], []
+        for tree in rest:
+            row = next((row for row, room in enumerate(free) if len(tree) <= room), len(rows))
+            if row == len(rows):
+                if rows and (len(rows) + 1) * width > most:
+                    later.append(tree)
+                    continue
+                rows.append([])
+                free.append(width)
+            rows[row].append(tree)
+            free[row] -= len(tree)
+        yield rows
+        rest = later
