@@ -43,12 +43,12 @@ def imitate(learner: Learner, batches: list[AgentBatch], lr: float) -> dict[str,
     Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the count of `tokens`.
     Raises Diverged when one is not finite; the weights are those from before then.
     """
-    tokens, loss = sum(len(batch.targets) for batch in batches), 0.0
+    tokens, loss = sum(len(batch.pair) for batch in batches), 0.0
     learner.onload()
     try:
         for batch in batches:
-            hidden = batch.model.hidden(batch.tokens).flatten(0, 1)[batch.where]  # (N, H)
-            logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)  # (N,)
+            hidden = batch.hidden(batch.model)  # (pairs, H)
+            logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
             part = -logp.sum() / tokens
             part.backward()
             learner.add_gradients()

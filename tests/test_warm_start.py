@@ -54,7 +54,7 @@ def test_the_end_of_a_message_is_taught_and_nothing_that_others_wrote():
     team, rollouts = shown(agents=2)
     (batch,) = rollouts.batches([0], torch.zeros(5), batch_tokens=4096)
     own = [messages[0] for messages in rollouts.messages]
-    assert sorted(batch.targets.tolist()) == sorted(token for m in own for token in m.tokens)
+    assert sorted(batch.targets[batch.pair].tolist()) == sorted(token for m in own for token in m.tokens)
     assert all(m.tokens[-1] == team.agents[0].chat.end_of_message for m in own)
 
 
