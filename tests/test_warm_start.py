@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from commands import refusal
-from toy_runs import TOY, prepared, results, run, timeless, weights
+from toy_runs import TOY, parity, prepared, results, run, timeless, weights
 
 import train
 from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
-from teamtr_min.tasks import load_task
+from teamtr_min.tasks import Relay, load_task
 from teamtr_min.team import load_team
 from teamtr_min.warm_start import as_rollouts, imitate, read_demonstrations
 
@@ -150,3 +150,19 @@ def test_an_update_after_a_warm_start_still_has_ratios_of_exactly_1():
     rollouts = as_rollouts(team, task.demonstrations(4, rng.generator(1)))
     imitate(ready.learner, rollouts.batches([0], torch.zeros(4), 4096), lr=1e-4)
     assert ready.update().first["ratio_max"] == 1.0
+
+
+@pytest.mark.parametrize("constant, helps", [(0.0, "--warm-start STEPS"), (1.0, "harder problems")])
+def test_a_team_with_nothing_to_learn_from_is_told_so_once_and_what_helps(
+    tmp_path, capsys, monkeypatch, constant, helps
+):
+    monkeypatch.setattr(Relay, "grade", lambda *_: constant)
+    run(tmp_path / "run", "--inner-steps", "1")
+    said = [line for line in capsys.readouterr().out.splitlines() if "nothing to learn from" in line]
+    assert len(said) == 1 and helps in said[0]
+
+
+def test_a_team_that_can_learn_is_told_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Relay, "grade", parity)
+    run(tmp_path / "run", "--inner-steps", "1")
+    assert "nothing to learn from" not in capsys.readouterr().out

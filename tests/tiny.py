@@ -176,3 +176,11 @@ LLAMA3_STYLE = """\
     {{- '<|header|>assistant\\n\\n' }}
 {%- endif %}
 """
+
+
+def real_model() -> Path:
+    """The directory of a real instruct model; skips where the environment names none."""
+    directory = os.environ.get("TEAMTR_REAL_MODEL")
+    if not directory:
+        pytest.skip("needs TEAMTR_REAL_MODEL, the directory of a real instruct model")
+    return Path(directory)

@@ -72,6 +72,19 @@ def region(config: Config) -> str:
     }[config.kl]
 
 
+def nothing_to_learn(config: Config, updates: list[dict]) -> str:
+    """What to say, and what helps, when the first collections hold no group with unequal returns."""
+    mean = sum(u["return_mean"] for u in updates) / len(updates)
+    helps = f"a --group larger than {config.group}, or a task that gives partial credit"
+    if mean < 1 and not config.warm_start:
+        helps = f"--warm-start STEPS, which shows the form of a right answer; {helps}"
+    return (
+        f"nothing to learn from yet: the {config.group} rollouts of each problem all have the same return "
+        f"(on average {mean:.2f}), and an update compares those of one problem. What helps: "
+        + ("harder problems" if mean == 1 else helps)
+    )
+
+
 def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
     """A stage's line: accuracy before its first update, and the KL of each agent's update.
 

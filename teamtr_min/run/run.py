@@ -13,7 +13,7 @@ from teamtr_min.files import UserError, lock, write_json
 from teamtr_min.learner import Learner, Update
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
-from teamtr_min.run.console import Console, closing, header, stage_text
+from teamtr_min.run.console import Console, closing, header, nothing_to_learn, stage_text
 from teamtr_min.run.directory import new_directory
 from teamtr_min.team import Team
 from teamtr_min.theory.certificate import stage_certificate
@@ -101,6 +101,8 @@ class Run:
             self._append("transcripts.jsonl", metrics.transcripts(rollouts, stage, "train"))
             self.accuracies.append(rollouts.accuracy)
         self.updates.append(line)
+        if len(self.updates) == len(self.learners) and all(u["zero_variance_groups"] == 1 for u in self.updates):
+            self.console.say(nothing_to_learn(self.config, self.updates))
         rate = (rollouts.tokens_sampled + update.tokens) / (rollouts.seconds + seconds)
         self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
 
