@@ -139,7 +139,9 @@ class OldLogps(NamedTuple):
     """log pi_old of one batch, read from the trainer's own forward pass before the first step."""
 
     token: Tensor  # (N,) fp32, of the sampled tokens
-    everything: tuple[Tensor, Tensor] | None  # hidden (pairs, H) and head (V, H), from which all follow: exact KL
+    everything: (
+        tuple[Tensor, Tensor] | None
+    )  # hidden (pairs, H) and head (V, H), from which all follow: exact KL
 
 
 def evaluate(

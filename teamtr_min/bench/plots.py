@@ -227,6 +227,23 @@ def duration(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
+def held_out_curves(figure, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
+    """Held-out accuracy over training rollouts: each method's mean over seeds, and every seed's points."""
+    axes, ends, furthest = figure.subplots(), [], 0
+    for (name, runs), colour in zip(curves.items(), COLOURS):
+        for run in runs:
+            axes.plot(*zip(*run), "o", color=colour, markersize=3, alpha=0.5, clip_on=False)
+        x = [rollouts for rollouts, _ in runs[0]]
+        mean = np.mean([[value for _, value in run] for run in runs], axis=0)
+        axes.plot(x, mean, color=colour, lw=2, clip_on=False)
+        ends.append((mean[-1], f"{name}\n{mean[-1]:.3f}, {len(runs)} seed{'s' * (len(runs) > 1)}", colour))
+        furthest = max(furthest, x[-1])
+    name_ends(axes, ends, apart=0.14, size="small")
+    axes.set(xlim=(0, furthest), ylim=(0, 1), xlabel="training rollouts", ylabel="held-out accuracy")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    title(figure, "A team of two SmolLM2-135M on word problems, after its warm start")
+
+
 # The occupancy study. Bands reach from the lowest to the highest seed.
 
 STYLE = {  # occupancy is the colour, the radius the line

@@ -101,7 +101,9 @@ class Run:
             self._append("transcripts.jsonl", metrics.transcripts(rollouts, stage, "train"))
             self.accuracies.append(rollouts.accuracy)
         self.updates.append(line)
-        if len(self.updates) == len(self.learners) and all(u["zero_variance_groups"] == 1 for u in self.updates):
+        if len(self.updates) == len(self.learners) and all(
+            u["zero_variance_groups"] == 1 for u in self.updates
+        ):
             self.console.say(nothing_to_learn(self.config, self.updates))
         rate = (rollouts.tokens_sampled + update.tokens) / (rollouts.seconds + seconds)
         self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
