@@ -5,7 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from teamtr_min.config import PRESET, PRESETS, Config
+from teamtr_min.config import PRESET, PRESETS, TASK_PRESETS, Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.hub import hub_id
 
@@ -40,10 +40,9 @@ def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
             continue
         shown = f.default
         if f.name in PRESETS["shipped"]:
-            shown = "; ".join(
-                f"{preset[f.name]}{' for pretrained models' * (kind == 'pretrained')}"
-                for kind, preset in PRESETS.items()
-            )
+            kinds = {"": PRESETS["shipped"], " for pretrained models": PRESETS["pretrained"]}
+            kinds |= {f" on {task}": preset for task, preset in TASK_PRESETS.items() if f.name in preset}
+            shown = "; ".join(f"{preset[f.name]}{kind}" for kind, preset in kinds.items())
         spellings = [value for name, value in SHORTHANDS if name == f.name]
         parser.add_argument(
             flag,

@@ -12,6 +12,8 @@ PRESET = None  # the default of a knob that depends on the kind of model:
 PRESETS = {
     "shipped": {
         "task": "relay",
+        "stages": 50,
+        "inner_steps": 6,
         "problems": 64,
         "temperature": 1.0,
         "max_new_tokens": 16,
@@ -24,6 +26,8 @@ PRESETS = {
     },
     "pretrained": {  # any other model
         "task": "gsm8k",
+        "stages": 50,
+        "inner_steps": 6,
         "problems": 32,
         "temperature": 0.8,
         "max_new_tokens": 256,
@@ -35,15 +39,15 @@ PRESETS = {
         "warm_start_lr": 1e-4,
     },
 }
-TASK_PRESETS = {  # and on the task, of a pretrained model
-    "sums": {
+TASK_PRESETS = {  # and on the task: what pretrained models do there in place of the above
+    "sums": {  # a small model, on a CPU
         "problems": 8,
         "max_new_tokens": 24,
         "stages": 12,
-        "lr": 1e-5,
-        "delta": 0.05,
         "inner_steps": 2,
-        "warm_start": 40,
+        "lr": 2e-5,
+        "delta": 0.05,
+        "warm_start": 20,
     },
 }
 
@@ -90,7 +94,7 @@ class Config:
         "JSONL of transcripts for the warm start, each with `text` and `messages` (default: the task's own)",
     )
     # Algorithm 1
-    stages: int = knob(50, "stages; each updates every agent once", least=1)
+    stages: int = knob(PRESET, "stages; each updates every agent once", least=1)
     occupancy: str = knob(
         "fresh",
         "what an update trains on. fresh: on-policy rollouts, collected anew before each; stale: those of "
@@ -109,7 +113,7 @@ class Config:
         "update order within a stage; random draws one per stage",
         choices=("fixed", "reversed", "random"),
     )
-    inner_steps: int = knob(6, "most optimizer steps in one update", least=1)
+    inner_steps: int = knob(PRESET, "most optimizer steps in one update", least=1)
     lr: float = knob(
         PRESET, "peak learning rate of AdamW; cosine decay to 0 over the run", least=0, finite=True
     )
