@@ -108,8 +108,9 @@ class Learner:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
         if self.masters is not self.parameters:
             for master, p in zip(self.masters, self.parameters):
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+                if p.grad is not None:  # of those that step together, one has the batch
+                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    p.grad = None
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
         """[ours] Follow the overshoot of the attempted update, within bounds; a beta of 0 stays off."""
@@ -139,7 +140,9 @@ class OldLogps(NamedTuple):
     """log pi_old of one batch, read from the trainer's own forward pass before the first step."""
 
     token: Tensor  # (N,) fp32, of the sampled tokens
-    everything: tuple[Tensor, Tensor] | None  # hidden (pairs, H) and head (V, H), from which all follow: exact KL
+    everything: (
+        tuple[Tensor, Tensor] | None
+    )  # hidden (pairs, H) and head (V, H), from which all follow: exact KL
 
 
 def evaluate(

@@ -50,7 +50,9 @@ class ModelConfig:
     def pairs_per_token(self) -> float:
         """Pairs of tokens whose attention costs as many operations as a token's matrix products."""
         inner = self.heads * self.head_dim
-        weights = self.hidden_size * (2 * inner + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate_size)
+        weights = self.hidden_size * (
+            2 * inner + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate_size
+        )
         return weights / (2 * inner)
 
     @property
