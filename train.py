@@ -84,7 +84,11 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
                 kept, accepted = here, learner.snapshot(into=accepted)
             grad_norm = learner.step(lr)
             steps += 1
-            here, _ = evaluate(learner, batches, config, old_logps, grad=steps < most)
+            grad, leaves = steps < most, learner.kl_rate * steps**2 > config.radius  # by what came before
+            here, _ = evaluate(learner, batches, config, old_logps, grad=grad and not leaves)
+            if grad and leaves and here["kl"] <= config.radius:  # it stayed: the gradient is wanted after all
+                here, _ = evaluate(learner, batches, config, old_logps, grad=True)
+            learner.kl_rate = here["kl"] / steps**2
         attempted, outside = here, learner.clone_masters() if here["kl"] > config.radius else None
         while here["kl"] > config.radius and halvings < HALVINGS:  # backtracking line search
             halvings += 1

@@ -55,6 +55,7 @@ class Learner:
 
     def __init__(self, team: Team, agents: list[int], beta: float):
         self.agents, self.beta = agents, beta
+        self.kl_rate = 0.0  # KL over squared steps from pi_old, as last measured
         self.models = [team.agents[j].model for j in agents]
         named = [(f"{i}.{name}", p) for i, m in enumerate(self.models) for name, p in m.named_parameters()]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -108,8 +109,9 @@ class Learner:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
         if self.masters is not self.parameters:
             for master, p in zip(self.masters, self.parameters):
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+                if p.grad is not None:  # of those that step together, one has the batch
+                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    p.grad = None
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
         """[ours] Follow the overshoot of the attempted update, within bounds; a beta of 0 stays off."""
@@ -169,10 +171,15 @@ def evaluate(
     def add(name: str, value: Tensor, share: float) -> None:
         sums[name] = sums.get(name, 0.0) + value.detach() * share
 
-    for batch, old in zip(batches, old_logps or [None] * len(batches)):
+    pulling = [bool(batch.advantage.any()) for batch in batches]
+    climbing = {batch.model for batch, pulls in zip(batches, pulling) if pulls}
+    for batch, pulls, old in zip(batches, pulling, old_logps or [None] * len(batches)):
         share = len(batch.advantage) / messages  # Eq. 10 and 11 are means over all of the agent's messages
         model = batch.model
-        with torch.set_grad_enabled(grad):
+        # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has nothing
+        # else gets its zeros all the same: they let Adam's moments decay.
+        needed = grad and (pulls or (not first and learner.beta > 0) or model not in climbing)
+        with torch.set_grad_enabled(needed):
             hidden = batch.hidden(model)  # (pairs, H)
             new = kernels.linear_logprob_stats(
                 hidden,
@@ -199,7 +206,7 @@ def evaluate(
                 ratio=config.ratio,
                 kl_unit=config.kl_unit,
             )
-            if grad:
+            if needed:
                 (loss * share).backward()
                 learner.add_gradients()
         made.append(old)

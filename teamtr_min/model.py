@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         rows: slice | Tensor | None = None,
         packed: PackedStep | None = None,
     ) -> Tensor:
-        """Final hidden states, tokens (B, T) int64 -> (B, T, H); with `packed` where it wants them, (pairs, H).
+        """Final hidden states, tokens (B, T) int64 -> (B, T, H), or (pairs, H) where `packed` wants them.
 
         Without a cache row b starts at position 0; shorter rows are padded on the right with any token, which
         no earlier position can see. With a cache the tokens continue the sequences `rows` from their current

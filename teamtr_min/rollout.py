@@ -20,11 +20,11 @@ from teamtr_min.team import Message, Rendered, Team
 class AgentBatch:
     """Rollouts as one agent trains on them; sums over a list of these make the whole batch.
 
-    A row holds the prefix tree of several rollouts (packing.py), padded on the right: what they have in
-    common, a problem at least, stands once. So does a token that several rollouts sampled in the same context:
-    it is one of the batch's `pairs` of context and token. The agent's sampled tokens, and nothing else, are
-    one flat list of N, ascending in `message`: no contexts, no padding, not the end token that closes a
-    cut-off message.
+    A row holds prefix trees of rollouts (packing.py), padded on the right: what rollouts have in common, such
+    as the problem, stands once. So does a token that several rollouts sampled in the same context: it is one
+    of the batch's `pairs` of context and token. The agent's sampled tokens, and nothing else, are one flat
+    list of N, ascending in `message`: no contexts, no padding, not the end token that closes a cut-off
+    message.
     """
 
     model: Transformer  # the agent's
@@ -117,10 +117,9 @@ class Rollouts:
     def batches(self, agents: list[int], advantages: Tensor, batch_tokens: int) -> list[AgentBatch]:
         """What each of `agents` trains on, given one advantage per rollout (R,).
 
-        Rows are sorted by length and cut into batches of at most `batch_tokens` padded tokens (one row at
-        least, one rollout at least to a row), so that no row is padded to the longest of all. Problems without
-        any advantage have batches of their own: most of these need no gradient. Rollouts in which the agent
-        took no turn are left out.
+        A batch has at most `batch_tokens` tokens, padding included, or one rollout. Problems without any
+        advantage have batches of their own: most of these need no gradient. Rollouts in which the agent took
+        no turn are left out.
         """
         batches, size = [], self.group_size
         pulls = advantages.view(-1, size).any(1).tolist()  # (P,)

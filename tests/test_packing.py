@@ -1,0 +1,195 @@
+"""Prefix trees change what a training step costs, and nothing else."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import each_model, random_model, random_tokens
+from toy_runs import prepared
+
+import kernels
+from teamtr_min.learner import Learner, evaluate
+from teamtr_min.model import PackedStep, RMSNorm
+from teamtr_min.objective import teamtr_loss
+from teamtr_min.packing import rows_of, trees_of
+
+
+def random_sequences(seed: int, count: int = 40) -> list[list[int]]:
+    """Of three different tokens, 1 to 9 long, so that they branch everywhere, and some stand twice."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (count,), generator=generator).tolist()
+    return [torch.randint(3, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tree_holds_every_prefix_once_and_every_sequence_whole(seed):
+    sequences = random_sequences(seed)
+    trees = trees_of(enumerate(sequences), most=10**6, pairs_per_token=math.inf)
+    assert sum(map(len, trees)) == len({tuple(s[: t + 1]) for s in sequences for t in range(len(s))})
+    assert len(trees) == 3, "one for each first token"
+    for tree in trees:
+        for number, path in tree.paths.items():
+            assert [tree.tokens[k] for k in path] == sequences[number]
+            assert [tree.positions[k] for k in path] == list(range(len(path)))
+            for i in path:
+                assert [k for k in range(i + 1) if tree.end[k] > i] == path[: path.index(i) + 1]
+    assert sorted(number for tree in trees for number in tree.paths) == list(range(len(sequences)))
+
+
+def test_what_shares_little_stays_apart():
+    """Two sequences of 10 that share 4: together they are 16 tokens and 256 pairs, apart 20 and 200."""
+    pair = list(enumerate([[0] * 4 + [1] * 6, [0] * 4 + [2] * 6]))
+    assert [len(tree) for tree in trees_of(pair, 100, pairs_per_token=14.1)] == [16]
+    assert [len(tree) for tree in trees_of(pair, 100, pairs_per_token=13.9)] == [10, 10]
+    assert [len(tree) for tree in trees_of(pair, 15, pairs_per_token=math.inf)] == [10, 10]
+    assert [len(tree) for tree in trees_of([(0, [1, 2]), (1, [2, 2])], 100, math.inf)] == [2, 2]
+    same = trees_of([(0, [1, 2]), (1, [1, 2])], 1, pairs_per_token=0.1)
+    assert [len(tree) for tree in same] == [2] + [2] * (len(same) - 1)
+
+
+@pytest.mark.parametrize("most", [1, 30, 64, 10**6])
+def test_padded_rows_keep_within_their_bound_and_hold_every_tree_once(most):
+    trees = trees_of(enumerate(random_sequences(7, 200)), most, pairs_per_token=6.0)
+    batches = list(rows_of(trees, most))
+    for rows in batches:
+        width = max(sum(map(len, row)) for row in rows)
+        assert len(rows) * width <= most or len(rows) == len(rows[0]) == 1
+    placed = [id(tree) for rows in batches for row in rows for tree in row]
+    assert sorted(placed) == sorted(map(id, trees))
+    assert len(batches) == 1 or most < 10**6
+
+
+@each_model
+def test_packed_hidden_states_and_their_gradients_are_those_of_plain_rows(family, tied):
+    model = random_model(family, tied).double()
+    trunk = random_tokens(model, 9)
+    sequences = [torch.cat((trunk[:n], random_tokens(model, 3 + n, seed=n))).tolist() for n in (2, 9, 5, 9)]
+    sequences += [sequences[0], sequences[1][:7], random_tokens(model, 4, seed=50).tolist()]
+    sequences.append(random_tokens(model, 30, seed=51).tolist())
+    (rows,) = rows_of(trees_of(enumerate(sequences), 10**6, math.inf), 10**6)
+    width = max(sum(map(len, row)) for row in rows)
+    tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+    end, where = torch.arange(1, width + 1).repeat(len(rows), 1), {}
+    for i, row in enumerate(rows):
+        start = 0
+        for tree in row:
+            part = slice(start, start + len(tree))
+            tokens[i, part], positions[i, part] = torch.tensor(tree.tokens), torch.tensor(tree.positions)
+            end[i, part] = start + torch.tensor(tree.end)
+            where |= {n: [i * width + start + t for t in path] for n, path in tree.paths.items()}
+            start += len(tree)
+    assert tokens.numel() < sum(map(len, sequences)) and any(len(row) > 1 for row in rows)
+    at = torch.tensor([t for n in range(len(sequences)) for t in where[n]])
+    packed = model.hidden(tokens, packed=PackedStep(positions, end, at))
+    plain = torch.cat([model.hidden(torch.tensor([s]))[0] for s in sequences])
+    torch.testing.assert_close(packed, plain, rtol=1e-6, atol=1e-6)
+    weight = torch.randn(plain.shape, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    names, parameters = zip(*model.model.named_parameters())
+    found, wanted = (torch.autograd.grad((h * weight).sum(), parameters) for h in (packed, plain))
+    for name, p, q in zip(names, found, wanted):
+        assert (p - q).norm() <= 1e-6 * q.norm() > 0, name
+
+
+def plainly(ready, agent: int, advantages: list[float], old):
+    """Eq. 10 of one agent with a padded row for each rollout and nothing shared, from all logits.
+
+    `old` is the model as it was. Returns the loss, its stats, and the log-probs of the tokens, whose messages
+    stand in order of rollout and turn.
+    """
+    config, rollouts, model = ready.config, ready.rollouts, ready.rollouts.team.agents[agent].model
+    seen = [
+        rollouts.team.render(agent, p.text, m, False) for p, m in zip(rollouts.problems, rollouts.messages)
+    ]
+    width = max(len(s.ids) for s in seen)
+    tokens = torch.tensor([s.ids + [0] * (width - len(s.ids)) for s in seen])
+    spans = [(r, start, stop) for r, s in enumerate(seen) for start, stop in s.spans]
+    row = torch.tensor([r for r, start, stop in spans for _ in range(start, stop)])
+    at = torch.tensor([t for _, start, stop in spans for t in range(start, stop)])
+    message = torch.tensor([m for m, (_, start, stop) in enumerate(spans) for _ in range(start, stop)])
+    advantage = torch.tensor([advantages[r] for r, _, _ in spans])
+
+    def logps(model):
+        z = model.hidden(tokens)[row, at - 1] @ model.head.t() / config.temperature  # (N, V)
+        return z.log_softmax(-1).gather(1, tokens[row, at][:, None])[:, 0]
+
+    with torch.no_grad():
+        old_logp = logps(old)
+    logp, options = logps(model), {"ratio": config.ratio, "kl_unit": config.kl_unit, "clip": config.clip}
+    loss, stats = teamtr_loss(logp, old_logp, message, advantage, beta=ready.learner.beta, **options)
+    return loss, stats, logp.detach(), len(advantage)
+
+
+def stats_in_float64(hidden, head, targets, temperature, *, entropy, old):
+    """What kernels.linear_logprob_stats computes, which is for fp32 and bf16."""
+    logp = (hidden @ head.t() / temperature).log_softmax(-1)  # (pairs, V)
+    kl = None
+    if old:
+        old_logp = (old[0] @ old[1].t() / temperature).log_softmax(-1)
+        kl = (old_logp.exp() * (old_logp - logp)).sum(-1)
+    entropy = -(logp.exp() * logp).sum(-1) if entropy else None
+    return kernels.TokenStats(logp.gather(1, targets[:, None])[:, 0], entropy, kl)
+
+
+def norm_in_float64(self, x):
+    """What RMSNorm computes, which does it in fp32."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize(
+    "agents, knobs",
+    [
+        ([0], {}),
+        ([1], {"rounds": 2, "agents": 3}),  # each message in a context of its own
+        ([0], {"rounds": 2, "max_new_tokens": 3}),  # messages cut off, and seen again
+        ([2], {"router": "random", "agents": 3, "batch_tokens": 90}),  # left out of some rollouts
+        ([1], {"group": 5, "problems": 7, "batch_tokens": 61, "beta": 0.0}),
+        ([0], {"batch_tokens": 3}),  # less than any row
+        ([1], {"kl_estimator": "exact", "temperature": 0.7}),
+        ([0], {"ratio": "token", "kl_unit": "token"}),
+        ([0, 1], {"rounds": 2}),  # two that step together
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_plain_row_per_rollout(agents, knobs, monkeypatch):
+    """At pi_old, and after a step. In float64, where rounding hides nothing."""
+    monkeypatch.setattr(kernels, "linear_logprob_stats", stats_in_float64)
+    monkeypatch.setattr(RMSNorm, "forward", norm_in_float64)
+    ready = prepared(agents, **{"problems": 6, "beta": 0.3} | knobs)
+    team, config = ready.rollouts.team, ready.config
+    for agent in team.agents:
+        agent.model.double()
+    learner, old = Learner(team, agents, config.beta), copy.deepcopy(ready.learner.models)
+    advantages = torch.randn(len(ready.rollouts.messages), generator=torch.Generator().manual_seed(0))
+    advantages[: config.group] = 0  # the first problem's
+    batches = ready.rollouts.batches(agents, advantages, config.batch_tokens)
+    assert 0 < sum(not batch.advantage.any() for batch in batches) < len(batches)
+    old_logps = None
+    for _ in range(2):
+        found, made = evaluate(learner, batches, config, old_logps, grad=True)
+        parts = [plainly(ready, j, advantages.tolist(), o) for j, o in zip(agents, old)]
+        messages = sum(part[-1] for part in parts)
+        loss = sum(part[0] * part[-1] for part in parts) / messages
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-9)
+        for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
+            wanted = sum(part[1][name].item() * part[-1] for part in parts) / messages
+            assert found[name] == pytest.approx(wanted, rel=1e-6, abs=1e-9), name
+        for name, master, wanted in zip(
+            learner.names, learner.masters, torch.autograd.grad(loss, learner.parameters)
+        ):
+            assert (master.grad - wanted).norm() <= 1e-6 * wanted.norm() > 0, name
+        if old_logps is None:
+            tokens = torch.cat(in_order(ready, agents, batches, made))
+            torch.testing.assert_close(tokens, torch.cat([part[2] for part in parts]), rtol=1e-6, atol=1e-9)
+            old_logps = made
+            learner.step(2e-3)
+
+
+def in_order(ready, agents, batches, made):
+    """The log-probs of each message of each agent, in order of rollout and turn."""
+    pieces = {}
+    for batch, old in zip(batches, made):
+        agent = next(j for j in agents if ready.rollouts.team.agents[j].model is batch.model)
+        lengths = torch.bincount(batch.message).tolist()
+        keys = zip(batch.rollout.tolist(), batch.turn.tolist())
+        pieces |= {(agent, *key): piece for key, piece in zip(keys, old.token.split(lengths))}
+    return [pieces[key] for key in sorted(pieces)]
