@@ -42,7 +42,7 @@ def curve(record: Record) -> list[tuple[int, float]]:
 def table(records: list[Record]) -> str:
     """One line a run, in Markdown: accuracies, the radius, and where the time went."""
     lines = [
-        "| run | seed | untrained | start | final | gain | outside the radius before, after | largest KL kept "
+        "| run | seed | untrained | start | final | gain | outside the radius, before, after | largest KL "
         "| minutes | warm start | sampling | training | evaluation |",
         "|" + "---|" * 13,
     ]
