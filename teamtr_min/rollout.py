@@ -173,12 +173,13 @@ def collect(
     path: rng.RngPath,
     prefixes: list[Prefix] | None = None,
     label: str = "sampling",
+    compact: bool = False,
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade what came out.
 
     Each draw is a function of the rng path, rollout, turn and position alone, so batching changes nothing.
     `prefixes`: how each rollout begins, where that is kept (`--resample suffix`). `label` stands before the
-    bar on the terminal.
+    bar on the terminal. `compact`: hold what was written in a tenth of the memory, to be looked at only.
     """
     start = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
@@ -192,7 +193,7 @@ def collect(
             rows = slice(first, first + team.batch_rows)
             written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar)
             returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
-            messages += written
+            messages += [[m.compact() for m in row] for row in written] if compact else written
     returns = torch.tensor(returns)
     return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - start)
 
