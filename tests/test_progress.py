@@ -24,7 +24,12 @@ from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPATIENT = "import teamtr_min.progress as p; p.PATIENCE_SECONDS, p.PERIOD_SECONDS = 0.0, 0.002\n"
+IMPATIENT = """
+import time, teamtr_min.progress as progress
+progress.PATIENCE_SECONDS, progress.PERIOD_SECONDS = 0.0, 0.01
+leave = progress.Bar.__exit__
+progress.Bar.__exit__ = lambda *given: (time.sleep(0.1), leave(*given))  # a phase that lasts
+"""
 
 
 class Screen:
@@ -59,7 +64,7 @@ class Screen:
 
 
 def at_a_terminal(program: str, columns: int) -> tuple[list[list[str]], list[str]]:
-    """What the screen shows after each write of a child, and in the end."""
+    """What the screen shows before each return to a line's start, and in the end."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     child = subprocess.Popen(
@@ -75,10 +80,11 @@ def at_a_terminal(program: str, columns: int) -> tuple[list[list[str]], list[str
         if not data:
             break
         rest += data
-        whole = rest.rfind(b"\r") + 1 or len(rest)  # a character may be cut in two, but not before a return
-        screen.write(rest[:whole].decode())
-        rest = rest[whole:]
-        frames.append(screen.shown())
+        *pieces, rest = rest.split(b"\r")
+        for piece in pieces:
+            screen.write(piece.decode())
+            frames.append(screen.shown())
+            screen.write("\r")
     screen.write(rest.decode())
     os.close(master)
     assert child.wait() == 0, screen.shown()
@@ -91,11 +97,23 @@ def settled(lines: list[str]) -> list[str]:
     return re.sub(r" +\d+ s", " S", text).replace(" ", "")
 
 
+def toy_run(out: Path) -> str:
+    return IMPATIENT + f"import train; train.main({[*TOY, '--stages', '1', '--out', str(out)]!r})"
+
+
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory) -> str:
+    """What the toy run prints where there is no terminal."""
+    command = [sys.executable, "-c", toy_run(tmp_path_factory.mktemp("piped") / "run1")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "\r" not in done.stdout and "%|" not in done.stdout
+    return done.stdout
+
+
 @pytest.mark.parametrize("columns", [80, 120])
-def test_each_phase_of_a_run_has_its_bar_below_the_runs_and_nothing_stays(tmp_path, columns):
-    flags = [*TOY, "--problems", "8", "--eval-problems", "64", "--inner-steps", "4"]
-    program = IMPATIENT + "import train; train.main({!r})"
-    frames, end = at_a_terminal(program.format([*flags, "--out", str(tmp_path / "run1")]), columns)
+def test_each_phase_of_a_run_has_its_bar_below_the_runs_and_nothing_stays(tmp_path, piped, columns):
+    frames, end = at_a_terminal(toy_run(tmp_path / "run2"), columns)
     for label, count in (("sampling", "rollouts"), ("evaluating", "rollouts"), ("training", "batches")):
         pattern = rf"{label} +\d+%\|.*\| \d\d:\d\d<(\d\d:\d\d|\?), [\d,]+/[\d,]+ {count}"
         shown = [line for frame in frames for line in frame if re.match(pattern, line)]
@@ -105,13 +123,7 @@ def test_each_phase_of_a_run_has_its_bar_below_the_runs_and_nothing_stays(tmp_pa
     ]
     assert below, "the run's own bar stands above"
     assert any("tokens/s" in f[-1] for f in below)
-    piped = subprocess.run(
-        [sys.executable, "-c", program.format([*flags, "--out", str(tmp_path / "run2")])],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert piped.returncode == 0 and piped.stderr == ""
-    assert "\r" not in piped.stdout and "%|" not in piped.stdout
-    assert settled(end) == settled(piped.stdout.splitlines())
+    assert settled(end) == settled(piped.splitlines())
 
 
 def test_a_bar_waits_a_second_and_leaves_the_line_as_it_was():
@@ -127,7 +139,8 @@ for seconds in (0.3, 1.6):
     frames, end = at_a_terminal(program, 60)
     assert end == ["slept 0.3", "slept 1.6"]
     lines = [line for frame in frames for line in frame if "counting" in line]
-    assert lines and re.match(r"counting  75%\|█+.*\| 00:01<00:00, 3/4 sheep, [4-7],\d{3} tokens/s$", lines[0])
+    pattern = r"counting  75%\|█+.*\| 00:01<00:00, 3/4 sheep, [4-7],\d{3} tokens/s$"
+    assert lines and re.match(pattern, lines[0]), lines[:1]
     assert not any("counting" in line for frame in frames for line in frame if "slept 0.3" not in frame)
 
 
