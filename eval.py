@@ -6,6 +6,7 @@ python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollout
 python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py convention --agents 2    the other shipped task, its untrained team
+python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table; --again measures anew
 python eval.py math500 --team runs/NAME   a published test set, on the agents of any run
 python eval.py jsonl --model DIR --data FILE   word problems of one's own
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
@@ -20,12 +21,15 @@ import sys
 from pathlib import Path
 
 from teamtr_min.bench import accuracy, kernels, report
+from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags
 from teamtr_min.files import UserError
+from teamtr_min.learner import OutOfMemory
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
-BENCHMARKS = [*TASKS, "kernels", "occupancy", "report"]
+TEAMLESS = ("kernels", "occupancy")
+BENCHMARKS = [*TASKS, *TEAMLESS, "report"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -41,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="benchmark",
         help=f"what to measure: {', '.join(BENCHMARKS)}, or FILE.py with a task (default: the team's task)",
     )
-    parser.add_argument("--team", help="directory of a run (default: the newest under runs/)")
+    parser.add_argument(
+        "--team",
+        default="",
+        help="directory of a run, or A,B,... of several (default: the newest under runs/)",
+    )
     parser.add_argument(
         "--mode",
         choices=accuracy.MODES,
@@ -54,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         "--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)"
     )
     parser.add_argument("--data", help="JSONL of problems to take instead of the held-out ones")
-    parser.add_argument("--show", type=int, default=3, help="transcripts to print (default 3)")
+    parser.add_argument(
+        "--again", action="store_true", help="measure also what was measured before and is kept"
+    )
+    parser.add_argument("--show", type=int, help="transcripts to print (default 3; of several results 0)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
     )
@@ -72,22 +83,41 @@ def main(argv: list[str] | None = None) -> int:
         unknown = sorted(n for n in args.benchmarks if n not in BENCHMARKS and not n.endswith(".py"))
         if unknown:
             raise UserError(f"no benchmark {', '.join(unknown)}; there is: {', '.join(BENCHMARKS)}, FILE.py")
-        if args.k < 1 or (args.problems or 1) < 1 or args.show < 0:
+        if args.k < 1 or (args.problems or 1) < 1 or (args.show or 0) < 0:
             raise UserError("--k and --problems must be at least 1, --show at least 0")
-        for name in args.benchmarks or [accuracy.find_subject(args.team, flags).config.task]:
-            result, text = measure(name, args, flags)
-            print(json.dumps(result) if args.json else text)
-    except (UserError, OSError, FloatingPointError) as error:
+        teams = [team for team in args.team.split(",") if team] or [None]
+        jobs = [  # team by team, so that each is loaded once
+            (name, team)
+            for team in teams
+            for name in args.benchmarks or [None]
+            if team == teams[0] or name not in TEAMLESS
+        ]
+        places = [job for job in jobs if job[0] not in (*TEAMLESS, "report")]
+        board = Board(places, args.mode, args.k, args.problems, args.data, args.again, args.show)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    failures = []
+    for name, team in jobs:
+        try:
+            result, text = measure(name, team, args, flags, board)
+            print(json.dumps(result) if args.json else text, flush=True)
+        except (UserError, OSError, FloatingPointError, OutOfMemory) as error:
+            where = ", ".join(filter(None, (name, team)))
+            sentence = str(error).splitlines()[0]
+            failures.append(f"{where}: {sentence}" if len(jobs) > 1 else sentence)
+        except KeyboardInterrupt:
+            failures.append(None)
+            break
+    for sentence in failures:
+        print(f"error: {sentence}" if sentence else "interrupted", file=sys.stderr)
+    return 130 if None in failures else 2 if failures else 0
 
 
-def measure(name: str, args: argparse.Namespace, flags: dict) -> tuple[dict, str]:
-    """One benchmark: what `--json` prints, and the same for people."""
+def measure(
+    name: str | None, team: str | None, args: argparse.Namespace, flags: dict, board: Board
+) -> tuple[dict, str]:
+    """One benchmark of one team: what `--json` prints, and the same for people."""
     if name == "kernels":
         result = kernels.run()
         return result, kernels.table(result)
@@ -96,13 +126,9 @@ def measure(name: str, args: argparse.Namespace, flags: dict) -> tuple[dict, str
         result = occupancy.run(Path(args.out), args.short, studies, args.jobs)
         return result, occupancy.table(result)
     if name == "report":
-        result = report.run(args.team)
+        result = report.run(team)
         return result, report.table(result)
-    subject = accuracy.find_subject(args.team, flags, name)
-    evaluation = accuracy.run(subject, name, args.mode, k=args.k, count=args.problems, data=args.data)
-    kept = accuracy.keep(evaluation.result, subject)
-    shown = accuracy.show(evaluation.rollouts, evaluation.team, args.show)
-    return evaluation.result, f"{accuracy.table(evaluation)}\n{shown}\n\nresult appended to {kept}"
+    return board.measure(name, team, flags)
 
 
 if __name__ == "__main__":

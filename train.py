@@ -19,6 +19,7 @@ from teamtr_min.files import UserError
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
 from teamtr_min.objective import group_advantages
+from teamtr_min.progress import Bar
 from teamtr_min.rollout import AgentBatch
 from teamtr_min.run.run import Run
 from teamtr_min.schedule import RolloutSource, learning_rate, update_order
@@ -52,7 +53,9 @@ def train(config: Config) -> dict:
                     rollouts.grouped_returns, config.advantage_clip, config.eps_norm, not config.no_group_norm
                 ).flatten()
                 batches = rollouts.batches(learner.agents, advantages * source.weights, config.batch_tokens)
-                outcome = update(learner, batches, config, learning_rate(config, stage, i))  # Eq. 10, Eq. 11
+                lr = learning_rate(config, stage, i)
+                with Bar("training", len(batches) * (config.inner_steps + 1), "batches") as learner.bar:
+                    outcome = update(learner, batches, config, lr)  # Eq. 10, Eq. 11
                 source.updated(learner.agents)
                 seconds = time.perf_counter() - begin
 

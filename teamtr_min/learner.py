@@ -12,6 +12,7 @@ from torch import Tensor
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.objective import trust_region_loss
+from teamtr_min.progress import Bar
 from teamtr_min.rollout import AgentBatch
 from teamtr_min.team import Team
 
@@ -56,6 +57,7 @@ class Learner:
     def __init__(self, team: Team, agents: list[int], beta: float):
         self.agents, self.beta = agents, beta
         self.kl_rate = 0.0  # KL over squared steps from pi_old, as last measured
+        self.bar = Bar("training", 0, "batches")  # not on the terminal unless somebody enters one
         self.models = [team.agents[j].model for j in agents]
         named = [(f"{i}.{name}", p) for i, m in enumerate(self.models) for name, p in m.named_parameters()]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -167,6 +169,7 @@ def evaluate(
     messages = sum(len(batch.advantage) for batch in batches)
     tokens = sum(len(batch.pair) for batch in batches)
     sums, ratio_max, mismatch_max, made = {}, [], [], []
+    learner.bar.expect(len(batches))
 
     def add(name: str, value: Tensor, share: float) -> None:
         sums[name] = sums.get(name, 0.0) + value.detach() * share
@@ -214,6 +217,7 @@ def evaluate(
         for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
             add(name, stats[name][0], share)
         ratio_max.append(stats["ratio_max"][0])
+        learner.bar.advance(1, len(batch.pair))
         if exact:
             kl = torch.zeros_like(logp) if first else new.kl[batch.pair]  # (N,)
             length = torch.bincount(batch.message)[batch.message] if config.kl_unit == "token" else 1

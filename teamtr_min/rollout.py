@@ -11,6 +11,7 @@ import kernels
 from teamtr_min import rng
 from teamtr_min.model import PackedStep, Transformer
 from teamtr_min.packing import Tree, rows_of, trees_of
+from teamtr_min.progress import SamplingBar
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Rendered, Team
@@ -199,26 +200,39 @@ def collect(
     group: int,
     path: rng.RngPath,
     prefixes: list[Prefix] | None = None,
+    label: str = "sampling",
+    compact: bool = False,
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade what came out.
 
     Each draw is a function of the rng path, rollout, turn and position alone, so batching changes nothing.
-    `prefixes`: how each rollout begins, where that is kept (`--resample suffix`).
+    `prefixes`: how each rollout begins, where that is kept (`--resample suffix`). `label` stands before the
+    bar on the terminal. `compact`: hold what was written in a tenth of the memory, to be looked at only.
     """
     start = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
     prefixes = prefixes or [Prefix([])] * len(repeated)
     messages: list[list[Message]] = []
-    for first in range(0, len(repeated), team.batch_rows):
-        rows = slice(first, first + team.batch_rows)
-        messages += _take_turns(team, repeated[rows], prefixes[rows], first, path)
-    returns = torch.tensor([float(task.grade(p, m)) for p, m in zip(repeated, messages)])
+    returns: list[float] = []
     reused = [len(prefix.messages) for prefix in prefixes]
+    expected = len(repeated) * team.turns - sum(reused)
+    with SamplingBar(label, len(repeated), expected, team.max_new_tokens) as bar:
+        for first in range(0, len(repeated), team.batch_rows):
+            rows = slice(first, first + team.batch_rows)
+            written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar)
+            returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
+            messages += [[m.compact() for m in row] for row in written] if compact else written
+    returns = torch.tensor(returns)
     return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - start)
 
 
 def _take_turns(
-    team: Team, problems: list[Problem], prefixes: list[Prefix], first: int, path: rng.RngPath
+    team: Team,
+    problems: list[Problem],
+    prefixes: list[Prefix],
+    first: int,
+    path: rng.RngPath,
+    bar: SamplingBar,
 ) -> list[list[Message]]:
     """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
     transcripts = [list(prefix.messages) for prefix in prefixes]
@@ -238,9 +252,12 @@ def _take_turns(
                 team.render(j, problems[r].text, transcripts[r], add_generation_prompt=True).ids for r in rows
             ]
             keys = [path.key("rollout", first + r, turn) for r in rows]
+            stop = [agent.chat.end_of_message]
+            bar.begin(len(rows), last_turn=turn + 1 == team.turns)
             completions = samplers[j].generate(
-                rows, prompts, keys, team.max_new_tokens, team.temperature, [agent.chat.end_of_message]
+                rows, prompts, keys, team.max_new_tokens, team.temperature, stop, bar.step
             )
+            bar.end(sum(len(c.tokens) for c in completions))
             texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
             for r, c, text in zip(rows, completions, texts):
                 transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))

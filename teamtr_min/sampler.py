@@ -7,6 +7,7 @@ is a function of the row's key and the position alone (rng.py), so a message doe
 neighbours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +82,14 @@ class Sampler:
         max_new_tokens: int,
         temperature: float,
         stop_ids: tuple[int, ...] | list[int],
+        progress: Callable[[int, int], None] | None = None,
         prefill_tokens: int = 16384,
     ) -> list[Completion]:
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
 
-        Each prompt must extend what the row's cache holds; only the rest of it is computed. Raises
-        FloatingPointError when the model's output is not finite.
+        Each prompt must extend what the row's cache holds; only the rest of it is computed. `progress` is
+        told now and then how many steps are done and how many rows go on. Raises FloatingPointError when the
+        model's output is not finite.
         """
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
@@ -126,6 +129,8 @@ class Sampler:
                 if live == 0:
                     break
                 order, token, done = (x[swapped][:live] for x in (order, token, done))
+            if progress and (step + 1) % self.check_every == 0:
+                progress(step + 1, live)
             self.cache.reserve(longest + step + 1)
             hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, H)
             self.cache.length[:live] += 1

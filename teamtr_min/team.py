@@ -6,6 +6,8 @@ an agent sees only ever grows at its end, so its KV cache stays valid from turn 
 never encoded again.
 """
 
+import array
+import dataclasses
 import functools
 import operator
 import shutil
@@ -41,6 +43,11 @@ class Message:
     @property
     def content(self) -> list[int]:
         return self.tokens[:-1] if self.stopped else self.tokens
+
+    def compact(self) -> "Message":
+        """The same message, its numbers in arrays: 8 bytes a token where lists of them take 64 or more."""
+        numbers = {"tokens": array.array("i", self.tokens), "logprobs": array.array("f", self.logprobs)}
+        return dataclasses.replace(self, **numbers)
 
 
 @dataclass

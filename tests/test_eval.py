@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import evaluate, refusal
+from commands import evaluate, interrupt_at, refusal
 from tiny import shared
 from toy_runs import run
 
 import eval as evaluation
 from teamtr_min import load_model, save_model
+from teamtr_min.bench import accuracy
 from teamtr_min.bench.accuracy import find_subject, pass_at, pick
 from teamtr_min.config import Config
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem, Relay, WordProblems
-from teamtr_min.team import Message
+from teamtr_min.team import Message, load_team
 from teamtr_min.theory.certificate import mean_with_interval
 
 PAIR = "--agents", "2", "--device", "cpu"
@@ -70,7 +71,7 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys):
     save_model(model, "runs/newer/agents/1")
     os.utime("runs/older/summary.json", (0, 0))
     older, newer, newest = (
-        evaluate(capsys, "--problems", "200", *team)
+        evaluate(capsys, "--problems", "200", "--again", *team)
         for team in (["--team", "runs/older"], ["--team", "runs/newer"], [])
     )
     assert older["avg_at_k"] > 0.1 and newer["avg_at_k"] < 0.05
@@ -93,7 +94,7 @@ def test_the_command_that_a_run_prints_last_works_for_every_task(capsys, monkeyp
     monkeypatch.setattr(WordProblems, "roles", lambda self, n: Relay(Config()).roles(n))
     run(Path("runs/mine"), *flags, "--stages", "1")
     words = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python eval.py ").split()
-    named, plain = (evaluate(capsys, *w, "--problems", "4") for w in (words, words[1:]))
+    named, plain = (evaluate(capsys, *w, "--problems", "4", "--again") for w in (words, words[1:]))
     assert named["benchmark"] == plain["benchmark"] == flags[1] and named["avg_at_k"] == plain["avg_at_k"]
 
 
@@ -181,14 +182,14 @@ task = Mine
 
 
 def test_results_are_kept_with_what_they_were_read_from():
-    """Each call appends a line; its hash is of the weights: one changed number, another hash."""
+    """Each measurement appends a line; its hash is of the weights: one changed number, another hash."""
     model = load_model("relay")
     save_model(model, "a")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         Path("a", file).write_text((RELAY / file).read_text())
     flags = ["relay", "--model", "a", *PAIR, "--problems", "8", "--show", "0"]
     for seed in ("3", "3", "4"):
-        assert evaluation.main([*flags, "--seed", seed]) == 0
+        assert evaluation.main([*flags, "--seed", seed, "--again"]) == 0
     model.model.norm.weight.data[0] += 1e-3
     save_model(model, "a")
     assert evaluation.main(flags) == 0
@@ -197,6 +198,110 @@ def test_results_are_kept_with_what_they_were_read_from():
     assert lines[0]["avg_at_k"] == lines[1]["avg_at_k"]
     hashes = [line["model_hash"] for line in lines]
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+
+
+SMALL = "--problems", "12", "--k", "2"
+
+
+def toy_teams(*names: str) -> str:
+    """Directories of runs that differ by their seed; as `--team` takes them."""
+    for seed, name in enumerate(names):
+        config = Config(agents=2, seed=seed, device="cpu")
+        Path("runs", name).mkdir(parents=True)
+        config.save(Path("runs", name, "config.json"))
+        load_team(config, Relay(config).roles(2)).save(Path("runs", name, "agents"))
+    return ",".join(f"runs/{name}" for name in names)
+
+
+def lines_of(capsys, *flags: str, code: int = 0) -> list[str]:
+    capsys.readouterr()
+    assert evaluation.main([*flags]) == code
+    return capsys.readouterr().out.splitlines()
+
+
+def results(capsys, *flags: str) -> list[dict]:
+    return [json.loads(line) for line in lines_of(capsys, *flags, "--json")]
+
+
+def test_several_benchmarks_and_teams_are_one_table_and_each_team_is_loaded_once(capsys, monkeypatch):
+    teams, loaded = toy_teams("a", "b"), []
+    Path("mine.py").write_text("from teamtr_min.tasks import Relay as task")
+    monkeypatch.setattr(
+        accuracy, "load_team", lambda *given: loaded.append(given[2][0].parts[1]) or load_team(*given)
+    )
+    heading, *rows = lines_of(capsys, "relay", "mine.py", "--team", teams, *SMALL)
+    assert heading.split() == "benchmark team mode avg@2 pass@2 problems tokens seconds grader".split()
+    where = [("relay", "runs/a"), ("mine.py", "runs/a"), ("relay", "runs/b"), ("mine.py", "runs/b")]
+    assert [tuple(row.split()[:2]) for row in rows] == where and loaded == ["a", "b"]
+    assert len({row.index("[") for row in rows}) == 1
+    alone = results(capsys, "mine.py", "--team", "runs/b", *SMALL, "--again")[0]
+    assert f"{alone['avg_at_k']:.3f} [{alone['avg_at_k_ci'][0]:.3f}" in rows[3]
+    assert results(capsys, "relay", "--team", "runs/a", *SMALL, "--mode", "solo")[0]["rounds"] == 2
+    assert loaded == ["a", "b", "b", "a"], "the soloist is the team's first agent, already there"
+
+
+def test_what_is_kept_is_not_measured_again(capsys, monkeypatch):
+    """Unless --again says so, or anything that the result hangs on has changed."""
+    toy_teams("a")
+    Path("mine.py").write_text("from teamtr_min.tasks import Relay as task")
+    Path("p.jsonl").write_text('{"problem": "7+8*3", "answer": "5"}\n')
+    flags = ["relay", "--team", "runs/a", *SMALL]
+    (first,) = results(capsys, *flags)
+    assert results(capsys, *flags) == [first | {"kept": True}]
+    text = "\n".join(lines_of(capsys, *flags))
+    assert f"already measured on {first['time'][:10]}" in text and "pass@2" in text and "appended" not in text
+    rows = lines_of(capsys, "relay", "mine.py", *flags[1:])[1:]
+    assert ["already measured on" in row for row in rows] == [True, False]
+    file = Path("runs/a/eval.jsonl")
+    with file.open("a") as out:
+        out.write('[]\n{"benchmark": "relay", "mo')  # cut short
+
+    def is_measured(*flags: str) -> bool:
+        before = file.read_bytes()
+        (result,) = results(capsys, *flags)
+        assert "kept" in result or file.read_bytes().startswith(before)
+        return "kept" not in result
+
+    assert is_measured(*flags, "--again") and not is_measured(*flags)
+    data = [*flags, "--data", "p.jsonl"]
+    mine = ["mine.py", *flags[1:]]
+    assert is_measured(*data) and not is_measured(*data) and not is_measured(*mine)
+    for change in ("--k 3", "--seed 5", "--mode vote", "--mode solo", "--max-new-tokens 8", "--rounds 2",
+                   "--temperature 0.5", "--problems 11", "--router random"):  # fmt: skip
+        assert is_measured(*flags, *change.split()), change
+        assert not is_measured(*flags, *change.split()), change
+    Path("p.jsonl").write_text('{"problem": "7+8*4", "answer": "0"}\n')
+    Path("q.jsonl").write_text('{"problem": "7+8*3", "answer": "5"}\n')
+    assert is_measured(*data) and not is_measured(*flags, "--data", "q.jsonl")  # its content counts
+    Path("mine.py").write_text("from teamtr_min.tasks import Relay as task  # changed")
+    assert is_measured(*mine)
+    model = load_model("runs/a/agents/1")
+    model.model.norm.weight.data[0] += 1e-3
+    save_model(model, "runs/a/agents/1")
+    assert is_measured(*flags)
+
+
+def test_what_fails_loses_nothing_of_the_rest(capsys):
+    toy_teams("a", "b")
+    Path("runs/a/agents/1/model.safetensors").write_bytes(b"no weights")
+    flags = ["relay", "--team", "runs/a,runs/none,runs/b", *SMALL]
+    capsys.readouterr()
+    assert evaluation.main([*flags, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["team"] for line in out.splitlines()] == ["runs/b"]
+    broken, missing = err.splitlines()
+    assert broken.startswith("error: relay, runs/a: ") and "model.safetensors" in broken
+    assert missing.startswith("error: relay, runs/none: ") and "No such file" in missing
+    assert len(Path("runs/b/eval.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupted_table_keeps_its_rows(capsys, monkeypatch):
+    teams = toy_teams("a", "b")
+    interrupt_at(2, monkeypatch, accuracy, "sample")
+    rows = lines_of(capsys, "relay", "--team", teams, *SMALL, code=130)[1:]
+    assert len(rows) == 1 and Path("runs/a/eval.jsonl").exists() and not Path("runs/b/eval.jsonl").exists()
+    rows = lines_of(capsys, "relay", "--team", teams, *SMALL)[1:]
+    assert ["already measured" in row for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize(

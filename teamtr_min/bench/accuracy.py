@@ -22,18 +22,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from teamtr_min import rng
+from teamtr_min.bench import kept
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError, sha256
 from teamtr_min.hf.hub import weight_files
-from teamtr_min.hf.weights import find_model, pinned
+from teamtr_min.hf.weights import DTYPES, find_model, pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
-from teamtr_min.tasks import load_task, read_problems
-from teamtr_min.team import Message, Team, load_team
+from teamtr_min.tasks import Problem, load_task, read_problems
+from teamtr_min.team import Message, Role, Team, load_router, load_team, placement
 from teamtr_min.theory.certificate import mean_with_interval
 
 HELD_OUT = 2048  # problems, unless a count is asked for
@@ -54,6 +56,10 @@ class Subject:
         directories = [find_model(source) for source in self.sources or self.config.models]
         one = {directory: hash_weights(directory) for directory in set(directories)}
         return hashlib.sha256("".join(one[d] for d in directories).encode()).hexdigest()[:16]
+
+    @property
+    def kept_in(self) -> Path:
+        return (Path(self.name) if self.sources else Path("runs")) / "eval.jsonl"
 
     @property
     def solo(self) -> "Subject":
@@ -95,28 +101,70 @@ def is_of(run: Path, task: str | None) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What `--json` prints, and the rollouts and team it was read from."""
+class Evaluation(NamedTuple):
+    """What `--json` prints, and the rollouts it was read from, unless it had been measured before."""
 
     result: dict
-    rollouts: Rollouts
-    team: Team
+    rollouts: Rollouts | None
+
+
+class Loader:
+    """Holds the team that was loaded last: for its next benchmark, and for its first agent alone."""
+
+    def __init__(self):
+        self.team, self.key = None, None
+
+    def load(self, config: Config, roles: list[Role], sources: list[Path] | None) -> Team:
+        models = list(map(str, sources or config.models * (config.agents // len(config.models))))
+        key = config.device, config.dtype, models
+        if not self.team or self.key[:2] != key[:2] or self.key[2][: len(models)] != models:
+            self.team = None  # its memory serves the next
+            self.team, self.key = load_team(config, roles, sources), key
+        agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
+        how = config.temperature, config.max_new_tokens, config.batch_rows
+        return Team(agents, load_router(config.router), config.rounds, *how)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A task and those of its problems that are put to a team."""
+
+    config: Config  # the team's, with this task
+    task: object
+    problems: list[Problem]
+
+    @property
+    def hash(self) -> str:
+        """Of what the team is told and asked, of the answers, and of one's own files that take part."""
+        roles = [(role.name, role.system) for role in self.task.roles(self.config.agents)]
+        files = [sha256(Path(f)) for f in (self.config.task, self.config.router) if f.endswith(".py")]
+        content = roles, [(p.text, p.answer) for p in self.problems], files
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def run(
-    subject: Subject, task_name: str, mode: str, *, k: int, count: int | None, data: str | None
+    subject: Subject,
+    task_name: str,
+    mode: str,
+    loader: Loader,
+    *,
+    k: int,
+    count: int | None,
+    data: str | None,
+    again: bool = False,
 ) -> Evaluation:
-    """Evaluate `subject` in one of MODES, k rollouts per problem.
+    """Evaluate `subject` in one of MODES, k rollouts per problem, and keep the result.
 
     The problems are the first `count` of the file `data`, all without a count; or that many held-out ones.
+    What was measured before, with the same weights, problems and settings, is not measured `again`.
     """
     if mode in ("best_of", "vote") and k < 2:
         raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
     start = time.perf_counter()
-    rollouts, task = sample(
-        subject, task_name, k, count, data, votes=mode == "vote" or mode == "solo" and k > 1
-    )
+    exam = prepare(subject, task_name, count, data)
+    task = exam.task
+    if (mode == "vote" or mode == "solo" and k > 1) and not callable(getattr(task, "answer", None)):
+        raise UserError("to vote, a task needs a method answer(messages) -> str | None")
     who = subject.solo if mode == "solo" else subject
     result = {
         "benchmark": task_name,
@@ -124,54 +172,67 @@ def run(
         "model": who.config.model,
         "mode": mode,
         "agents": who.config.agents,
+        "rounds": who.config.rounds,
+        "router": subject.config.router,
         "k": k,
+        "problems": len(exam.problems),
+        "temperature": subject.config.temperature,
+        "max_new_tokens": subject.config.max_new_tokens,
+        "seed": subject.config.seed,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == placement(subject.config)[1]),
+        "data": data,
+        "grader": getattr(task, "grader", "exact" if task_name in SHIPPED else "own"),
+        "team_hash": subject.hash,
+        "model_hash": who.hash,
+        "task_hash": exam.hash,
     }
+    if not again and (before := kept.find(result, subject.kept_in)):
+        names = {name: result[name] for name in kept.NAMES}
+        return Evaluation(before | names | {"kept": True}, None)
+    rollouts = sample(subject, exam, k, loader)
     if mode == "solo":
-        both = [(subject, rollouts), (who, sample(who, task_name, k, count, data)[0])]
-        most = max(r.tokens_sampled for _, r in both)
-        for i, (player, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
+        alone = prepare(who, task_name, count, data)
+        both = [(subject, exam, rollouts), (who, alone, sample(who, alone, k, loader))]
+        most = max(r.tokens_sampled for _, _, r in both)
+        for i, (player, its, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
             affordable = k * most // max(drawn.tokens_sampled, 1)
             if affordable > k and callable(getattr(task, "answer", None)):
-                both[i] = player, sample(player, task_name, affordable, count, data)[0]
-        (_, rollouts), (_, alone) = both
-        result["equal_tokens"] = at_equal_tokens(rollouts, alone, task, subject.config.seed)
-        rollouts = alone
+                both[i] = player, its, sample(player, its, affordable, loader)
+        together, rollouts = both[0][2], both[1][2]
+        result["equal_tokens"] = at_equal_tokens(together, rollouts, task, subject.config.seed)
     drawn = rollouts.group_size
     right = (rollouts.grouped_returns == 1).sum(1)  # (P,)
     chosen = right / drawn if mode in ("team", "solo") else pick(rollouts, mode, task)
     for name, values in {"avg_at_k": chosen, "pass_at_k": pass_at(right, drawn, k)}.items():
         result[name], result[f"{name}_ci"] = mean_with_interval(values, subject.config.seed)
-    result |= {
-        "problems": len(right),
-        "temperature": subject.config.temperature,
-        "seed": subject.config.seed,
-        "data": data,
-        "grader": getattr(task, "grader", "exact" if task_name in SHIPPED else "own"),
-        "model_hash": who.hash,
-        "max_new_tokens": who.config.max_new_tokens,
-        "rounds": who.config.rounds,
-        "tokens_sampled": rollouts.tokens_sampled,
-        "seconds": time.perf_counter() - start,
-    }
-    return Evaluation(result, rollouts, rollouts.team)
+    result["pass_at"], result["pass_at_ci"] = {}, {}
+    for j in sorted({2**i for i in range(drawn.bit_length())} | {drawn}):
+        values = pass_at(right, drawn, j)
+        result["pass_at"][str(j)], result["pass_at_ci"][str(j)] = mean_with_interval(
+            values, subject.config.seed
+        )
+    result |= {"tokens_sampled": rollouts.tokens_sampled, "seconds": time.perf_counter() - start}
+    return Evaluation(kept.append(result, subject.kept_in), rollouts)
 
 
-def sample(
-    subject: Subject, task_name: str, k: int, count: int | None, data: str | None, votes: bool = False
-) -> tuple[Rollouts, object]:
-    """k rollouts of the subject on every problem, and the task; `votes`: its answers will be counted."""
+def prepare(subject: Subject, task_name: str, count: int | None, data: str | None) -> Exam:
     own_data = subject.config.data if subject.config.task == task_name else ""
     task_data = "" if task_name in SHIPPED else data or own_data
     config = dataclasses.replace(subject.config, task=task_name, data=task_data)
     task = load_task(config)
-    if votes and not callable(getattr(task, "answer", None)):
-        raise UserError("to vote, a task needs a method answer(messages) -> str | None")
     if data and hasattr(task, "fields") and not Path(data).is_dir():
         problems = read_problems(data, *task.fields)[:count]
     else:
         problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
-    team = load_team(config, task.roles(config.agents), subject.sources)
-    return collect(team, task, problems, k, rng.RngPath(config.seed, "eval")), task
+    return Exam(config, task, problems)
+
+
+def sample(subject: Subject, exam: Exam, k: int, loader: Loader) -> Rollouts:
+    """k rollouts of the subject on every problem."""
+    config, task = exam.config, exam.task
+    team = loader.load(config, task.roles(config.agents), subject.sources)
+    path, label = rng.RngPath(config.seed, "eval"), f"evaluating {Path(config.task).stem}"
+    return collect(team, task, exam.problems, k, path, label=label, compact=True)
 
 
 def pick(rollouts: Rollouts, mode: str, task) -> Tensor:
@@ -211,15 +272,6 @@ def at_equal_tokens(team: Rollouts, solo: Rollouts, task, seed: int) -> dict:
     }
 
 
-def keep(result: dict, subject: Subject) -> Path:
-    """Append a result to the run's eval.jsonl, or for an untrained team to runs/eval.jsonl."""
-    path = (Path(subject.name) if subject.sources else Path("runs")) / "eval.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}) + "\n")
-    return path
-
-
 def hash_weights(directory: Path) -> str:
     """sha256 over a checkpoint's files of weights, by name."""
     sums = [sha256(directory / file) for file in weight_files(directory)]
@@ -232,23 +284,17 @@ def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
     return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
 
 
-def table(evaluation: Evaluation) -> str:
+def table(result: dict) -> str:
     """The result in words: avg@k, pass@j for j = 1, 2, 4, ... up to k, and what the mode adds."""
-    result, rollouts = evaluation.result, evaluation.rollouts
-    right, drawn = (rollouts.grouped_returns == 1).sum(1), rollouts.group_size
+    drawn = max(map(int, result["pass_at"]))  # rollouts per problem: k, or more at equal tokens
     players = "first agent alone" if result["mode"] == "solo" else f"{result['agents']} agents"
     lines = [
         f"{result['benchmark']}: {result['team']}, {players}, {result['problems']:,} problems x {drawn}, "
         f"temperature {result['temperature']:g}, graded: {result['grader']}, {result['seconds']:.1f} s"
     ]
-    rows = [(f"avg@{drawn}", right / drawn)]
-    rows += [
-        (f"pass@{j}", pass_at(right, drawn, j))
-        for j in sorted({2**i for i in range(drawn.bit_length())} | {drawn})
-    ]
-    for name, values in rows:
-        mean, (low, high) = mean_with_interval(values, result["seed"])
-        lines.append(f"  {name:8s} {mean:.3f}  [{low:.3f}, {high:.3f}]")
+    for name, j in [(f"avg@{drawn}", "1"), *((f"pass@{j}", j) for j in result["pass_at"])]:
+        low, high = result["pass_at_ci"][j]
+        lines.append(f"  {name:8s} {result['pass_at'][j]:.3f}  [{low:.3f}, {high:.3f}]")
     if result["mode"] in ("vote", "best_of"):
         low, high = result["avg_at_k_ci"]
         lines.append(f"  {result['mode']:8s} {result['avg_at_k']:.3f}  [{low:.3f}, {high:.3f}]  of {drawn}")
@@ -261,10 +307,12 @@ def table(evaluation: Evaluation) -> str:
             f"solo {equal['solo']:.3f} ({m} x, {s:.1f}); "
             f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
+    if result.get("kept"):
+        lines.append(f"  {kept.when(result)}")
     return "\n".join(lines)
 
 
-def show(rollouts: Rollouts, team: Team, count: int) -> str:
+def show(rollouts: Rollouts, count: int) -> str:
     """The first `count` transcripts, one message a line; a terminal gets them in colour."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -272,7 +320,7 @@ def show(rollouts: Rollouts, team: Team, count: int) -> str:
         return f"\033[{code}m{text}\033[0m" if colour else text
 
     agents = itertools.cycle((36, 33, 35, 34, 96, 93, 95, 94))  # neither the green nor the red of the verdict
-    names = [ink(code, agent.role.name) for code, agent in zip(agents, team.agents)]
+    names = [ink(code, agent.role.name) for code, agent in zip(agents, rollouts.team.agents)]
     lines = []
     for r in range(0, len(rollouts.messages), rollouts.group_size)[:count]:
         problem, verdict = (

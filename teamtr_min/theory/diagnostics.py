@@ -42,7 +42,8 @@ class Diagnostics:
     def before(self, i: int, agents: list[int]) -> None:
         """Call just before update number i of the stage, which moves `agents`."""
         path = rng.RngPath(self.config.seed, "diagnostics", self.stage, i)
-        self.rollouts = collect(self.team, self.task, self.problems, self.config.group, path)
+        group = self.config.group
+        self.rollouts = collect(self.team, self.task, self.problems, group, path, label="diagnosing")
         self.first = self.first or self.rollouts
         self.agents = agents
         self.old = {j: copy.deepcopy(self.team.agents[j].model) for j in agents}
