@@ -57,7 +57,9 @@ class Learner:
         self.agents, self.beta = agents, beta
         self.models = [team.agents[j].model for j in agents]
         named = [(f"{i}.{name}", p) for i, m in enumerate(self.models) for name, p in m.named_parameters()]
+        named = [(name, p) for name, p in named if p.requires_grad]  # with LoRA the adapters alone
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.bases = [a.base_sha256 for j in agents if (a := team.agents[j].adapter)]  # frozen, not saved
         single = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = self.parameters if single else [p.detach().float() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
@@ -159,7 +161,8 @@ def evaluate(
     exact = config.kl_estimator == "exact"
     first, old_heads = old_logps is None, {}
     if first and exact:
-        old_heads = {model: model.head.detach().clone() for model in learner.models}
+        for model in learner.models:
+            old_heads[model] = model.head.detach().clone() if model.head.requires_grad else model.head
     messages = sum(len(batch.advantage) for batch in batches)
     tokens = sum(len(batch.targets) for batch in batches)
     sums, ratio_max, mismatch_max, made = {}, [], [], []

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from teamtr_min import rng
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.files import UserError, sha256
-from teamtr_min.hf.hub import weight_files
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import find_model, pinned
+from teamtr_min.lora import hash_agent
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
 from teamtr_min.tasks import load_task, read_problems
@@ -52,7 +52,7 @@ class Subject:
     def hash(self) -> str:
         """Of all agents' weights in turn order: what was evaluated, whatever its directory is called."""
         directories = [find_model(source) for source in self.sources or self.config.models]
-        one = {directory: hash_weights(directory) for directory in set(directories)}
+        one = {directory: hash_agent(directory) for directory in set(directories)}
         return hashlib.sha256("".join(one[d] for d in directories).encode()).hexdigest()[:16]
 
     @property
@@ -218,12 +218,6 @@ def keep(result: dict, subject: Subject) -> Path:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}) + "\n")
     return path
-
-
-def hash_weights(directory: Path) -> str:
-    """sha256 over a checkpoint's files of weights, by name."""
-    sums = [sha256(directory / file) for file in weight_files(directory)]
-    return hashlib.sha256(bytes.fromhex("".join(sums))).hexdigest()
 
 
 def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
