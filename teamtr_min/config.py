@@ -167,7 +167,7 @@ class Config:
         if self.beta and not 1e-4 <= self.beta <= 1:
             raise UserError(f"--beta is {self.beta:g}; it lives between 1e-4 and 1, or is 0 for no penalty")
         if bool(self.lora_rank) != bool(self.lora_alpha):
-            raise UserError(f"--lora-alpha {self.lora_alpha:g} does nothing with --lora-rank {self.lora_rank}")
+            raise UserError("--lora-rank and --lora-alpha are both positive, or left out for all weights")
         if self.delta == 0:
             raise UserError("--delta 0 allows no change at all; give a positive radius, or inf for none")
         if self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)):

@@ -65,6 +65,11 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
+    @property
+    def trained(self) -> int:
+        """Parameters that an update changes."""
+        return sum(p.numel() for p in self.parameters)
+
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far; returns their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, GRADIENT_NORM).item()

@@ -1,10 +1,10 @@
 """LoRA: an agent is a frozen base, shared with its teammates, and a small adapter of its own.
 
-    y = x W^T + b + (alpha / rank) x A^T B^T         A (rank, in) random, B (out, rank) zero: no change at first
+    y = x W^T + b + (alpha / rank) x A^T B^T         A (rank, in), B (out, rank), which starts at zero
 
 Only A and B ask for gradients, and all that trains follows from that: masters, Adam, snapshots, checkpoints.
 A Transformer with adapters has the same modules as one without, so it is sampled and measured by the same
-code. On disk an adapter has PEFT's layout; its safetensors header also keeps the sha256 of the base's files,
+code. On disk an adapter has PEFT's layout; base.json beside it keeps the sha256 of the base's weight files,
 since on another base it would be another agent.
 """
 
@@ -29,7 +29,7 @@ from teamtr_min.model import Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block
 WEIGHTS = "adapter_model.safetensors"
-BASE_HASH = "base_sha256"  # in the header of WEIGHTS
+BASE = "base.json"
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"  # around our names in PEFT's files
 
 
@@ -38,7 +38,7 @@ class Adapter:
     """What an adapter is, without its weights."""
 
     base: str  # name with its commit, or absolute directory
-    base_sha256: str  # of the base's weight files
+    base_sha256: str  # of the base's weight files; empty where nobody wrote it down
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS  # last names of the linear layers that have one
@@ -87,7 +87,7 @@ def draw_adapter(model: Transformer, seed: int, agent: int) -> None:
 
 @torch.no_grad()
 def merge(model: Transformer) -> Transformer:
-    """The same policy without adapters, in fp32: most of what training changed is lost in bf16's rounding."""
+    """The same policy without adapters, in fp32: bf16 would round off part of what was trained."""
     weights = {name: p.float() for name, p in model.named_parameters() if not p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
@@ -129,7 +129,7 @@ def load_models(
             model = add_lora(base, adapter)
             draw_adapter(model, seed, j)
         else:
-            if found.base_sha256 not in ("", base_hash):  # PEFT's own adapters keep no hash
+            if found.base_sha256 not in ("", base_hash):
                 raise UserError(f"{source} adapts {found.base}, whose weights are others now: restore them")
             adapter = Adapter(found.base, base_hash, found.rank, found.alpha, found.targets)
             model = add_lora(base, adapter)
@@ -138,16 +138,17 @@ def load_models(
 
 
 def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them, in the model's dtype."""
+    """Write an adapter as PEFT reads it, in the model's dtype, and base.json."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{_PREFIX}{name}{_SUFFIX}": p.detach().cpu().contiguous() for name, p in trained(model).items()
     }
     with replacing(directory / WEIGHTS) as aside:
         try:
-            save_file(tensors, aside, metadata={"format": "pt", BASE_HASH: adapter.base_sha256})
+            save_file(tensors, aside, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {aside}: {error}") from None
+    write_json(directory / BASE, {"sha256": adapter.base_sha256})
     name, _, revision = (adapter.base, "", "") if _is_path(adapter.base) else adapter.base.partition("@")
     write_json(
         directory / ADAPTER_CONFIG,
@@ -192,8 +193,8 @@ def read_adapter(directory: Path) -> Adapter:
         raise UserError(f"{path}: r {rank!r} and lora_alpha {alpha!r} must be positive numbers")
     if not _is_path(base) and raw.get("revision"):
         base = f"{base}@{raw['revision']}"
-    with _open(directory / WEIGHTS) as f:
-        base_hash = (f.metadata() or {}).get(BASE_HASH, "")
+    # An adapter that PEFT has written comes without the hash.
+    base_hash = read_json(directory / BASE).get("sha256") if (directory / BASE).is_file() else ""
     return Adapter(base, base_hash, rank, float(alpha), tuple(targets))
 
 

@@ -85,7 +85,7 @@ def load_model(
     """
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{directory} is an adapter: `python eval.py export --merge` makes models of a team's")
+        raise UserError(f"{directory} is an adapter; `eval.py export --merge` makes a model of it")
     config, stored = read_config(directory), _headers(directory)
     if config.layers > len(stored):
         raise UserError(f"{directory} has {len(stored)} tensors, too few for {config.layers} layers")

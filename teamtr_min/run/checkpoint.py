@@ -2,7 +2,7 @@
 
     runs/NAME/checkpoints/000007/    seven stages done
         learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
-        state.json                   betas, what the logs held by then, sha256 of the files and of LoRA's bases
+        state.json                   betas, what the logs held by then, sha256 of the files and of LoRA's base
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the rng path (rng.py),
 and the learning rate is one of the update's number. So a run that was killed repeats at most a stage, to the
@@ -34,8 +34,8 @@ def save(directory: Path, stages_done: int, learners: list[Learner], log: dict, 
             for j, learner in enumerate(learners):
                 save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
             sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-            bases = [learner.bases for learner in learners]
-            state = {"beta": [learner.beta for learner in learners], "bases": bases, "log": log, "sha256": sums}
+            state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
+            state["bases"] = [learner.bases for learner in learners]
             (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -81,7 +81,8 @@ def _whole(checkpoint: Path, learners: int) -> dict | None:
         state = json.loads((checkpoint / "state.json").read_text())
         wanted = [f"learner-{j}.safetensors" for j in range(learners)]
         whole = all(sha256(checkpoint / file) == state["sha256"][file] for file in wanted)
-        return state if whole and len(state["beta"]) == learners and {"log", "bases"} <= state.keys() else None
+        whole = whole and len(state["beta"]) == learners and {"log", "bases"} <= state.keys()
+        return state if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
