@@ -12,6 +12,7 @@ python eval.py jsonl --model DIR --data FILE   word problems of one's own
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
+python eval.py export --team runs/NAME --merge   a run's agents, LoRA's adapters merged into checkpoints
 """
 
 import argparse
@@ -20,7 +21,7 @@ import os
 import sys
 from pathlib import Path
 
-from teamtr_min.bench import accuracy, kernels, report
+from teamtr_min.bench import accuracy, export, kernels, report
 from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags
 from teamtr_min.files import UserError
@@ -29,7 +30,7 @@ from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
 TEAMLESS = ("kernels", "occupancy")
-BENCHMARKS = [*TASKS, *TEAMLESS, "report"]
+BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
 )
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}")
     study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
-    study.add_argument("--out", default="runs/occupancy", help="where its runs and figures go")
+    study.add_argument("--out", help="where its runs and figures go (default runs/occupancy)")
+    parser.add_argument("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
     add_flags(parser, TEAM_FLAGS.split())
     args = parser.parse_args(argv)
     flags = {name: value for name, value in vars(args).items() if name in TEAM_FLAGS.split()}
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.benchmarks or [None]
             if team == teams[0] or name not in TEAMLESS
         ]
-        places = [job for job in jobs if job[0] not in (*TEAMLESS, "report")]
+        places = [job for job in jobs if job[0] not in (*TEAMLESS, "report", "export")]
         board = Board(places, args.mode, args.k, args.problems, args.data, args.again, args.show)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -123,11 +125,14 @@ def measure(
         return result, kernels.table(result)
     if name == "occupancy":
         studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
-        result = occupancy.run(Path(args.out), args.short, studies, args.jobs)
+        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)
         return result, occupancy.table(result)
     if name == "report":
         result = report.run(team)
         return result, report.table(result)
+    if name == "export":
+        result = export.run(team, args.merge, args.out)
+        return result, export.table(result)
     return board.measure(name, team, flags)
 
 

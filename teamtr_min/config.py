@@ -8,6 +8,7 @@ from pathlib import Path
 from teamtr_min.files import UserError, read_json, write_json
 
 SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same name
+LORA_LR = 10  # what LoRA needs of a learning rate that suits all weights
 PRESET = None  # the default of a knob that depends on the kind of model:
 PRESETS = {
     "shipped": {
@@ -74,6 +75,12 @@ class Config:
     router: str = knob(
         "round-robin", "who takes the next turn: round-robin, random, or FILE.py with a function `router`"
     )
+    lora_rank: int = knob(
+        0, "rank of LoRA adapters, one an agent, on a frozen base that they share; 0: all weights", least=0
+    )
+    lora_alpha: float = knob(
+        PRESET, "an adapter's output is scaled by alpha / rank (default twice the rank)", least=0, finite=True
+    )
     # the task
     task: str = knob(
         PRESET,
@@ -115,7 +122,10 @@ class Config:
     )
     inner_steps: int = knob(PRESET, "most optimizer steps in one update", least=1)
     lr: float = knob(
-        PRESET, "peak learning rate of AdamW; cosine decay to 0 over the run", least=0, finite=True
+        PRESET,
+        "peak learning rate of AdamW; cosine decay to 0 over the run; ten times as much with LoRA",
+        least=0,
+        finite=True,
     )
     # Eq. 9
     advantage_clip: float = knob(
@@ -175,11 +185,16 @@ class Config:
         presets = PRESETS[kind] | (TASK_PRESETS.get(self.task, {}) if kind == "pretrained" else {})
         for name, value in presets.items():  # frozen is for everyone else
             if getattr(self, name) is PRESET:
-                object.__setattr__(self, name, value)
+                scale = LORA_LR if name == "lr" and self.lora_rank else 1
+                object.__setattr__(self, name, value * scale)
+        if self.lora_alpha is PRESET:
+            object.__setattr__(self, "lora_alpha", 2.0 * self.lora_rank)
         for f in dataclasses.fields(self):
             check(f, getattr(self, f.name))
         if self.beta and not 1e-4 <= self.beta <= 1:
             raise UserError(f"--beta is {self.beta:g}; it lives between 1e-4 and 1, or is 0 for no penalty")
+        if bool(self.lora_rank) != bool(self.lora_alpha):
+            raise UserError("--lora-rank and --lora-alpha are both positive, or left out for all weights")
         if self.delta == 0:
             raise UserError("--delta 0 allows no change at all; give a positive radius, or inf for none")
         if self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)):

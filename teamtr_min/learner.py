@@ -60,11 +60,18 @@ class Learner:
         self.bar = Bar("training", 0, "batches")  # not on the terminal unless somebody enters one
         self.models = [team.agents[j].model for j in agents]
         named = [(f"{i}.{name}", p) for i, m in enumerate(self.models) for name, p in m.named_parameters()]
+        named = [(name, p) for name, p in named if p.requires_grad]  # with LoRA the adapters alone
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.bases = [a.base_sha256 for j in agents if (a := team.agents[j].adapter)]  # frozen, not saved
         single = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = self.parameters if single else [p.detach().float() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
+
+    @property
+    def trained(self) -> int:
+        """Parameters that an update changes."""
+        return sum(p.numel() for p in self.parameters)
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far; returns their norm before clipping."""
@@ -165,7 +172,8 @@ def evaluate(
     exact = config.kl_estimator == "exact"
     first, old_heads = old_logps is None, {}
     if first and exact:
-        old_heads = {model: model.head.detach().clone() for model in learner.models}
+        for model in learner.models:
+            old_heads[model] = model.head.detach().clone() if model.head.requires_grad else model.head
     messages = sum(len(batch.advantage) for batch in batches)
     tokens = sum(len(batch.pair) for batch in batches)
     sums, ratio_max, mismatch_max, made = {}, [], [], []
@@ -179,8 +187,8 @@ def evaluate(
     for batch, pulls, old in zip(batches, pulling, old_logps or [None] * len(batches)):
         share = len(batch.advantage) / messages  # Eq. 10 and 11 are means over all of the agent's messages
         model = batch.model
-        # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has nothing
-        # else gets its zeros all the same: they let Adam's moments decay.
+        # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has
+        # nothing else gets its zeros all the same: they let Adam's moments decay.
         needed = grad and (pulls or (not first and learner.beta > 0) or model not in climbing)
         with torch.set_grad_enabled(needed):
             hidden = batch.hidden(model)  # (pairs, H)

@@ -13,6 +13,7 @@ Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden
 key/value heads, D head size, V vocabulary. `span` counts the cached positions that a row may attend to.
 """
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -270,6 +271,10 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.head.dtype
+
+    def copy(self) -> "Transformer":
+        """A model that training this one leaves alone; what is frozen in both is shared."""
+        return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad})
 
     def hidden(
         self,

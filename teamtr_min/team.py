@@ -22,7 +22,8 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError, function_from_file, replacing
 from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
-from teamtr_min.hf.weights import DTYPES, find_model, load_model, save_model
+from teamtr_min.hf.weights import DTYPES, find_model, save_model
+from teamtr_min.lora import Adapter, load_models, save_adapter
 from teamtr_min.model import Transformer
 
 
@@ -56,6 +57,7 @@ class Agent:
     tokenizer: Tokenizer
     chat: "ChatFormat"
     role: Role
+    adapter: Adapter | None = None  # with LoRA; the base is shared
 
 
 @dataclass(frozen=True)
@@ -148,24 +150,27 @@ class Team:
         return Rendered(ids, spans)
 
     def save(self, directory: Path) -> None:
-        """agents/0..n-1 in Hugging Face layout, weights in the compute dtype; replaced as a whole."""
+        """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole."""
         with replacing(directory) as aside:
             for j, agent in enumerate(self.agents):
-                save_model(agent.model, aside / str(j))
+                if agent.adapter:
+                    save_adapter(agent.model, agent.adapter, aside / str(j))
+                else:
+                    save_model(agent.model, aside / str(j))
                 for file in TOKENIZER_FILES:
                     if (agent.tokenizer.directory / file).is_file():
                         shutil.copyfile(agent.tokenizer.directory / file, aside / str(j) / file)
 
 
 def load_team(config: Config, roles: list[Role], sources: list[str | Path] | None = None) -> Team:
-    """One agent per role, each with its own copy of its weights; `sources` replaces `config.model`."""
+    """One agent per role, each with its own weights, or adapter; `sources` replaces `config.model`."""
     device, dtype = placement(config)
     sources = sources or config.models * (config.agents // len(config.models))
     chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(source) for source in sources}}
+    models = load_models(sources, device, dtype, config.lora_rank, config.lora_alpha, config.seed)
     agents = []
-    for source, role in zip(sources, roles):
+    for source, role, (model, adapter) in zip(sources, roles, models):
         chat = chats[find_model(source)]
-        model = load_model(source, device, dtype)
         if config.max_new_tokens >= model.config.max_positions:
             raise UserError(
                 f"--max-new-tokens {config.max_new_tokens} leaves no room in "
@@ -176,7 +181,7 @@ def load_team(config: Config, roles: list[Role], sources: list[str | Path] | Non
                 f"{source}: the tokenizer has {chat.tokenizer.vocab_size} tokens, "
                 f"but the model only {model.config.vocab_size}"
             )
-        agents.append(Agent(model, chat.tokenizer, chat, role))
+        agents.append(Agent(model, chat.tokenizer, chat, role, adapter))
     how = config.temperature, config.max_new_tokens, config.batch_rows
     return Team(agents, load_router(config.router), config.rounds, *how)
 

@@ -30,8 +30,8 @@ from teamtr_min import rng
 from teamtr_min.bench import kept
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError, sha256
-from teamtr_min.hf.hub import weight_files
 from teamtr_min.hf.weights import DTYPES, find_model, pinned
+from teamtr_min.lora import hash_agent
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
 from teamtr_min.tasks import Problem, load_task, read_problems
@@ -54,7 +54,7 @@ class Subject:
     def hash(self) -> str:
         """Of all agents' weights in turn order: what was evaluated, whatever its directory is called."""
         directories = [find_model(source) for source in self.sources or self.config.models]
-        one = {directory: hash_weights(directory) for directory in set(directories)}
+        one = {directory: hash_agent(directory) for directory in set(directories)}
         return hashlib.sha256("".join(one[d] for d in directories).encode()).hexdigest()[:16]
 
     @property
@@ -270,12 +270,6 @@ def at_equal_tokens(team: Rollouts, solo: Rollouts, task, seed: int) -> dict:
         "rollouts_per_problem": [team.group_size, solo.group_size],
         "tokens_per_problem": [team.tokens_sampled / problems, solo.tokens_sampled / problems],
     }
-
-
-def hash_weights(directory: Path) -> str:
-    """sha256 over a checkpoint's files of weights, by name."""
-    sums = [sha256(directory / file) for file in weight_files(directory)]
-    return hashlib.sha256(bytes.fromhex("".join(sums))).hexdigest()
 
 
 def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:

@@ -7,6 +7,7 @@ would compute differently from its author is refused by name, never ignored.
 """
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.files import UserError, read_json, replacing, write_json
+from teamtr_min.files import UserError, read_json, replacing, sha256, write_json
 from teamtr_min.hf import hub
 from teamtr_min.model import ModelConfig, Transformer
 
@@ -25,6 +26,7 @@ RELAY = ASSETS / "relay"
 FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 ARCHITECTURES = {family: architecture for architecture, family in FAMILIES.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAPTER_CONFIG = "adapter_config.json"  # where there is one, the directory holds no whole model
 _STORED = ("BF16", "F16", "F32")
 _SIZES = {  # config.json's name -> ModelConfig's
     "vocab_size": "vocab_size",
@@ -82,6 +84,8 @@ def load_model(
     missing, unexpected, misshapen or oddly typed tensors at once.
     """
     directory = find_model(name_or_dir)
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{directory} is an adapter; `eval.py export --merge` makes a model of it")
     config, stored = read_config(directory), _headers(directory)
     if config.layers > len(stored):
         raise UserError(f"{directory} has {len(stored)} tensors, too few for {config.layers} layers")
@@ -122,6 +126,12 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
         except SafetensorError as error:
             raise OSError(f"cannot write {aside}: {error}") from None
     write_json(directory / "config.json", config_json(model.config, model.dtype))
+
+
+def hash_weights(directory: Path) -> str:
+    """sha256 over a checkpoint's files of weights, by name."""
+    sums = [sha256(directory / file) for file in hub.weight_files(directory)]
+    return hashlib.sha256(bytes.fromhex("".join(sums))).hexdigest()
 
 
 def read_config(directory: Path) -> ModelConfig:

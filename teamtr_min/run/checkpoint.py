@@ -1,8 +1,8 @@
 """Exact resume: after every stage, all that the rest of the run depends on.
 
     runs/NAME/checkpoints/000007/    seven stages done
-        learner-0.safetensors ...    each learner's fp32 masters and Adam's state
-        state.json                   betas, what the logs held by then, sha256 of the files
+        learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
+        state.json                   betas, what the logs held by then, sha256 of the files and of LoRA's base
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the rng path (rng.py),
 and the learning rate is one of the update's number. So a run that was killed repeats at most a stage, to the
@@ -35,6 +35,7 @@ def save(directory: Path, stages_done: int, learners: list[Learner], log: dict, 
                 save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
             sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
             state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
+            state["bases"] = [learner.bases for learner in learners]
             (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -56,6 +57,8 @@ def load(directory: Path, learners: list[Learner]) -> tuple[int, dict | None]:
         if state is None:
             print(f"{checkpoint} is damaged; trying the one before")
             continue
+        if state["bases"] != [learner.bases for learner in learners]:
+            raise UserError(f"the base model of {directory} is not the one that it began with: restore it")
         for j, (learner, beta) in enumerate(zip(learners, state["beta"])):
             learner.beta = beta
             _restore(learner, load_file(checkpoint / f"learner-{j}.safetensors"))
@@ -78,7 +81,8 @@ def _whole(checkpoint: Path, learners: int) -> dict | None:
         state = json.loads((checkpoint / "state.json").read_text())
         wanted = [f"learner-{j}.safetensors" for j in range(learners)]
         whole = all(sha256(checkpoint / file) == state["sha256"][file] for file in wanted)
-        return state if whole and len(state["beta"]) == learners and "log" in state else None
+        whole = whole and len(state["beta"]) == learners and {"log", "bases"} <= state.keys()
+        return state if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -31,9 +31,11 @@ class Console:
 def header(config: Config, team: Team, directory: Path) -> str:
     """Team, model, memory, task, method and place, one line each."""
     models = [agent.model for agent in team.agents]
-    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    own = [list(model.parameters()) for model in models]
+    sizes = [sum(p.numel() for p in parameters) for parameters in own]
+    counts = [sum(p.numel() for p in parameters if p.requires_grad) for parameters in own]  # trained
     width = models[0].dtype.itemsize
-    weights = sum(counts) * width
+    weights = sum({id(p): p.numel() for parameters in own for p in parameters}.values()) * width
     collections = "before each update" if config.every == 1 else f"before every {config.every} updates"
     # Who is in an update: gradients, Adam, the last accepted point with its Adam, the attempted point;
     # and where the masters are a second copy, they and their own gradients.
@@ -46,7 +48,8 @@ def header(config: Config, team: Team, directory: Path) -> str:
     precision = "bf16 over fp32 masters" if width == 2 else "fp32"
     weights += config.diagnostics * (weights + moved * width)  # the team as it was
     lines = [
-        f"team    {len(models)} agents ({roles}), {max(counts):,} parameters each, "
+        f"team    {len(models)} agents ({roles}), {max(sizes):,} parameters each, "
+        f"{f'{max(counts):,} of them trained, ' * bool(config.lora_rank)}"
         f"{precision} on {models[0].device}",
         f"model   {config.model}",
         f"memory  weights {size(weights)}, an update {size(update)} besides activations, "

@@ -1,6 +1,5 @@
 """`--diagnostics`: what each update of a run was worth, estimated on rollouts of its own."""
 
-import copy
 import math
 
 import torch
@@ -35,7 +34,7 @@ class Diagnostics:
         self.config, self.task, self.team, self.stage = config, task, team, stage
         problems = rng.generator(config.seed, "diagnostics", stage)
         self.problems = task.sample_problems(config.problems, problems)
-        self.start = [copy.deepcopy(agent.model) for agent in team.agents]
+        self.start = [agent.model.copy() for agent in team.agents]
         self.updated: list[int] = []
         self.first: Rollouts | None = None  # of team^0
 
@@ -46,7 +45,7 @@ class Diagnostics:
         self.rollouts = collect(self.team, self.task, self.problems, group, path, label="diagnosing")
         self.first = self.first or self.rollouts
         self.agents = agents
-        self.old = {j: copy.deepcopy(self.team.agents[j].model) for j in agents}
+        self.old = {j: self.team.agents[j].model.copy() for j in agents}
 
     @torch.no_grad()
     def after(self) -> dict:
