@@ -15,7 +15,7 @@ from toy_runs import TOY
 import eval as evaluation
 import train
 from teamtr_min import cli
-from teamtr_min.config import PRESETS, Config
+from teamtr_min.config import PRESETS, TASK_PRESETS, Config
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,6 +135,9 @@ def test_help_prints_every_flag_with_its_default(capsys):
         text = told[f"--{f.name.replace('_', '-')}"]
         if f.name in PRESETS["shipped"]:
             shipped, pretrained = (preset[f.name] for preset in PRESETS.values())
-            assert f"(default {shipped}; {pretrained} for pretrained models)" in text
+            special = [
+                f"; {preset[f.name]} on {task}" for task, preset in TASK_PRESETS.items() if f.name in preset
+            ]
+            assert f"(default {shipped}; {pretrained} for pretrained models{''.join(special)})" in text
         elif f.default not in ("", None):
             assert f"(default {'off' if f.default is False else f.default})" in text
