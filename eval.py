@@ -32,7 +32,8 @@ from teamtr_min.tasks import TASKS
 TEAMLESS = ("kernels", "occupancy")
 BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
 TEAM_FLAGS = (
-    "model agents rounds router temperature max_new_tokens seed device dtype question_field answer_field"
+    "model agents rounds router temperature max_new_tokens seed device dtype batch_rows "
+    "question_field answer_field"
 )
 
 

@@ -18,6 +18,7 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
+from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
 from teamtr_min.progress import Bar
 from teamtr_min.rollout import AgentBatch
@@ -35,9 +36,13 @@ def train(config: Config) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
     task = load_task(config, training=True)
     config = pinned(config)  # with the commit of each model
+    config, plan = plan_training(config, task)  # refuses what memory or disk cannot hold
+    print(plan, flush=True)
     team = load_team(config, task.roles(config.agents))
+    for agent in team.agents:
+        agent.model.checkpointing = plan.checkpointing
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
-    with Run(config, task, team, learners) as run:
+    with Run(config, task, team, learners, plan) as run:
         warm_start(run, config, task, team, learners)
         for stage in run.stages():
             problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))

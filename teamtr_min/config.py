@@ -20,7 +20,6 @@ PRESETS = {
         "max_new_tokens": 16,
         "lr": 5e-4,
         "delta": 0.02,
-        "batch_tokens": 4096,
         "eval_problems": 2048,
         "warm_start": 0,
         "warm_start_lr": 1e-3,
@@ -34,7 +33,6 @@ PRESETS = {
         "max_new_tokens": 256,
         "lr": 1e-6,
         "delta": 0.01,
-        "batch_tokens": 16384,
         "eval_problems": 128,
         "warm_start": 0,
         "warm_start_lr": 1e-4,
@@ -167,8 +165,12 @@ class Config:
         "compute dtype over fp32 masters; auto: bf16 on a GPU, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
-    batch_tokens: int = knob(PRESET, "tokens per training forward; bounds memory, changes no result", least=1)
-    batch_rows: int = knob(2048, "rollouts sampled at once; bounds memory, changes no result", least=1)
+    batch_tokens: int = knob(
+        0, "tokens per training forward, which changes no result; 0: as many as memory allows", least=0
+    )
+    batch_rows: int = knob(
+        0, "rollouts sampled at once, which changes no result; 0: as many as memory allows", least=0
+    )
     eval_problems: int = knob(PRESET, "held-out problems for accuracy_start and accuracy_final", least=1)
     eval_every: int = knob(0, "also measure held-out accuracy every so many stages; 0 for never", least=0)
     diagnostics: bool = knob(

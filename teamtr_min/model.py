@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.checkpointing = False  # keep each layer's input alone for the way back, compute the rest again
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -303,7 +305,11 @@ class Transformer(nn.Module):
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
             where = packed.where if packed and layer == last else None  # all later ones see of it is K and V
-            x = block(x, cos, sin, layer, step, where)
+            if self.checkpointing and torch.is_grad_enabled():
+                more = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
+                x = checkpoint(block, x, cos, sin, layer, step, where, **more)
+            else:
+                x = block(x, cos, sin, layer, step, where)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from teamtr_min import rng
 from teamtr_min.files import UserError
 from teamtr_min.model import KVCache, Transformer
 
+PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -83,7 +85,7 @@ class Sampler:
         temperature: float,
         stop_ids: tuple[int, ...] | list[int],
         progress: Callable[[int, int], None] | None = None,
-        prefill_tokens: int = 16384,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> list[Completion]:
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
 

@@ -182,7 +182,7 @@ def load_team(config: Config, roles: list[Role], sources: list[str | Path] | Non
                 f"but the model only {model.config.vocab_size}"
             )
         agents.append(Agent(model, chat.tokenizer, chat, role, adapter))
-    how = config.temperature, config.max_new_tokens, config.batch_rows
+    how = config.temperature, config.max_new_tokens, config.batch_rows or Team.batch_rows
     return Team(agents, load_router(config.router), config.rounds, *how)
 
 

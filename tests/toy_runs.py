@@ -51,7 +51,7 @@ def prepared(updated: list[int] | None = None, **changes) -> Prepared:
     problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems"))
     rollouts = collect(team, task, problems, config.group, rng.RngPath(config.seed, "train", 0, 0))
     advantages = group_advantages(rollouts.grouped_returns, config.advantage_clip, config.eps_norm).flatten()
-    batches = rollouts.batches(updated, advantages, config.batch_tokens)
+    batches = rollouts.batches(updated, advantages, config.batch_tokens or 4096)
     return Prepared(config, Learner(team, updated, config.beta), rollouts, batches)
 
 
@@ -68,7 +68,8 @@ def results(out: Path) -> tuple[dict, list[dict], list[dict]]:
 
 
 def timeless(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in records]
+    measured = "seconds", "memory"
+    return [{k: v for k, v in record.items() if not k.startswith(measured)} for record in records]
 
 
 def weights(out: Path) -> list[dict]:

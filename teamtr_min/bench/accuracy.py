@@ -32,8 +32,10 @@ from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError, sha256
 from teamtr_min.hf.weights import DTYPES, find_model, pinned
 from teamtr_min.lora import hash_agent
+from teamtr_min.memory import plan_evaluation
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
+from teamtr_min.system import peak, size
 from teamtr_min.tasks import Problem, load_task, read_problems
 from teamtr_min.team import Message, Role, Team, load_router, load_team, placement
 from teamtr_min.theory.certificate import mean_with_interval
@@ -86,7 +88,7 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
     if not team:
         return Subject("untrained team", pinned(Config(**({"task": task} if task else {}) | changes)), None)
     directory = Path(team)
-    config = Config.load(directory / "config.json", changes)
+    config = Config.load(directory / "config.json", {"batch_rows": 0} | changes)  # 0: as many as fit here
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
     if not all(source.is_dir() for source in sources):
         raise UserError(f"{directory} holds no trained agents (agents/0 to agents/{config.agents - 1})")
@@ -112,13 +114,18 @@ class Loader:
     """Holds the team that was loaded last: for its next benchmark, and for its first agent alone."""
 
     def __init__(self):
-        self.team, self.key = None, None
+        self.team, self.key, self.plan = None, None, None
 
-    def load(self, config: Config, roles: list[Role], sources: list[Path] | None) -> Team:
+    def load(self, exam: "Exam", k: int, sources: list[Path] | None) -> Team:
+        """The team for k rollouts of each problem, after its plan of memory is on the terminal."""
+        config, roles = exam.config, exam.task.roles(exam.config.agents)
         models = list(map(str, sources or config.models * (config.agents // len(config.models))))
         key = config.device, config.dtype, models
         if not self.team or self.key[:2] != key[:2] or self.key[2][: len(models)] != models:
             self.team = None  # its memory serves the next
+        config, self.plan = plan_evaluation(config, exam.task, exam.problems, k, models, bool(self.team))
+        print(self.plan, file=sys.stderr, flush=True)  # a result goes to stdout
+        if not self.team:
             self.team, self.key = load_team(config, roles, sources), key
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
         how = config.temperature, config.max_new_tokens, config.batch_rows
@@ -211,6 +218,7 @@ def run(
         result["pass_at"][str(j)], result["pass_at_ci"][str(j)] = mean_with_interval(
             values, subject.config.seed
         )
+    result |= {"memory_peak": peak(loader.plan.device), "memory_planned": loader.plan.total}
     result |= {"tokens_sampled": rollouts.tokens_sampled, "seconds": time.perf_counter() - start}
     return Evaluation(kept.append(result, subject.kept_in), rollouts)
 
@@ -230,7 +238,7 @@ def prepare(subject: Subject, task_name: str, count: int | None, data: str | Non
 def sample(subject: Subject, exam: Exam, k: int, loader: Loader) -> Rollouts:
     """k rollouts of the subject on every problem."""
     config, task = exam.config, exam.task
-    team = loader.load(config, task.roles(config.agents), subject.sources)
+    team = loader.load(exam, k, subject.sources)
     path, label = rng.RngPath(config.seed, "eval"), f"evaluating {Path(config.task).stem}"
     return collect(team, task, exam.problems, k, path, label=label, compact=True)
 
@@ -301,6 +309,9 @@ def table(result: dict) -> str:
             f"solo {equal['solo']:.3f} ({m} x, {s:.1f}); "
             f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
+    if "memory_peak" in result:
+        used, planned = size(result["memory_peak"]), size(result["memory_planned"])
+        lines.append(f"  memory peak {used} of {planned} planned")
     if result.get("kept"):
         lines.append(f"  {kept.when(result)}")
     return "\n".join(lines)

@@ -1,11 +1,11 @@
 """What a run says on the terminal."""
 
-import math
 from pathlib import Path
 
 from tqdm import tqdm
 
 from teamtr_min.config import Config
+from teamtr_min.system import size
 from teamtr_min.team import Team
 
 
@@ -29,31 +29,19 @@ class Console:
 
 
 def header(config: Config, team: Team, directory: Path) -> str:
-    """Team, model, memory, task, method and place, one line each."""
+    """Team, model, task, method and place, one line each."""
     models = [agent.model for agent in team.agents]
     own = [list(model.parameters()) for model in models]
     sizes = [sum(p.numel() for p in parameters) for parameters in own]
     counts = [sum(p.numel() for p in parameters if p.requires_grad) for parameters in own]  # trained
-    width = models[0].dtype.itemsize
-    weights = sum({id(p): p.numel() for parameters in own for p in parameters}.values()) * width
     collections = "before each update" if config.every == 1 else f"before every {config.every} updates"
-    # Who is in an update: gradients, Adam, the last accepted point with its Adam, the attempted point;
-    # and where the masters are a second copy, they and their own gradients.
-    moved = max(sum(counts[j] for j in agents) for agents in config.update_groups)
-    update = moved * (width + 8 + 12 + 4 + (8 if width == 2 else 0))
-    rows = min(config.problems * config.group, config.batch_rows)
-    caches = [m.config.kv_per_token * width * rows for m in models]
-    cache = max(caches) if team.writes_last(0, 0) else sum(caches)  # all stay where agents write again
     roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
-    precision = "bf16 over fp32 masters" if width == 2 else "fp32"
-    weights += config.diagnostics * (weights + moved * width)  # the team as it was
+    precision = "fp32" if models[0].dtype.itemsize == 4 else "bf16 over fp32 masters"
     lines = [
         f"team    {len(models)} agents ({roles}), {max(sizes):,} parameters each, "
         f"{f'{max(counts):,} of them trained, ' * bool(config.lora_rank)}"
         f"{precision} on {models[0].device}",
         f"model   {config.model}",
-        f"memory  weights {size(weights)}, an update {size(update)} besides activations, "
-        f"KV cache {size(cache)} per token of a transcript",
         f"task    {config.task}: {team.turns} turns, temperature {config.temperature:g}, "
         f"{config.problems} problems x {config.group} rollouts "
         + (collections if config.occupancy == "fresh" else "once a stage"),
@@ -139,17 +127,15 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
         if (exceeded := summary["violation_rate_before"]) is not None:
             backtracked = " and were backtracked" * (config.kl == "hard")
             lines[-1] += f"; {exceeded:.0%} of updates exceeded the radius{backtracked}"
+    if summary["memory_peak"]:
+        lines.append(
+            f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned"
+        )
     lines.append(
         f"{directory}/ holds agents/, metrics.jsonl, transcripts.jsonl, config.json and summary.json"
     )
     lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
     return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """Bytes in words: 1.4 MiB."""
-    power = min(3, int(math.log(max(count, 1), 1024)))
-    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def plot(values: list[float], height: int = 8, width: int = 60, label: str = "") -> str:

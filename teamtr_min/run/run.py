@@ -11,10 +11,12 @@ from teamtr_min import rng
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, lock, write_json
 from teamtr_min.learner import Learner, Update
+from teamtr_min.memory import Plan
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
 from teamtr_min.run.console import Console, closing, header, nothing_to_learn, stage_text
 from teamtr_min.run.directory import new_directory
+from teamtr_min.system import peak
 from teamtr_min.team import Team
 from teamtr_min.theory.certificate import stage_certificate
 
@@ -28,8 +30,8 @@ class Run:
     A new run that ends before its first measurement leaves nothing behind, a resumed one what it found.
     """
 
-    def __init__(self, config: Config, task, team: Team, learners: list[Learner]):
-        self.config, self.task, self.team, self.learners = config, task, team, learners
+    def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
+        self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
         self.held_out = task.sample_problems(
             config.eval_problems, rng.generator(0, "held-out"), held_out=True
         )
@@ -148,6 +150,8 @@ class Run:
                 **self.warm_start,
                 "violation_rate_before": metrics.violation_rate(self.updates, "kl_before"),
                 "violation_rate_after": metrics.violation_rate(self.updates, "kl_after"),
+                "memory_peak": peak(self.plan.device),
+                "memory_planned": self.plan.total,
                 "stopped": stopped,
             }
             write_json(self.directory / "summary.json", self.summary)

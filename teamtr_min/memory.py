@@ -1,0 +1,331 @@
+"""How much memory there is, and how much a run will take: counted before its first weight is loaded.
+
+    what the process may use = what it has by now + what is free, on the device that computes
+    what the plan takes      = what it has by now + weights + optimizer + the larger of sampling and an update
+
+Sampling grows with the rollouts that run at once, an update with the tokens of one forward pass. Both are set
+as high as the default and the memory allow. If not even the longest transcript fits into a training forward,
+each layer keeps only its input and is computed again on the way back. What cannot fit is refused.
+
+The formulas are upper bounds; docs/models.md holds them against measured peaks.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels.linear_logprob import CHUNK_BYTES
+from teamtr_min import rng
+from teamtr_min.config import SHIPPED, Config
+from teamtr_min.files import UserError
+from teamtr_min.hf.tokenizer import load_tokenizer
+from teamtr_min.hf.weights import find_model, read_config
+from teamtr_min.model import ModelConfig
+from teamtr_min.sampler import PREFILL_TOKENS
+from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
+from teamtr_min.tasks import Problem
+from teamtr_min.team import ChatFormat, Team, placement
+
+LEFT_FREE = 0.1  # of what is free: for other programs, and for what the formulas do not know
+# malloc keeps freed blocks for later, and blocks of unequal length seldom fit again.
+FRAGMENTATION = 1.1
+MOST_TOKENS = 4096  # per training forward
+MOST_TOKENS_CUDA = 16384  # of a pretrained model there
+WARM_UP = 110 << 20  # what torch loads late, on a CPU: autograd, the optimizer, buffers of its products
+TOKEN_OBJECT = 100  # a sampled token and its log-prob in Python's lists
+DRAW_COPIES = 6  # of (rows, V) fp32 that a draw holds at once: logits, scaled, log-probs, probs, their sums
+CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob and its backward
+CACHE_SLACK = 2.0  # the cache grows by half, and the old one is there until the new one is filled
+STAGES_READ = 64  # whose problems are looked at for the longest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the device that computes, unless a name says otherwise."""
+
+    device: torch.device
+    budget: int  # that this process may use in all
+    base: int  # that it has without a model
+    weights: int
+    optimizer: int  # Adam's moments, and masters that are a second copy: of all agents on a CPU, else of one
+    longest: int  # tokens of the longest transcript
+    rows: int  # rollouts sampled at once
+    sampling: int
+    tokens: int = 0  # of one training forward; 0: nothing is trained
+    update: int = 0  # gradients, the points to go back to, activations
+    checkpointing: bool = False
+    disk: int = 0  # for checkpoints and agents
+    disk_free: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.base + self.weights + self.optimizer + max(self.sampling, self.update)
+
+    def __str__(self) -> str:
+        kept = f"weights {size(self.weights)}" + f", optimizer {size(self.optimizer)}" * bool(self.tokens)
+        lines = [
+            f"memory  {size(self.total)} planned, of {size(self.budget)} usable on {self.device}: "
+            f"program {size(self.base)}, {kept}, and the larger of",
+            f"        sampling {size(self.sampling)}: {self.rows:,} rows at once, "
+            f"transcripts of up to {self.longest:,} tokens",
+        ]
+        if self.tokens:
+            lines += [
+                f"        an update {size(self.update)}: {self.tokens:,} tokens per forward"
+                + ", activations recomputed" * self.checkpointing,
+                f"disk    {size(self.disk)} for checkpoints and agents, of {size(self.disk_free)} free",
+            ]
+        return "\n".join(lines)
+
+
+def plan_training(config: Config, task) -> tuple[Config, Plan]:
+    """`config` with `batch_rows` and `batch_tokens` set, and what the run will take.
+
+    Raises UserError when it cannot fit, with the numbers and the flags that help.
+    """
+    problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
+    rollouts = config.problems * config.group
+    most_rows = max(rollouts, len(problems))
+    for stage in range(min(config.stages, STAGES_READ)):
+        generator = rng.generator(config.seed, "problems", stage)
+        problems += task.sample_problems(config.problems, generator)
+    needs = Needs(config, task, problems, config.models * (config.agents // len(config.models)))
+    longest, most_tokens = needs.longest, rollouts * needs.longest
+
+    cuda = needs.device.type == "cuda"
+    moved = [needs.updating(agents) for agents in config.update_groups]
+    weights = needs.weights
+    if config.diagnostics:  # the team as it was at the stage's start, and the agent before its update
+        weights += needs.weights + max(needs.width * count for count in moved)
+    states = needs.optimizer_bytes * (max(moved) if cuda else sum(moved))
+    fixed = weights + states
+    rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, needs.room - fixed)
+    cap = MOST_TOKENS_CUDA if cuda and not set(config.models) <= set(SHIPPED) else MOST_TOKENS
+
+    def update(tokens: int, checkpointing: bool) -> int:
+        tokens = max(tokens, longest)  # a row is never cut
+        return max(needs.update(agents, tokens, checkpointing) for agents in config.update_groups)
+
+    for checkpointing in (False, True):
+        takes = functools.partial(update, checkpointing=checkpointing)
+        tokens = choose(config.batch_tokens, cap, most_tokens, takes, needs.room - fixed, least=longest)
+        work = takes(min(tokens, most_tokens))
+        if work <= needs.room - fixed:
+            break
+    disk, disk_free = needs.disk(), free_disk(Path(config.resume or config.out or "runs"))
+    plan = Plan(
+        needs.device, needs.budget, needs.base, weights, states, longest, min(rows, most_rows),
+        needs.sampling(min(rows, most_rows)), min(tokens, most_tokens), work, checkpointing, disk, disk_free,
+    )  # fmt: skip
+    refuse(plan, config)
+    if cuda:
+        refuse_host(needs.host(), config)
+    if disk > disk_free:
+        helps = "a lower --keep, or --out on another disk" if config.keep > 1 else "--out on another disk"
+        raise UserError(
+            f"checkpoints and agents will take {size(disk)} of disk and {size(disk_free)} are free: "
+            + ("make room" if config.resume else f"{helps}, would help")
+        )
+    return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), plan
+
+
+def plan_evaluation(
+    config: Config, task, problems: list[Problem], k: int, sources: Sequence | None = None
+) -> tuple[Config, Plan]:
+    """As `plan_training`, for k rollouts of every problem. A run's own `batch_rows` is planned anew."""
+    needs = Needs(config, task, problems, sources or config.models * (config.agents // len(config.models)))
+    most = len(problems) * k
+    rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, needs.room - needs.weights)
+    at_once = min(rows, most)
+    plan = Plan(
+        needs.device, needs.budget, needs.base, needs.weights, 0, needs.longest, at_once,
+        needs.sampling(at_once),
+    )  # fmt: skip
+    refuse(plan, config)
+    return dataclasses.replace(config, batch_rows=rows), plan
+
+
+def choose(
+    asked: int, most: int, useful: int, bytes_of: Callable[[int], int], room: int, least: int = 1
+) -> int:
+    """`asked` if it is not 0; else `most`; or if `useful` of them do not fit, `least` doubled while it fits.
+
+    Doubled, so that a little more or less of free memory leaves the number as it is.
+    """
+    if asked or bytes_of(min(most, useful)) <= room:
+        return asked or most
+    count = least
+    while bytes_of(2 * count) <= room:
+        count *= 2
+    return min(count, most)
+
+
+class Needs:
+    """What this team on these problems takes, by purpose."""
+
+    def __init__(self, config: Config, task, problems: list[Problem], sources: Sequence):
+        self.config = config
+        self.device, dtype = placement(config)
+        self.width = dtype.itemsize
+        directories = [find_model(source) for source in sources]
+        self.models = [read_config(directory) for directory in directories]
+        self.counts = [parameters(model) for model in self.models]
+        chats = {directory: ChatFormat(load_tokenizer(directory)) for directory in set(directories)}
+        views = list(zip([chats[d] for d in directories], task.roles(config.agents)))
+        positions = min(model.max_positions for model in self.models)
+        self.longest = min(longest_transcript(config, views, problems), positions)
+        reset_peak(self.device)
+        used = in_use(self.device)
+        self.budget = used + math.floor(free_memory(self.device) * (1 - LEFT_FREE))
+        self.base = used + WARM_UP * (self.device.type != "cuda")
+        if limit := limit_from_environment():
+            self.budget = limit
+        self.room = self.budget - self.base
+
+    @property
+    def weights(self) -> int:
+        return self.width * sum(self.counts)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Per parameter: Adam's two moments, and in bf16 the fp32 masters."""
+        return 8 + 4 * (self.width < 4)
+
+    def updating(self, agents: list[int]) -> int:
+        """Parameters that one update moves."""
+        return sum(self.counts[j] for j in agents)
+
+    def sampling(self, rows: int) -> int:
+        """KV cache, draw and prefill of `rows` rollouts at once."""
+        caches = [m.kv_per_token * self.width * self.longest * CACHE_SLACK for m in self.models]
+        # An agent that writes once gives its cache's memory to the next; otherwise all stay.
+        one_at_a_time = self.config.router == "round-robin" and self.config.rounds == 1
+        cache = max(caches) if one_at_a_time else sum(caches)
+        prefill = min(PREFILL_TOKENS, rows * self.longest)
+        work = max(
+            rows * m.vocab_size * 4 * DRAW_COPIES  # (rows, V) fp32
+            + prefill * (layer_numbers(m) * self.width + 5 * self.longest)  # one layer; the mask, twice
+            + self._head_in_fp32(m)
+            for m in self.models
+        )
+        return math.floor((rows * cache + work) * FRAGMENTATION)
+
+    def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
+        """An update of `agents` with `tokens` padded tokens in one forward pass.
+
+        Per parameter: gradient, last accepted masters and moments, attempted masters; in bf16 also the
+        masters' own gradient.
+        """
+        points = self.updating(agents) * (self.width + 12 + 4 + 4 * (self.width < 4))
+        work = 0
+        for m in (self.models[j] for j in agents):
+            head = 2 * m.vocab_size * m.hidden_size * self.width  # its gradient, and the embedding's to add
+            chunk = min(CHUNK_BYTES, tokens * m.vocab_size * 4) * CHUNK_COPIES
+            activations = tokens * token_bytes(m, self.width, checkpointing)
+            old = 0
+            if self.config.kl_estimator == "exact":  # the old policy's final states and head
+                trained = self.config.problems * self.config.group * self.config.rounds
+                states = min(trained * self.config.max_new_tokens, trained * self.longest)
+                old = (states + m.vocab_size) * m.hidden_size * self.width
+            work = max(work, head + chunk + activations + old + self._head_in_fp32(m))
+        return math.floor(points + work * FRAGMENTATION)
+
+    def host(self) -> int:
+        """On CUDA, bytes of host memory: optimizers that wait, and the copy of one while it is written."""
+        return 12 * (sum(self.counts) + max(map(self.updating, self.config.update_groups)))
+
+    def disk(self) -> int:
+        """Masters and moments of every agent, `keep` times and once more while they are written; the agents,
+        twice while they are replaced; less what a run that goes on has already."""
+        n = sum(self.counts)
+        need = 12 * n * (self.config.keep + 1) + 2 * self.width * n
+        if self.config.resume:
+            need -= sum(f.stat().st_size for f in Path(self.config.resume).rglob("*.safetensors"))
+        return max(need, 0)
+
+    def _head_in_fp32(self, model: ModelConfig) -> int:
+        """bf16 logits are products of fp32 copies, save on CUDA."""
+        copied = self.width < 4 and self.device.type != "cuda"
+        return 4 * model.vocab_size * model.hidden_size * copied
+
+
+def parameters(m: ModelConfig) -> int:
+    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    attention = 2 * m.hidden_size * (query + key)
+    attention += (query + 2 * key) * m.qkv_bias + 2 * m.head_dim * m.qk_norm
+    layer = attention + 3 * m.hidden_size * m.intermediate_size + 2 * m.hidden_size
+    return m.layers * layer + (2 - m.tied) * m.vocab_size * m.hidden_size + m.hidden_size
+
+
+def layer_numbers(m: ModelConfig) -> int:
+    """Numbers that one token leaves in one layer for the way back.
+
+    Six of hidden size (two residuals, their norms before and after the weight), queries before and after the
+    rotation, attention's output and its copy, keys twice, values, and four in the MLP.
+    """
+    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    return 6 * m.hidden_size + 4 * query + 3 * key + 4 * m.intermediate_size + 2 * (query + key) * m.qk_norm
+
+
+def token_bytes(m: ModelConfig, width: int, checkpointing: bool) -> int:
+    """Activations of one token of a training forward, with the gradients of the layer that is under way."""
+    layer = layer_numbers(m) * width + (8 * m.hidden_size if width < 4 else 0)  # norms keep fp32 copies
+    ends = 8 * m.hidden_size * 4  # below the first layer, above the last, and their gradients
+    kept = m.layers * m.hidden_size * width + layer if checkpointing else m.layers * layer
+    return kept + layer + ends
+
+
+def longest_transcript(config: Config, views: list[tuple], problems: list[Problem]) -> int:
+    """Tokens of the longest transcript that any agent can see; `views`: chat format and role of each.
+
+    A teammate's message in another tokenizer is counted as long as in its own.
+    """
+    texts = sorted({problem.text for problem in problems}, key=len)[-64:]  # tokens go with characters
+    longest = 0
+    for chat, role in views:
+        opening = max(len(chat.opening(role.system, text)) for text in texts)
+        own = len(chat.assistant_header) + len(chat.assistant_footer)
+        names = max(len(chat.encode(writer.name + ":\n")) for _, writer in views)
+        others = len(chat.user_header) + names + len(chat.user_footer)
+        longest = max(longest, opening + config.turns * (config.max_new_tokens + max(own, others)))
+    return longest
+
+
+def refuse(plan: Plan, config: Config) -> None:
+    """UserError unless the plan fits, with the flags that help: first those that ask for more than needed."""
+    if plan.total <= plan.budget:
+        return
+    alone = plan.base + plan.weights + plan.optimizer
+    too_much = {"--batch-rows": plan.sampling, "--batch-tokens": plan.update}
+    asked = {"--batch-rows": config.batch_rows > 1, "--batch-tokens": config.batch_tokens > plan.longest}
+    given = [flag for flag, work in too_much.items() if asked[flag] and alone + work > plan.budget]
+    parts = f"weights {size(plan.weights)}"
+    if plan.tokens:
+        parts += f", optimizer {size(plan.optimizer)}, an update {size(plan.update)}"
+    helps = "fewer --agents or a smaller --model"
+    if hasattr(config, "lora_rank") and plan.tokens and not config.lora_rank:
+        helps += " or --lora-rank"
+    if alone <= plan.budget:
+        helps = f"a lower --max-new-tokens, {helps}"
+    if config.resume:
+        helps = "a machine with more, or an end to what else runs here"
+    elif given and alone <= plan.budget:
+        helps = f"a lower {' or '.join(given)}"
+    raise UserError(
+        f"this needs {size(plan.total)} of memory ({parts}, sampling {size(plan.sampling)}) and "
+        f"{size(plan.budget)} may be used on {plan.device}: {helps} would help"
+    )
+
+
+def refuse_host(need: int, config: Config) -> None:
+    free = free_memory(torch.device("cpu"))
+    if need > free:
+        raise UserError(
+            f"the optimizers that wait in host memory need {size(need)} and {size(free)} are free: "
+            "fewer --agents or a smaller --model would help"
+        )
