@@ -209,7 +209,8 @@ class Needs:
         prefill = min(PREFILL_TOKENS, rows * self.longest)
         work = max(
             rows * m.vocab_size * 4 * DRAW_COPIES  # (rows, V) fp32
-            + prefill * (layer_numbers(m) * self.width + 5 * self.longest)  # one layer; the mask, twice
+            # Without a way back half of a layer's numbers live at once; the mask is there twice.
+            + prefill * (layer_numbers(m) * self.width // 2 + 5 * self.longest)
             + self._head_in_fp32(m)
             for m in self.models
         )
