@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,8 @@ from teamtr_min import rng
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.tokenizer import load_tokenizer
-from teamtr_min.hf.weights import find_model, read_config
+from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, read_config
+from teamtr_min.lora import TARGETS, base_of, read_adapter
 from teamtr_min.model import ModelConfig
 from teamtr_min.sampler import PREFILL_TOKENS
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
@@ -101,7 +103,7 @@ def plan_training(config: Config, task) -> tuple[Config, Plan]:
     moved = [needs.updating(agents) for agents in config.update_groups]
     weights = needs.weights
     if config.diagnostics:  # the team as it was at the stage's start, and the agent before its update
-        weights += needs.weights + max(needs.width * count for count in moved)
+        weights += needs.width * (sum(needs.counts) + max(moved))
     states = needs.optimizer_bytes * (max(moved) if cuda else sum(moved))
     fixed = weights + states
     rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, needs.room - fixed)
@@ -135,10 +137,10 @@ def plan_training(config: Config, task) -> tuple[Config, Plan]:
 
 
 def plan_evaluation(
-    config: Config, task, problems: list[Problem], k: int, sources: Sequence | None = None
+    config: Config, task, problems: list[Problem], k: int, sources: Sequence, loaded: bool = False
 ) -> tuple[Config, Plan]:
-    """As `plan_training`, for k rollouts of every problem. A run's own `batch_rows` is planned anew."""
-    needs = Needs(config, task, problems, sources or config.models * (config.agents // len(config.models)))
+    """As `plan_training`, for k rollouts of every problem; `loaded`: the team is in memory already."""
+    needs = Needs(config, task, problems, sources, loaded)
     most = len(problems) * k
     rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, needs.room - needs.weights)
     at_once = min(rows, most)
@@ -168,13 +170,22 @@ def choose(
 class Needs:
     """What this team on these problems takes, by purpose."""
 
-    def __init__(self, config: Config, task, problems: list[Problem], sources: Sequence):
+    def __init__(
+        self, config: Config, task, problems: list[Problem], sources: Sequence, loaded: bool = False
+    ):
         self.config = config
         self.device, dtype = placement(config)
         self.width = dtype.itemsize
         directories = [find_model(source) for source in sources]
-        self.models = [read_config(directory) for directory in directories]
-        self.counts = [parameters(model) for model in self.models]
+        adapters = [adapter_of(directory, config.lora_rank) for directory in directories]
+        bases = [a.base if a else directory for a, directory in zip(adapters, directories)]
+        self.models = [read_config(base) for base in bases]
+        whole = {base: parameters(model) for base, model in zip(bases, self.models)}
+        # What each agent has for itself, and trains: all of its weights, or an adapter on a shared base.
+        self.counts = [a.parameters(m) if a else parameters(m) for a, m in zip(adapters, self.models)]
+        self.lora = any(adapters)
+        shared = {base for a, base in zip(adapters, bases) if a}
+        self.weights = 0 if loaded else self.width * (sum(self.counts) + sum(whole[base] for base in shared))
         chats = {directory: ChatFormat(load_tokenizer(directory)) for directory in set(directories)}
         views = list(zip([chats[d] for d in directories], task.roles(config.agents)))
         positions = min(model.max_positions for model in self.models)
@@ -186,10 +197,6 @@ class Needs:
         if limit := limit_from_environment():
             self.budget = limit
         self.room = self.budget - self.base
-
-    @property
-    def weights(self) -> int:
-        return self.width * sum(self.counts)
 
     @property
     def optimizer_bytes(self) -> int:
@@ -225,9 +232,11 @@ class Needs:
         points = self.updating(agents) * (self.width + 12 + 4 + 4 * (self.width < 4))
         work = 0
         for m in (self.models[j] for j in agents):
-            head = 2 * m.vocab_size * m.hidden_size * self.width  # its gradient, and the embedding's to add
+            # The head's gradient, and the embedding's to add; with LoRA both are frozen.
+            head = 2 * m.vocab_size * m.hidden_size * self.width * (not self.lora)
             chunk = min(CHUNK_BYTES, tokens * m.vocab_size * 4) * CHUNK_COPIES
-            activations = tokens * token_bytes(m, self.width, checkpointing)
+            # At worst all is one prefix tree: a mask of all pairs, and bools to make it.
+            activations = tokens * (token_bytes(m, self.width, checkpointing) + tokens * (self.width + 3))
             old = 0
             if self.config.kl_estimator == "exact":  # the old policy's final states and head
                 trained = self.config.problems * self.config.group * self.config.rounds
@@ -253,6 +262,29 @@ class Needs:
         """bf16 logits are products of fp32 copies, save on CUDA."""
         copied = self.width < 4 and self.device.type != "cuda"
         return 4 * model.vocab_size * model.hidden_size * copied
+
+
+class AdapterSize(NamedTuple):
+    """A LoRA adapter before it is loaded."""
+
+    base: Path  # directory of its base
+    rank: int
+    targets: tuple[str, ...]
+
+    def parameters(self, m: ModelConfig) -> int:
+        query, key, hidden = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden_size
+        ends = {name: hidden + m.intermediate_size for name in ("gate_proj", "up_proj", "down_proj")}
+        ends |= {"q_proj": hidden + query, "o_proj": hidden + query}
+        ends |= {"k_proj": hidden + key, "v_proj": hidden + key}
+        return m.layers * self.rank * sum(ends[name] for name in self.targets)
+
+
+def adapter_of(directory: Path, rank: int) -> AdapterSize | None:
+    """The adapter that this directory holds, or that with a `rank` its agent will get."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        adapter = read_adapter(directory)
+        return AdapterSize(base_of(adapter, directory), adapter.rank, adapter.targets)
+    return AdapterSize(directory, rank, TARGETS) if rank else None
 
 
 def parameters(m: ModelConfig) -> int:
@@ -309,8 +341,8 @@ def refuse(plan: Plan, config: Config) -> None:
     if plan.tokens:
         parts += f", optimizer {size(plan.optimizer)}, an update {size(plan.update)}"
     helps = "fewer --agents or a smaller --model"
-    if hasattr(config, "lora_rank") and plan.tokens and not config.lora_rank:
-        helps += " or --lora-rank"
+    if plan.tokens and not config.lora_rank:
+        helps = "--lora-rank, " + helps
     if alone <= plan.budget:
         helps = f"a lower --max-new-tokens, {helps}"
     if config.resume:

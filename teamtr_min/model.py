@@ -151,14 +151,18 @@ class PackedStep:
     positions: Tensor  # (B, T) int64, of each token in its sequences
     end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
     where: Tensor  # (pairs,) int64: positions in the flattened (B * T) whose final hidden states are wanted
+    dtype: torch.dtype = torch.bool  # of the mask: the model's own is not converted, and kept, once a layer
 
     @functools.cached_property
     def mask(self) -> Tensor | None:
-        """Which tokens each token sees, (B, 1, T, T)."""
+        """Which tokens each token sees, (B, 1, T, T): bool, or in another dtype 0 there and else -inf."""
         if self.end is None:
             return None
         index = torch.arange(self.end.shape[1], device=self.end.device)
-        return (index <= index[:, None]) & (index[:, None] < self.end[:, None, None])
+        seen = (index <= index[:, None]) & (index[:, None] < self.end[:, None, None])
+        if self.dtype == torch.bool:
+            return seen
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)
 
     def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v

@@ -43,7 +43,7 @@ class AgentBatch:
 
     def hidden(self, model: Transformer) -> Tensor:
         """(pairs, H): the hidden states that predict the pairs' tokens under `model`."""
-        return model.hidden(self.tokens, packed=PackedStep(self.positions, self.end, self.where))
+        return model.hidden(self.tokens, packed=PackedStep(self.positions, self.end, self.where, model.dtype))
 
     @torch.no_grad()
     def logps(self, model: Transformer, temperature: float) -> Tensor:

@@ -37,7 +37,7 @@ from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
 from teamtr_min.system import peak, size
 from teamtr_min.tasks import Problem, load_task, read_problems
-from teamtr_min.team import Message, Role, Team, load_router, load_team, placement
+from teamtr_min.team import Message, Team, load_router, load_team, placement
 from teamtr_min.theory.certificate import mean_with_interval
 
 HELD_OUT = 2048  # problems, unless a count is asked for
