@@ -60,6 +60,23 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def sealed(value: dict) -> dict:
+    """`value` with a checksum over itself, for `unsealed`."""
+    return {**value, "seal": _seal(value)}
+
+
+def unsealed(value: dict, path: Path) -> dict:
+    """What was sealed; UserError when anything of it has changed since."""
+    value = dict(value)
+    if value.pop("seal", None) != _seal(value):
+        raise UserError(f"{path} is not as it was written: put the original back")
+    return value
+
+
+def _seal(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

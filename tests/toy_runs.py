@@ -68,7 +68,7 @@ def results(out: Path) -> tuple[dict, list[dict], list[dict]]:
 
 
 def timeless(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in records]
+    return [{k: v for k, v in record.items() if not k.startswith(("seconds", "seal"))} for record in records]
 
 
 def weights(out: Path) -> list[dict]:

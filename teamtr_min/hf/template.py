@@ -1,7 +1,7 @@
 """Chat templates, which are programs of strangers: jinja2's sandbox, in a process of its own with limits.
 
-The sandbox keeps a template from Python, not from `'a' * 10**9` or from loops in loops. So this file, run as a
-program, compiles and renders; the system ends it after LIMIT seconds of computing and gives it MEMORY bytes.
+The sandbox keeps a template from Python, not from `'a' * 10**9` or from loops in loops. So this file, run as
+a program, compiles and renders; the system ends it after LIMIT seconds of computing and gives it MEMORY bytes.
 A template is rendered a dozen times a run, always when a team is loaded.
 """
 

@@ -1,8 +1,8 @@
 """The door between the program and a task of the user's own.
 
 What its methods raise or return is checked here, once, so that a mistake is a sentence with file, method and
-what was wrong, never a traceback and never a run that trains on nonsense. They get copies: whatever they do to
-a problem or a message, what is trained on stays as it was.
+what was wrong, never a traceback and never a run that trains on nonsense. They get copies: whatever they do
+to a problem or a message, what is trained on stays as it was.
 """
 
 import copy
@@ -34,7 +34,9 @@ class Guarded:
 
         def through_the_door(*given, **named):
             returned = call(*map(_copied, given), **named)
-            return self._checked(name, CHECKS[name], returned, *given, **named) if name in CHECKS else returned
+            return (
+                self._checked(name, CHECKS[name], returned, *given, **named) if name in CHECKS else returned
+            )
 
         return through_the_door
 
