@@ -1,8 +1,8 @@
 """Chat templates, which are programs of strangers: jinja2's sandbox, in a process of its own with limits.
 
-The sandbox keeps a template from Python, not from `'a' * 10**9` or from loops in loops. So this file, run as
-a program, compiles and renders; the system ends it after LIMIT seconds of computing and gives it MEMORY bytes.
-A template is rendered a dozen times a run, always when a team is loaded.
+The sandbox keeps a template from Python, but not from `'a' * 10**9` or from loops in loops. So this file, run
+as a program, compiles and renders. The system ends it after LIMIT seconds of computing, and gives it no more
+than MEMORY bytes. A template is rendered a dozen times a run, always while a team is loaded.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 
-LIMIT = 5.0  # seconds of processor time for one conversation; a usual one takes 0.001
+LIMIT = 2.0  # seconds of processor time for one conversation; a usual one takes 0.001
 MEMORY = 1 << 30  # bytes
 LONGEST = 1 << 20  # characters of a template, and of what it writes
 _one_at_a_time = threading.Lock()
