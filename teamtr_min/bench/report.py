@@ -94,7 +94,7 @@ def read(directory: Path) -> Record:
     config, damaged = Config.load(directory / "config.json"), []
     metrics = read_lines(directory / "metrics.jsonl", LINES, damaged)
     updates = [r for r in metrics if r["kind"] == "update"]
-    if any(r["stage"] >= config.stages for r in metrics):
+    if any(r.get("stage", 0) >= config.stages for r in metrics):
         raise UserError(f"{directory / 'metrics.jsonl'} has stages beyond the {config.stages} of its run")
     if not updates:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")

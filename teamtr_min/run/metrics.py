@@ -45,6 +45,7 @@ LINES = {
     | dict.fromkeys(("accuracy", "return_mean", "zero_variance_groups", "seconds_sampling",
                      "seconds_training"), _is_number),
     "stage": {"stage": _is_count, "accuracy": _is_number, "seconds": _is_number},
+    "warm_start": {"step": _is_count},
 }  # fmt: skip
 TRANSCRIPTS = {
     None: {"text": _is_text, "answer": _is_text, "messages": _are_messages, "return": _is_number,

@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable
 
 from teamtr_min.files import UserError, guarded, one_line
-from teamtr_min.tasks.task import Problem
+from teamtr_min.tasks.task import Demonstration, Problem
 from teamtr_min.team import Message, Role
 
 
@@ -89,6 +89,17 @@ def _problems(returned, count: int, generator, held_out: bool = False) -> list[P
     return _records(Problem, ("id", "text", "answer"), 1 if held_out else count, count, returned)
 
 
+def _demonstrations(returned, count: int, generator) -> list[Demonstration]:
+    shown = _records(Demonstration, (), count, count, returned)
+    for one in shown:
+        _records(Problem, ("id", "text", "answer"), 1, 1, [one.problem])
+        _sure(isinstance(one.messages, list), [_text(m) for m in one.messages] or True)
+        agents = [] if one.agents is None else one.agents
+        _sure(isinstance(agents, list), all(type(j) is int and j >= 0 for j in agents))
+        _sure(len(agents) in (0, len(one.messages)))
+    return shown
+
+
 def _grade(returned, *given) -> float:
     _sure(not isinstance(returned, str | bytes))
     value = float(returned)
@@ -111,6 +122,7 @@ CHECKS = {  # method -> what it must return, in words with its arguments, and as
     "sample_problems": (
         "a list of {0} Problems of texts (held-out ones may be fewer, but not none)", _problems
     ),
+    "demonstrations": ("a list of {0} Demonstrations", _demonstrations),
     "grade": ("a number from 0 to 1", _grade),
     "answer": ("a text or None", _answer),
     "measure": ("a dict of finite numbers, texts, lists or None by name", _measure),
