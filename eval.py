@@ -23,8 +23,8 @@ from pathlib import Path
 
 from teamtr_min.bench import accuracy, export, kernels, report
 from teamtr_min.bench.board import Board
-from teamtr_min.cli import add_flags
-from teamtr_min.files import UserError
+from teamtr_min.cli import add_flags, open_streams
+from teamtr_min.files import UserError, one_line
 from teamtr_min.learner import OutOfMemory
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(result) if args.json else text, flush=True)
         except (UserError, OSError, FloatingPointError, OutOfMemory) as error:
             where = ", ".join(filter(None, (name, team)))
-            sentence = str(error).splitlines()[0]
+            sentence = one_line(error, 1000)
             failures.append(f"{where}: {sentence}" if len(jobs) > 1 else sentence)
         except KeyboardInterrupt:
             failures.append(None)
@@ -138,6 +138,5 @@ def measure(
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # it may be closed
-        sys.stdout.reconfigure(errors="replace")  # a terminal without some characters
+    open_streams()
     sys.exit(main())

@@ -15,7 +15,7 @@ import time
 
 from teamtr_min import cli, rng
 from teamtr_min.config import Config
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, one_line
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
 from teamtr_min.memory import plan_training
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(cli.parse(argv, __doc__))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return 2
     except (Diverged, FloatingPointError, OutOfMemory) as error:
         print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -133,6 +133,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # it may be closed
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the plot's characters
+    cli.open_streams()
     sys.exit(main())

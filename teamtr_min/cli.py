@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import math
+import os
+import sys
 from pathlib import Path
 
 from teamtr_min.config import PRESET, PRESETS, TASK_PRESETS, Config
@@ -14,6 +16,14 @@ SHORTHANDS = {  # (flag, value) -> the fields that it stands for
     ("kl", "none"): {"kl": "fixed", "beta": 0.0},
     ("no_advantage_clip", True): {"advantage_clip": math.inf},
 }
+
+
+def open_streams() -> None:
+    """Output that the shell has closed (`>&-`) goes nowhere; a terminal without some character gets a `?`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the program's whole life
+        getattr(sys, name).reconfigure(errors="replace")
 
 
 def parse(argv: list[str] | None, description: str) -> Config:

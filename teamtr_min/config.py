@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from teamtr_min.files import UserError, read_json, write_json
+from teamtr_min.files import UserError, one_line, read_json, sealed, unsealed, write_json
 
 SHIPPED = ("relay", "convention")  # tasks that bring a small model, of the same name
 LORA_LR = 10  # what LoRA needs of a learning rate that suits all weights
@@ -51,11 +51,13 @@ TASK_PRESETS = {  # and on the task: what pretrained models do there in place of
 }
 
 
-def knob(default, help: str, *, choices: tuple[str, ...] = (), least=-math.inf, finite=False):
-    """A field with its help line and the values that it may take."""
-    return field(
-        default=default, metadata={"help": help, "choices": choices, "least": least, "finite": finite}
-    )
+MOST = 2**31 - 1  # of any count
+
+
+def knob(default, help: str, *, choices: tuple[str, ...] = (), least=-math.inf, most=MOST, finite=False):
+    """A field with its help line and the values that it may take; `most` is for whole numbers."""
+    rule = {"help": help, "choices": choices, "least": least, "most": most, "finite": finite}
+    return field(default=default, metadata=rule)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Config:
     )
     kl_unit: str = knob("message", "sum over a message's tokens, or mean", choices=("message", "token"))
     # the run
-    seed: int = knob(0, "decides every draw of the run", least=0)
+    seed: int = knob(0, "decides every draw of the run", least=0, most=2**63 - 1)
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob(
         "auto",
@@ -234,7 +236,7 @@ class Config:
         return [everyone] if self.occupancy == "joint" else [[j] for j in everyone]
 
     def save(self, path: Path) -> None:
-        write_json(path, dataclasses.asdict(self))
+        write_json(path, sealed(dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, path: Path, changes: dict | None = None) -> "Config":
@@ -242,23 +244,27 @@ class Config:
         if not path.is_file():
             raise UserError(f"{path}: No such file; is {path.parent} the directory of a run?")
         raw, fields = read_json(path), {f.name for f in dataclasses.fields(cls)}
-        if raw.keys() != fields:
-            lacks, has = ", ".join(sorted(fields - raw.keys())), ", ".join(sorted(raw.keys() - fields))
+        if raw.keys() - {"seal"} != fields:
+            lacks, has = (
+                ", ".join(sorted(names - {"seal"})) for names in (fields - raw.keys(), raw.keys() - fields)
+            )
             raise UserError(
                 f"{path} is not the configuration of a run of this version (missing: {lacks or 'nothing'}; "
                 f"unknown: {has or 'nothing'})"
             )
-        return cls(**raw | (changes or {}))
+        return cls(**unsealed(raw, path) | (changes or {}))
 
 
 def check(f: dataclasses.Field, value) -> None:
     """UserError unless `value` is of the field's kind and within its bounds."""
     flag, rule = f"--{f.name.replace('_', '-')}", f.metadata
     if type(value) is not f.type and not (f.type is float and type(value) is int):
-        raise UserError(f"{f.name} is {value!r}; it must be of type {f.type.__name__}")
+        raise UserError(f"{f.name} is {one_line(repr(value))}; it must be of type {f.type.__name__}")
+    if type(value) is int and value > rule["most"]:
+        raise UserError(f"{flag} is {one_line(value, 40)}; the largest possible value is {rule['most']}")
     if f.type in (int, float) and not value >= rule["least"]:  # also catches NaN
         raise UserError(f"{flag} is {value}; the least possible value is {rule['least']}")
     if rule["finite"] and math.isinf(value):
         raise UserError(f"{flag} must be finite")
     if rule["choices"] and value not in rule["choices"]:
-        raise UserError(f"{flag} {value!r} is not one of: {', '.join(rule['choices'])}")
+        raise UserError(f"{flag} {one_line(repr(value))} is not one of: {', '.join(rule['choices'])}")

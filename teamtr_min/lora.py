@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from teamtr_min import rng
 from teamtr_min.config import SHIPPED
-from teamtr_min.files import UserError, read_json, replacing, write_json
+from teamtr_min.files import UserError, plain_file, read_json, replacing, write_json
 from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, hash_weights, load_model
 from teamtr_min.model import Transformer
 
@@ -245,6 +245,6 @@ def _load_weights(model: Transformer, file: Path) -> None:
 
 def _open(file: Path):
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(plain_file(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or cut short: {error}") from None

@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, function_from_file, replacing
+from teamtr_min.files import UserError, function_from_file, one_line, replacing, write_sums
 from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import DTYPES, find_model, save_model
@@ -49,6 +49,10 @@ class Message:
         """The same message, its numbers in arrays: 8 bytes a token where lists of them take 64 or more."""
         numbers = {"tokens": array.array("i", self.tokens), "logprobs": array.array("f", self.logprobs)}
         return dataclasses.replace(self, **numbers)
+
+    def copy(self) -> "Message":
+        """One that shares no list with this one, for code that may change it."""
+        return dataclasses.replace(self, tokens=[*self.tokens], logprobs=[*self.logprobs])
 
 
 @dataclass
@@ -87,7 +91,10 @@ def load_router(name: str) -> Router:
         return routers[name]
     if not name.endswith(".py"):
         raise UserError(f"no router {name!r}: give round-robin, random, or a FILE.py that defines `router`")
-    return function_from_file(name, "router")
+    router = function_from_file(name, "router")
+    return lambda turn, messages, agents, uniform: router(
+        turn, [message.copy() for message in messages], agents, uniform
+    )
 
 
 @dataclass
@@ -112,13 +119,14 @@ class Team:
     def route(self, turn: int, messages: list[Message], uniform: float) -> int:
         """The agent whose turn is next; UserError when a router of the user's own fails or names nobody."""
         n = len(self.agents)
+        choice = self.router(turn, messages, n, uniform)
         try:
-            choice = self.router(turn, messages, n, uniform)
             chosen = -1 if isinstance(choice, bool) else operator.index(choice)
         except Exception as error:
             raise UserError(f"the router failed at turn {turn}: {type(error).__name__}: {error}") from None
         if not 0 <= chosen < n:
-            raise UserError(f"the router chose {choice!r} at turn {turn}; agents are numbered 0 to {n - 1}")
+            shown = one_line(repr(choice))
+            raise UserError(f"the router chose {shown} at turn {turn}; agents are numbered 0 to {n - 1}")
         return chosen
 
     def render(self, j: int, problem: str, messages: list[Message], add_generation_prompt: bool) -> Rendered:
@@ -152,6 +160,7 @@ class Team:
     def save(self, directory: Path) -> None:
         """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole."""
         with replacing(directory) as aside:
+            aside.mkdir()  # not its parents: a run's directory that is gone is not made again
             for j, agent in enumerate(self.agents):
                 if agent.adapter:
                     save_adapter(agent.model, agent.adapter, aside / str(j))
@@ -160,6 +169,7 @@ class Team:
                 for file in TOKENIZER_FILES:
                     if (agent.tokenizer.directory / file).is_file():
                         shutil.copyfile(agent.tokenizer.directory / file, aside / str(j) / file)
+            write_sums(aside)
 
 
 def load_team(config: Config, roles: list[Role], sources: list[str | Path] | None = None) -> Team:

@@ -7,14 +7,13 @@ messages in whole transcripts, by the masters and the optimizer that train it fr
 
 import json
 import time
-from pathlib import Path
 
 import torch
 
 import kernels
 from teamtr_min import rng
 from teamtr_min.config import Config
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, plain_file
 from teamtr_min.learner import Diverged, Learner
 from teamtr_min.rollout import AgentBatch, Rollouts
 from teamtr_min.tasks import Demonstration, Problem, Task
@@ -85,8 +84,8 @@ class Demonstrations:
 def read_demonstrations(path: str, agents: int) -> list[Demonstration]:
     """A JSONL file of transcripts; errors name the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = plain_file(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     found = []
     for number, line in enumerate(lines, start=1):
@@ -116,6 +115,8 @@ def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:
     transcripts = []
     for shown in demonstrations:
         writers = shown.agents or [turn % len(team.agents) for turn in range(len(shown.messages))]
+        if max(writers, default=0) >= len(team.agents):
+            raise UserError(f"a demonstration has a message of agent {max(writers)}, whom the team lacks")
         messages = []
         for j, text in zip(writers, shown.messages):
             chat = team.agents[j].chat

@@ -17,6 +17,7 @@ from teamtr_min import load_model, save_model
 from teamtr_min.bench import accuracy
 from teamtr_min.bench.accuracy import find_subject, pass_at, pick
 from teamtr_min.config import Config
+from teamtr_min.files import write_sums
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem, Relay, WordProblems
@@ -69,6 +70,7 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys):
     model = load_model("runs/newer/agents/1")
     model.model.norm.weight.data.zero_()  # every token equally likely
     save_model(model, "runs/newer/agents/1")
+    write_sums(Path("runs/newer/agents"))
     os.utime("runs/older/summary.json", (0, 0))
     older, newer, newest = (
         evaluate(capsys, "--problems", "200", "--again", *team)

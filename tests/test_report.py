@@ -1,5 +1,6 @@
 """`python eval.py report`: a run to look at, whatever state it is in and whatever its models wrote."""
 
+import dataclasses
 import html.parser
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import eval as evaluation
 import train
 from teamtr_min.bench import plots, report
+from teamtr_min.config import Config
 from teamtr_min.run.metrics import violation_rate
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
@@ -129,9 +131,9 @@ def make_hostile(copy: Path) -> Page:
     record |= {"text": HOSTILE, "answer": HOSTILE, "messages": [{"agent": 0, "text": HOSTILE}]}
     with (copy / "transcripts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    config = json.loads((copy / "config.json").read_text())
+    config = Config.load(copy / "config.json")
     changes = {"answer_field": HOSTILE, "model": "relay,relay"}  # one model per agent
-    (copy / "config.json").write_text(json.dumps(config | changes))
+    dataclasses.replace(config, **changes).save(copy / "config.json")
     copy = copy.rename(copy.with_name("<img src=x>"))
     report.run(str(copy))
     return Page(copy / "report.html")

@@ -29,7 +29,7 @@ from torch import Tensor
 from teamtr_min import rng
 from teamtr_min.bench import kept
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.files import UserError, sha256
+from teamtr_min.files import UserError, check_sums, sha256
 from teamtr_min.hf.weights import DTYPES, find_model, pinned
 from teamtr_min.lora import hash_agent
 from teamtr_min.memory import plan_evaluation
@@ -92,6 +92,7 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
     if not all(source.is_dir() for source in sources):
         raise UserError(f"{directory} holds no trained agents (agents/0 to agents/{config.agents - 1})")
+    check_sums(directory / "agents")
     return Subject(str(directory), config, sources)
 
 

@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+from teamtr_min.files import plain_file
+
 NAMES = {"team", "model", "data"}  # where things lie; the hashes beside them say what they are
 
 
@@ -11,7 +13,7 @@ def find(asked: dict, path: Path) -> dict | None:
     """The newest result in `path` that agrees with `asked` in all but names; a line cut short is none."""
     asked = {key: value for key, value in asked.items() if key not in NAMES}
     found = None
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             result = json.loads(line)
         except ValueError:
@@ -25,7 +27,7 @@ def append(result: dict, path: Path) -> dict:
     """The result with the time, as it now stands at the end of `path`."""
     result = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **result}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with plain_file(path).open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)
             if file.read() != b"\n":  # a line that was cut short must not take this one with it

@@ -10,7 +10,6 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +17,13 @@ import numpy as np
 
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, read_json, unsealed
 from teamtr_min.run.console import region
 from teamtr_min.run.directory import newest_run
-from teamtr_min.run.metrics import violation_rate
+from teamtr_min.run.metrics import LINES, TRANSCRIPTS, read_lines, violation_rate
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
-KEYS = {  # that every line has; a line holds others only where they were measured
-    "update": {"stage", "update", "accuracy", "return_mean", "zero_variance_groups", "halvings", "rollouts",
-               "tokens_sampled", "tokens_trained", "seconds_sampling", "seconds_training"},
-    "stage": {"stage", "accuracy", "seconds"},
-}  # fmt: skip
-TRANSCRIPT = {"text", "answer", "messages", "return", "stage", "split"}
 
 
 @dataclass(frozen=True)
@@ -99,46 +92,23 @@ def find_run(team: str | None) -> Path:
 
 def read(directory: Path) -> Record:
     config, damaged = Config.load(directory / "config.json"), []
-    metrics = read_lines(directory / "metrics.jsonl", lambda r: KEYS.get(r.get("kind")), damaged)
+    metrics = read_lines(directory / "metrics.jsonl", LINES, damaged)
     updates = [r for r in metrics if r["kind"] == "update"]
+    if any(r.get("stage", 0) >= config.stages for r in metrics):
+        raise UserError(f"{directory / 'metrics.jsonl'} has stages beyond the {config.stages} of its run")
     if not updates:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
-    try:
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        if summary["tokens_trained"] != sum(u["tokens_trained"] for u in updates):  # of before a resume
-            summary = {"accuracy_start": summary["accuracy_start"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        summary = {}
-    transcripts = read_lines(directory / "transcripts.jsonl", lambda r: TRANSCRIPT, damaged)
+    ending = directory / "summary.json"
+    summary = unsealed(read_json(ending), ending) if ending.exists() else {}
+    if summary and summary["tokens_trained"] != sum(u["tokens_trained"] for u in updates):
+        summary = {"accuracy_start": summary["accuracy_start"]}  # it is of before a resume
+    transcripts = read_lines(directory / "transcripts.jsonl", TRANSCRIPTS, damaged)
     try:
         names = [role.name for role in load_task(config).roles(config.agents)]
     except Exception:  # the task's file or data, which may be anything, is gone: its run can still be shown
         names = [f"Agent {j + 1}" for j in range(config.agents)]
     stages = [r for r in metrics if r["kind"] == "stage"]
     return Record(directory, config, updates, stages, summary, transcripts, names, damaged)
-
-
-def read_lines(path: Path, keys: Callable[[dict], set | None], damaged: list[str]) -> list[dict]:
-    """The objects of a JSONL file. A last line that a kill cut off is left out and noted in `damaged`."""
-    records = []
-    try:
-        # not splitlines(): a text may hold other line separators
-        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; there is nothing to report yet") from None
-    for number, line in enumerate(lines if lines != [""] else [], start=1):
-        try:
-            record = json.loads(line, parse_constant=lambda name: None)  # NaN is a value not measured
-            missing = keys(record) - record.keys()
-        except (ValueError, TypeError, AttributeError):  # no JSON, no object, no such kind
-            if number == len(lines):
-                damaged.append(path.name)
-                break
-            raise UserError(f"{path}, line {number}: not a line that a run writes") from None
-        if missing:
-            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))}")
-        records.append(record)
-    return records
 
 
 def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:

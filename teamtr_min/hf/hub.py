@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from teamtr_min.files import UserError, read_json, sha256
+from teamtr_min.files import UserError, one_line, read_json, sha256
 
 ALIASES = {
     **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
@@ -42,6 +42,9 @@ def weight_files(directory: Path) -> list[str]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index} has no weight_map from tensors to files")
+    outside = [file for file in listed.values() if file != os.path.basename(file) or file in ("", ".", "..")]
+    if outside:
+        raise UserError(f"{index} names a file that is not beside it: {one_line(repr(outside[0]))}")
     return sorted(set(listed.values()))
 
 

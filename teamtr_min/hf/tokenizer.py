@@ -1,17 +1,17 @@
-"""tokenizer.json through tokenizers, and the checkpoint's own chat template through jinja2's sandbox."""
+"""tokenizer.json through tokenizers, and the checkpoint's own chat template (template.py)."""
 
-import datetime
 import json
+import math
 import os
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from tokenizers import Tokenizer as Backend
 
-from teamtr_min.files import UserError, read_json, sha256
+from teamtr_min.files import UserError, one_line, plain_file, read_json, sha256
+from teamtr_min.hf import template
 from teamtr_min.hf.weights import find_model
+
+MOST_GROWTH = 1000  # of a text, by what tokenizer.json does to it before or after
 
 # ChatML, for checkpoints that bring no template of their own.
 CHATML = """\
@@ -31,19 +31,21 @@ class Tokenizer:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
         path = self.directory / "tokenizer.json"
-        if not path.is_file():
+        if not plain_file(path).is_file():
             raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
-        try:
-            self.backend = Backend.from_file(str(path))
-        except Exception as error:  # the backend raises bare Exception
-            raise UserError(f"{path} is not a tokenizer: {error}") from None
+        self.backend = self._safely(Backend.from_file, str(path), fault="is not a tokenizer")
         self.backend.no_truncation()
         self.backend.no_padding()
         self.hash = sha256(path)
-        config_path = self.directory / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
-        legacy = self.directory / "special_tokens_map.json"
-        if "added_tokens_decoder" not in config and legacy.is_file():  # only then transformers reads it too
+        for part in (self.backend.normalizer, self.backend.decoder):
+            if part is not None and not _growth(json.loads(part.__getstate__())) <= MOST_GROWTH:
+                raise UserError(f"{path}: its {type(part).__name__} makes texts many times as long")
+        config_path, legacy = (
+            self.directory / name for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
+        config = read_json(config_path) if os.path.lexists(config_path) else {}
+        # Only then transformers reads it too.
+        if "added_tokens_decoder" not in config and os.path.lexists(legacy):
             config |= read_json(legacy)
         self.special = _special_tokens(config)
         self.eos_id, self.unk_id = self._special_id("eos_token"), self._special_id("unk_token")
@@ -52,10 +54,8 @@ class Tokenizer:
             text = CHATML
             known = self.backend.token_to_id("<|im_end|>") is not None
             self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
-        try:
-            self._template = _environment().from_string(text)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise UserError(f"the chat template of {self.directory} does not parse: {error}") from None
+        self._template = text
+        self._render(None, "does not parse")
 
     @property
     def vocab_size(self) -> int:
@@ -71,13 +71,22 @@ class Tokenizer:
 
         A special token that is written out in `text` becomes its id, as in a rendered template.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._safely(self.backend.encode, text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._safely(self.backend.decode, list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_batch(self, batch: list[list[int]]) -> list[str]:
-        return self.backend.decode_batch(batch)
+        return self._safely(self.backend.decode_batch, batch)
+
+    def _safely(self, function, *given, fault: str = "cannot be used", **named):
+        try:
+            return function(*given, **named)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the backend raises bare Exceptions, and panics, which are none
+            path = self.directory / "tokenizer.json"
+            raise UserError(f"{path} {fault}: {one_line(error)}") from None
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **template_kwargs) -> str:
         """The conversation as the checkpoint's template writes it; `messages` are {"role", "content"}.
@@ -87,13 +96,14 @@ class Tokenizer:
         given = [{key: v for key, v in message.items() if v is not None} for message in messages]
         values = {"tools": None, "documents": None, **self.special, **template_kwargs}
         values |= {"messages": given, "add_generation_prompt": add_generation_prompt}
+        return self._render(values, "refuses this conversation")
+
+    def _render(self, values: dict | None, fault: str) -> str:
         try:
-            return self._template.render(values)
-        except Exception as error:  # a template is somebody's program: it may raise anything
-            why = str(error) or type(error).__name__
-            raise UserError(
-                f"the chat template of {self.directory} refuses this conversation: {why}"
-            ) from None
+            return template.render(self._template, values)
+        except template.TemplateError as error:
+            why = one_line(error)
+            raise UserError(f"the chat template of {self.directory} {fault}: {why}") from None
 
     def _special_id(self, name: str) -> int | None:
         token = self.special.get(name)
@@ -119,9 +129,9 @@ def _special_tokens(config: dict) -> dict[str, str]:
 
 def _template_text(directory: Path, config: dict) -> str | None:
     file = directory / "chat_template.jinja"
-    if file.is_file():
+    if os.path.lexists(file):
         try:
-            return file.read_text(encoding="utf-8")
+            return plain_file(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
     text = config.get("chat_template")
@@ -134,33 +144,13 @@ def _template_text(directory: Path, config: dict) -> str | None:
     return text
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """jinja2 with the filters and functions that chat templates rely on."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    return environment
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _refuse(message: str):
-    raise jinja2.TemplateError(message)
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks assistant text for other programs; here it is inert."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+def _growth(step: dict) -> float:
+    """How many times as long a text may get by a normalizer or decoder of tokenizer.json, at most."""
+    if step.get("type") == "Sequence":
+        return math.prod(map(_growth, step.get("normalizers") or step.get("decoders") or []))
+    if step.get("type") == "Prepend":
+        return 1 + len(step["prepend"])
+    if step.get("type") != "Replace":
+        return 1  # Unicode's own forms do not grow further by repetition
+    length, literal = len(step["content"]), step["pattern"].get("String")
+    return max(1, length / len(literal)) if literal else 1 + length  # a regex may match at every character

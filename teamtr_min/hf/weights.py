@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.files import UserError, read_json, replacing, sha256, write_json
+from teamtr_min.files import UserError, one_line, plain_file, read_json, replacing, sha256, write_json
 from teamtr_min.hf import hub
 from teamtr_min.model import ModelConfig, Transformer
 
@@ -211,7 +211,7 @@ def _number(raw: dict, key: str, kind: type, default: float | None = None) -> in
     most = 2**20 if key in _SIZES and key != "max_position_embeddings" else 2**53
     if type(value) not in (int, kind) or not 0 < value <= most:  # also catches NaN
         wanted = "whole number" if kind is int else "number"
-        raise UserError(f"{key} must be a positive {wanted} up to {most}, not {value!r}")
+        raise UserError(f"{key} must be a positive {wanted} up to {most}, not {one_line(repr(value))}")
     return kind(value)
 
 
@@ -264,9 +264,9 @@ def _read(stored: dict, name: str) -> Tensor:
 
 def _open(file: Path):
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(plain_file(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut short: {error}") from None
+        raise UserError(f"{file} is damaged or cut short: {one_line(error)}") from None
 
 
 def _surplus(name: str, stored: dict, config: ModelConfig) -> list[str]:

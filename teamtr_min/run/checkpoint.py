@@ -2,7 +2,7 @@
 
     runs/NAME/checkpoints/000007/    seven stages done
         learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
-        state.json                   betas, what the logs held by then, sha256 of the files and of LoRA's base
+        state.json                   betas, what the logs held by then, sha256 of files, LoRA's base, itself
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the rng path (rng.py),
 and the learning rate is one of the update's number. So a run that was killed repeats at most a stage, to the
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from teamtr_min.files import UserError, replacing, sha256
+from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, unsealed
 from teamtr_min.learner import Learner, Snapshot
 
 
@@ -36,7 +36,7 @@ def save(directory: Path, stages_done: int, learners: list[Learner], log: dict, 
             sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
             state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
             state["bases"] = [learner.bases for learner in learners]
-            (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            (aside / "state.json").write_text(json.dumps(sealed(state), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write a checkpoint under {root}: {error}; those before it are whole, "
@@ -78,12 +78,12 @@ def _newest_first(directory: Path) -> list[Path]:
 def _whole(checkpoint: Path, learners: int) -> dict | None:
     """The checkpoint's state if all its files are there and unchanged."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = unsealed(read_json(checkpoint / "state.json"), checkpoint)
         wanted = [f"learner-{j}.safetensors" for j in range(learners)]
         whole = all(sha256(checkpoint / file) == state["sha256"][file] for file in wanted)
         whole = whole and len(state["beta"]) == learners and {"log", "bases"} <= state.keys()
         return state if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
 
 

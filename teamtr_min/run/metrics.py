@@ -3,8 +3,12 @@
 A line holds only what was measured: a key that means nothing for it is absent.
 """
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
+from teamtr_min.files import UserError, plain_file
 from teamtr_min.learner import Update
 from teamtr_min.rollout import Rollouts
 
@@ -16,12 +20,77 @@ COSTS = (  # of an update, which add up to the run's
 )  # fmt: skip
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _are_messages(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and _is_count(m.get("agent")) and _is_text(m.get("text")) for m in value
+    )
+
+
+# What is read back, and how: by the kind of line the keys that each has, and below those that it may have.
+LINES = {
+    "update": dict.fromkeys(("stage", "update", "halvings", "rollouts", "tokens_sampled", "tokens_trained"),
+                            _is_count)
+    | dict.fromkeys(("accuracy", "return_mean", "zero_variance_groups", "seconds_sampling",
+                     "seconds_training"), _is_number),
+    "stage": {"stage": _is_count, "accuracy": _is_number, "seconds": _is_number},
+    "warm_start": {"step": _is_count},
+}  # fmt: skip
+TRANSCRIPTS = {
+    None: {"text": _is_text, "answer": _is_text, "messages": _are_messages, "return": _is_number,
+           "stage": _is_count, "split": _is_text},
+}  # fmt: skip
+MEASURED = {"accuracy_held_out", "delta", "kl_before", "kl_after", "seconds_evaluation", *COSTS}
+
+
+def read_lines(path: Path, kinds: dict, damaged: list[str] | None = None) -> list[dict]:
+    """The objects of a log, whose kinds are those of LINES or TRANSCRIPTS; UserError names file and line.
+
+    With `damaged` a last line that a kill cut off is left out, and the file noted there.
+    """
+    try:
+        # Not splitlines(): a text may hold other line separators.
+        lines = plain_file(path).read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; there is nothing to read yet") from None
+    records = []
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
+        try:
+            record = json.loads(line, parse_constant=lambda name: None)  # NaN is a value not measured
+            keys: dict[str, Callable] = kinds[record.get("kind") if None not in kinds else None]
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # no JSON, no such kind
+            if damaged is not None and number == len(lines):
+                damaged.append(path.name)
+                break
+            raise UserError(f"{path}, line {number}: not a line that a run writes") from None
+        if missing := keys.keys() - record.keys():
+            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))}")
+        wrong = [key for key, right in keys.items() if not right(record[key])]
+        wrong += [key for key in MEASURED & record.keys() - keys.keys()
+                  if not (record[key] is None or _is_number(record[key]))]  # fmt: skip
+        if wrong:
+            raise UserError(f"{path}, line {number}: {', '.join(sorted(wrong))} cannot be that")
+        records.append(record)
+    return records
+
+
 def update_line(
     stage: int, i: int, agents: list[int], rollouts: Rollouts, update: Update, delta: float, more: dict
 ) -> dict:
     """Update number i of a stage; `more` is what the task and the diagnostics measured."""
     own = rollouts.by(agents)
-    return measured({
+    line = {
         "kind": "update",
         "stage": stage,
         "update": i,
@@ -46,8 +115,10 @@ def update_line(
         "rollouts": rollouts.count_sampled,
         "tokens_sampled": rollouts.tokens_sampled,
         "seconds_sampling": rollouts.seconds,
-        **more,
-    })  # fmt: skip
+    }  # fmt: skip
+    if taken := line.keys() & more.keys():
+        raise UserError(f"`measure` of the task returns {', '.join(sorted(taken))}, which are logged already")
+    return measured(line | more)
 
 
 def stage_line(stage: int, updates: list[dict], **more) -> dict:

@@ -1,5 +1,7 @@
 """A run around the loop of train.py: its directory and logs, evaluation, checkpoints, resume, summary."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from teamtr_min import rng
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, lock, write_json
+from teamtr_min.files import UserError, lock, plain_file, sealed, sha256, write_json
 from teamtr_min.learner import Learner, Update
 from teamtr_min.memory import Plan
 from teamtr_min.rollout import Rollouts, collect
@@ -48,16 +50,21 @@ class Run:
     def __enter__(self) -> "Run":
         resume = self.config.resume
         self.directory = Path(resume) if resume else new_directory(self.config)
-        if not resume:
-            self.config.save(self.directory / "config.json")
+        self._logs = {}
         try:
-            self._logs = {name: (self.directory / name).open("a", encoding="utf-8") for name in LOGS}
+            if not resume:
+                self.config.save(self.directory / "config.json")
+            for name in LOGS:
+                self._logs[name] = plain_file(self.directory / name).open("a", encoding="utf-8")
             lock(self._logs["metrics.jsonl"])
-        except OSError as error:
-            raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
-        print(header(self.config, self.team, self.directory), flush=True)
-        self.console = Console((self.config.warm_start + self.config.stages) * len(self.learners))
-        self.done = self._resume() if resume else 0  # steps of the warm start, and stages
+            print(header(self.config, self.team, self.directory), flush=True)
+            self.console = Console((self.config.warm_start + self.config.stages) * len(self.learners))
+            self.done = self._resume() if resume else 0  # steps of the warm start, and stages
+        except BaseException as error:
+            self._close(keep=bool(resume) or isinstance(error, UserError))  # it may be another process's
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
+            raise
         return self
 
     def warm_start_steps(self) -> Iterator[int]:
@@ -132,9 +139,7 @@ class Run:
     def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
         if self.accuracy_start is None and self.accuracy_untrained is None:
-            self._close()
-            if not self.config.resume:
-                shutil.rmtree(self.directory)
+            self._close(keep=bool(self.config.resume))
             return
         stopped = "interrupted" if isinstance(reason, KeyboardInterrupt) else reason and str(reason)
         try:
@@ -154,13 +159,17 @@ class Run:
                 "memory_planned": self.plan.total,
                 "stopped": stopped,
             }
-            write_json(self.directory / "summary.json", self.summary)
+            write_json(self.directory / "summary.json", sealed(self.summary))
             print(closing(self.config, self.directory, self.summary, self.accuracies), flush=True)
-        except OSError:
-            if reason is None:
-                raise  # else the first reason is the one to hear
+        except OSError as error:
+            reason = reason or error  # else the first reason is the one to hear
         finally:
             self._close()
+        if isinstance(reason, OSError) and not isinstance(reason, BrokenPipeError):
+            put_right = f"put this right and continue with --resume {self.directory}"
+            raise UserError(
+                f"cannot write to {self.directory}: {reason.strerror or reason}; {put_right}"
+            ) from None
 
     def _checkpoint(self, done: int) -> None:
         """Everything on disk, so that the run can go on from here."""
@@ -168,6 +177,7 @@ class Run:
             os.fsync(file.fileno())
         log = {
             "bytes": {name: file.tell() for name, file in self._logs.items()},
+            "sha256": {name: sha256(self.directory / name) for name in LOGS},
             "accuracy_untrained": self.accuracy_untrained,
             "accuracy_start": self.accuracy_start,
             "evaluation": self.evaluation,
@@ -192,22 +202,25 @@ class Run:
         path = self.directory / "metrics.jsonl"
         if log is None:
             # A kill before the first checkpoint leaves one stage at most; a new start would write over more.
-            logged = path.read_text(encoding="utf-8").splitlines()
-            if sum('"kind": "warm_start"' not in line for line in logged) > len(self.learners) + 1:
+            logged = path.read_bytes().splitlines()
+            if sum(b'"kind": "warm_start"' not in line for line in logged) > len(self.learners) + 1:
                 raise UserError(
                     f"{self.directory} has finished stages but no checkpoints; nothing to resume from"
                 )
             log = {"bytes": dict.fromkeys(LOGS, 0)}
         for name, count in log["bytes"].items():
-            if (self.directory / name).stat().st_size < count:
+            content = (self.directory / name).read_bytes()
+            if len(content) < count:
                 raise UserError(f"{self.directory / name} was cut short; nothing to resume from")
+            if done and hashlib.sha256(content[:count]).hexdigest() != log["sha256"][name]:
+                raise UserError(f"{self.directory / name} is not as it was written: put the original back")
         for name, count in log["bytes"].items():
             os.truncate(self.directory / name, count)
         if done:
             self.begin -= log["seconds"]
             self.accuracy_untrained, self.accuracy_start = log["accuracy_untrained"], log["accuracy_start"]
             self.evaluation, self.warm_start = log["evaluation"], log["warm_start"]
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = metrics.read_lines(path, metrics.LINES)
             self.updates = [line for line in lines if line["kind"] == "update"]
             self.accuracies = [line["accuracy"] for line in lines if line["kind"] == "stage"]
         warm = min(done, self.config.warm_start)
@@ -224,6 +237,10 @@ class Run:
             self._logs[name].write(json.dumps(line, ensure_ascii=name == "metrics.jsonl") + "\n")
         self._logs[name].flush()
 
-    def _close(self) -> None:
+    def _close(self, keep: bool = True) -> None:
+        """Close the logs; without `keep` the directory goes, as nothing in it is worth a name."""
         for file in self._logs.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is left in the buffer once more
+                file.close()
+        if not keep:
+            shutil.rmtree(self.directory, ignore_errors=True)

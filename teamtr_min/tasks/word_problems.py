@@ -7,7 +7,7 @@ from numpy.random import Generator
 
 from teamtr_min import rng
 from teamtr_min.config import Config
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, plain_file
 from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
 from teamtr_min.tasks.datasets import DATASETS, local_copy
 from teamtr_min.tasks.equivalence import grader
@@ -84,8 +84,8 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
     """Problems from a JSONL file; "id" is optional. Errors name the file, the line and what is wrong."""
     try:
         # Not splitlines(), which would also cut at the other line separators that a text may hold.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = plain_file(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     problems = []
     for number, line in enumerate(lines, start=1):
