@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -89,36 +90,49 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return keep * frequency + (1 - keep) * frequency / factor
 
 
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # made while sampling, it also serves training
+def rope_table(config: ModelConfig, positions: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """cos and sin of every angle, as `rotate` wants them: two of (positions, 1, D)."""
+    frequencies = rope_frequencies(config, device)  # (D/2,)
+    angle = torch.arange(positions, device=device)[:, None, None] * frequencies  # (positions, 1, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return [torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: pair d with d + D/2. x (B, T, Q or K, D), cos and sin (B or 1, T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary embedding: pair d with d + D/2. x (B, T, Q or K, D), cos and sin (B or 1, T, 1, D): those of
+    the angle, for both of a pair, the first sin negative."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class KVCache:
     """Keys and values of many sequences of different lengths; row b holds its first `length[b]` positions.
 
-    `keys[layer]` is (rows, capacity, K, D). Entries past a row's length are leftovers that no query sees.
+    `keys[layer]` is (rows, K, capacity, D). Entries past a row's length are leftovers that no query sees.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, device, dtype):
-        shape = (config.layers, rows, capacity, config.kv_heads, config.head_dim)
+        shape = (config.layers, rows, config.kv_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.span = capacity
+        self.span, self.start = capacity, None
 
-    def reserve(self, span: int) -> None:
+    def reserve(self, span: int, start: int | None = None) -> None:
         """Attend to `span` positions from now on, no less than the longest row will reach.
 
+        `start`: the length of all rows of the next step where they have the same: nothing is masked then.
         Storage grows by half at least, so that growing is rare.
         """
-        self.span = span
-        extra = span - self.keys.shape[2]
+        if start is None and self.keys.is_cuda:  # kernels want aligned masks, and plans are made per shape
+            span = -(-span // 64) * 64
+        self.span, self.start = span, start
+        extra = span - self.keys.shape[3]
         if extra > 0:
-            extra = max(extra, self.keys.shape[2] // 2)
-            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, extra))
-            self.values = F.pad(self.values, (0, 0, 0, 0, 0, extra))
+            extra = max(extra, self.keys.shape[3] // 2)
+            self.keys = F.pad(self.keys, (0, 0, 0, extra))
+            self.values = F.pad(self.values, (0, 0, 0, extra))
 
     def permute(self, to: Tensor, source: Tensor) -> None:
         """Row `to[i]` becomes what row `source[i]` was; all reads come before all writes."""
@@ -127,21 +141,42 @@ class KVCache:
         self.length[to] = self.length[source]
 
 
-@dataclass
 class CachedStep:
     """Where one cached forward pass reads and writes: the same for every layer."""
 
-    cache: KVCache
-    rows: slice | Tensor  # rows of the cache that the batch stands for; a slice costs no copy
-    row_index: Tensor  # (B, 1) the same rows as indices
-    positions: Tensor  # (B, T) of the new tokens
-    mask: Tensor  # (B, 1, T, span): which cached positions each new token sees
+    def __init__(self, cache: KVCache, rows: slice | Tensor, T: int):
+        """`rows` of the cache that the batch stands for: a slice costs no copy. T new tokens in each."""
+        self.cache, self.rows = cache, rows
+        _, _, K, capacity, _ = cache.keys.shape
+        device, new = cache.keys.device, torch.arange(T, device=cache.keys.device)
+        self.alone = cache.start == 0 and T > 1  # the new tokens are all that there is to see
+        if cache.start is None:
+            self.positions = cache.length[rows][:, None] + new  # (B, T)
+        else:
+            self.positions = (cache.start + new)[None]  # (1, T)
+        self.mask = None  # (B or 1, 1, T, span), added to the scores: which cached positions a token sees
+        if cache.start is None or T > 1 and not self.alone:
+            seen = torch.arange(cache.span, device=device) <= self.positions[:, None, :, None]
+            self.mask = torch.full(seen.shape, -math.inf, device=device, dtype=cache.keys.dtype)
+            self.mask.masked_fill_(seen, 0.0)
+        self.index = None  # (B * T * K,) of the new entries in the flattened (rows, K, capacity)
+        if cache.start is None or not isinstance(rows, slice):
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=device)
+            first = rows[:, None] * K + torch.arange(K, device=device)  # (B, K)
+            self.index = (first[:, None] * capacity + self.positions[:, :, None]).flatten()
 
     def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.row_index, self.positions] = k
-        values[self.row_index, self.positions] = v
-        return keys[self.rows, : self.cache.span], values[self.rows, : self.cache.span]  # (B, span, K, D)
+        """k and v (B, K, T, D) of the new tokens -> (B, K, span, D) of all that they may see."""
+        seen = []
+        for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
+            if self.index is None:
+                kept[self.rows, :, self.cache.start : self.cache.start + new.shape[2]] = new
+            else:
+                entries = new.transpose(1, 2).reshape(-1, new.shape[3])  # (B * T * K, D)
+                kept.view(-1, new.shape[3]).index_copy_(0, self.index, entries)
+            seen.append(new if self.alone else kept[self.rows, :, : self.cache.span])
+        return seen[0], seen[1]
 
 
 @dataclass
@@ -194,26 +229,58 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T, D)
         if step is not None:
-            k, v = step.write_then_read(layer, k, v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T or span, D)
+            k, v = step.write_then_read(layer, k, v)  # (B, K, T or span, D)
         y = attend(q, k, v, None if step is None else step.mask)  # (B, Q, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y if where is None else y.flatten(0, 1)[where])  # (B, T, H) or (pairs, H)
 
 
+PRODUCTS_FROM_ROWS = 32  # measured on a CPU: from here on plain batched products beat torch's kernel
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention, Q/K query heads to a key head; causal when `mask` is None."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    """Scaled dot-product attention, Q/K query heads to a key head. q (B, Q, T, D), k and v (B, K, span, D).
+
+    `mask` (B or 1, 1, T, span) is boolean or added to the scores. Without it attention is causal, and the
+    last query sees everything; T is then 1 or span.
+    """
+    (B, Q, T, D), K = q.shape, k.shape[1]
+    if T == 1:  # the query heads of a group stand where the queries do, so K and V need no repetition
+        q = q.reshape(B, K, Q // K, D)
+        if not q.is_cuda and B >= PRODUCTS_FROM_ROWS:
+            return attend_by_products(q, k, v, mask).view(B, Q, 1, D)
+    options = {"attn_mask": mask, "is_causal": mask is None and T > 1}
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=T > 1, **options).reshape(B, Q, T, D)
+    with sdpa_kernel(NOT_CUDNN):  # cuDNN makes a plan for every new shape
+        if mask is not None and T > 1:  # the only kernel that takes masks takes no groups
+            k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, span, D)
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options).reshape(B, Q, T, D)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for one new token a row, as two batched products; q (B, K, Q/K, D), as is the result."""
+    B, K, heads, D = q.shape
+    scores = (q.flatten(0, 1) / math.sqrt(D)) @ k.flatten(0, 1).transpose(1, 2)  # (B * K, Q/K, span)
+    if mask is not None:
+        scores = scores.view(B, K * heads, -1).add_(mask[:, 0]).view(scores.shape)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, K, heads, D)
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What `attend` computes, written out. q (B, Q, T, D), k and v (B, K, span, D), mask (B, 1, T, span)."""
+    """What `attend` computes, written out."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, Q, span, D)
+    T, span = q.shape[2], k.shape[2]
     if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(T, span, dtype=torch.bool, device=q.device).tril(span - T)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=q.device).masked_fill(~mask, -math.inf)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, Q, T, span)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+    return (scores + mask).softmax(-1) @ v
 
 
 class MLP(nn.Module):
@@ -254,6 +321,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+HEAD_PIECE = 2048  # rows of the output head in one product: on a CPU a third faster than one large product
 
 
 class Transformer(nn.Module):
@@ -297,14 +367,14 @@ class Transformer(nn.Module):
         """
         step = packed
         if cache is not None:
-            step = self._cached_step(tokens, cache, slice(0, len(tokens)) if rows is None else rows)
+            step = CachedStep(cache, slice(0, len(tokens)) if rows is None else rows, tokens.shape[1])
         if step is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         else:
-            positions = step.positions  # (B, T)
-        frequencies = rope_frequencies(self.config, tokens.device)  # (D/2,)
-        angle = positions[:, :, None, None] * frequencies  # (B or 1, T, 1, D/2)
-        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+            positions = step.positions  # (B or 1, T)
+        reach = tokens.shape[1] if cache is None else cache.span
+        table = rope_table(self.config, 1 << reach.bit_length(), tokens.device, self.dtype)
+        cos, sin = (x[positions] for x in table)  # (B or 1, T, 1, D)
         x = self.model.embed_tokens(tokens)  # (B, T, H)
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
@@ -322,17 +392,15 @@ class Transformer(nn.Module):
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
             flat = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
             return flat.view(*hidden.shape[:-1], -1)
-        return F.linear(hidden.float(), self.head.float())
+        V = len(self.head)
+        if torch.is_grad_enabled() or hidden.is_cuda or V <= 2 * HEAD_PIECE:
+            return F.linear(hidden.float(), self.head.float())
+        flat = hidden.flatten(0, -2).float()
+        logits = torch.empty(len(flat), V)
+        for piece in (slice(v, v + HEAD_PIECE) for v in range(0, V, HEAD_PIECE)):
+            torch.mm(flat, self.head[piece].float().t(), out=logits[:, piece])
+        return logits.view(*hidden.shape[:-1], V)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) fp32."""
         return self.logits(self.hidden(tokens))
-
-    def _cached_step(self, tokens: Tensor, cache: KVCache, rows: slice | Tensor) -> CachedStep:
-        T = tokens.shape[1]
-        start = cache.length[rows]  # (B,)
-        positions = start[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-        cached = torch.arange(cache.span, device=tokens.device)  # (span,)
-        mask = cached <= positions[:, None, :, None]  # (B, 1, T, span)
-        index = torch.arange(rows.start, rows.stop, device=tokens.device) if isinstance(rows, slice) else rows
-        return CachedStep(cache, rows, index[:, None], positions, mask)

@@ -7,6 +7,7 @@ is a function of the row's key and the position alone (rng.py), so a message doe
 neighbours.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,14 +56,29 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[T
     logits (B, V) fp32, uniform (B,) in [0, 1) -> tokens (B,) int64, logprobs (B,) fp32. Temperature 0: the
     argmax.
     """
-    logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (B, V)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    p = logits.softmax(-1)  # (B, V)
     if temperature == 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        cumulative = logp.exp().cumsum(-1)  # (B, V)
+        cumulative = p.cumsum(-1)  # (B, V)
         target = uniform[:, None] * cumulative[:, -1:]  # rounding leaves the last entry near 1, not at it
-        token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return token, logp.gather(1, token[:, None])[:, 0]
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
+
+
+def sample_token_reference(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What `sample_token` computes, one row and one token at a time, in float64."""
+    tokens, logprobs = [], []
+    for row, u in zip(logits.double(), uniform.double()):
+        logp = (row / (temperature or 1.0)).log_softmax(0)  # (V,)
+        token = int(row.argmax())
+        if temperature != 0:
+            token = next(v for v in range(len(row)) if u < logp[: v + 1].exp().sum() or v + 1 == len(row))
+        tokens.append(token)
+        logprobs.append(logp[token])
+    return torch.tensor(tokens), torch.stack(logprobs).float()
 
 
 class Sampler:
@@ -75,7 +91,7 @@ class Sampler:
         self.cached = [0] * rows  # tokens of each row that the cache holds
         self.check_every = 16 if model.device.type == "cuda" else 1  # steps between device syncs
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         rows: list[int] | range,
@@ -112,42 +128,49 @@ class Sampler:
         self._to_front(wanted, live)
         request = [index_of[row] for row in self.row_at[:live]]  # slot -> i
 
-        uniforms = rng.uniforms(keys, max_new_tokens, device)  # (B, max_new_tokens)
-        tokens = torch.zeros(live, max_new_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(live, max_new_tokens, device=device)
-        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        logits = self._prefill([prompts[i] for i in request], prefill_tokens)  # (B, V), by slot
-        order = torch.tensor(request, device=device)  # (live,) slot -> i
-        done = torch.zeros(live, dtype=torch.bool, device=device)
+        # (max_new_tokens, live): a row for each step, a column for each slot
+        uniforms = rng.uniforms([keys[i] for i in request], max_new_tokens, device).t().contiguous()
+        stops, fresh = set(stop_ids), []
+        tokens: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[float]] = [[] for _ in rows]
+        logits = self._prefill([prompts[i] for i in request], prefill_tokens)  # (live, V)
         for step in range(max_new_tokens):
-            token, logprob = sample_token(logits, uniforms[order, step], temperature)
-            tokens[order, step], logprobs[order, step] = token, logprob
-            done |= torch.isin(token, stops)
-            if step + 1 == max_new_tokens:
-                break
-            if (step + 1) % self.check_every == 0 and (finished := done.tolist()).count(True):
-                swapped = self._to_front([not f for f in finished], finished.count(False))
-                live = finished.count(False)
-                if live == 0:
+            token, logprob = sample_token(logits, uniforms[step], temperature)  # (live,)
+            fresh.append((token, logprob))
+            last = step + 1 == max_new_tokens
+            if last or len(fresh) == self.check_every:  # only now does the host wait for the device
+                drawn, logps = (torch.stack(x, 1).tolist() for x in zip(*fresh))  # (live, steps)
+                fresh = []
+                for slot, i in enumerate(request):
+                    tokens[i] += drawn[slot]
+                    logprobs[i] += logps[slot]
+                goes_on = [stops.isdisjoint(ids) for ids in drawn]
+                live = goes_on.count(True)
+                if last or live == 0:
                     break
-                order, token, done = (x[swapped][:live] for x in (order, token, done))
-            if progress and (step + 1) % self.check_every == 0:
-                progress(step + 1, live)
-            self.cache.reserve(longest + step + 1)
+                if live < len(goes_on):
+                    source = self._to_front(goes_on, live)[:live]
+                    request = [request[slot] for slot in source]
+                    index = torch.tensor(source, device=device)
+                    token, uniforms = token[index], uniforms[:, index]
+                if progress:
+                    progress(step + 1, live)
+            lengths = {len(prompts[i]) for i in request}
+            self.cache.reserve(longest + step + 1, lengths.pop() + step if len(lengths) == 1 else None)
             hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, H)
             self.cache.length[:live] += 1
             logits = self.model.logits(hidden[:, 0])  # (live, V)
 
-        completions = _cut(tokens.tolist(), logprobs, set(stop_ids))
+        completions = [_cut(*drawn, stops) for drawn in zip(tokens, logprobs)]
         for i, row in enumerate(rows):  # the last token of a message was sampled, not fed
             self.cached[row] = len(prompts[i]) + len(completions[i].tokens) - 1
         self.cache.length.copy_(torch.tensor([self.cached[row] for row in self.row_at]))
         return completions
 
-    def _to_front(self, wanted: list[bool], count: int) -> Tensor:
+    def _to_front(self, wanted: list[bool], count: int) -> list[int]:
         """Move the wanted slots, `count` of the first len(wanted), to the front by swapping pairs.
 
-        Returns the permutation as (len(wanted),): new slot -> old slot.
+        Returns the permutation: new slot -> old slot.
         """
         holes = [slot for slot in range(count) if not wanted[slot]]
         fillers = [slot for slot in range(count, len(wanted)) if wanted[slot]]
@@ -155,11 +178,11 @@ class Sampler:
         for hole, filler in zip(holes, fillers):
             source[hole], source[filler] = filler, hole
             self.row_at[hole], self.row_at[filler] = self.row_at[filler], self.row_at[hole]
-        device = self.model.device
         if holes:
+            device = self.model.device
             to = torch.tensor(holes + fillers, device=device)
             self.cache.permute(to, torch.tensor(fillers + holes, device=device))
-        return torch.tensor(source, device=device)
+        return source
 
     def _prefill(self, sequences: list[list[int]], budget: int) -> Tensor:
         """Feed what the cache lacks of each slot's sequence; logits (B, V) after the last token.
@@ -188,7 +211,8 @@ class Sampler:
             )
             slots = torch.tensor(group, device=device)
             lengths = torch.tensor([len(rest[slot]) for slot in group], device=device)
-            self.cache.reserve(max(max(held[slot] for slot in group) + width, self.cache.span))
+            starts = {held[slot] for slot in group}
+            self.cache.reserve(max(starts) + width, starts.pop() if len(starts) == 1 else None)
             hidden = self.model.hidden(padded, self.cache, slots)  # (rows, width, H)
             self.cache.length[slots] += lengths
             last[slots] = hidden[torch.arange(len(group), device=device), lengths - 1]
@@ -200,14 +224,11 @@ class Sampler:
         return self.model.logits(last)
 
 
-def _cut(tokens: list[list[int]], logprobs: Tensor, stop_ids: set[int]) -> list[Completion]:
-    """Rows of draws -> completions that end with their first stop id."""
-    completions = []
-    for ids, values in zip(tokens, logprobs.tolist()):
-        end = next((t + 1 for t, token in enumerate(ids) if token in stop_ids), None)
-        completions.append(Completion(ids[:end], values[:end], end is not None))
-        if not all(v > -float("inf") for v in values[:end]):  # also catches NaN
-            raise FloatingPointError(
-                "the model's output is not finite: its weights hold NaN, or the temperature is too low"
-            )
-    return completions
+def _cut(tokens: list[int], logprobs: list[float], stops: set[int]) -> Completion:
+    """The draws of one row, up to its first stop id."""
+    end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
+    if not all(v > -math.inf for v in logprobs[:end]):  # also catches NaN
+        raise FloatingPointError(
+            "the model's output is not finite: its weights hold NaN, or the temperature is too low"
+        )
+    return Completion(tokens[:end], logprobs[:end], end is not None)
