@@ -29,6 +29,7 @@ KEYS = {  # that every line has; a line holds others only where they were measur
     "update": {"stage", "update", "accuracy", "return_mean", "zero_variance_groups", "halvings", "rollouts",
                "tokens_sampled", "tokens_trained", "seconds_sampling", "seconds_training"},
     "stage": {"stage", "accuracy", "seconds"},
+    "replace": {"stage", "agent", "model"},
 }  # fmt: skip
 TRANSCRIPT = {"text", "answer", "messages", "return", "stage", "split"}
 

@@ -44,11 +44,14 @@ def header(config: Config, team: Team, directory: Path) -> str:
     rows = min(config.problems * config.group, config.batch_rows)
     caches = [m.config.kv_per_token * width * rows for m in models]
     cache = max(caches) if team.writes_last(0, 0) else sum(caches)  # all stay where agents write again
-    roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
+    each = [f"{agent.role.name} {model.config.family}" for agent, model in zip(team.agents, models)]
+    if len(set(sizes)) > 1:
+        each = [f"{text} of {count:,} parameters" for text, count in zip(each, sizes)]
+    same = f", {sizes[0]:,} parameters each" * (len(set(sizes)) == 1)
     precision = "bf16 over fp32 masters" if width == 2 else "fp32"
     weights += config.diagnostics * (weights + moved * width)  # the team as it was
     lines = [
-        f"team    {len(models)} agents ({roles}), {max(sizes):,} parameters each, "
+        f"team    {len(models)} agents ({', '.join(each)}){same}, "
         f"{f'{max(counts):,} of them trained, ' * bool(config.lora_rank)}"
         f"{precision} on {models[0].device}",
         f"model   {config.model}",
@@ -108,6 +111,22 @@ def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str
     if config.diagnostics:
         lines.append(diagnosis(stage, [u for u in updates if "surrogate" in u]))
     return "\n".join(lines)
+
+
+def replace_text(line: dict, name: str) -> str:
+    """What a replacement did to the team: accuracy before, just after, and after the alignment."""
+
+    def cost(when: str) -> str:
+        low, high = line[f"shock_{when}_ci"]
+        return (
+            f"{line[f'accuracy_{when}']:.3f} (shock {line[f'shock_{when}']:+.3f} [{low:+.3f}, {high:+.3f}])"
+        )
+
+    text = f"agent {line['agent']} ({name}) is now {line['model']}: held-out accuracy "
+    text += f"{line['accuracy_before']:.3f} -> {cost('replaced')}"
+    if "accuracy_aligned" not in line:
+        return f"{text}, not aligned"
+    return f"{text}, after {line['align_steps']} steps of alignment {cost('aligned')}"
 
 
 def diagnosis(stage: dict, updates: list[dict]) -> str:
