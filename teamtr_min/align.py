@@ -51,7 +51,7 @@ def mixture_weight(new: Tensor, incumbent: Tensor, delta: float) -> Tensor:
     same search in an interval that ends. What is returned lies inside.
     """
     low = torch.zeros_like(new[:, 0])
-    high = (kl_divergence(new, incumbent) > delta).to(new)  # weight 1 is the incumbent itself
+    high = 1 - (kl_divergence(new, incumbent) <= delta).to(new)  # weight 1 is the incumbent; NaN is outside
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         inside = kl_divergence(mixture(new, incumbent, middle), incumbent) <= delta
@@ -98,7 +98,7 @@ def align(rollouts: Rollouts, team: Team, j: int, config: Config) -> dict:
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of the alignment is {losses[-1]}")
             if training:
-                learner.step(LR_FACTOR * config.lr)
+                learner.step(LR_FACTOR * config.lr * (1 - step / steps))
     finally:
         learner.offload()
     tokens = sum(len(batch.targets) for batch in batches)
