@@ -5,8 +5,9 @@ drawn toward the policy nearest to itself that the team would hardly notice: [me
 
     pi_target ∝ pi_new^{1/(1+lam)} * pi_incumbent^{lam/(1+lam)},   KL(pi_target || pi_incumbent) <= delta
 
-with the least lam >= 0 that does. Both are frozen in the target. Where lam = 0 the newcomer is inside already
-and nothing is trained. The loss is KL(pi_target || newcomer), summed over a message, averaged over messages.
+with the least lam >= 0 that does. Both are frozen in the target. The loss is KL(pi_target || newcomer),
+summed over a message, averaged over messages. Where lam = 0 the newcomer is inside already and its target is
+itself: it has nothing to learn there, but is held, since learning elsewhere would carry it away. [ours]
 
 That takes one vocabulary for both. A newcomer with another learns the text of the incumbent's messages, by
 next-token prediction.
@@ -109,7 +110,7 @@ def align(rollouts: Rollouts, team: Team, j: int, config: Config) -> dict:
         "align_steps": steps,
         "align_loss_before": losses[0],
         "align_loss_after": losses[-1],
-        "tokens_trained_replace": steps * outside,
+        "tokens_trained_replace": steps * tokens,
     }
 
 
@@ -120,7 +121,7 @@ def mixture_terms(
     incumbent_batches: list[AgentBatch],
     config: Config,
 ) -> tuple[list[Callable[[], Tensor]], int]:
-    """One loss for each batch that has tokens outside the radius, and how many tokens those are.
+    """One loss per batch, and how many tokens are outside the radius; no loss if none is.
 
     The two see a message in contexts of their own templates and in batches of their own order, so they are
     matched by message. What is frozen is kept as hidden states, on the host.
@@ -130,35 +131,30 @@ def mixture_terms(
         seen |= zip(places(batch), frozen_hidden(incumbent, batch).split(lengths(batch)))
     vocabulary = min(len(model.head), len(incumbent.head))  # past it one of them has padding
     heads = [head.detach()[:vocabulary].clone() for head in (model.head, incumbent.head)]
-    terms, outside = [], 0
+    terms, outside = [], 0  # one loss per batch; tokens
     for batch in batches:
         hidden = [frozen_hidden(model, batch), torch.cat([seen[place] for place in places(batch)])]  # (N, H)
         parts = chunks(len(batch.targets), vocabulary)
         weight = torch.cat(
             [mixture_weight(*both(hidden, part, heads, config.temperature), config.delta) for part in parts]
         )  # (N,)
-        chosen = weight.nonzero()[:, 0]
-        if len(chosen):
-            hidden = [x[chosen.cpu()] for x in hidden]
-            frozen = chosen, weight[chosen], hidden, heads, config.temperature
-            terms.append(functools.partial(mixture_loss, model, batch, *frozen))
-            outside += len(chosen)
-    return terms, outside
+        terms.append(functools.partial(mixture_loss, model, batch, weight, hidden, heads, config.temperature))
+        outside += int(weight.count_nonzero())
+    return terms if outside else [], outside
 
 
 def mixture_loss(
     model: Transformer,
     batch: AgentBatch,
-    chosen: Tensor,
     weight: Tensor,
     hidden: list[Tensor],
     heads: list[Tensor],
     temperature: float,
 ) -> Tensor:
-    """Sum of KL(pi_target || model) over the `chosen` (N,) tokens of a batch, and its gradient's graph.
+    """Sum of KL(pi_target || model) over the tokens of a batch, with its graph.
 
     hidden and heads are the frozen newcomer's and the incumbent's, weight (N,) is the mixture's. Each chunk's
-    (tokens, V) tensors are made again in the backward pass, so one chunk at a time is in memory.
+    (tokens, V) tensors are made again in the backward pass, so those of one chunk at a time are in memory.
     """
 
     def loss_of(now: Tensor, head: Tensor, part: slice) -> Tensor:
@@ -166,8 +162,8 @@ def mixture_loss(
             target = mixture(*both(hidden, part, heads, temperature), weight[part])
         return kl_divergence(target, log_probs(now, head, temperature)).sum()
 
-    now, head = hidden_of(model, batch)[chosen], model.head[: len(heads[0])]
-    parts = chunks(len(chosen), len(head))
+    now, head = hidden_of(model, batch), model.head[: len(heads[0])]  # (N, H), (V, H)
+    parts = chunks(len(now), len(head))
     return sum(checkpoint(loss_of, now[part], head, part, use_reentrant=False) for part in parts)
 
 

@@ -133,9 +133,8 @@ def expected_loss(rollouts: Rollouts, team: Team, frozen: Team, j: int, config: 
             for t in range(len(now)):
                 new_t, incumbent_t = new[t].detach(), incumbent[t].detach()
                 weight = mixture_weight(new_t[None], incumbent_t[None], config.delta).item()
-                if weight:
-                    target = by_lambda(new_t, incumbent_t, weight / (1 - weight))
-                    loss, outside = loss + (target * (target.log() - now[t])).sum(), outside + 1
+                target = by_lambda(new_t, incumbent_t, weight / (1 - weight))
+                loss, outside = loss + (target * (target.log() - now[t])).sum(), outside + (weight > 0)
     return loss, outside
 
 

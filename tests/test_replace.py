@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import interrupt_at, refusal
 from safetensors.torch import load_file
-from tiny import random_model, write_checkpoint, write_tokenizer
+from tiny import random_model, write_checkpoint, write_relabelled_tokenizer
 from toy_runs import parity, results, run, timeless
 
 import eval as evaluation
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
     """A run that has done its two stages, with steps bold enough that its agents are not as they were."""
     out, patch = tmp_path_factory.mktemp("runs") / "run", pytest.MonkeyPatch()
     patch.setattr(Relay, "grade", parity)
-    run(out, *SHORT, "--delta", "inf", "--lr", "1e-2")
+    run(out, *SHORT, "--kl", "fixed", "--lr", "1e-2")  # no radius, but one to align by
     patch.undo()
     return out
 
@@ -78,7 +78,7 @@ def test_without_a_name_it_stands_beside_the_old_run(finished, tmp_path, capsys)
 @pytest.mark.parametrize("occupancy", ["fresh", "joint"])
 def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(tmp_path, occupancy):
     old, out = tmp_path / "old", tmp_path / "new"
-    run(old, *SHORT, "--occupancy", occupancy)
+    run(old, *SHORT, "--occupancy", occupancy, "--kl", "fixed")
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(1, patch, train, "group_advantages")
         flags = [
@@ -140,7 +140,8 @@ def test_alignment_brings_the_newcomer_nearer_to_the_one_before(finished, tmp_pa
 
 
 def test_a_newcomer_with_another_vocabulary_learns_from_text(finished, tmp_path, capsys):
-    other = write_tokenizer(write_checkpoint(tmp_path / "other", random_model("llama", vocab_size=262)))
+    model = random_model("llama", vocab_size=25)
+    other = write_relabelled_tokenizer(write_checkpoint(tmp_path / "other", model))
     line = go_on(finished, tmp_path / "new", "--replace", f"0={other}", "--align", "20")
     assert not line["shared_vocabulary"] and line["align_loss_after"] < 0.8 * line["align_loss_before"]
     assert "different vocabularies" in capsys.readouterr().out
@@ -171,7 +172,7 @@ STAGES = ["--stages", "4"]
     [
         (["--replace", "1=relay"], "has done all of its 2 stages; give --stages of more than 2"),
         ([*STAGES, "--replace", "2=relay"], "no agent 2 to replace; the run's are numbered 0 to 1"),
-        ([*STAGES, "--replace", "-1=relay"], "--replace takes AGENT=MODEL"),
+        ([*STAGES, "--replace=-1=relay"], "--replace takes AGENT=MODEL"),
         ([*STAGES, "--replace", "relay"], "--replace takes AGENT=MODEL"),
         ([*STAGES, "--replace", "1=relay,relay"], "--replace takes AGENT=MODEL"),
         ([*STAGES, "--replace", "1=nonesuch"], "no model 'nonesuch'"),

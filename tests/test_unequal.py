@@ -1,6 +1,5 @@
 """Teams of different models: sizes, families and tokenizers of their own, all the way through a run."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from commands import evaluate
 from safetensors.torch import load_file, save_file
-from tiny import random_model, write_checkpoint, write_tokenizer
+from tiny import MOVED, random_model, write_checkpoint, write_relabelled_tokenizer, write_tokenizer
 from toy_runs import parity, results, run, timeless
 
 import train
@@ -19,22 +18,6 @@ from teamtr_min.rollout import collect
 from teamtr_min.run import console
 from teamtr_min.tasks import Relay
 from teamtr_min.team import ChatFormat, Message, load_team
-
-PIECES = 17  # of the shipped tokenizer; names such as "A:\n" stand behind them in any case
-MOVED = torch.randperm(PIECES, generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def write_relabelled_tokenizer(directory: Path) -> Path:
-    """The shipped tokenizer with every piece under another id."""
-    raw = json.loads((RELAY / "tokenizer.json").read_text())
-    assert len(raw["model"]["vocab"]) == PIECES
-    raw["model"]["vocab"] = {piece: MOVED[i] for piece, i in raw["model"]["vocab"].items()}
-    for token in raw["added_tokens"]:
-        token["id"] = MOVED[token["id"]] if token["id"] < PIECES else token["id"]
-    raw["added_tokens"].sort(key=lambda token: token["id"])
-    (directory / "tokenizer.json").write_text(json.dumps(raw))
-    shutil.copyfile(RELAY / "tokenizer_config.json", directory / "tokenizer_config.json")
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +120,7 @@ def relabelled(tmp_path_factory) -> Path:
     directory = Path(shutil.copytree(RELAY, tmp_path_factory.mktemp("models") / "relabelled"))
     tensors = load_file(write_relabelled_tokenizer(directory) / "model.safetensors")
     rows = tensors["model.embed_tokens.weight"]
-    rows[MOVED] = rows[:PIECES].clone()
+    rows[MOVED] = rows[: len(MOVED)].clone()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
