@@ -22,6 +22,7 @@ from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
 from teamtr_min.progress import Bar
 from teamtr_min.rollout import AgentBatch
+from teamtr_min.run.replace import replaced
 from teamtr_min.run.run import Run
 from teamtr_min.schedule import RolloutSource, learning_rate, update_order
 from teamtr_min.tasks import load_task
@@ -119,7 +120,7 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        train(cli.parse(argv, __doc__))
+        train(replaced(cli.parse(argv, __doc__)))
     except (UserError, OSError) as error:
         print(f"error: {one_line(error, 1000)}", file=sys.stderr)
         return 2

@@ -86,7 +86,9 @@ def expand(given: dict) -> dict:
 def resumed(given: dict) -> Config:
     """The saved configuration of the run to resume, which flags may repeat but not change."""
     directory = given.pop("resume")
-    saved = Config.load(Path(directory) / "config.json")
+    saved, own = Config.load(Path(directory) / "config.json"), {}
+    if "replace" in given:  # a run of its own
+        own = {"out": ""} | {n: given.pop(n) for n in ("replace", "align", "out", "stages") if n in given}
     changed = [
         f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
         for name, value in given.items()
@@ -94,7 +96,7 @@ def resumed(given: dict) -> Config:
     ]
     if changed:
         raise UserError(f"--resume continues a run as it was started; not with {', '.join(changed)}")
-    return dataclasses.replace(saved, resume=directory)
+    return dataclasses.replace(saved, resume=directory, **own)
 
 
 def same_models(typed: str, pinned: list[str]) -> bool:

@@ -181,6 +181,14 @@ class Config:
     keep: int = knob(2, "checkpoints to keep, a stage apart", least=1)
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
     resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
+    replace: str = knob(
+        "",
+        "AGENT=MODEL, with --resume RUN: go on in a directory of its own (--out, default RUN-replaced), this "
+        "agent, from 0, replaced by another model; --stages may be raised",
+    )
+    align: int = knob(
+        50, "with --replace: steps that teach the newcomer its forerunner's habits; 0 for none", least=0
+    )
 
     def __post_init__(self):
         if self.model is PRESET:
@@ -210,6 +218,10 @@ class Config:
             )
         if self.resample == "suffix" and self.occupancy != "fresh":
             raise UserError(f"--resample suffix: with --occupancy {self.occupancy} nothing is sampled again")
+        if self.replace and not self.resume:
+            raise UserError("--replace changes a run that is there: name it by --resume RUN")
+        if self.align != Config.align and not self.replace:
+            raise UserError("--align is about a newcomer: it goes with --resume RUN --replace AGENT=MODEL")
         if len(self.models) not in (1, self.agents):
             raise UserError(
                 f"--model names {len(self.models)} models for {self.agents} agents; "

@@ -149,7 +149,8 @@ class Team:
             else:
                 writer = self.agents[message.agent]
                 same = writer.tokenizer.hash == agent.tokenizer.hash
-                content = message.content if same else chat.encode(message.text)
+                # A message cannot end, or begin another, by spelling a special token of its reader.
+                content = message.content if same else agent.tokenizer.encode_text(message.text)
                 ids += chat.user_header + chat.encode(writer.role.name + ":\n") + content + chat.user_footer
         if add_generation_prompt:
             ids += chat.assistant_header

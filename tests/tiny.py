@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from teamtr_min.files import UserError
-from teamtr_min.hf.weights import config_json
+from teamtr_min.hf.weights import RELAY, config_json
 from teamtr_min.model import ModelConfig, Transformer
 
 torch.set_num_threads(1)  # with models this small a second thread only waits for the first
@@ -139,6 +140,23 @@ def write_tokenizer(
     if template is not None:
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+PIECES = 17  # of the shipped tokenizer; names such as "A:\n" stand behind them in any case
+MOVED = torch.randperm(PIECES, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def write_relabelled_tokenizer(directory: Path) -> Path:
+    """The shipped tokenizer with every piece under another id."""
+    raw = json.loads((RELAY / "tokenizer.json").read_text())
+    assert len(raw["model"]["vocab"]) == PIECES
+    raw["model"]["vocab"] = {piece: MOVED[i] for piece, i in raw["model"]["vocab"].items()}
+    for token in raw["added_tokens"]:
+        token["id"] = MOVED[token["id"]] if token["id"] < PIECES else token["id"]
+    raw["added_tokens"].sort(key=lambda token: token["id"])
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    shutil.copyfile(RELAY / "tokenizer_config.json", directory / "tokenizer_config.json")
     return directory
 
 

@@ -73,6 +73,14 @@ class Tokenizer:
         """
         return self._safely(self.backend.encode, text, add_special_tokens=add_special_tokens).ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` as mere text: a special token written out in it is spelled, piece by piece."""
+        self.backend.encode_special_tokens = True
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = False
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._safely(self.backend.decode, list(ids), skip_special_tokens=skip_special_tokens)
 

@@ -1,6 +1,6 @@
 """Exact resume: after every stage, all that the rest of the run depends on.
 
-    runs/NAME/checkpoints/000007/    seven stages done
+    runs/NAME/checkpoints/000007/    seven stages done (steps of a warm start count as well)
         learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
         state.json                   betas, what the logs held by then, sha256 of files, LoRA's base, itself
 
@@ -21,15 +21,15 @@ from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, un
 from teamtr_min.learner import Learner, Snapshot
 
 
-def save(directory: Path, stages_done: int, learners: list[Learner], log: dict, keep: int) -> None:
-    """Write the checkpoint and drop all but the newest `keep`. `log` is for `load` to give back.
+def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
+    """Write checkpoint number `done`, of steps of the warm start and stages; drop all but the newest `keep`. `log` is for `load` to give back.
 
     Raises UserError when the disk refuses; the checkpoints before are untouched then.
     """
     root = directory / "checkpoints"
     try:
         root.mkdir(exist_ok=True)
-        with replacing(root / f"{stages_done:06d}") as aside:
+        with replacing(root / f"{done:06d}") as aside:
             aside.mkdir()
             for j, learner in enumerate(learners):
                 save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
@@ -47,7 +47,7 @@ def save(directory: Path, stages_done: int, learners: list[Learner], log: dict, 
 
 
 def load(directory: Path, learners: list[Learner]) -> tuple[int, dict | None]:
-    """Put learners where the newest whole checkpoint left them; returns (stages done, `log`).
+    """Put learners where the newest whole checkpoint left them; returns (done, `log`).
 
     A damaged checkpoint is passed over for the one before; UserError when all are. (0, None) without any.
     """

@@ -35,10 +35,13 @@ def header(config: Config, team: Team, directory: Path) -> str:
     sizes = [sum(p.numel() for p in parameters) for parameters in own]
     counts = [sum(p.numel() for p in parameters if p.requires_grad) for parameters in own]  # trained
     collections = "before each update" if config.every == 1 else f"before every {config.every} updates"
-    roles = ", ".join(f"{agent.role.name} {agent.model.config.family}" for agent in team.agents)
+    each = [f"{agent.role.name} {model.config.family}" for agent, model in zip(team.agents, models)]
+    if len(set(sizes)) > 1:
+        each = [f"{text} of {count:,} parameters" for text, count in zip(each, sizes)]
+    same = f", {sizes[0]:,} parameters each" * (len(set(sizes)) == 1)
     precision = "fp32" if models[0].dtype.itemsize == 4 else "bf16 over fp32 masters"
     lines = [
-        f"team    {len(models)} agents ({roles}), {max(sizes):,} parameters each, "
+        f"team    {len(models)} agents ({', '.join(each)}){same}, "
         f"{f'{max(counts):,} of them trained, ' * bool(config.lora_rank)}"
         f"{precision} on {models[0].device}",
         f"model   {config.model}",
@@ -96,6 +99,22 @@ def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str
     if config.diagnostics:
         lines.append(diagnosis(stage, [u for u in updates if "surrogate" in u]))
     return "\n".join(lines)
+
+
+def replace_text(line: dict, name: str) -> str:
+    """What a replacement did to the team: accuracy before, just after, and after the alignment."""
+
+    def cost(when: str) -> str:
+        low, high = line[f"shock_{when}_ci"]
+        return (
+            f"{line[f'accuracy_{when}']:.3f} (shock {line[f'shock_{when}']:+.3f} [{low:+.3f}, {high:+.3f}])"
+        )
+
+    text = f"agent {line['agent']} ({name}) is now {line['model']}: held-out accuracy "
+    text += f"{line['accuracy_before']:.3f} -> {cost('replaced')}"
+    if "accuracy_aligned" not in line:
+        return f"{text}, not aligned"
+    return f"{text}, after {line['align_steps']} steps of alignment {cost('aligned')}"
 
 
 def diagnosis(stage: dict, updates: list[dict]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from teamtr_min.files import UserError, plain_file
 from teamtr_min.learner import Update
 from teamtr_min.rollout import Rollouts
+from teamtr_min.theory.certificate import mean_with_interval
 
 TRANSCRIPTS_PER_COLLECTION = 4
 KL_NAMES = ("kl", "kl_k1", "kl_k3", "kl_exact")  # "kl" is the one that the radius is enforced on
@@ -46,6 +47,7 @@ LINES = {
                      "seconds_training"), _is_number),
     "stage": {"stage": _is_count, "accuracy": _is_number, "seconds": _is_number},
     "warm_start": {"step": _is_count},
+    "replace": {"stage": _is_count, "agent": _is_count, "model": _is_text},
 }  # fmt: skip
 TRANSCRIPTS = {
     None: {"text": _is_text, "answer": _is_text, "messages": _are_messages, "return": _is_number,
@@ -133,6 +135,20 @@ def stage_line(stage: int, updates: list[dict], **more) -> dict:
         "delta": first.get("delta"),
         **more,
     })  # fmt: skip
+
+
+def swap_shock(name: str, before: Rollouts, after: Rollouts, seed: int) -> dict:
+    """The accuracy that a replacement costs, paired over problems; `name` says when `after` was collected."""
+    right = [(rollouts.returns == 1).double() for rollouts in (before, after)]
+    shock, interval = mean_with_interval(right[0] - right[1], seed)
+    return {f"accuracy_{name}": after.accuracy, f"shock_{name}": shock, f"shock_{name}_ci": interval}
+
+
+def cost_of(collections: list[Rollouts], purpose: str) -> dict:
+    return {
+        f"rollouts_{purpose}": sum(rollouts.count_sampled for rollouts in collections),
+        f"tokens_sampled_{purpose}": sum(rollouts.tokens_sampled for rollouts in collections),
+    }
 
 
 def measured(line: dict) -> dict:
