@@ -22,8 +22,9 @@ from teamtr_min.learner import Learner, Snapshot
 
 
 def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
-    """Write checkpoint number `done`, of steps of the warm start and stages; drop all but the newest `keep`. `log` is for `load` to give back.
+    """Write checkpoint number `done`, which counts steps of the warm start and stages; keep the newest `keep`.
 
+    `log` is for `load` to give back.
     Raises UserError when the disk refuses; the checkpoints before are untouched then.
     """
     root = directory / "checkpoints"
