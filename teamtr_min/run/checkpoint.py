@@ -22,7 +22,7 @@ from teamtr_min.learner import Learner, Snapshot
 
 
 def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
-    """Write checkpoint number `done`, which counts steps of the warm start and stages; keep the newest `keep`.
+    """Write checkpoint number `done`, which counts warm-start steps and stages; keep the newest `keep`.
 
     `log` is for `load` to give back.
     Raises UserError when the disk refuses; the checkpoints before are untouched then.
