@@ -1,0 +1,41 @@
+"""A real instruct model, of 135 million parameters, all the way: a warm start, an update, evaluation."""
+
+import json
+import os
+
+import pytest
+import torch
+from commands import evaluate
+from tiny import real_model
+
+import train
+
+SMALL = ["--agents", "2", "--task", "sums", "--device", "cpu", "--warm-start", "4", "--problems", "3",
+         "--stages", "1", "--group", "4", "--inner-steps", "1", "--eval-problems", "6",
+         "--keep", "1"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "8"]], ids=["weights", "adapters"])
+def test_a_real_team_starts_warm_trains_inside_its_radius_and_is_evaluated(tmp_path, capsys, more):
+    model = str(real_model())
+    out = tmp_path / "run"
+    assert train.main(["--model", model, *SMALL, *more, "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    warm = [line for line in lines if line["kind"] == "warm_start"]
+    updates = [line for line in lines if line["kind"] == "update"]
+    assert len(warm) == 8 and len(updates) == 2
+    if not more:
+        assert warm[-1]["loss"] < 0.5 * warm[0]["loss"]
+    assert all(u["kl_after"] <= u["delta"] and u["sampler_mismatch_max"] < 1e-2 for u in updates)
+    assert summary["accuracy_final"] is not None
+    found = evaluate(capsys, "sums", "--team", str(out), "--problems", "2", "--k", "2")
+    assert found["problems"] == 2 and found["benchmark"] == "sums"
