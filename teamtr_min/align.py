@@ -102,7 +102,7 @@ def align(rollouts: Rollouts, team: Team, j: int, config: Config) -> dict:
                 learner.step(LR_FACTOR * config.lr * (1 - step / steps))
     finally:
         learner.offload()
-    tokens = sum(len(batch.targets) for batch in batches)
+    tokens = sum(len(batch.pair) for batch in batches)
     return {
         "shared_vocabulary": shared,
         "probes": messages,
@@ -134,7 +134,7 @@ def mixture_terms(
     terms, outside = [], 0  # one loss per batch; tokens
     for batch in batches:
         hidden = [frozen_hidden(model, batch), torch.cat([seen[place] for place in places(batch)])]  # (N, H)
-        parts = chunks(len(batch.targets), vocabulary)
+        parts = chunks(len(batch.pair), vocabulary)
         weight = torch.cat(
             [mixture_weight(*both(hidden, part, heads, config.temperature), config.delta) for part in parts]
         )  # (N,)
@@ -173,10 +173,10 @@ def next_token_terms(
     """One loss per batch, minus the log-probs of its tokens added up; and how many tokens they have."""
 
     def loss_of(batch: AgentBatch) -> Tensor:
-        hidden = hidden_of(model, batch)  # (N, H)
-        return -kernels.linear_logprob(hidden, model.head, batch.targets, temperature).sum()
+        logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, temperature)  # (pairs,)
+        return -logp[batch.pair].sum()
 
-    return [functools.partial(loss_of, b) for b in batches], sum(len(b.targets) for b in batches)
+    return [functools.partial(loss_of, b) for b in batches], sum(len(b.pair) for b in batches)
 
 
 def in_tokens_of(newcomer: Agent, rollouts: Rollouts, j: int) -> Rollouts:
@@ -193,7 +193,7 @@ def in_tokens_of(newcomer: Agent, rollouts: Rollouts, j: int) -> Rollouts:
 
 def hidden_of(model: Transformer, batch: AgentBatch) -> Tensor:
     """(N, H): what predicts each of the batch's tokens."""
-    return model.hidden(batch.tokens).flatten(0, 1)[batch.where]
+    return batch.hidden(model)[batch.pair]
 
 
 @torch.no_grad()

@@ -148,6 +148,25 @@ def test_a_newcomer_with_another_vocabulary_learns_from_text(finished, tmp_path,
     assert (tmp_path / "new/agents/0/tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
 
 
+def test_adapters_in_bf16_are_replaced_and_aligned_too(tmp_path):
+    """Newcomer and teammates are adapters on frozen bases, the probes come after a warm start."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    task = tmp_path / "task.py"
+    task.write_text(
+        "from teamtr_min.tasks import Demonstration, Relay\n"
+        "class Shown(Relay):\n"
+        "    def demonstrations(self, count, generator):\n"
+        "        problems = self.sample_problems(count, generator)\n"
+        "        return [Demonstration(p, [self.step(p.text), p.answer]) for p in problems]\n"
+        "task = Shown\n"
+    )
+    kind = ["--lora-rank", "2", "--dtype", "bf16", "--warm-start", "3", "--task", str(task)]
+    run(old, *SHORT, *kind, "--kl", "fixed", "--lr", "5e-2", "--model", "relay")
+    line = go_on(old, new, "--replace", "1=relay", "--align", "20")
+    assert line["stage"] == 2 and line["align_loss_after"] < line["align_loss_before"]
+    assert (new / "agents/1/adapter_model.safetensors").is_file()
+
+
 def test_every_key_of_the_line_is_documented(finished, tmp_path):
     line = go_on(finished, tmp_path / "new", "--replace", "1=relay", "--align", "1")
     section = (

@@ -93,7 +93,9 @@ def test_what_is_trained_on_are_the_ids_that_an_agent_sampled_and_no_others(pair
         sampled = sorted(m.tokens for m in rollouts.by([j]))
         trained = []
         for batch in batches:
-            trained += [batch.targets[batch.message == m].tolist() for m in range(len(batch.advantage))]
+            trained += [
+                batch.targets[batch.pair][batch.message == m].tolist() for m in range(len(batch.advantage))
+            ]
         assert sorted(trained) == sampled
         for problem, messages in zip(problems, rollouts.messages[::2]):
             text = agent.tokenizer.decode(team.render(j, problem.text, messages, True).ids)

@@ -69,15 +69,15 @@ def _write(run: Path, directory: Path, config: Config) -> None:
 
     held_out = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
     path = rng.RngPath(config.seed, "replace", done)  # the same draws for each, so that they pair
-    before = collect(team, task, held_out, 1, path)
-    evaluations = {"replaced": collect(new_team, task, held_out, 1, path)}
+    before = collect(team, task, held_out, 1, path, label="evaluating")
+    evaluations = {"replaced": collect(new_team, task, held_out, 1, path, label="evaluating")}
     probes, measured = [], {}
     if config.align:
         if not share_vocabulary(team.agents[j], newcomer):
             print(f"agent {j} and {model} have different vocabularies: it learns from the text of messages")
         probes = [_probe(config, task, team, done)]
         measured = align(*probes, new_team, j, config)
-        evaluations["aligned"] = collect(new_team, task, held_out, 1, path)
+        evaluations["aligned"] = collect(new_team, task, held_out, 1, path, label="evaluating")
     for name, after in evaluations.items():
         measured |= metrics.swap_shock(name, before, after, config.seed)
     line = metrics.measured({
