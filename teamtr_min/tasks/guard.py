@@ -93,7 +93,7 @@ def _demonstrations(returned, count: int, generator) -> list[Demonstration]:
     shown = _records(Demonstration, (), count, count, returned)
     for one in shown:
         _records(Problem, ("id", "text", "answer"), 1, 1, [one.problem])
-        _sure(isinstance(one.messages, list), [_text(m) for m in one.messages] or True)
+        _sure(isinstance(one.messages, list), all(_text(text) is text for text in one.messages))
         agents = [] if one.agents is None else one.agents
         _sure(isinstance(agents, list), all(type(j) is int and j >= 0 for j in agents))
         _sure(len(agents) in (0, len(one.messages)))
