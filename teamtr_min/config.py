@@ -42,11 +42,11 @@ TASK_PRESETS = {  # and on the task: what pretrained models do there in place of
     "sums": {  # a small model, on a CPU
         "problems": 8,
         "max_new_tokens": 24,
-        "stages": 14,
+        "stages": 20,
         "inner_steps": 2,
-        "lr": 3e-5,
-        "delta": 0.1,
-        "warm_start": 10,
+        "lr": 2e-5,
+        "delta": 0.05,
+        "warm_start": 20,
     },
 }
 
