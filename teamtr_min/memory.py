@@ -91,23 +91,39 @@ def plan_training(config: Config, task) -> tuple[Config, Plan]:
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    rollouts = config.problems * config.group
-    most_rows = max(rollouts, len(problems))
+    most_rows = max(config.problems * config.group, len(problems))
     for stage in range(min(config.stages, STAGES_READ)):
         generator = rng.generator(config.seed, "problems", stage)
-        problems += task.sample_problems(config.problems, generator)
-    needs = Needs(config, task, problems, config.models * (config.agents // len(config.models)))
-    longest, most_tokens = needs.longest, rollouts * needs.longest
+        problems = [*problems, *task.sample_problems(config.problems, generator)]
+    sources = config.models * (config.agents // len(config.models))
+    needs = needs_of(config, task, problems, sources)
+    config, plan = fit_training(needs, most_rows)
+    refuse(plan, config)
+    if needs.device.type == "cuda":
+        refuse_host(needs.host())
+    disk, free = needs.disk(), free_disk(Path(config.resume or config.out or "runs"))
+    if disk > free:
+        helps = "a lower --keep, or --out on another disk" if config.keep > 1 else "--out on another disk"
+        raise UserError(
+            f"checkpoints and agents will take {size(disk)} of disk and {size(free)} are free: "
+            + ("make room" if config.resume else f"{helps}, would help")
+        )
+    return config, dataclasses.replace(plan, disk=disk, disk_free=free)
 
+
+def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
+    """What fits, of at most `most_rows` rollouts to sample at once; or the least there is if nothing does."""
+    config, longest = needs.config, needs.longest
     cuda = needs.device.type == "cuda"
     moved = [needs.updating(agents) for agents in config.update_groups]
     weights = needs.weights
     if config.diagnostics:  # the team as it was at the stage's start, and the agent before its update
         weights += needs.width * (sum(needs.counts) + max(moved))
     states = needs.optimizer_bytes * (max(moved) if cuda else sum(moved))
-    fixed = weights + states
-    rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, needs.room - fixed)
+    room = needs.budget - needs.base - weights - states
+    rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, room)
     cap = MOST_TOKENS_CUDA if cuda and not set(config.models) <= set(SHIPPED) else MOST_TOKENS
+    most_tokens = config.problems * config.group * longest
 
     def update(tokens: int, checkpointing: bool) -> int:
         tokens = max(tokens, longest)  # a row is never cut
@@ -115,24 +131,14 @@ def plan_training(config: Config, task) -> tuple[Config, Plan]:
 
     for checkpointing in (False, True):
         takes = functools.partial(update, checkpointing=checkpointing)
-        tokens = choose(config.batch_tokens, cap, most_tokens, takes, needs.room - fixed, least=longest)
+        tokens = choose(config.batch_tokens, cap, most_tokens, takes, room, least=longest)
         work = takes(min(tokens, most_tokens))
-        if work <= needs.room - fixed:
+        if work <= room:
             break
-    disk, disk_free = needs.disk(), free_disk(Path(config.resume or config.out or "runs"))
     plan = Plan(
         needs.device, needs.budget, needs.base, weights, states, longest, min(rows, most_rows),
-        needs.sampling(min(rows, most_rows)), min(tokens, most_tokens), work, checkpointing, disk, disk_free,
+        needs.sampling(min(rows, most_rows)), min(tokens, most_tokens), work, checkpointing,
     )  # fmt: skip
-    refuse(plan, config)
-    if cuda:
-        refuse_host(needs.host(), config)
-    if disk > disk_free:
-        helps = "a lower --keep, or --out on another disk" if config.keep > 1 else "--out on another disk"
-        raise UserError(
-            f"checkpoints and agents will take {size(disk)} of disk and {size(disk_free)} are free: "
-            + ("make room" if config.resume else f"{helps}, would help")
-        )
     return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), plan
 
 
@@ -140,9 +146,11 @@ def plan_evaluation(
     config: Config, task, problems: list[Problem], k: int, sources: Sequence, loaded: bool = False
 ) -> tuple[Config, Plan]:
     """As `plan_training`, for k rollouts of every problem; `loaded`: the team is in memory already."""
-    needs = Needs(config, task, problems, sources, loaded)
-    most = len(problems) * k
-    rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, needs.room - needs.weights)
+    needs = needs_of(config, task, problems, sources)
+    if loaded:
+        needs.weights = 0
+    most, room = len(problems) * k, needs.budget - needs.base - needs.weights
+    rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)
     at_once = min(rows, most)
     plan = Plan(
         needs.device, needs.budget, needs.base, needs.weights, 0, needs.longest, at_once,
@@ -167,36 +175,19 @@ def choose(
     return min(count, most)
 
 
+@dataclass
 class Needs:
-    """What this team on these problems takes, by purpose."""
+    """What a team takes, by purpose, from the shapes of its models; and what there is."""
 
-    def __init__(
-        self, config: Config, task, problems: list[Problem], sources: Sequence, loaded: bool = False
-    ):
-        self.config = config
-        self.device, dtype = placement(config)
-        self.width = dtype.itemsize
-        directories = [find_model(source) for source in sources]
-        adapters = [adapter_of(directory, config.lora_rank) for directory in directories]
-        bases = [a.base if a else directory for a, directory in zip(adapters, directories)]
-        self.models = [read_config(base) for base in bases]
-        whole = {base: parameters(model) for base, model in zip(bases, self.models)}
-        # What each agent has for itself, and trains: all of its weights, or an adapter on a shared base.
-        self.counts = [a.parameters(m) if a else parameters(m) for a, m in zip(adapters, self.models)]
-        self.lora = any(adapters)
-        shared = {base for a, base in zip(adapters, bases) if a}
-        self.weights = 0 if loaded else self.width * (sum(self.counts) + sum(whole[base] for base in shared))
-        chats = {directory: ChatFormat(load_tokenizer(directory)) for directory in set(directories)}
-        views = list(zip([chats[d] for d in directories], task.roles(config.agents)))
-        positions = min(model.max_positions for model in self.models)
-        self.longest = min(longest_transcript(config, views, problems), positions)
-        reset_peak(self.device)
-        used = in_use(self.device)
-        self.budget = used + math.floor(free_memory(self.device) * (1 - LEFT_FREE))
-        self.base = used + WARM_UP * (self.device.type != "cuda")
-        if limit := limit_from_environment():
-            self.budget = limit
-        self.room = self.budget - self.base
+    config: Config
+    device: torch.device
+    width: int  # bytes of a number in the compute dtype
+    models: list[ModelConfig]  # of each agent
+    counts: list[int]  # parameters that each agent has for itself, and trains
+    weights: int  # bytes of all
+    longest: int  # tokens of the longest transcript
+    base: int = 0  # bytes that the process has without a model
+    budget: int = 2**62  # and that it may have
 
     @property
     def optimizer_bytes(self) -> int:
@@ -221,7 +212,10 @@ class Needs:
             + self._head_in_fp32(m)
             for m in self.models
         )
-        return math.floor((rows * cache + work) * FRAGMENTATION)
+        lists = 0  # of Python, on the host
+        if self.device.type != "cuda":
+            lists = rows * self.config.turns * self.config.max_new_tokens * TOKEN_OBJECT
+        return math.floor((rows * cache + work) * FRAGMENTATION) + lists
 
     def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
         """An update of `agents` with `tokens` padded tokens in one forward pass.
@@ -233,7 +227,7 @@ class Needs:
         work = 0
         for m in (self.models[j] for j in agents):
             # The head's gradient, and the embedding's to add; with LoRA both are frozen.
-            head = 2 * m.vocab_size * m.hidden_size * self.width * (not self.lora)
+            head = 2 * m.vocab_size * m.hidden_size * self.width * (not self.config.lora_rank)
             chunk = min(CHUNK_BYTES, tokens * m.vocab_size * 4) * CHUNK_COPIES
             # At worst all is one prefix tree: a mask of all pairs, and bools to make it.
             activations = tokens * (token_bytes(m, self.width, checkpointing) + tokens * (self.width + 3))
@@ -262,6 +256,26 @@ class Needs:
         """bf16 logits are products of fp32 copies, save on CUDA."""
         copied = self.width < 4 and self.device.type != "cuda"
         return 4 * model.vocab_size * model.hidden_size * copied
+
+
+def needs_of(config: Config, task, problems: list[Problem], sources: Sequence) -> Needs:
+    """Reads the models' configurations and tokenizers, and asks the machine."""
+    device, dtype = placement(config)
+    directories = [find_model(source) for source in sources]
+    adapters = [adapter_of(directory, config.lora_rank) for directory in directories]
+    bases = [a.base if a else directory for a, directory in zip(adapters, directories)]
+    models = [read_config(base) for base in bases]
+    counts = [a.parameters(m) if a else parameters(m) for a, m in zip(adapters, models)]
+    shared = {base: parameters(m) for base, m, a in zip(bases, models, adapters) if a}
+    chats = {directory: ChatFormat(load_tokenizer(directory)) for directory in set(directories)}
+    views = list(zip([chats[d] for d in directories], task.roles(config.agents)))
+    longest = min(longest_transcript(config, views, problems), *(m.max_positions for m in models))
+    weights = dtype.itemsize * (sum(counts) + sum(shared.values()))
+    reset_peak(device)
+    used = in_use(device)
+    base = used + WARM_UP * (device.type != "cuda")
+    budget = limit_from_environment() or used + math.floor(free_memory(device) * (1 - LEFT_FREE))
+    return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget)
 
 
 class AdapterSize(NamedTuple):
@@ -355,7 +369,7 @@ def refuse(plan: Plan, config: Config) -> None:
     )
 
 
-def refuse_host(need: int, config: Config) -> None:
+def refuse_host(need: int) -> None:
     free = free_memory(torch.device("cpu"))
     if need > free:
         raise UserError(

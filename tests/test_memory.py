@@ -108,7 +108,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(family, tied):
         model = random_model(family, tied)
         model.checkpointing = checkpointing
         block = model.model.layers[0]
-        block.register_forward_hook(lambda *_: calls.append(1))
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
         (model.hidden(random_tokens(model, 3, 11)) ** 2).sum().backward()
         gradients.append([p.grad for p in model.model.layers.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and len(calls) == 1 + 2
