@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from teamtr_min.packing import PackedStep
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -177,30 +179,6 @@ class CachedStep:
                 kept.view(-1, new.shape[3]).index_copy_(0, self.index, entries)
             seen.append(new if self.alone else kept[self.rows, :, : self.cache.span])
         return seen[0], seen[1]
-
-
-@dataclass
-class PackedStep:
-    """A forward pass over rows that hold prefix trees (packing.py): the same for every layer."""
-
-    positions: Tensor  # (B, T) int64, of each token in its sequences
-    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
-    where: Tensor  # (pairs,) int64: positions in the flattened (B * T) whose final hidden states are wanted
-    dtype: torch.dtype = torch.bool  # of the mask: the model's own is not converted, and kept, once a layer
-
-    @functools.cached_property
-    def mask(self) -> Tensor | None:
-        """Which tokens each token sees, (B, 1, T, T): bool, or in another dtype 0 there and else -inf."""
-        if self.end is None:
-            return None
-        index = torch.arange(self.end.shape[1], device=self.end.device)
-        seen = (index <= index[:, None]) & (index[:, None] < self.end[:, None, None])
-        if self.dtype == torch.bool:
-            return seen
-        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)
-
-    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k, v
 
 
 Step = CachedStep | PackedStep | None

@@ -8,11 +8,19 @@ A tree lies in its row depth first, so whatever follows a token up to its `end` 
 token k exactly when k <= i < end[k]. A row of one sequence is the ordinary causal case.
 """
 
+import functools
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LONGEST_TREE = 4096  # tokens; a row's mask has the square of it
 
 
 class Tree:
-    """Sequences must be added in lexicographic order, or what they share is not found."""
+    """What was added to it, in lexicographic order: otherwise what sequences share is not found."""
 
     def __init__(self):
         self.tokens: list[int] = []
@@ -49,6 +57,7 @@ def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_to
     joins a tree only if the tokens that it finds there cost more to compute than the pairs that it adds.
     `pairs_per_token` is how many pairs cost as much as one token.
     """
+    most = min(most, LONGEST_TREE)
     trees: list[Tree] = []
     for number, sequence in sorted(sequences, key=lambda numbered: numbered[1]):
         if trees:
@@ -81,5 +90,27 @@ def rows_of(trees: list[Tree], most: int) -> Iterator[list[list[Tree]]]:
                 free.append(width)
             rows[row].append(tree)
             free[row] -= len(tree)
-        yield rows
+        yield sorted(rows, key=lambda row: min(row[0].paths))
         rest = later
+
+
+@dataclass
+class PackedStep:
+    """A forward pass over rows of trees: the same for every layer."""
+
+    positions: Tensor  # (B, T) int64, of each token in its sequences
+    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
+    where: Tensor  # (pairs,) int64: positions in the flattened (B * T) whose final hidden states are wanted
+    dtype: torch.dtype  # the model's: a mask of its dtype is not converted, and kept, once a layer
+
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """(B, 1, T, T), added to the scores: 0 where a token sees another, else -inf."""
+        if self.end is None:
+            return None
+        index = torch.arange(self.end.shape[1], device=self.end.device)
+        seen = (index <= index[:, None]) & (index[:, None] < self.end[:, None, None])
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)
+
+    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import kernels
 from teamtr_min import rng
-from teamtr_min.model import PackedStep, Transformer
-from teamtr_min.packing import Tree, rows_of, trees_of
+from teamtr_min.model import Transformer
+from teamtr_min.packing import PackedStep, Tree, rows_of, trees_of
 from teamtr_min.progress import SamplingBar
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem

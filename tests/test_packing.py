@@ -9,10 +9,12 @@ from tiny import each_model, random_model, random_tokens
 from toy_runs import prepared
 
 import kernels
+import train
 from teamtr_min.learner import Learner, evaluate
-from teamtr_min.model import PackedStep, RMSNorm
+from teamtr_min.model import RMSNorm
 from teamtr_min.objective import teamtr_loss
-from teamtr_min.packing import rows_of, trees_of
+from teamtr_min.packing import PackedStep, rows_of, trees_of
+from teamtr_min.rollout import AgentBatch
 
 
 def random_sequences(seed: int, count: int = 40) -> list[list[int]]:
@@ -81,7 +83,7 @@ def test_packed_hidden_states_and_their_gradients_are_those_of_plain_rows(family
             start += len(tree)
     assert tokens.numel() < sum(map(len, sequences)) and any(len(row) > 1 for row in rows)
     at = torch.tensor([t for n in range(len(sequences)) for t in where[n]])
-    packed = model.hidden(tokens, packed=PackedStep(positions, end, at))
+    packed = model.hidden(tokens, packed=PackedStep(positions, end, at, model.dtype))
     plain = torch.cat([model.hidden(torch.tensor([s]))[0] for s in sequences])
     torch.testing.assert_close(packed, plain, rtol=1e-6, atol=1e-6)
     weight = torch.randn(plain.shape, generator=torch.Generator().manual_seed(3), dtype=torch.double)
@@ -193,3 +195,41 @@ def in_order(ready, agents, batches, made):
         keys = zip(batch.rollout.tolist(), batch.turn.tolist())
         pieces |= {(agent, *key): piece for key, piece in zip(keys, old.token.split(lengths))}
     return [pieces[key] for key in sorted(pieces)]
+
+
+def test_the_same_bits_whether_a_gradient_was_taken_at_once_or_after_all(monkeypatch):
+    """Nothing depends on the guess whether a step leaves the radius, nor on its being wrong."""
+    outcomes, calls = [], []
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: calls[-1].append(k["grad"]) or evaluate(*a, **k))
+    for kl_rate in (0.0, 1e9):  # it never leaves; it always does, and most steps prove it wrong
+        ready = prepared(lr=4e-4, inner_steps=5)
+        ready.learner.kl_rate = kl_rate
+        calls.append([])
+        outcomes.append((ready.update(), ready.learner.clone_masters(), calls[-1]))
+    (one, masters, sure), (other, others, unsure) = outcomes
+    assert one == other and all(map(torch.equal, masters, others))
+    assert one.steps > 1 and one.halvings > 0 and len(sure) + 1 == len(unsure), "the guess was wrong once"
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_no_backward_pass_where_the_gradient_is_zero(beta, monkeypatch):
+    """At pi_old the penalty has none; later it has one, but for a beta of 0."""
+    ready, graphs, hidden = prepared(beta=beta), [], AgentBatch.hidden
+    monkeypatch.setattr(AgentBatch, "hidden", lambda b, m: graphs.append(hidden(b, m)) or graphs[-1])
+    _, old_logps = evaluate(ready.learner, ready.batches, ready.config, grad=True)
+    ready.learner.step(1e-3)
+    evaluate(ready.learner, ready.batches, ready.config, old_logps, grad=True)
+    pulls = [bool(batch.advantage.any()) for batch in ready.batches]
+    assert True in pulls and False in pulls
+    assert [h.requires_grad for h in graphs] == pulls + [p or beta > 0 for p in pulls]
+
+
+def test_an_agent_without_advantages_gets_the_zeros_that_let_its_momentum_decay():
+    """Where several step together, one may have had no turn in any rollout that was better or worse."""
+    ready = prepared([0, 1])
+    for batch in ready.batches:
+        if batch.model is ready.learner.models[1]:
+            batch.advantage.zero_()
+    evaluate(ready.learner, ready.batches, ready.config, grad=True)
+    gradients = {name: p.grad for name, p in zip(ready.learner.names, ready.learner.masters)}
+    assert all(g.any() == name.startswith("0.") for name, g in gradients.items() if "k_proj.bias" not in name)
