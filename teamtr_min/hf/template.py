@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 
-LIMIT = 2.0  # seconds of processor time for one conversation; a usual one takes 0.001
+LIMIT = 1.0  # seconds of processor time for one conversation; a usual one takes 0.001
 MEMORY = 1 << 30  # bytes
 LONGEST = 1 << 20  # characters of a template, and of what it writes
 _one_at_a_time = threading.Lock()

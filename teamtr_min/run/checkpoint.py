@@ -2,8 +2,8 @@
 
     runs/NAME/checkpoints/000007/    seven stages done (steps of a warm start count as well)
         learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
-        state.json                   betas, what the logs held by then, checksums of the files, LoRA's base,
-                                     the logs and itself
+        state.json                   betas, what the logs held by then, and checksums: of these files, of the
+                                     logs, of LoRA's base, and of itself
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the rng path (rng.py),
 and the learning rate is one of the update's number. So a run that was killed repeats at most a stage, to the
