@@ -156,7 +156,8 @@ class Sampler:
                 if progress:
                     progress(step + 1, live)
             lengths = {len(prompts[i]) for i in request}
-            self.cache.reserve(longest + step + 1, lengths.pop() + step if len(lengths) == 1 else None)
+            start = lengths.pop() + step if len(lengths) == 1 else None  # without a mask all in sight is seen
+            self.cache.reserve(longest + step + 1 if start is None else start + 1, start)
             hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, H)
             self.cache.length[:live] += 1
             logits = self.model.logits(hidden[:, 0])  # (live, V)

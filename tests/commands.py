@@ -10,7 +10,9 @@ def refusal(capsys, main, *flags: str) -> str:
     """The one sentence with which a command refuses these flags."""
     capsys.readouterr()
     assert main([*flags]) == 2
-    sentence = capsys.readouterr().err
+    plan = "memory  ", " " * 8  # how its lines begin
+    said = capsys.readouterr().err.splitlines(keepends=True)
+    sentence = "".join(line for line in said if not line.startswith(plan))
     assert sentence.startswith("error: ") and sentence.count("\n") == 1
     return sentence
 

@@ -18,9 +18,9 @@ from toy_runs import TOY, run, same, weights
 import eval as evaluation
 import train
 from teamtr_min import load_model, load_tokenizer, save_model
-from teamtr_min.bench import accuracy
 from teamtr_min.config import Config
 from teamtr_min.files import SUMS, UserError
+from teamtr_min.hf.weights import hash_weights
 from teamtr_min.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -255,7 +255,7 @@ def test_shards_of_any_name_are_what_is_hashed(tmp_path):
             shard.rename(directory / shard.name.replace("model", "part"))
         index = directory / "model.safetensors.index.json"
         index.write_text(index.read_text().replace("model-", "part-"))
-        hashes.append(accuracy.hash_weights(directory))
+        hashes.append(hash_weights(directory))
     assert hashes[0] != hashes[1]
 
 

@@ -20,6 +20,7 @@ import eval as evaluation
 import train
 from teamtr_min import load_model, save_model
 from teamtr_min.config import PRESETS, Config
+from teamtr_min.files import sealed, write_json, write_sums
 from teamtr_min.hf.weights import RELAY, hash_weights
 from teamtr_min.learner import Learner
 from teamtr_min.learner import evaluate as measure
@@ -211,6 +212,10 @@ def fresh(finished, tmp_path):
     base, out = tmp_path / "copy/base", tmp_path / "copy/run"
     for file in [out / "config.json", *out.glob("agents/*/adapter_config.json")]:
         file.write_text(file.read_text().replace(str(finished.parent / "base"), str(base)))
+    config = json.loads((out / "config.json").read_text())
+    del config["seal"]
+    write_json(out / "config.json", sealed(config))
+    write_sums(out / "agents")
     return out
 
 
@@ -266,15 +271,17 @@ def test_another_base_is_refused_by_name(fresh, capsys):
 
 
 def test_an_evaluation_hashes_base_and_adapter(fresh, capsys):
-    flags = ["relay", "--team", str(fresh), "--problems", "8", "--device", "cpu"]
+    flags = ["relay", "--team", str(fresh), "--problems", "8", "--device", "cpu", "--again"]
     first = evaluate(capsys, *flags)
     assert evaluate(capsys, *flags)["model_hash"] == first["model_hash"]
     config = fresh / "agents/1/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 12'))
+    write_sums(fresh / "agents")
     scaled = evaluate(capsys, *flags)["model_hash"]
     change_base(fresh)
     for j in range(2):
         (fresh / f"agents/{j}/base.json").unlink()  # as if peft had written it
+    write_sums(fresh / "agents")
     assert len({first["model_hash"], scaled, evaluate(capsys, *flags)["model_hash"]}) == 3
 
 

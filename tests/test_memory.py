@@ -210,15 +210,15 @@ def test_a_full_disk_is_found_before_the_start(tmp_path, capsys, monkeypatch):
 def test_a_run_says_its_plan_first_and_keeps_it_for_its_resume(tmp_path, capsys, monkeypatch):
     """With less memory: the same team, by smaller waves and batches that config.json names."""
     monkeypatch.setenv("TEAMTR_MEMORY", "64GiB")
-    run(tmp_path / "plenty", "--batch-tokens", "256")
+    run(tmp_path / "plenty", "--batch-tokens", "256", "--eval-problems", "64")
     said = capsys.readouterr().out
     assert said.startswith("memory  ") and said.index("\ndisk") < said.index("\nteam")
     assert "memory peak " in said and " planned\n" in said
     monkeypatch.setattr(memory, "in_use", lambda device: 300 << 20)
-    monkeypatch.setenv("TEAMTR_MEMORY", "417MiB")
-    run(tmp_path / "lean", "--batch-tokens", "256")
+    monkeypatch.setenv("TEAMTR_MEMORY", "420MiB")
+    run(tmp_path / "lean", "--batch-tokens", "256", "--eval-problems", "64")
     rows = json.loads((tmp_path / "lean" / "config.json").read_text())["batch_rows"]
-    assert rows < 12 and same(weights(tmp_path / "plenty"), weights(tmp_path / "lean"))
+    assert rows < 64 and same(weights(tmp_path / "plenty"), weights(tmp_path / "lean"))
     monkeypatch.setenv("TEAMTR_MEMORY", "64GiB")
     again = train.main(["--resume", str(tmp_path / "lean")])
     assert again == 0 and f" {rows:,} rows at once" in capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_a_run_says_its_plan_first_and_keeps_it_for_its_resume(tmp_path, capsys,
 
 def test_an_evaluation_in_waves_gives_the_same_rollouts(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = "relay", "--agents", "2", "--device", "cpu", "--problems", "40", "--k", "2"
+    flags = "relay", "--agents", "2", "--device", "cpu", "--problems", "40", "--k", "2", "--again"
     results = []
     for limit, rows in (("64GiB", ()), ("440MiB", ()), ("64GiB", ("--batch-rows", "3"))):
         monkeypatch.setenv("TEAMTR_MEMORY", limit)
@@ -234,11 +234,12 @@ def test_an_evaluation_in_waves_gives_the_same_rollouts(tmp_path, capsys, monkey
         results.append(evaluate(capsys, *flags, *rows))
     for result in results:
         assert result.pop("memory_planned") > 0 and result.pop("memory_peak") > 0 and result.pop("seconds")
+        assert result.pop("time")
     assert results[0] == results[1] == results[2]
     config = Config(agents=2, device="cpu")
     problems = Relay(config).sample_problems(40, rng.generator(0, "held-out"), held_out=True)
     monkeypatch.setenv("TEAMTR_MEMORY", "440MiB")
-    assert plan_evaluation(config, Relay(config), problems, 2)[1].rows < 80
+    assert plan_evaluation(config, Relay(config), problems, 2, config.models * 2)[1].rows < 80
     monkeypatch.setenv("TEAMTR_MEMORY", "300MiB")
     sentence = refusal(capsys, evaluation.main, *flags)
     assert "optimizer" not in sentence and "of memory (weights 713.0 KiB, sampling " in sentence

@@ -1,9 +1,11 @@
 """What is sampled depends on the model, the key and the position, not on the cache or the batch."""
 
 import math
+import random
 
 import pytest
 import torch
+from tiny import random_model
 
 from teamtr_min import load_model, rng
 from teamtr_min.files import UserError
@@ -169,3 +171,19 @@ def test_weights_that_are_not_numbers_stop_the_sampler():
     broken.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         sample(broken, PROMPTS)
+
+
+def test_rows_that_outlive_the_longest_one_do_not_see_what_it_left():
+    """Then all live rows may be equally long, and no mask hides what lies beyond them in the cache."""
+    model, draw = random_model("llama"), random.Random(1)
+    sampler, rows = Sampler(model, 3), [0, 1, 2]
+    sequences = [[draw.randrange(50) for _ in range(draw.randint(5, 9))] for _ in rows]
+    for turn in range(4):
+        written = sampler.generate(rows, sequences, [100 * turn + row for row in rows], 7, 1.0, range(20))
+        for row, completion in zip(rows, written):
+            whole = sequences[row] + completion.tokens
+            logps = model(torch.tensor([whole]))[0].log_softmax(-1)  # (T, V)
+            at = range(len(sequences[row]), len(whole))
+            expected = [logps[t - 1, whole[t]].item() for t in at]
+            assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+            sequences[row] = whole + [draw.randrange(50) for _ in range(draw.randint(1, 4))]

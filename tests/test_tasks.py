@@ -66,7 +66,10 @@ def test_only_the_last_message_counts():
         ({"agents": 9}, "relay .* at most 8 operations.* 9 turns"),
         ({"task": "convention", "agents": 1}, "convention .* at least 2 .* 1 turns"),
         ({"task": "convention", "agents": 5}, "convention .* at most 4 operations.* 5 turns"),
-        ({"task": "chess"}, "no task 'chess': give relay, convention, gsm8k, math, .*, jsonl, or FILE.py"),
+        (
+            {"task": "chess"},
+            "no task 'chess': give relay, convention, sums, gsm8k, .*, jsonl, or FILE.py",
+        ),
         ({"data": "x.jsonl"}, "relay makes its own problems"),
         ({"task": "jsonl"}, "jsonl needs --data"),
     ],

