@@ -28,6 +28,7 @@ from teamtr_min.hf.tokenizer import load_tokenizer
 from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, read_config
 from teamtr_min.lora import TARGETS, base_of, read_adapter
 from teamtr_min.model import ModelConfig
+from teamtr_min.packing import LONGEST_TREE
 from teamtr_min.sampler import PREFILL_TOKENS
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
@@ -229,8 +230,9 @@ class Needs:
             # The head's gradient, and the embedding's to add; with LoRA both are frozen.
             head = 2 * m.vocab_size * m.hidden_size * self.width * (not self.config.lora_rank)
             chunk = min(CHUNK_BYTES, tokens * m.vocab_size * 4) * CHUNK_COPIES
-            # At worst all is one prefix tree: a mask of all pairs, and bools to make it.
-            activations = tokens * (token_bytes(m, self.width, checkpointing) + tokens * (self.width + 3))
+            # At worst trees are as long as they may be: a mask of all pairs of a row, and bools to make it.
+            row = min(tokens, max(LONGEST_TREE, self.longest))
+            activations = tokens * (token_bytes(m, self.width, checkpointing) + row * (self.width + 3))
             old = 0
             if self.config.kl_estimator == "exact":  # the old policy's final states and head
                 trained = self.config.problems * self.config.group * self.config.rounds
