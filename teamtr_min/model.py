@@ -73,8 +73,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = x.float()  # the mean of squares always in fp32, whatever the compute dtype
-        scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)
+        scaled = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)  # in fp32, whatever the compute dtype
         return self.weight * scaled.to(x.dtype)
 
 
