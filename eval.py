@@ -10,6 +10,7 @@ python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table; 
 python eval.py math500 --team runs/NAME   a published test set, on the agents of any run
 python eval.py jsonl --model DIR --data FILE   word problems of one's own
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
+python eval.py sampling                 tokens per second beside transformers; --model DIR for another model
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 python eval.py export --team runs/NAME --merge   a run's agents, LoRA's adapters merged into checkpoints
@@ -21,7 +22,7 @@ import os
 import sys
 from pathlib import Path
 
-from teamtr_min.bench import accuracy, export, kernels, report
+from teamtr_min.bench import accuracy, export, kernels, report, sampling
 from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags, open_streams
 from teamtr_min.files import UserError, one_line
@@ -29,7 +30,7 @@ from teamtr_min.learner import OutOfMemory
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
-TEAMLESS = ("kernels", "occupancy")
+TEAMLESS = ("kernels", "sampling", "occupancy")
 BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype batch_rows "
@@ -124,6 +125,9 @@ def measure(
     if name == "kernels":
         result = kernels.run()
         return result, kernels.table(result)
+    if name == "sampling":
+        result = sampling.run(flags.get("model", "relay"), args.short)
+        return result, sampling.table(result)
     if name == "occupancy":
         studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
         result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)

@@ -73,9 +73,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = x.float()  # the mean of squares always in fp32, whatever the compute dtype
-        scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        wide = x.float()  # the mean of squares always in fp32, whatever the compute dtype
+        squares = wide.square().sum(-1, keepdim=True)
+        scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
+        return self.weight * (wide * scale).to(x.dtype)
 
 
 @functools.lru_cache
@@ -148,21 +149,21 @@ class CachedStep:
 
     def __init__(self, cache: KVCache, rows: slice | Tensor, T: int):
         """`rows` of the cache that the batch stands for: a slice costs no copy. T new tokens in each."""
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.start, self.span = cache, rows, cache.start, cache.span
         _, _, K, capacity, _ = cache.keys.shape
         device, new = cache.keys.device, torch.arange(T, device=cache.keys.device)
-        self.alone = cache.start == 0 and T > 1  # the new tokens are all that there is to see
-        if cache.start is None:
+        self.alone = self.start == 0 and T > 1  # the new tokens are all that there is to see
+        if self.start is None:
             self.positions = cache.length[rows][:, None] + new  # (B, T)
         else:
-            self.positions = (cache.start + new)[None]  # (1, T)
+            self.positions = (self.start + new)[None]  # (1, T)
         self.mask = None  # (B or 1, 1, T, span), added to the scores: which cached positions a token sees
-        if cache.start is None or T > 1 and not self.alone:
-            seen = torch.arange(cache.span, device=device) <= self.positions[:, None, :, None]
+        if self.start is None or T > 1 and not self.alone:
+            seen = torch.arange(self.span, device=device) <= self.positions[:, None, :, None]
             self.mask = torch.full(seen.shape, -math.inf, device=device, dtype=cache.keys.dtype)
             self.mask.masked_fill_(seen, 0.0)
         self.index = None  # (B * T * K,) of the new entries in the flattened (rows, K, capacity)
-        if cache.start is None or not isinstance(rows, slice):
+        if self.start is None or not isinstance(rows, slice):
             if isinstance(rows, slice):
                 rows = torch.arange(rows.start, rows.stop, device=device)
             first = rows[:, None] * K + torch.arange(K, device=device)  # (B, K)
@@ -173,11 +174,11 @@ class CachedStep:
         seen = []
         for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
             if self.index is None:
-                kept[self.rows, :, self.cache.start : self.cache.start + new.shape[2]] = new
+                kept[self.rows, :, self.start : self.start + new.shape[2]] = new
             else:
                 entries = new.transpose(1, 2).reshape(-1, new.shape[3])  # (B * T * K, D)
                 kept.view(-1, new.shape[3]).index_copy_(0, self.index, entries)
-            seen.append(new if self.alone else kept[self.rows, :, : self.cache.span])
+            seen.append(new if self.alone else kept[self.rows, :, : self.span])
         return seen[0], seen[1]
 
 
@@ -228,7 +229,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     (B, Q, T, D), K = q.shape, k.shape[1]
     if T == 1:  # the query heads of a group stand where the queries do, so K and V need no repetition
         q = q.reshape(B, K, Q // K, D)
-        if not q.is_cuda and B >= PRODUCTS_FROM_ROWS:
+        if q.device.type == "cpu" and B >= PRODUCTS_FROM_ROWS:
             return attend_by_products(q, k, v, mask).view(B, Q, 1, D)
     options = {"attn_mask": mask, "is_causal": mask is None and T > 1}
     if not q.is_cuda:
@@ -371,7 +372,7 @@ class Transformer(nn.Module):
             flat = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
             return flat.view(*hidden.shape[:-1], -1)
         V = len(self.head)
-        if torch.is_grad_enabled() or hidden.is_cuda or V <= 2 * HEAD_PIECE:
+        if torch.is_grad_enabled() or hidden.device.type != "cpu" or V <= 2 * HEAD_PIECE:
             return F.linear(hidden.float(), self.head.float())
         flat = hidden.flatten(0, -2).float()
         logits = torch.empty(len(flat), V)
