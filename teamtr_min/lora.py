@@ -203,8 +203,7 @@ def base_of(adapter: Adapter, directory: Path) -> Path:
     try:
         return find_model(adapter.base)
     except UserError as error:
-        hint = f"put it back, or name it in {directory / ADAPTER_CONFIG}"
-        raise UserError(f"{directory} adapts {adapter.base}, which is not there ({error}): {hint}") from None
+        raise UserError(f"{directory} adapts {adapter.base}, so put that back: {error}") from None
 
 
 def hash_agent(directory: Path) -> str:
