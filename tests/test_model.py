@@ -8,7 +8,14 @@ import torch
 from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.model import KVCache, attend, attend_reference
+from teamtr_min.model import (
+    KVCache,
+    attend,
+    attend_by_products,
+    attend_reference,
+    rope_table,
+    rotate,
+)
 from teamtr_min.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
@@ -108,6 +115,77 @@ def test_attend_equals_attend_reference(Q, K):
     torch.testing.assert_close(attend(q, k, v, None), attend_reference(q, k, v, None))
     everything = torch.ones(B, 1, T, T, dtype=torch.bool)
     assert not torch.allclose(attend(q, k, v, None), attend(q, k, v, everything))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 17, 65])  # the last by batched products
+@pytest.mark.parametrize("Q, K", [(5, 1), (6, 3), (3, 3)])
+def test_one_new_token_a_row_attends_as_the_reference_does(rows, Q, K):
+    """With views of a cache whose capacity is larger, with and without a mask, at a span of no multiple."""
+    generator = torch.Generator().manual_seed(rows)
+    span, capacity, D = 23, 37, 10
+    q = torch.randn(rows, 1, Q, D, generator=generator).transpose(1, 2)  # (B, Q, T, D)
+    k, v = (torch.randn(rows, K, capacity, D, generator=generator)[:, :, :span] for _ in "kv")
+    seen = torch.arange(span) < torch.randint(1, span + 1, (rows, 1, 1, 1), generator=generator)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+    for given in (mask, None):
+        got = attend(q, k, v, given)
+        assert got.shape == q.shape
+        torch.testing.assert_close(got, attend_reference(q, k, v, given), atol=1e-5, rtol=0)
+
+
+def test_batched_products_equal_the_kernel_they_replace(monkeypatch):
+    q = torch.randn(65, 6, 1, 10, generator=torch.Generator().manual_seed(0))
+    k = torch.randn(65, 2, 23, 10, generator=torch.Generator().manual_seed(1))
+    products = attend(q, k, k, None)
+    torch.testing.assert_close(attend_by_products(q.view(65, 2, 3, 10), k, k, None).view(q.shape), products)
+    monkeypatch.setattr("teamtr_min.model.PRODUCTS_FROM_ROWS", 66)
+    torch.testing.assert_close(attend(q, k, k, None), products)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rope_table_holds_the_angles_of_every_position(family):
+    config = random_model(family).config
+    cos, sin = rope_table(config, 37, torch.device("cpu"), torch.float32)  # (37, 1, D)
+    x = torch.randn(1, 37, 3, config.head_dim, generator=torch.Generator().manual_seed(0))
+    a, b = x.double().chunk(2, -1)
+    angle = torch.arange(37)[:, None, None] * torch.tensor(frequencies_by_definition(config))
+    number = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat((number.real, number.imag), -1)
+    torch.testing.assert_close(rotate(x, cos, sin).double(), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 17, 65])
+def test_equally_long_rows_need_no_mask(rows, monkeypatch):
+    """A prompt, then single tokens: with the common length told and without, the same hidden states."""
+    model = random_model("qwen3")  # three key heads
+    tokens = random_tokens(model, rows, 13)
+    masks, seen = [], []
+    monkeypatch.setattr(
+        "teamtr_min.model.attend", lambda q, k, v, mask: masks.append(mask) or attend(q, k, v, mask)
+    )
+    for told in (True, False):
+        cache = KVCache(model.config, rows, 0, model.device, model.dtype)
+        masks.clear()
+        hidden = []
+        for start, stop in ((0, 9), (9, 10), (10, 11), (11, 13)):
+            cache.reserve(stop, start if told else None)
+            hidden.append(model.hidden(tokens[:, start:stop], cache))
+            cache.length += stop - start
+        seen.append(torch.cat(hidden, 1))
+        assert [mask is None for mask in masks[:: model.config.layers]] == [told, told, told, False]
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[0], model.hidden(tokens), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_logits_in_pieces_are_those_of_one_product(monkeypatch):
+    model = random_model("llama", tied=False)  # V = 59
+    hidden = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
+    whole = model.logits(hidden)
+    monkeypatch.setattr("teamtr_min.model.HEAD_PIECE", 11)
+    torch.testing.assert_close(model.logits(hidden), whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from teamtr_min import load_model, rng
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.model import Transformer
-from teamtr_min.sampler import Sampler, generate, sample_token
+from teamtr_min.sampler import Sampler, generate, sample_token, sample_token_reference
 
 END = 1
 PROMPTS = [
@@ -108,6 +108,33 @@ def test_draws_follow_the_distribution():
         assert torch.allclose(logp, p.log()[tokens], atol=1e-6)
     ends = torch.tensor([0.0, 1 - 2.0**-24])
     assert sample_token(logits.expand(2, -1), ends, 1.0)[0].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 65])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_a_draw_is_that_of_the_reference(rows, temperature):
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 301, generator=generator) * 4
+    logits[:, ::7] = -math.inf
+    uniform = torch.rand(rows, generator=generator)
+    tokens, logp = sample_token(logits, uniform, temperature)
+    expected, expected_logp = sample_token_reference(logits, uniform, temperature)
+    assert tokens.tolist() == expected.tolist()
+    torch.testing.assert_close(logp, expected_logp, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 65])
+def test_the_host_may_look_rarely(model, rows):
+    """As on a GPU: finished rows go on until it looks, and what they drew then is nobody's."""
+    prompts = [PROMPTS[i % 5] + [4] * (i % 3) for i in range(rows)]
+    often = take_turn(Sampler(model, rows), prompts, keys(rows), limit=11)
+    sampler = Sampler(model, rows)
+    sampler.check_every = 4
+    assert_same(often, take_turn(sampler, prompts, keys(rows), limit=11))
+    grown = [p + c.tokens + [2, 5, 1, 3] for p, c in zip(prompts, often)]
+    assert_same(
+        take_turn(sampler, grown, keys(rows, 99)), take_turn(Sampler(model, rows), grown, keys(rows, 99))
+    )
 
 
 def test_finished_rows_leave_the_batch(model, fed):
