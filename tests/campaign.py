@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TEAMTR_KERNELS", "torch")
 
 from hostile import ABSURD, METHODS, PIECES, TEXTS, VARIANTS  # noqa: E402
+from tiny import random_model, write_checkpoint, write_tokenizer  # noqa: E402
 
 SECONDS, MEMORY = 60, 8 << 30  # of a case: time on the clock, and address space in bytes
 TOY = [
@@ -43,6 +44,7 @@ class Fault(Exception):
 
 def attempt(program: str, argv: list[str], output: str, poison: str, file_size: int) -> None:
     """The child: the command with its outputs in files; `poison` spoils the numbers of each step."""
+    os.chdir(Path(output).parent)  # results of evaluations are kept there
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     import torch
@@ -94,7 +96,8 @@ class Place:
             child.join()
             raise Fault(f"{program} took more than {SECONDS} s")
         said = (self.root / "said.err").read_text(errors="replace").strip()
-        sentence = said.startswith(("error: ", "stopped: ")) and "\n" not in said and len(said) < 1100
+        last = said.rpartition("\n")[2]  # above it stands the memory plan
+        sentence = last.startswith(("error: ", "stopped: ")) and len(last) < 1100 and "Traceback" not in said
         if child.exitcode not in (0, 1, 2) or child.exitcode and not sentence:
             raise Fault(f"{program} {' '.join(map(str, argv))[:300]}: exit {child.exitcode}: {said[-600:]}")
         return child.exitcode
@@ -146,7 +149,8 @@ def harm(file: Path, dice: random.Random) -> str:
     elif kind == "digit":
         digits = [i for i, byte in enumerate(data[:20000]) if 48 <= byte < 58]
         if digits:
-            data[dice.choice(digits)] = 48 + dice.randrange(10)
+            here = dice.choice(digits)
+            data[here] = 48 + (data[here] - 48 + dice.randint(1, 9)) % 10
     else:
         data = {"cut": data[:here], "empty": bytearray(), "grow": data + bytes(9)}.get(kind, data)
     file.write_bytes(data)
@@ -180,7 +184,7 @@ def damaged_run(place: Place, references) -> str:
         shutil.rmtree(out / "checkpoints" / "000003")
     files = sorted(file for file in out.rglob("*") if file.is_file())
     file = place.dice.choice(files)
-    what = harm(file, place.dice)
+    whole, what = file.read_bytes(), harm(file, place.dice)
     before = {path for path in out.rglob("*") if path.is_file()}
     argv = {"resume": ["--resume", out], "report": ["report", "--team", out],
             "eval": ["relay", "--team", out, "--problems", "8", "--again"]}[command]  # fmt: skip
@@ -188,7 +192,8 @@ def damaged_run(place: Place, references) -> str:
         code = place.run("train" if command == "resume" else "eval", argv)
         if not code and command == "resume":
             same(out, reference)
-        if not code and command == "eval" and "agents" in file.parts:
+        changed = not file.is_file() or file.read_bytes() != whole
+        if not code and command == "eval" and "agents" in file.parts and changed:
             raise Fault("agents that have changed were evaluated")
         if code and before - {path for path in out.rglob("*")}:
             raise Fault("files have gone")
@@ -197,9 +202,18 @@ def damaged_run(place: Place, references) -> str:
     return "refused" if code else "right"
 
 
+def a_model(place: Place) -> Path:
+    """The shipped model, or a random one that can write any text."""
+    model = place.root / "model"
+    if place.dice.random() < 0.3:
+        return Path(shutil.copytree(ROOT / "teamtr_min/assets/relay", model))
+    write_checkpoint(model, random_model("qwen2", vocab_size=262), shards=place.dice.choice([1, 2]))
+    return write_tokenizer(model, place.dice.choice([None, PIECES[-1]]))
+
+
 def damaged_model(place: Place, references) -> str:
     """A file of a model, or a field of its config.json."""
-    model = Path(shutil.copytree(ROOT / "teamtr_min/assets/relay", place.root / "model"))
+    model = a_model(place)
     file = place.dice.choice(sorted(model.iterdir()))
     if place.dice.random() < 0.4:
         file = model / place.dice.choice(["config.json", "tokenizer_config.json"])
@@ -231,6 +245,7 @@ def damaged_model(place: Place, references) -> str:
 def evaluated(place: Place, argv: list, what: str) -> str:
     try:
         code = place.run("eval", [*argv, "--agents", "2", "--problems", "4", "--device", "cpu", "--k", "2",
+                                  "--max-new-tokens", "8",
                                   "--mode", place.dice.choice(["team", "vote"])])  # fmt: skip
     except Fault as fault:
         raise Fault(f"{what[:600]}: {fault}") from None
@@ -238,17 +253,19 @@ def evaluated(place: Place, argv: list, what: str) -> str:
 
 
 def hostile_texts(place: Place, references) -> str:
-    lines = [{"question": "".join(place.dice.choices(TEXTS, k=2)), "answer": place.dice.choice(TEXTS)}
-             for _ in range(20)]  # fmt: skip
+    dice = place.dice
+    texts = TEXTS if dice.random() < 0.3 else [text for text in TEXTS if text.isprintable() and text.strip()]
+    lines = [{"question": "".join(dice.choices(texts, k=2)), "answer": dice.choice(texts)} for _ in range(4)]
     (place.root / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return evaluated(
-        place, ["jsonl", "--data", place.root / "data.jsonl", "--max-new-tokens", "8"], repr(lines)
+        place, ["jsonl", "--data", place.root / "data.jsonl", "--model", a_model(place)], repr(lines)
     )
 
 
 def hostile_template(place: Place, references) -> str:
-    model = Path(shutil.copytree(ROOT / "teamtr_min/assets/relay", place.root / "model"))
-    text = "".join(place.dice.choices(PIECES, k=place.dice.randint(1, 5)))
+    model = a_model(place)
+    pieces = place.dice.choices(PIECES, k=place.dice.randint(1, 3))
+    text = "".join(pieces + PIECES[-1:] * place.dice.randint(0, 1))
     (model / "chat_template.jinja").write_text(text)
     return evaluated(place, ["relay", "--model", model], text)
 

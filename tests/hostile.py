@@ -37,11 +37,13 @@ TEXTS = [
     "0x10", "5e999", "\\frac{1}{0}", "{" * 9000, "\ud83e", "{{ 7*7 }}", "[[" * 3000, "a" * 10**5,
 ]  # fmt: skip
 
-# Of chat templates.
+# Of chat templates; the last is one that works.
 PIECES = [
     "{{ 'a' * 10**9 }}", "{% for i in range(99999) %}", "{% endfor %}", "{{ messages }}", "{{ x.y.z }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% set x = 'x' %}",
     "{% if true %}", "{% endif %}", "{% set x = x ~ x %}", "{{ ''.__class__ }}", "{% macro f() %}", "x" * 999,
     "{{ f() }}", "{% endmacro %}", "{{ raise_exception('\n\x1b') }}", "{{ 10 ** (10**9) }}",
-    "{{ 'a' | center(10**9) }}",
-    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor -%}",
+    "{{ 'a' | center(10**9) }}", "{# a comment #}", "{{ bos_token }}",
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor -%}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 ]  # fmt: skip
