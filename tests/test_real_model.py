@@ -10,9 +10,9 @@ from tiny import real_model
 
 import train
 
-SMALL = ["--agents", "2", "--task", "sums", "--device", "cpu", "--warm-start", "4", "--problems", "3",
-         "--stages", "1", "--group", "4", "--inner-steps", "1", "--eval-problems", "6",
-         "--keep", "1"]  # fmt: skip
+SMALL = ["--agents", "2", "--task", "sums", "--device", "cpu", "--warm-start", "4", "--problems", "2",
+         "--stages", "1", "--group", "4", "--inner-steps", "1", "--eval-problems", "2",
+         "--max-new-tokens", "12", "--keep", "1"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -23,19 +23,17 @@ def all_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora-rank", "8"]], ids=["weights", "adapters"])
-def test_a_real_team_starts_warm_trains_inside_its_radius_and_is_evaluated(tmp_path, capsys, more):
+def test_a_real_team_starts_warm_trains_inside_its_radius_and_is_evaluated(tmp_path, capsys):
     model = str(real_model())
     out = tmp_path / "run"
-    assert train.main(["--model", model, *SMALL, *more, "--out", str(out)]) == 0
+    assert train.main(["--model", model, *SMALL, "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     warm = [line for line in lines if line["kind"] == "warm_start"]
     updates = [line for line in lines if line["kind"] == "update"]
     assert len(warm) == 8 and len(updates) == 2
-    if not more:
-        assert warm[-1]["loss"] < 0.5 * warm[0]["loss"]
+    assert warm[-1]["loss"] < 0.5 * warm[0]["loss"]
     assert all(u["kl_after"] <= u["delta"] and u["sampler_mismatch_max"] < 1e-2 for u in updates)
     assert summary["accuracy_final"] is not None
-    found = evaluate(capsys, "sums", "--team", str(out), "--problems", "2", "--k", "2")
+    found = evaluate(capsys, "sums", "--team", str(out), "--problems", "2")
     assert found["problems"] == 2 and found["benchmark"] == "sums"
