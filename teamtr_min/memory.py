@@ -29,7 +29,7 @@ from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, read_config
 from teamtr_min.lora import TARGETS, base_of, read_adapter
 from teamtr_min.model import ModelConfig
 from teamtr_min.packing import LONGEST_TREE
-from teamtr_min.sampler import PREFILL_TOKENS
+from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
 from teamtr_min.team import ChatFormat, Team, placement
@@ -209,7 +209,7 @@ class Needs:
         work = max(
             rows * m.vocab_size * 4 * DRAW_COPIES  # (rows, V) fp32
             # Without a way back half of a layer's numbers live at once; the mask is there twice.
-            + prefill * (layer_numbers(m) * self.width // 2 + 5 * self.longest)
+            + prefill * (layer_numbers(m) * self.width // 2 + 5 * max(PREFILL_TREE, self.longest))
             + self._head_in_fp32(m)
             for m in self.models
         )

@@ -152,13 +152,12 @@ class CachedStep:
         self.cache, self.rows, self.start, self.span = cache, rows, cache.start, cache.span
         _, _, K, capacity, _ = cache.keys.shape
         device, new = cache.keys.device, torch.arange(T, device=cache.keys.device)
-        self.alone = self.start == 0 and T > 1  # the new tokens are all that there is to see
         if self.start is None:
             self.positions = cache.length[rows][:, None] + new  # (B, T)
         else:
             self.positions = (self.start + new)[None]  # (1, T)
         self.mask = None  # (B or 1, 1, T, span), added to the scores: which cached positions a token sees
-        if self.start is None or T > 1 and not self.alone:
+        if self.start is None or T > 1:
             seen = torch.arange(self.span, device=device) <= self.positions[:, None, :, None]
             self.mask = torch.full(seen.shape, -math.inf, device=device, dtype=cache.keys.dtype)
             self.mask.masked_fill_(seen, 0.0)
@@ -178,8 +177,24 @@ class CachedStep:
             else:
                 entries = new.transpose(1, 2).reshape(-1, new.shape[3])  # (B * T * K, D)
                 kept.view(-1, new.shape[3]).index_copy_(0, self.index, entries)
-            seen.append(new if self.alone else kept[self.rows, :, : self.span])
+            seen.append(kept[self.rows, :, : self.span])
         return seen[0], seen[1]
+
+
+@dataclass
+class PrefillStep(PackedStep):
+    """A packed pass over sequences that are new: each row of the cache gets those of its sequence."""
+
+    cache: KVCache
+    source: Tensor  # (entries,) int64: the keys and values at this position of the flattened (B * T)
+    to: Tensor  # (entries,) int64: go to this row, at the same position in the sequence
+
+    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, K, T, D) of the new tokens -> the same: they are all that there is to see."""
+        at = self.positions.flatten()[self.source]
+        for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
+            kept[self.to, :, at] = new.transpose(1, 2).flatten(0, 1)[self.source]  # (entries, K, D)
+        return k, v
 
 
 Step = CachedStep | PackedStep | None

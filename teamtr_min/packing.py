@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +93,36 @@ def rows_of(trees: list[Tree], most: int) -> Iterator[list[list[Tree]]]:
             free[row] -= len(tree)
         yield sorted(rows, key=lambda row: min(row[0].paths))
         rest = later
+
+
+class Packed(NamedTuple):
+    """Rows of trees as tensors, padded on the right."""
+
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64, of each token in its sequences
+    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
+    paths: dict[int, list[int]]  # number of a sequence -> where its tokens stand in the flattened (B * T)
+
+
+def pack(rows: list[list[Tree]], device: torch.device) -> Packed:
+    width = max(sum(map(len, trees)) for trees in rows)  # T
+    tokens, positions, end, paths = [], [], [], {}
+    for row, trees in enumerate(rows):
+        for tree in trees:
+            base = len(tokens)
+            tokens += tree.tokens
+            positions += tree.positions
+            end += [base - row * width + t for t in tree.end]
+            paths |= {number: [base + t for t in tree.paths[number]] for number in sorted(tree.paths)}
+        padding = (row + 1) * width - len(tokens)
+        tokens += [0] * padding
+        positions += [0] * padding
+        end += range(width - padding + 1, width + 1)  # which sees itself only
+    branched = any(len(trees) > 1 or len(trees[0].paths) > 1 for trees in rows)
+    tokens, positions, end = (
+        torch.tensor(x, device=device).view(-1, width) for x in (tokens, positions, end)
+    )
+    return Packed(tokens, positions, end if branched else None, paths)
 
 
 @dataclass

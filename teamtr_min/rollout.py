@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 from teamtr_min import rng
 from teamtr_min.model import Transformer
-from teamtr_min.packing import PackedStep, Tree, rows_of, trees_of
+from teamtr_min.packing import PackedStep, Tree, pack, rows_of, trees_of
 from teamtr_min.progress import SamplingBar
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
@@ -150,38 +150,26 @@ class Rollouts:
     def _batch(
         self, agent: int, rows: list[list[Tree]], seen: list[Rendered], advantages: Tensor
     ) -> AgentBatch:
-        width = max(sum(map(len, trees)) for trees in rows)  # T
-        tokens, positions, end = [], [], []  # (B * T)
+        model = self.team.agents[agent].model
+        packed = pack(rows, model.device)
         pair, message, sampled_logp, rollout, turns = [], [], [], [], []
         pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
-        for row, trees in enumerate(rows):
-            for tree in trees:
-                base = len(tokens)
-                tokens += tree.tokens
-                positions += tree.positions
-                end += [base - row * width + t for t in tree.end]
-                for r in sorted(tree.paths):
-                    own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
-                    for (start, stop), (turn, m) in zip(seen[r].spans, own):
-                        for t, token in zip(tree.paths[r][start - 1 : stop - 1], m.tokens):
-                            pair.append(pairs.setdefault((base + t, token), len(pairs)))
-                        message += [len(rollout)] * len(m.tokens)
-                        sampled_logp += m.logprobs
-                        rollout.append(r)
-                        turns.append(turn)
-            padding = (row + 1) * width - len(tokens)
-            tokens += [0] * padding
-            positions += [0] * padding
-            end += range(width - padding + 1, width + 1)  # which sees itself only
-        model = self.team.agents[agent].model
+        for r, path in packed.paths.items():
+            own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
+            for (start, stop), (turn, m) in zip(seen[r].spans, own):
+                for t, token in zip(path[start - 1 : stop - 1], m.tokens):
+                    pair.append(pairs.setdefault((t, token), len(pairs)))
+                message += [len(rollout)] * len(m.tokens)
+                sampled_logp += m.logprobs
+                rollout.append(r)
+                turns.append(turn)
         where, targets = zip(*pairs)
         rollout = torch.tensor(rollout)
-        branched = any(len(trees) > 1 or len(trees[0].paths) > 1 for trees in rows)
         return AgentBatch(
             model=model,
-            tokens=torch.tensor(tokens, device=model.device).view(-1, width),
-            positions=torch.tensor(positions, device=model.device).view(-1, width),
-            end=torch.tensor(end, device=model.device).view(-1, width) if branched else None,
+            tokens=packed.tokens,
+            positions=packed.positions,
+            end=packed.end,
             where=torch.tensor(where, device=model.device),
             targets=torch.tensor(targets, device=model.device),
             pair=torch.tensor(pair, device=model.device),

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from teamtr_min import rng
 from teamtr_min.files import UserError
-from teamtr_min.model import KVCache, Transformer
+from teamtr_min.model import KVCache, PrefillStep, Transformer
+from teamtr_min.packing import pack, rows_of, trees_of
 
 PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
+PREFILL_TREE = 512  # tokens of one prefix tree of them: attention looks at every pair of them
 
 
 @dataclass(frozen=True)
@@ -188,41 +190,52 @@ class Sampler:
     def _prefill(self, sequences: list[list[int]], budget: int) -> Tensor:
         """Feed what the cache lacks of each slot's sequence; logits (B, V) after the last token.
 
-        Slots are taken in order of length, in groups of at most `budget` padded tokens. Slots that start
-        with the same tokens and an empty cache, as a group's rollouts do, are computed once and copied.
+        A forward pass has at most `budget` tokens, padding included.
         """
-        device = self.model.device
-        held = [self.cached[row] for row in self.row_at[: len(sequences)]]
-        rest = [ids[start:] for ids, start in zip(sequences, held)]
-        twins: dict[tuple, list[int]] = {}
-        for slot, ids in enumerate(rest):
-            twins.setdefault(tuple(ids) if held[slot] == 0 else (-1, slot), []).append(slot)
-        firsts = sorted((slots[0] for slots in twins.values()), key=lambda slot: len(rest[slot]))
+        H, device = self.model.config.hidden_size, self.model.device
+        last = torch.empty(len(sequences), H, device=device, dtype=self.model.dtype)
+        known = [self.cached[row] > 0 for row in self.row_at[: len(sequences)]]
+        self.cache.reserve(max(map(len, sequences)))
+        self._begin([slot for slot, held in enumerate(known) if not held], sequences, budget, last)
+        self._go_on([slot for slot, held in enumerate(known) if held], sequences, budget, last)
+        return self.model.logits(last)
 
-        last = torch.empty(
-            len(sequences), self.model.config.hidden_size, device=device, dtype=self.model.dtype
-        )
-        while firsts:
-            count = len(firsts)  # the longest come first, so that memory peaks at once or never
-            width = len(rest[firsts[-1]])
-            group = firsts[-max(1, budget // width) :]
-            firsts = firsts[: count - len(group)]
+    def _begin(self, slots: list[int], sequences: list[list[int]], budget: int, last: Tensor) -> None:
+        """Slots with an empty cache, as prefix trees: what their sequences have in common, such as the system
+        prompt, a problem and what teammates said alike, is computed once."""
+        device, pairs_per_token = self.model.device, self.model.config.pairs_per_token
+        new = [(slot, sequences[slot]) for slot in slots]
+        trees = trees_of(new, min(budget, PREFILL_TREE), pairs_per_token)
+        for rows in rows_of(trees, budget):
+            packed = pack(rows, device)
+            source = torch.tensor([t for path in packed.paths.values() for t in path], device=device)
+            to = torch.tensor([slot for slot, path in packed.paths.items() for _ in path], device=device)
+            where = torch.tensor([path[-1] for path in packed.paths.values()], device=device)
+            step = PrefillStep(packed.positions, packed.end, where, self.model.dtype, self.cache, source, to)
+            done = torch.tensor(list(packed.paths), device=device)
+            last[done] = self.model.hidden(packed.tokens, packed=step)  # (slots, H)
+            self.cache.length[done] = packed.positions.flatten()[where] + 1
+
+    def _go_on(self, slots: list[int], sequences: list[list[int]], budget: int, last: Tensor) -> None:
+        """Slots whose cache holds a start, padded to the most that one of a pass lacks."""
+        device = self.model.device
+        held = {slot: self.cached[self.row_at[slot]] for slot in slots}
+        rest = {slot: sequences[slot][held[slot] :] for slot in slots}
+        slots = sorted(slots, key=lambda slot: len(rest[slot]))
+        while slots:  # the longest come first, so that memory peaks at once or never
+            width = len(rest[slots[-1]])
+            group = slots[-max(1, budget // width) :]
+            slots = slots[: len(slots) - len(group)]
             padded = torch.tensor(
                 [rest[slot] + [0] * (width - len(rest[slot])) for slot in group], device=device
             )
-            slots = torch.tensor(group, device=device)
+            rows = torch.tensor(group, device=device)
             lengths = torch.tensor([len(rest[slot]) for slot in group], device=device)
             starts = {held[slot] for slot in group}
             self.cache.reserve(max(starts) + width, starts.pop() if len(starts) == 1 else None)
-            hidden = self.model.hidden(padded, self.cache, slots)  # (rows, width, H)
-            self.cache.length[slots] += lengths
-            last[slots] = hidden[torch.arange(len(group), device=device), lengths - 1]
-        copies = [(slot, slots[0]) for slots in twins.values() for slot in slots[1:]]
-        if copies:
-            to, source = torch.tensor(copies, device=device).unbind(1)
-            self.cache.permute(to, source)
-            last[to] = last[source]
-        return self.model.logits(last)
+            hidden = self.model.hidden(padded, self.cache, rows)  # (rows, width, H)
+            self.cache.length[rows] += lengths
+            last[rows] = hidden[torch.arange(len(group), device=device), lengths - 1]
 
 
 def _cut(tokens: list[int], logprobs: list[float], stops: set[int]) -> Completion:

@@ -158,7 +158,7 @@ def test_the_rope_table_holds_the_angles_of_every_position(family):
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3, 17, 65])
 def test_equally_long_rows_need_no_mask(rows, monkeypatch):
-    """A prompt, then single tokens: with the common length told and without, the same hidden states."""
+    """Of single tokens: with the common length told and without, the same hidden states."""
     model = random_model("qwen3")  # three key heads
     tokens = random_tokens(model, rows, 13)
     masks, seen = [], []
@@ -174,7 +174,7 @@ def test_equally_long_rows_need_no_mask(rows, monkeypatch):
             hidden.append(model.hidden(tokens[:, start:stop], cache))
             cache.length += stop - start
         seen.append(torch.cat(hidden, 1))
-        assert [mask is None for mask in masks[:: model.config.layers]] == [told, told, told, False]
+        assert [mask is None for mask in masks[:: model.config.layers]] == [False, told, told, False]
     torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(seen[0], model.hidden(tokens), atol=1e-4, rtol=0)
 

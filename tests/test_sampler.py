@@ -1,5 +1,6 @@
 """What is sampled depends on the model, the key and the position, not on the cache or the batch."""
 
+import itertools
 import math
 import random
 
@@ -33,7 +34,9 @@ def fed(monkeypatch):
     """The shapes of all that the model is fed."""
     shapes, hidden = [], Transformer.hidden
     monkeypatch.setattr(
-        Transformer, "hidden", lambda self, t, *a: shapes.append(tuple(t.shape)) or hidden(self, t, *a)
+        Transformer,
+        "hidden",
+        lambda self, t, *a, **k: shapes.append(tuple(t.shape)) or hidden(self, t, *a, **k),
     )
     return shapes
 
@@ -166,19 +169,23 @@ def test_a_turn_of_some_rows_equals_each_row_alone(model):
             sequences[r] = sequences[r] + c.tokens + [2, 5, 1, 3]
 
 
-def test_prefill_in_small_groups_changes_nothing_and_wastes_little(model, fed):
+def test_prefill_in_small_passes_changes_nothing_and_keeps_within_them(model, fed):
     whole = take_turn(Sampler(model, 5), PROMPTS, keys(5))
     fed.clear()
     assert_same(whole, take_turn(Sampler(model, 5), PROMPTS, keys(5), prefill_tokens=12))
-    assert fed[:4] == [(1, 10), (1, 10), (1, 8), (2, 6)]
+    prefill = list(itertools.takewhile(lambda shape: shape[1] > 1, fed))
+    assert len(prefill) > 1 and all(rows * width <= 12 for rows, width in prefill)
 
 
-def test_equal_prompts_are_computed_once(model, fed):
-    prompts = [PROMPTS[0], PROMPTS[1]] * 6
-    apart = [take_turn(Sampler(model, 1), [p], [k])[0] for p, k in zip(prompts, keys(12))]
+def test_what_new_prompts_have_in_common_is_computed_once(model, fed):
+    """Such as a problem whose rollouts differ only in what the first agent said."""
+    problem, said = PROMPTS[3], [[5, 6], [5, 6], [5, 7], [8]]
+    prompts = [PROMPTS[0], *(problem + message for message in said)] * 3
+    apart = [take_turn(Sampler(model, 1), [p], [k])[0] for p, k in zip(prompts, keys(15))]
     fed.clear()
-    assert_same(take_turn(Sampler(model, 12), prompts, keys(12)), apart)
-    assert fed[0][0] == 2
+    assert_same(take_turn(Sampler(model, 15), prompts, keys(15)), apart)
+    distinct = {tuple(prompt[: t + 1]) for prompt in prompts for t in range(len(prompt))}
+    assert fed[0][0] * fed[0][1] == len(distinct)
 
 
 def test_a_sequence_that_adds_nothing_is_refused(model):
