@@ -16,6 +16,7 @@ PRESETS = {
         "stages": 50,
         "inner_steps": 6,
         "problems": 64,
+        "group": 8,
         "temperature": 1.0,
         "max_new_tokens": 16,
         "lr": 5e-4,
@@ -29,6 +30,7 @@ PRESETS = {
         "stages": 50,
         "inner_steps": 6,
         "problems": 32,
+        "group": 8,
         "temperature": 0.8,
         "max_new_tokens": 256,
         "lr": 1e-6,
@@ -40,13 +42,15 @@ PRESETS = {
 }
 TASK_PRESETS = {  # and on the task: what pretrained models do there in place of the above
     "sums": {  # a small model, on a CPU
-        "problems": 8,
+        "problems": 16,
+        "group": 4,
         "max_new_tokens": 24,
-        "stages": 20,
-        "inner_steps": 2,
+        "stages": 16,
+        "inner_steps": 1,
         "lr": 2e-5,
         "delta": 0.05,
         "warm_start": 20,
+        "eval_problems": 256,
     },
 }
 
@@ -90,7 +94,7 @@ class Config:
     question_field: str = knob("question", "field of the JSONL that holds the problem")
     answer_field: str = knob("answer", "field of the JSONL that holds the answer")
     problems: int = knob(PRESET, "problems per batch", least=1)
-    group: int = knob(8, "group size: rollouts per problem, which Eq. 9 compares", least=2)
+    group: int = knob(PRESET, "group size: rollouts per problem, which Eq. 9 compares", least=2)
     temperature: float = knob(PRESET, "of sampling, and of every log-prob", least=0, finite=True)
     max_new_tokens: int = knob(PRESET, "longest message, in tokens", least=1)
     # before Algorithm 1
