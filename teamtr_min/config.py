@@ -42,15 +42,16 @@ PRESETS = {
 }
 TASK_PRESETS = {  # and on the task: what pretrained models do there in place of the above
     "sums": {  # a small model, on a CPU
+        "stages": 14,
+        "inner_steps": 1,
         "problems": 16,
         "group": 4,
+        "temperature": 1.0,
         "max_new_tokens": 24,
-        "stages": 16,
-        "inner_steps": 1,
-        "lr": 2e-5,
-        "delta": 0.05,
+        "lr": 3e-5,
+        "delta": 0.1,
+        "eval_problems": 192,
         "warm_start": 20,
-        "eval_problems": 256,
     },
 }
 
