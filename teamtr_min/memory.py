@@ -235,13 +235,14 @@ class Needs:
             lists = rows * self.config.turns * self.config.max_new_tokens * TOKEN_OBJECT
         return math.floor((rows * cache + work) * FRAGMENTATION) + lists
 
-    def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
-        """An update of `agents` with `tokens` padded tokens in one forward pass.
+    def points(self, agents: list[int]) -> int:
+        """Bytes of gradients and of the points to go back to: last accepted masters and moments, attempted
+        masters; in bf16 also the masters' own gradient."""
+        each = self.width + 4 + 4 + 4 * (self.width < 4)
+        return self.updating(agents) * each + 8 * self.owned(agents)
 
-        Per parameter: gradient, last accepted masters and moments, attempted masters; in bf16 also the
-        masters' own gradient.
-        """
-        points = self.updating(agents) * (self.width + 4 + 4 + 4 * (self.width < 4)) + 8 * self.owned(agents)
+    def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
+        """An update of `agents` with `tokens` padded tokens in one forward pass."""
         work = 0
         for m in (self.models[j] for j in agents):
             # The head's gradient, and the embedding's to add; with LoRA both are frozen.
@@ -257,7 +258,7 @@ class Needs:
                 states = min(trained * self.config.max_new_tokens, trained * self.longest)
                 old = (states + m.vocab_size) * m.hidden_size * self.width
             work = max(work, head + chunk + activations + old + self._head_in_fp32(m))
-        return math.floor(points + work * FRAGMENTATION)
+        return math.floor(self.points(agents) + work * FRAGMENTATION)
 
     def host(self) -> int:
         """On CUDA, bytes of host memory: optimizers that wait, of all ranks on this machine, and the copy of

@@ -12,22 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 from commands import evaluate
-from toy_runs import results
 from safetensors.torch import load_file
+from test_memory import SHAPES
+from toy_runs import results
 
 import train
-from teamtr_min.memory import parameters
+from teamtr_min.config import Config
+from teamtr_min.memory import Needs, parameters
 from teamtr_min.model import ModelConfig
 from teamtr_min.ranks import ALONE, Ranks, join
+from teamtr_min.system import size
 
 ROOT = Path(__file__).parents[1]
-TOY = ["--agents", "2", "--stages", "3", "--problems", "5", "--group", "4", "--inner-steps", "2", "--keep", "3",
-       "--eval-problems", "7", "--lr", "1e-3", "--delta", "0.5", "--device", "cpu"]  # fmt: skip
+TOY = "--agents 2 --stages 3 --problems 5 --group 4 --inner-steps 2 --keep 3 --device cpu".split()
+TOY += "--eval-problems 7 --lr 1e-3 --delta 0.5".split()
 EVAL = ["relay", "--problems", "5", "--k", "2", "--again", "--json"]
 
 
 def torchrun(processes: int, *command: str, **options) -> subprocess.Popen:
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*program, *command], cwd=ROOT, env=environment, **pipes, **options)
@@ -120,9 +130,41 @@ def test_the_bytes_of_an_update_are_those_of_docs_scale(runs):
     assert payload["sum"] == (4 * n + 4 * len(tensors)) * steps
 
 
+def row_of_scale(name: str, m: ModelConfig, processes: int) -> str:
+    """As docs/scale.md has it: three agents in bf16, on one of so many GPUs."""
+    n, config = parameters(m), Config(model=name, agents=3, device="cuda")
+    ranks = Ranks(0, processes, processes)
+    needs = Needs(config, torch.device("cuda"), 2, [m] * 3, [n] * 3, 6 * n, longest=1, ranks=ranks)
+    parts = needs.weights, needs.states([0]), needs.points([0])
+    cells = [name, str(processes), f"{needs.owned([0]) / 1e6:,.0f} M", *map(size, parts), size(sum(parts))]
+    return f"| {' | '.join([*cells, f'{12 * n * (processes - 1) / processes / 1e9:.1f} GB'])} |"
+
+
+def test_the_table_of_scale_follows_from_the_plan():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    for name in ("qwen2.5-1.5b", "qwen2.5-7b"):
+        for processes in (1, 8, 64, 512):
+            assert row_of_scale(name, SHAPES[name], processes) in page
+
+
+@pytest.mark.parametrize("m", [SHAPES["qwen2.5-1.5b"], SHAPES["qwen2.5-7b"]])
+def test_a_plan_counts_no_fewer_moments_than_a_rank_keeps(m):
+    """Against the tensors of the architecture, spread as they are in a run."""
+    query, key, h, i = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden_size, m.intermediate_size
+    layer = [h * query, h * key, h * key, query * h, query, key, key, h * i, h * i, i * h, h, h]
+    tensors = [m.vocab_size * h] * (2 - m.tied) + layer * m.layers + [h]
+    assert sum(tensors) == parameters(m)
+    for processes in (2, 8, 64):
+        ranks, loads = Ranks(0, processes), [0] * processes
+        for owner, count in zip(ranks.owners(tensors), tensors):
+            loads[owner] += count
+        needs = Needs(Config(), torch.device("cuda"), 2, [m], [sum(tensors)], 0, longest=1, ranks=ranks)
+        assert max(loads) <= needs.owned([0]) < 1.2 * max(loads)
+
+
 def test_shares_are_whole_even_and_in_order():
-    for size in (1, 2, 3, 7):
-        shares = [Ranks(rank, size).share(5) for rank in range(size)]
+    for processes in (1, 2, 3, 7):
+        shares = [Ranks(rank, processes).share(5) for rank in range(processes)]
         assert [i for share in shares for i in share] == list(range(5))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
