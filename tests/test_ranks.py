@@ -30,14 +30,7 @@ EVAL = ["relay", "--problems", "5", "--k", "2", "--again", "--json"]
 
 
 def torchrun(processes: int, *command: str, **options) -> subprocess.Popen:
-    program = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*program, *command], cwd=ROOT, env=environment, **pipes, **options)
@@ -47,7 +40,7 @@ def several(processes: int, *commands: list[str]) -> list[str]:
     """Runs these commands with so many processes; the lines on stdout."""
     words = [word for command in commands for word in ("--", *command)][1:]
     child = torchrun(processes, "tests/several_runs.py", *words)
-    out, err = child.communicate(timeout=600)
+    out, err = child.communicate(timeout=1800)
     assert child.returncode == 0, err
     return out.splitlines()
 
