@@ -13,6 +13,7 @@ python eval.py kernels                  the log-prob kernel beside its peers, on
 python eval.py sampling                 tokens per second beside transformers; --model DIR for another model
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
+torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME   the same by eight processes, a GPU each
 python eval.py export --team runs/NAME --merge   a run's agents, LoRA's adapters merged into checkpoints
 """
 
@@ -27,6 +28,7 @@ from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags, open_streams
 from teamtr_min.files import UserError, one_line
 from teamtr_min.learner import OutOfMemory
+from teamtr_min.ranks import Lost, join
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
@@ -97,25 +99,30 @@ def main(argv: list[str] | None = None) -> int:
             if team == teams[0] or name not in TEAMLESS
         ]
         places = [job for job in jobs if job[0] not in (*TEAMLESS, "report", "export")]
-        board = Board(places, args.mode, args.k, args.problems, args.data, args.again, args.show)
+        ranks = join()
+        board = Board(places, args.mode, args.k, args.problems, args.data, args.again, args.show, ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     failures = []
     for name, team in jobs:
+        if not ranks.first and (name, team) not in places:
+            continue  # what is no evaluation the first does alone
         try:
             result, text = measure(name, team, args, flags, board)
             print(json.dumps(result) if args.json else text, flush=True)
-        except (UserError, OSError, FloatingPointError, OutOfMemory) as error:
+        except (UserError, OSError, FloatingPointError, OutOfMemory, Lost) as error:
             where = ", ".join(filter(None, (name, team)))
             sentence = one_line(error, 1000)
             failures.append(f"{where}: {sentence}" if len(jobs) > 1 else sentence)
+            if ranks.size > 1:
+                break  # the others may not have failed
         except KeyboardInterrupt:
             failures.append(None)
             break
     for sentence in failures:
-        print(f"error: {sentence}" if sentence else "interrupted", file=sys.stderr)
-    return 130 if None in failures else 2 if failures else 0
+        ranks.say(f"error: {sentence}" if sentence else "interrupted")
+    return ranks.leave(130 if None in failures else 2 if failures else 0)
 
 
 def measure(

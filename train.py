@@ -8,6 +8,7 @@ teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--d
     python train.py                                   three small agents learn relay arithmetic in two minutes
     python train.py --delta inf --lr 2e-3 --inner-steps 20   what goes wrong without the radius
     python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5, fetched when they are new
+    torchrun --nproc-per-node 8 train.py ...          the same run by eight processes, a GPU each
 """
 
 import sys
@@ -21,9 +22,10 @@ from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
 from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
 from teamtr_min.progress import Bar
+from teamtr_min.ranks import ALONE, Lost, Ranks, join
 from teamtr_min.rollout import AgentBatch
 from teamtr_min.run.replace import replaced
-from teamtr_min.run.run import Run
+from teamtr_min.run.run import Follower, Run
 from teamtr_min.schedule import RolloutSource, learning_rate, update_order
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
@@ -33,17 +35,17 @@ from teamtr_min.warm_start import warm_start
 HALVINGS = 10
 
 
-def train(config: Config) -> dict:
-    """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
+def train(config: Config, ranks: Ranks = ALONE) -> dict:
+    """Algorithm 1 [paper]. Fills the run's directory and returns its summary; with torchrun, on each rank."""
     task = load_task(config, training=True)
     config = pinned(config)  # with the commit of each model
-    config, plan = plan_training(config, task)  # refuses what memory or disk cannot hold
+    config, plan = plan_training(config, task, ranks)  # refuses what memory or disk cannot hold
     print(plan, flush=True)
-    team = load_team(config, task.roles(config.agents))
+    team = load_team(config, task.roles(config.agents), ranks=ranks)
     for agent in team.agents:
         agent.model.checkpointing = plan.checkpointing
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
-    with Run(config, task, team, learners, plan) as run:
+    with (Run if ranks.first else Follower)(config, task, team, learners, plan) as run:
         warm_start(run, config, task, team, learners)
         for stage in run.stages():
             problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
@@ -78,10 +80,12 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
     The forward pass of each step also measures the weights that the step before it left, so monitoring costs
     one extra forward an update. Whatever is raised leaves the last accepted weights in place.
     """
-    if not batches:  # a router may leave an agent out of every rollout
+    ranks = learner.ranks
+    if not ranks.any(bool(batches)):  # a router may leave an agent out of every rollout
         return Update(lr=lr, beta=learner.beta)
     # Without any advantage there is nothing to climb: a step would only follow Adam's momentum. [ours]
-    most = config.inner_steps if any(batch.advantage.any() for batch in batches) else 0
+    pulled = ranks.any(any(bool(batch.advantage.any()) for batch in batches))
+    most = config.inner_steps if pulled else 0
     steps, halvings, grad_norm = 0, 0, None
     learner.onload()
     accepted = learner.snapshot()
@@ -111,7 +115,7 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
         raise
     finally:
         learner.offload()
-    tokens = steps * sum(len(batch.pair) for batch in batches)
+    tokens = steps * ranks.total(sum(len(batch.pair) for batch in batches))
     outcome = Update(first, attempted, here, steps, halvings, grad_norm, lr, learner.beta, tokens)
     if steps and config.kl != "fixed":
         learner.adapt_beta(attempted["kl"], config.delta)
@@ -119,18 +123,20 @@ def update(learner: Learner, batches: list[AgentBatch], config: Config, lr: floa
 
 
 def main(argv: list[str] | None = None) -> int:
+    ranks, code = ALONE, 0
     try:
-        train(replaced(cli.parse(argv, __doc__)))
+        ranks = join()
+        train(replaced(cli.parse(argv, __doc__), ranks), ranks)
     except (UserError, OSError) as error:
-        print(f"error: {one_line(error, 1000)}", file=sys.stderr)
-        return 2
-    except (Diverged, FloatingPointError, OutOfMemory) as error:
-        print(f"stopped: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
+        ranks.say(f"error: {one_line(error, 1000)}")
+        code = 2
+    except (Diverged, FloatingPointError, OutOfMemory, Lost) as error:
+        ranks.say(f"stopped: {str(error).splitlines()[0]}")
+        code = 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        ranks.say("interrupted")
+        code = 130
+    return ranks.leave(code)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,11 @@ def align(rollouts: Rollouts, team: Team, j: int, config: Config) -> dict:
         terms, outside = mixture_terms(model, batches, *pairs, config)
     else:
         terms, outside = next_token_terms(model, batches, config.temperature)
-    messages = max(1, sum(len(batch.advantage) for batch in batches))
-    steps, losses = config.align if terms else 0, []
+    ranks = learner.ranks
+    messages = max(1, ranks.total(sum(len(batch.advantage) for batch in batches)))
+    outside = ranks.total(outside)
+    terms = terms if outside else []  # what is inside has a term all the same, where anything is outside
+    steps, losses = config.align if outside else 0, []
     learner.onload()
     try:
         for step in range(steps + 1):  # the last pass only measures
@@ -96,13 +99,14 @@ def align(rollouts: Rollouts, team: Team, j: int, config: Config) -> dict:
                     loss.backward()
                     learner.add_gradients()
                 losses[-1] += loss.item()
+            losses[-1] = ranks.total(losses[-1])
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of the alignment is {losses[-1]}")
             if training:
                 learner.step(LR_FACTOR * config.lr * (1 - step / steps))
     finally:
         learner.offload()
-    tokens = sum(len(batch.pair) for batch in batches)
+    tokens = ranks.total(sum(len(batch.pair) for batch in batches))
     return {
         "shared_vocabulary": shared,
         "probes": messages,
@@ -121,7 +125,7 @@ def mixture_terms(
     incumbent_batches: list[AgentBatch],
     config: Config,
 ) -> tuple[list[Callable[[], Tensor]], int]:
-    """One loss per batch, and how many tokens are outside the radius; no loss if none is.
+    """One loss per batch, and how many tokens are outside the radius.
 
     The two see a message in contexts of their own templates and in batches of their own order, so they are
     matched by message. What is frozen is kept as hidden states, on the host.
@@ -140,7 +144,7 @@ def mixture_terms(
         )  # (N,)
         terms.append(functools.partial(mixture_loss, model, batch, weight, hidden, heads, config.temperature))
         outside += int(weight.count_nonzero())
-    return terms if outside else [], outside
+    return terms, outside
 
 
 def mixture_loss(

@@ -52,6 +52,9 @@ class Learner:
     The model's own parameters are what samples and what is measured. In fp32 they are the masters themselves;
     in bf16 the masters are a second copy, and every change of theirs is rounded into the model at once, so
     that the monitor sees exactly the weights that the sampler will use.
+
+    Of several ranks each holds all masters, but Adam's moments only of those that it owns: it steps these and
+    sends them to the others (ZeRO-1). What `evaluate` measures is the same number on all ranks.
     """
 
     def __init__(self, team: Team, agents: list[int], beta: float):
@@ -65,6 +68,8 @@ class Learner:
         self.bases = [a.base_sha256 for j in agents if (a := team.agents[j].adapter)]  # frozen, not saved
         single = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = self.parameters if single else [p.detach().float() for p in self.parameters]
+        self.ranks = team.ranks
+        self.owners = self.ranks.owners([p.numel() for p in self.masters])
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
@@ -74,12 +79,18 @@ class Learner:
         return sum(p.numel() for p in self.parameters)
 
     def step(self, lr: float) -> float:
-        """One optimizer step on the gradients added up so far; returns their norm before clipping."""
+        """One optimizer step on the gradients added up so far, on all ranks; their norm before clipping."""
+        self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, GRADIENT_NORM).item()
         if not math.isfinite(norm):
             raise Diverged("the gradient is not finite")
         self.optimizer.param_groups[0]["lr"] = lr
+        stepped = [(p, owner) for p, owner in zip(self.masters, self.owners) if p.grad is not None]
+        for p, owner in stepped:
+            if owner != self.ranks.rank:
+                p.grad = None
         self.optimizer.step()
+        self.ranks.broadcast([p.detach() for p, _ in stepped], [owner for _, owner in stepped])
         self.optimizer.zero_grad(set_to_none=True)
         self._round()
         return norm
@@ -132,6 +143,17 @@ class Learner:
             self.beta /= 1.5
         self.beta = min(max(self.beta, BETA_LEAST), BETA_MOST)
 
+    def _sum_gradients(self) -> None:
+        """Of what each rank has from its own rollouts; where none has a gradient there is none."""
+        if self.ranks.size == 1:
+            return
+        count = torch.tensor([p.grad is not None for p in self.masters]).int()
+        self.ranks.sum([count])
+        summed = [p for p, ranks in zip(self.masters, count.tolist()) if ranks]
+        for p in summed:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.ranks.sum([p.grad for p in summed])
+
     @torch.no_grad()
     def _round(self) -> None:
         if self.masters is not self.parameters:
@@ -163,7 +185,7 @@ def evaluate(
     *,
     grad: bool,
 ) -> tuple[dict[str, float], list[OldLogps]]:
-    """Eq. 10 and 11 over all batches; with `grad`, the loss's gradient is added to the masters.
+    """Eq. 10 and 11 over all batches of all ranks; with `grad`, the loss's gradient is added to the masters.
 
     Returns what was measured, and `old_logps`, one entry per batch. Called without them this pass makes them:
     the policy is pi_old itself, so every ratio is exactly 1. It then also measures the entropy, and how far
@@ -174,8 +196,8 @@ def evaluate(
     if first and exact:
         for model in learner.models:
             old_heads[model] = model.head.detach().clone() if model.head.requires_grad else model.head
-    messages = sum(len(batch.advantage) for batch in batches)
-    tokens = sum(len(batch.pair) for batch in batches)
+    messages = learner.ranks.total(sum(len(batch.advantage) for batch in batches))
+    tokens = learner.ranks.total(sum(len(batch.pair) for batch in batches))
     sums, ratio_max, mismatch_max, made = {}, [], [], []
     learner.bar.expect(len(batches))
 
@@ -230,11 +252,17 @@ def evaluate(
             kl = torch.zeros_like(logp) if first else new.kl[batch.pair]  # (N,)
             length = torch.bincount(batch.message)[batch.message] if config.kl_unit == "token" else 1
             add("kl_exact", (kl / length).sum(), 1 / messages)
-    sums["ratio_max"] = torch.stack(ratio_max).max()
-    if first:
-        sums["sampler_mismatch_max"] = torch.stack(mismatch_max).max()
-
-    measured = dict(zip(sums, torch.stack(list(sums.values())).tolist()))  # the one device sync
+    measured = {}
+    if batches:
+        sums["ratio_max"] = torch.stack(ratio_max).max()
+        if first:
+            sums["sampler_mismatch_max"] = torch.stack(mismatch_max).max()
+        measured = dict(zip(sums, torch.stack(list(sums.values())).tolist()))  # the one device sync
+    if learner.ranks.size > 1:
+        parts = [part for part in learner.ranks.gather(measured) if part]  # a rank without batches has none
+        measured = {
+            name: (max if name.endswith("_max") else sum)(part[name] for part in parts) for name in parts[0]
+        }
     for name, value in measured.items():
         if not math.isfinite(value):
             raise Diverged(f"{name} is {value}")

@@ -29,6 +29,7 @@ from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, read_config
 from teamtr_min.lora import TARGETS, base_of, read_adapter
 from teamtr_min.model import ModelConfig
 from teamtr_min.packing import LONGEST_TREE
+from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
@@ -49,7 +50,7 @@ STAGES_READ = 64  # whose problems are looked at for the longest
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on the device that computes, unless a name says otherwise."""
+    """Bytes of this process, on the device that computes, unless a name says otherwise."""
 
     device: torch.device
     budget: int  # that this process may use in all
@@ -86,18 +87,18 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_training(config: Config, task) -> tuple[Config, Plan]:
+def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, Plan]:
     """`config` with `batch_rows` and `batch_tokens` set, and what the run will take.
 
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    most_rows = max(config.problems * config.group, len(problems))
+    most_rows = max(-(-config.problems // ranks.size) * config.group, -(-len(problems) // ranks.size))
     for stage in range(min(config.stages, STAGES_READ)):
         generator = rng.generator(config.seed, "problems", stage)
         problems = [*problems, *task.sample_problems(config.problems, generator)]
     sources = config.models * (config.agents // len(config.models))
-    needs = needs_of(config, task, problems, sources)
+    needs = needs_of(config, task, problems, sources, ranks)
     config, plan = fit_training(needs, most_rows)
     refuse(plan, config)
     if needs.device.type == "cuda":
@@ -120,11 +121,12 @@ def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
     weights = needs.weights
     if config.diagnostics:  # the team as it was at the stage's start, and the agent before its update
         weights += needs.width * (sum(needs.counts) + max(moved))
-    states = needs.optimizer_bytes * (max(moved) if cuda else sum(moved))
+    states = list(map(needs.states, config.update_groups))
+    states = max(states) if cuda else sum(states)
     room = needs.budget - needs.base - weights - states
     rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, room)
     cap = MOST_TOKENS_CUDA if cuda and not set(config.models) <= set(SHIPPED) else MOST_TOKENS
-    most_tokens = config.problems * config.group * longest
+    most_tokens = -(-config.problems // needs.ranks.size) * config.group * longest
 
     def update(tokens: int, checkpointing: bool) -> int:
         tokens = max(tokens, longest)  # a row is never cut
@@ -144,13 +146,19 @@ def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
 
 
 def plan_evaluation(
-    config: Config, task, problems: list[Problem], k: int, sources: Sequence, loaded: bool = False
+    config: Config,
+    task,
+    problems: list[Problem],
+    k: int,
+    sources: Sequence,
+    loaded: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[Config, Plan]:
     """As `plan_training`, for k rollouts of every problem; `loaded`: the team is in memory already."""
-    needs = needs_of(config, task, problems, sources)
+    needs = needs_of(config, task, problems, sources, ranks)
     if loaded:
         needs.weights = 0
-    most, room = len(problems) * k, needs.budget - needs.base - needs.weights
+    most, room = -(-len(problems) // ranks.size) * k, needs.budget - needs.base - needs.weights
     rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)
     at_once = min(rows, most)
     plan = Plan(
@@ -189,15 +197,24 @@ class Needs:
     longest: int  # tokens of the longest transcript
     base: int = 0  # bytes that the process has without a model
     budget: int = 2**62  # and that it may have
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """Per parameter: Adam's two moments, and in bf16 the fp32 masters."""
-        return 8 + 4 * (self.width < 4)
+    ranks: Ranks = ALONE
 
     def updating(self, agents: list[int]) -> int:
         """Parameters that one update moves."""
         return sum(self.counts[j] for j in agents)
+
+    def owned(self, agents: list[int]) -> int:
+        """Of these the parameters whose moments one rank keeps, at most (see `Ranks.owners`)."""
+        size, count = self.ranks.size, 0
+        for j in agents:
+            m, n = self.models[j], self.counts[j]
+            even, largest = n // size + m.hidden_size * m.intermediate_size, m.hidden_size * m.vocab_size
+            count += n if size == 1 else min(n, max(even, largest))
+        return count
+
+    def states(self, agents: list[int]) -> int:
+        """Bytes of Adam's two moments, and in bf16 of the fp32 masters."""
+        return 8 * self.owned(agents) + 4 * (self.width < 4) * self.updating(agents)
 
     def sampling(self, rows: int) -> int:
         """KV cache, draw and prefill of `rows` rollouts at once."""
@@ -218,13 +235,14 @@ class Needs:
             lists = rows * self.config.turns * self.config.max_new_tokens * TOKEN_OBJECT
         return math.floor((rows * cache + work) * FRAGMENTATION) + lists
 
-    def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
-        """An update of `agents` with `tokens` padded tokens in one forward pass.
+    def points(self, agents: list[int]) -> int:
+        """Bytes of gradients and of the points to go back to: last accepted masters and moments, attempted
+        masters; in bf16 also the masters' own gradient."""
+        each = self.width + 4 + 4 + 4 * (self.width < 4)
+        return self.updating(agents) * each + 8 * self.owned(agents)
 
-        Per parameter: gradient, last accepted masters and moments, attempted masters; in bf16 also the
-        masters' own gradient.
-        """
-        points = self.updating(agents) * (self.width + 12 + 4 + 4 * (self.width < 4))
+    def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
+        """An update of `agents` with `tokens` padded tokens in one forward pass."""
         work = 0
         for m in (self.models[j] for j in agents):
             # The head's gradient, and the embedding's to add; with LoRA both are frozen.
@@ -235,15 +253,19 @@ class Needs:
             activations = tokens * (token_bytes(m, self.width, checkpointing) + row * (self.width + 3))
             old = 0
             if self.config.kl_estimator == "exact":  # the old policy's final states and head
-                trained = self.config.problems * self.config.group * self.config.rounds
+                problems = -(-self.config.problems // self.ranks.size)
+                trained = problems * self.config.group * self.config.rounds
                 states = min(trained * self.config.max_new_tokens, trained * self.longest)
                 old = (states + m.vocab_size) * m.hidden_size * self.width
             work = max(work, head + chunk + activations + old + self._head_in_fp32(m))
-        return math.floor(points + work * FRAGMENTATION)
+        return math.floor(self.points(agents) + work * FRAGMENTATION)
 
     def host(self) -> int:
-        """On CUDA, bytes of host memory: optimizers that wait, and the copy of one while it is written."""
-        return 12 * (sum(self.counts) + max(map(self.updating, self.config.update_groups)))
+        """On CUDA, bytes of host memory: optimizers that wait, of all ranks on this machine, and the copy of
+        one while it is written."""
+        waiting = 4 * sum(self.counts) + 8 * sum(map(self.owned, self.config.update_groups))
+        written = 12 * max(map(self.updating, self.config.update_groups))
+        return self.ranks.on_this_machine * waiting + written
 
     def disk(self) -> int:
         """Masters and moments of every agent, `keep` times and once more while they are written; the agents,
@@ -260,7 +282,7 @@ class Needs:
         return 4 * model.vocab_size * model.hidden_size * copied
 
 
-def needs_of(config: Config, task, problems: list[Problem], sources: Sequence) -> Needs:
+def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, ranks: Ranks = ALONE) -> Needs:
     """Reads the models' configurations and tokenizers, and asks the machine."""
     device, dtype = placement(config)
     directories = [find_model(source) for source in sources]
@@ -276,8 +298,10 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence) -
     reset_peak(device)
     used = in_use(device)
     base = used + WARM_UP * (device.type != "cuda")
-    budget = limit_from_environment() or used + math.floor(free_memory(device) * (1 - LEFT_FREE))
-    return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget)
+    sharing = 1 if device.type == "cuda" else ranks.on_this_machine
+    free = math.floor(free_memory(device) * (1 - LEFT_FREE) / sharing)
+    budget = limit_from_environment() or used + free
+    return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget, ranks)
 
 
 class AdapterSize(NamedTuple):

@@ -12,6 +12,7 @@ from teamtr_min import rng
 from teamtr_min.model import Transformer
 from teamtr_min.packing import PackedStep, Tree, pack, rows_of, trees_of
 from teamtr_min.progress import SamplingBar
+from teamtr_min.ranks import Ranks
 from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Rendered, Team
@@ -120,20 +121,22 @@ class Rollouts:
 
         A batch has at most `batch_tokens` tokens, padding included, or one rollout. Problems without any
         advantage have batches of their own: most of these need no gradient. Rollouts in which the agent took
-        no turn are left out.
+        no turn are left out. Of several ranks each gets the batches of its own share of the problems.
         """
         batches, size = [], self.group_size
+        problems = self.team.ranks.share(len(self.messages) // size)
+        own = range(problems.start * size, problems.stop * size)
         pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
         for j in agents:
-            seen = [
-                self.team.render(j, p.text, m, add_generation_prompt=False)
-                for p, m in zip(self.problems, self.messages)
-            ]
+            seen = {
+                r: self.team.render(j, self.problems[r].text, self.messages[r], add_generation_prompt=False)
+                for r in own
+            }
             pairs_per_token = self.team.agents[j].model.config.pairs_per_token
             for pulling in (True, False):
                 # Nothing is predicted from a rollout's last token.
                 sequences = [
-                    (r, s.ids[:-1]) for r, s in enumerate(seen) if s.spans and pulls[r // size] == pulling
+                    (r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling
                 ]
                 trees = trees_of(sequences, batch_tokens, pairs_per_token)
                 batches += [self._batch(j, rows, seen, advantages) for rows in rows_of(trees, batch_tokens)]
@@ -145,10 +148,11 @@ class Rollouts:
         for batch in self.batches([agent], torch.zeros_like(self.returns), batch_tokens):
             logps = batch.per_message(batch.logps(model, self.team.temperature))  # (M,)
             table[batch.rollout, batch.turn] = logps.cpu()
+        self.team.ranks.sum([table])
         return table
 
     def _batch(
-        self, agent: int, rows: list[list[Tree]], seen: list[Rendered], advantages: Tensor
+        self, agent: int, rows: list[list[Tree]], seen: dict[int, Rendered], advantages: Tensor
     ) -> AgentBatch:
         model = self.team.agents[agent].model
         packed = pack(rows, model.device)
@@ -196,22 +200,39 @@ def collect(
     Each draw is a function of the rng path, rollout, turn and position alone, so batching changes nothing.
     `prefixes`: how each rollout begins, where that is kept (`--resample suffix`). `label` stands before the
     bar on the terminal. `compact`: hold what was written in a tenth of the memory, to be looked at only.
+    Of several ranks each works on its share of the problems; then all have everything.
     """
-    start = time.perf_counter()
+    begin = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
     prefixes = prefixes or [Prefix([])] * len(repeated)
     messages: list[list[Message]] = []
     returns: list[float] = []
     reused = [len(prefix.messages) for prefix in prefixes]
-    expected = len(repeated) * team.turns - sum(reused)
-    with SamplingBar(label, len(repeated), expected, team.max_new_tokens) as bar:
-        for first in range(0, len(repeated), team.batch_rows):
-            rows = slice(first, first + team.batch_rows)
+    share = team.ranks.share(len(problems))
+    start, stop = share.start * group, share.stop * group
+    expected = (stop - start) * team.turns - sum(reused[start:stop])
+    with SamplingBar(label, stop - start, expected, team.max_new_tokens) as bar:
+        for first in range(start, stop, team.batch_rows):
+            rows = slice(first, min(first + team.batch_rows, stop))
             written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar)
             returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
             messages += [[m.compact() for m in row] for row in written] if compact else written
+    if team.ranks.size > 1:
+        messages, returns = _gathered(team.ranks, messages, returns, compact)
     returns = torch.tensor(returns)
-    return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - start)
+    return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - begin)
+
+
+def _gathered(
+    ranks: Ranks, messages: list[list[Message]], returns: list[float], compact: bool
+) -> tuple[list[list[Message]], list[float]]:
+    """The messages and returns of all ranks' rollouts, in order, from those of this rank's."""
+    fields = [[[m.agent, [*m.tokens], m.text, [*m.logprobs], m.stopped] for m in row] for row in messages]
+    parts = ranks.gather([fields, returns])
+    rows = [[Message(*values) for values in row] for fields, _ in parts for row in fields]
+    if compact:
+        rows = [[m.compact() for m in row] for row in rows]
+    return rows, [value for _, part in parts for value in part]
 
 
 def _take_turns(

@@ -25,6 +25,7 @@ from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import DTYPES, find_model, save_model
 from teamtr_min.lora import Adapter, load_models, save_adapter
 from teamtr_min.model import Transformer
+from teamtr_min.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Team:
     temperature: float = 1.0  # of sampling, and of every log-prob
     max_new_tokens: int = 16  # longest message
     batch_rows: int = 2048  # rollouts sampled at once
+    ranks: Ranks = ALONE  # the processes that hold this team, each all of it
 
     @property
     def turns(self) -> int:
@@ -173,7 +175,9 @@ class Team:
             write_sums(aside)
 
 
-def load_team(config: Config, roles: list[Role], sources: list[str | Path] | None = None) -> Team:
+def load_team(
+    config: Config, roles: list[Role], sources: list[str | Path] | None = None, ranks: Ranks = ALONE
+) -> Team:
     """One agent per role, each with its own weights, or adapter; `sources` replaces `config.model`."""
     device, dtype = placement(config)
     sources = sources or config.models * (config.agents // len(config.models))
@@ -194,7 +198,7 @@ def load_team(config: Config, roles: list[Role], sources: list[str | Path] | Non
             )
         agents.append(Agent(model, chat.tokenizer, chat, role, adapter))
     how = config.temperature, config.max_new_tokens, config.batch_rows or Team.batch_rows
-    return Team(agents, load_router(config.router), config.rounds, *how)
+    return Team(agents, load_router(config.router), config.rounds, *how, ranks)
 
 
 def placement(config: Config) -> tuple[torch.device, torch.dtype]:

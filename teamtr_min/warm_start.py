@@ -31,18 +31,18 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
         for learner in learners:
             begin = time.perf_counter()
             batches = shown.batches(learner.agents, torch.zeros(len(shown.returns)), config.batch_tokens)
-            line = imitate(learner, batches, lr) if batches else {"tokens": 0}
+            line = imitate(learner, batches, lr) if team.ranks.any(bool(batches)) else {"tokens": 0}
             seconds = time.perf_counter() - begin
             run.record_warm_start({"step": step, "agents": learner.agents, "lr": lr, **line}, seconds)
 
 
 def imitate(learner: Learner, batches: list[AgentBatch], lr: float) -> dict[str, float]:
-    """One step on the mean of -log p over all of the batches' trainable tokens.
+    """One step on the mean of -log p over all trainable tokens of the batches of all ranks.
 
     Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the count of `tokens`.
     Raises Diverged when one is not finite; the weights are those from before then.
     """
-    tokens, loss = sum(len(batch.pair) for batch in batches), 0.0
+    tokens, loss = learner.ranks.total(sum(len(batch.pair) for batch in batches)), 0.0
     learner.onload()
     try:
         for batch in batches:
@@ -52,6 +52,7 @@ def imitate(learner: Learner, batches: list[AgentBatch], lr: float) -> dict[str,
             part.backward()
             learner.add_gradients()
             loss += part.item()
+        loss = learner.ranks.total(loss)
         if not loss < float("inf"):
             raise Diverged(f"the loss of the warm start is {loss}")
         return {"loss": loss, "grad_norm": learner.step(lr), "tokens": tokens}

@@ -18,6 +18,7 @@ from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
 from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
+from teamtr_min.ranks import ALONE
 from teamtr_min.rollout import Rollouts
 from teamtr_min.sampler import Completion
 from teamtr_min.schedule import RolloutSource
@@ -141,7 +142,7 @@ class CoinTeam:
         chat, tokenizer = SimpleNamespace(end_of_message=9), SimpleNamespace(decode_batch=lambda ids: ids)
         self.agents = [SimpleNamespace(model=j, chat=chat, tokenizer=tokenizer) for j in range(len(coins))]
         self.coins, self.router, self.turns, self.batch_rows = coins, router, len(coins), 10**6
-        self.temperature, self.max_new_tokens = 1.0, 1
+        self.temperature, self.max_new_tokens, self.ranks = 1.0, 1, ALONE
 
     def chance(self, j: int, last: int) -> float:
         return self.coins[j] * (0.5 if last else 1)

@@ -33,6 +33,7 @@ from teamtr_min.files import UserError, check_sums, sha256
 from teamtr_min.hf.weights import DTYPES, find_model, pinned
 from teamtr_min.lora import hash_agent
 from teamtr_min.memory import plan_evaluation
+from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
 from teamtr_min.system import peak, size
@@ -114,8 +115,8 @@ class Evaluation(NamedTuple):
 class Loader:
     """Holds the team that was loaded last: for its next benchmark, and for its first agent alone."""
 
-    def __init__(self):
-        self.team, self.key, self.plan = None, None, None
+    def __init__(self, ranks: Ranks = ALONE):
+        self.ranks, self.team, self.key, self.plan = ranks, None, None, None
 
     def load(self, exam: "Exam", k: int, sources: list[Path] | None) -> Team:
         """The team for k rollouts of each problem, after its plan of memory is on the terminal."""
@@ -124,13 +125,16 @@ class Loader:
         key = config.device, config.dtype, models
         if not self.team or self.key[:2] != key[:2] or self.key[2][: len(models)] != models:
             self.team = None  # its memory serves the next
-        config, self.plan = plan_evaluation(config, exam.task, exam.problems, k, models, bool(self.team))
-        print(self.plan, file=sys.stderr, flush=True)  # a result goes to stdout
+        config, self.plan = plan_evaluation(
+            config, exam.task, exam.problems, k, models, bool(self.team), self.ranks
+        )
+        if self.ranks.first:
+            print(self.plan, file=sys.stderr, flush=True)  # a result goes to stdout
         if not self.team:
-            self.team, self.key = load_team(config, roles, sources), key
+            self.team, self.key = load_team(config, roles, sources, self.ranks), key
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
         how = config.temperature, config.max_new_tokens, config.batch_rows
-        return Team(agents, load_router(config.router), config.rounds, *how)
+        return Team(agents, load_router(config.router), config.rounds, *how, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ def run(
         "model_hash": who.hash,
         "task_hash": exam.hash,
     }
-    if not again and (before := kept.find(result, subject.kept_in)):
+    if not again and (before := loader.ranks.agree(kept.find(result, subject.kept_in))):
         names = {name: result[name] for name in kept.NAMES}
         return Evaluation(before | names | {"kept": True}, None)
     rollouts = sample(subject, exam, k, loader)
@@ -221,7 +225,9 @@ def run(
         )
     result |= {"memory_peak": peak(loader.plan.device), "memory_planned": loader.plan.total}
     result |= {"tokens_sampled": rollouts.tokens_sampled, "seconds": time.perf_counter() - start}
-    return Evaluation(kept.append(result, subject.kept_in), rollouts)
+    if loader.ranks.first:
+        result = kept.append(result, subject.kept_in)
+    return Evaluation(result, rollouts)
 
 
 def prepare(subject: Subject, task_name: str, count: int | None, data: str | None) -> Exam:

@@ -1,6 +1,7 @@
 """What `eval.py` shows of one result, and of several in one table that grows as they come."""
 
 from teamtr_min.bench import accuracy, kept
+from teamtr_min.ranks import ALONE, Ranks
 
 
 class Board:
@@ -15,6 +16,7 @@ class Board:
         data: str | None,
         again: bool,
         transcripts: int | None,
+        ranks: Ranks = ALONE,
     ):
         self.mode = mode
         self.options = {"k": k, "count": count, "data": data, "again": again}
@@ -22,7 +24,7 @@ class Board:
         self.transcripts = (0 if self.several else 3) if transcripts is None else transcripts
         names = [("benchmark", "untrained team"), *((name or "", team or "") for name, team in pairs)]
         self.widths = [max(map(len, column)) + 2 for column in zip(*names)]
-        self.loader = accuracy.Loader()
+        self.loader = accuracy.Loader(ranks)
 
     def measure(self, name: str | None, team: str | None, flags: dict) -> tuple[dict, str]:
         """The result of one pair, and the text for it; `flags` are Config fields from the command line."""

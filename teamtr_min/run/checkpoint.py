@@ -25,10 +25,15 @@ from teamtr_min.learner import Learner, Snapshot
 def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
     """Write checkpoint number `done`, which counts warm-start steps and stages; keep the newest `keep`.
 
-    `log` is for `load` to give back.
+    `log` is for `load` to give back. Of several ranks the first writes what all of them hold, so that the
+    files are the same for any number of them.
     Raises UserError when the disk refuses; the checkpoints before are untouched then.
     """
     root = directory / "checkpoints"
+    if not all(learner.ranks.first for learner in learners):
+        for learner in learners:
+            _tensors(learner)
+        return
     try:
         root.mkdir(exist_ok=True)
         with replacing(root / f"{done:06d}") as aside:
@@ -90,11 +95,11 @@ def _whole(checkpoint: Path, learners: int) -> dict | None:
 
 
 def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    tensors = {}
+    masters, adam = {}, {}
     for name, p in zip(learner.names, learner.masters):
-        tensors[f"master.{name}"] = p.detach().cpu()
-        tensors |= {f"adam.{key}.{name}": value.cpu() for key, value in learner.optimizer.state[p].items()}
-    return tensors
+        masters[f"master.{name}"] = p.detach().cpu()
+        adam |= {f"adam.{key}.{name}": value.cpu() for key, value in learner.optimizer.state[p].items()}
+    return masters | learner.ranks.to_first(adam)
 
 
 def _restore(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
@@ -104,4 +109,7 @@ def _restore(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
             _, moment, name = key.split(".", 2)
             state[name][moment] = value
     masters = [tensors[f"master.{name}"] for name in learner.names]
-    learner.restore(Snapshot(masters, [state[name] for name in learner.names]))
+    own = [owner == learner.ranks.rank for owner in learner.owners]
+    learner.restore(
+        Snapshot(masters, [state[name] if mine else {} for name, mine in zip(learner.names, own)])
+    )

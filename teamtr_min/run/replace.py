@@ -17,6 +17,7 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError, lock, sha256
 from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.learner import Learner
+from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
 from teamtr_min.run.console import replace_text
@@ -27,29 +28,33 @@ from teamtr_min.team import Team, load_team
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]
 
 
-def replaced(config: Config) -> Config:
+def replaced(config: Config, ranks: Ranks = ALONE) -> Config:
     """The configuration of the run to go on with: a new one if an agent is to be replaced."""
     if not config.replace:
         return config
     run = Path(config.resume)
-    directory = new_directory(dataclasses.replace(config, out=config.out or f"{run}-replaced"))
+    own = dataclasses.replace(config, out=config.out or f"{run}-replaced")
+    directory = Path(ranks.agree(str(new_directory(own)) if ranks.first else None))
     try:
         with (run / "metrics.jsonl").open() as file:
-            lock(file)  # RUN must not move on meanwhile
-            _write(run, directory, config)
+            if ranks.first:
+                lock(file)  # RUN must not move on meanwhile
+            _write(run, directory, config, ranks)
+        ranks.agree(None)  # what the first wrote is there for all
     except BaseException:
-        shutil.rmtree(directory)
+        if ranks.first:
+            shutil.rmtree(directory)
         raise
     return Config.load(directory / "config.json", {"resume": str(directory)})
 
 
-def _write(run: Path, directory: Path, config: Config) -> None:
+def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
     """Replace the agent, and fill the new run's directory; config.json, which makes it a run, comes last."""
     begin = time.perf_counter()
     j, model = _agent_and_model(config)
     task = load_task(config, training=True)
     roles = task.roles(config.agents)
-    team = load_team(config, roles)
+    team = load_team(config, roles, ranks=ranks)
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
     done, log = checkpoint.load(run, learners)
     if log is None:
@@ -92,20 +97,22 @@ def _write(run: Path, directory: Path, config: Config) -> None:
     })  # fmt: skip
     print(replace_text(line, newcomer.role.name), flush=True)
 
-    logs["metrics.jsonl"] += json.dumps(line).encode() + b"\n"
-    for name, content in logs.items():
-        (directory / name).write_bytes(content)
-    log |= {
-        "sha256": {name: sha256(directory / name) for name in logs},
-        "bytes": {name: len(content) for name, content in logs.items()},
-        "seconds": log["seconds"] + time.perf_counter() - begin,
-    }
+    if ranks.first:
+        logs["metrics.jsonl"] += json.dumps(line).encode() + b"\n"
+        for name, content in logs.items():
+            (directory / name).write_bytes(content)
+        log |= {
+            "sha256": {name: sha256(directory / name) for name in logs},
+            "bytes": {name: len(content) for name, content in logs.items()},
+            "seconds": log["seconds"] + time.perf_counter() - begin,
+        }
     learners = [_with_newcomer(learner, new_team, j, config) for learner in learners]
     checkpoint.save(directory, done, learners, log, config.keep)
     models = config.models * (config.agents // len(config.models))
     models[j] = model
     changes = {"model": ",".join(models), "resume": "", "replace": "", "align": Config.align}
-    pinned(dataclasses.replace(config, out=str(directory), **changes)).save(directory / "config.json")
+    if ranks.first:
+        pinned(dataclasses.replace(config, out=str(directory), **changes)).save(directory / "config.json")
 
 
 def _agent_and_model(config: Config) -> tuple[int, str]:

@@ -76,7 +76,8 @@ class Run:
         for step in range(self.done, self.config.warm_start):
             yield step
             last = step + 1 == self.config.warm_start
-            if last or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            due = time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS
+            if last or self.team.ranks.agree(due):
                 self._checkpoint(step + 1)
                 saved = time.perf_counter()
 
@@ -244,3 +245,28 @@ class Run:
                 file.close()
         if not keep:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Follower(Run):
+    """The run on a rank that is not the first: it takes part in all that is computed, and writes nothing."""
+
+    def __enter__(self) -> "Follower":
+        self.directory, self.done, self._logs = Path(self.config.resume), 0, {}
+        self.console = Console(0)
+        if self.config.resume:
+            self.done, log = checkpoint.load(self.directory, self.learners)
+            if log:
+                self.accuracy_untrained, self.accuracy_start = (
+                    log["accuracy_untrained"],
+                    log["accuracy_start"],
+                )
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.console.close()
+
+    def _checkpoint(self, done: int) -> None:
+        checkpoint.save(self.directory, done, self.learners, {}, self.config.keep)
+
+    def _append(self, name: str, lines: list[dict]) -> None:
+        pass
