@@ -62,11 +62,11 @@ class Place:
             aside, begin = self.shared / "aside", computed()
             touches.watch(aside)
             code = call("train", [*TOY, *flags, "--out", aside])
-            touches.watch(Path())
+            cost = [computed() - begin, touches.stop()]
             lines = map(json.loads, (aside / "metrics.jsonl").read_text().splitlines()) if not code else []
             if not any(line.get("steps") for line in lines):
                 raise Fault(f"the undisturbed run {flags} trains nobody: {said('err')}")
-            out.with_suffix(".cost").write_text(json.dumps([computed() - begin, touches.count]))
+            out.with_suffix(".cost").write_text(json.dumps(cost))
             aside.rename(out)
         return out
 

@@ -56,6 +56,10 @@ class Touches:
     def watch(self, below: Path, last: int | None = None) -> None:
         self.below, self.count, self.last = os.fspath(below), 0, last
 
+    def stop(self) -> int:
+        self.below = ""
+        return self.count
+
     def _seen(self, event: str, given: tuple) -> None:
         if self.below and event in TOUCHES and str(given[0]).startswith(self.below):
             self.count += 1
