@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import refusal
+from commands import evaluate, refusal
 from tiny import random_model, write_checkpoint, write_tokenizer
 from tiny import refusal as refused
 from toy_runs import TOY, run, same, weights
@@ -87,6 +87,19 @@ def test_a_changed_digit_is_found_in_every_file_that_a_resume_reads(copy, capsys
         assert f"{name} is not as it was written" in change(name, old, new)
     assert "every checkpoint" in change("checkpoints/000001/state.json", '"seconds": ', '"seconds": 1')
     assert train.main(["--resume", str(copy)]) == 0
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [('"pass_at": {"1": ', '"pass_at": {"1": 1'), ('"pass_at": {', '"pass_at": 1, "x": {'), ("{", "[")],
+)
+def test_a_kept_result_that_has_changed_is_measured_anew(copy, capsys, old, new):
+    flags = ["relay", "--team", str(copy), "--problems", "8"]
+    right, kept = evaluate(capsys, *flags), copy / "eval.jsonl"
+    assert evaluate(capsys, *flags)["kept"]
+    kept.write_text(kept.read_text().replace(old, new, 1))
+    again = evaluate(capsys, *flags)
+    assert "kept" not in again and again["pass_at"] == right["pass_at"]
 
 
 @pytest.mark.parametrize(

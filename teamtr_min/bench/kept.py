@@ -1,24 +1,24 @@
-"""Results that are kept, one JSON object a line, so that nothing is measured twice."""
+"""Results that are kept, one sealed JSON object a line, so that nothing is measured twice."""
 
 import json
 import time
 from pathlib import Path
 
-from teamtr_min.files import plain_file
+from teamtr_min.files import UserError, plain_file, sealed, unsealed
 
 NAMES = {"team", "model", "data"}  # where things lie; the hashes beside them say what they are
 
 
 def find(asked: dict, path: Path) -> dict | None:
-    """The newest result in `path` that agrees with `asked` in all but names; a line cut short is none."""
+    """The newest result in `path` that agrees with `asked` in all but names; a changed line is none."""
     asked = {key: value for key, value in asked.items() if key not in NAMES}
     found = None
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            result = json.loads(line)
-        except ValueError:
+            result = unsealed(json.loads(line), path)
+        except (UserError, ValueError, TypeError, RecursionError):
             continue
-        if isinstance(result, dict) and asked.items() <= result.items() and "pass_at" in result:
+        if asked.items() <= result.items():
             found = result
     return found
 
@@ -32,7 +32,7 @@ def append(result: dict, path: Path) -> dict:
             file.seek(-1, 2)
             if file.read() != b"\n":  # a line that was cut short must not take this one with it
                 file.write(b"\n")
-        file.write(json.dumps(result).encode() + b"\n")
+        file.write(json.dumps(sealed(result)).encode() + b"\n")
     return result
 
 
