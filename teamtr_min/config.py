@@ -42,7 +42,7 @@ PRESETS = {
 }
 TASK_PRESETS = {  # and on the task: what pretrained models do there in place of the above
     "sums": {  # a small model, on a CPU
-        "stages": 14,
+        "stages": 32,
         "inner_steps": 1,
         "problems": 16,
         "group": 4,
