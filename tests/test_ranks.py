@@ -25,7 +25,7 @@ from teamtr_min.system import size
 
 ROOT = Path(__file__).parents[1]
 TOY = "--agents 2 --stages 3 --problems 5 --group 4 --inner-steps 2 --keep 3 --device cpu".split()
-TOY += "--eval-problems 7 --lr 1e-3 --delta 0.5".split()
+TOY += "--eval-problems 7 --lr 3e-5 --delta 8e-5".split()
 EVAL = ["relay", "--problems", "5", "--k", "2", "--again", "--json"]
 
 
@@ -83,9 +83,9 @@ def test_any_number_of_processes_trains_the_same_team(runs, name):
     for one, other in zip(*updates, strict=True):
         for key in ("accuracy", "return_mean", "messages", "tokens_sampled", "tokens_trained", "steps"):
             assert one[key] == other[key], key
-        for key in one.keys() - {key for key in one if key.startswith("seconds")}:
+        for key in {key for key in one if not key.startswith(("kind", "seconds"))}:
             assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
-    assert any(u["steps"] for u in updates[0])
+    assert any(u["steps"] == 2 for u in updates[0]) and any(u["halvings"] for u in updates[0])
     for j in range(2):
         a, b = (load_file(out / "agents" / str(j) / "model.safetensors") for out in (alone, shared))
         assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
@@ -97,10 +97,11 @@ def test_checkpoints_do_not_depend_on_the_number_of_processes(runs):
     for j in range(2):
         files = [runs["root"] / n / "checkpoints/000003" / f"learner-{j}.safetensors" for n in "123"]
         one, *others = map(load_file, files)
-        assert any(name.startswith("adam.") for name in one)
+        assert any(name.startswith("adam.exp_avg.") for name in one)
         for other in others:
             assert one.keys() == other.keys()
-            assert all(torch.allclose(one[name], other[name], rtol=1e-2, atol=1e-5) for name in one)
+            for name, x in one.items():
+                torch.testing.assert_close(other[name], x, rtol=0, atol=1e-3 * x.abs().max().item())
 
 
 def test_two_processes_evaluate_as_one_does_and_only_the_first_speaks(runs, capsys, monkeypatch):
