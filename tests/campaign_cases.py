@@ -222,7 +222,7 @@ def damaged_run(place: Place) -> str:
     what = f"{harm(file, place.dice)} in {file.relative_to(out)}"
     spoilt = contents(out)
     changed = {path for path in before if before[path] != spoilt.get(path)}
-    command = place.dice.choice(["resume"] * 4 + ["eval", "kept", "kept", "export", "report"])
+    command = place.dice.choice(["resume"] * 5 + ["kept"] * 4 + ["eval", "eval", "export", "report"])
     try:
         if command == "resume":
             code = call("train", ["--resume", out])
@@ -629,7 +629,7 @@ SHARES = {
     hostile_task: 5, hostile_router: 3, poisoned: 3, full_disk: 3, read_only_disk: 2, closed_output: 2,
 }  # fmt: skip
 LONG = {
-    killed: 100, damaged_run: 1000, damaged_model: 800, damaged_data: 200, hostile_texts: 1000,
+    killed: 100, damaged_run: 700, damaged_model: 1100, damaged_data: 200, hostile_texts: 1000,
     hostile_template: 60, hostile_task: 80, hostile_router: 40, poisoned: 40, full_disk: 30,
     read_only_disk: 20, closed_output: 20,
 }  # fmt: skip
