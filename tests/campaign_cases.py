@@ -174,7 +174,7 @@ def timeless(file: Path) -> list:
 
 
 def killed(place: Place) -> str:
-    """SIGKILL up to three times, after some computing or at some file that is touched; then to the end."""
+    """SIGKILL, one to three times, after some computing or at a file that is touched; then to the end."""
     variant = place.dice.choice(VARIANTS)
     seconds, files = place.cost(place.reference(*variant))
     out = place.root / "run"
@@ -183,7 +183,8 @@ def killed(place: Place) -> str:
         touches.watch(out, last)
         call("train", argv)
 
-    for _ in range(place.dice.choice([1, 1, 2, 3])):
+    kills, wanted = 0, place.dice.choice([1, 1, 2, 3])
+    while kills < wanted:
         argv = ["--resume", out] if (out / "config.json").exists() else [*TOY, *variant, "--out", out]
         if argv[0] != "--resume":
             shutil.rmtree(out, ignore_errors=True)
@@ -192,8 +193,14 @@ def killed(place: Place) -> str:
         if last is None:
             kill_after(process, place.dice.uniform(0, seconds))
         _, status = os.waitpid(process, 0)
-        if os.WIFEXITED(status) and status:
-            raise Fault((Path.cwd() / "fault").read_text())
+        if status == signal.SIGKILL:
+            kills += 1
+        elif status:
+            raise Fault((Path.cwd() / "fault").read_text() if os.WIFEXITED(status) else f"status {status}")
+        elif kills:
+            break
+        else:  # it ended before: once more
+            shutil.rmtree(out)
     finish(place, out, variant)
     return "right"
 
@@ -215,7 +222,7 @@ def damaged_run(place: Place) -> str:
     what = f"{harm(file, place.dice)} in {file.relative_to(out)}"
     spoilt = contents(out)
     changed = {path for path in before if before[path] != spoilt.get(path)}
-    command = place.dice.choice(["resume"] * 4 + ["eval", "kept", "kept", "export", "report"])
+    command = place.dice.choice(["resume"] * 5 + ["kept"] * 4 + ["eval", "eval", "export", "report"])
     try:
         if command == "resume":
             code = call("train", ["--resume", out])
@@ -397,9 +404,15 @@ def as_question(place: Place, text: str) -> str:
         return in_grading(place, text)
     team, problem = a_team(), Problem("1", text, text)
     seen = team.render(1, text, [Message(0, [], text, [], False)], add_generation_prompt=True)
-    words = team.agents[1].tokenizer.decode(seen.ids, skip_special_tokens=False)
+    agent = team.agents[1]
+    words = agent.tokenizer.decode(seen.ids, skip_special_tokens=False)
     if words.count(text) < 2:  # as the problem, and as what its teammate wrote
         raise Fault(f"the team reads something else: {words[:600]!r}")
+    said = [[Message(0, [], words, [], False)] for words in (text, "x")]
+    ids = [team.render(1, "x", messages, add_generation_prompt=True).ids for messages in said]
+    spelled, usual = (sum(map(agent.tokenizer.is_special, one)) for one in ids)
+    if spelled != usual:
+        raise Fault("a message became special tokens of its reader")
     rollouts = collect(team, Relay(Config()), [problem], 1, rng.RngPath(0, "eval"))
     if rollouts.returns.tolist() not in ([0.0], [1.0]):
         raise Fault(f"the return is {rollouts.returns.tolist()}")
@@ -616,7 +629,7 @@ SHARES = {
     hostile_task: 5, hostile_router: 3, poisoned: 3, full_disk: 3, read_only_disk: 2, closed_output: 2,
 }  # fmt: skip
 LONG = {
-    killed: 100, damaged_run: 1000, damaged_model: 800, damaged_data: 200, hostile_texts: 1000,
+    killed: 100, damaged_run: 700, damaged_model: 1100, damaged_data: 200, hostile_texts: 1000,
     hostile_template: 60, hostile_task: 80, hostile_router: 40, poisoned: 40, full_disk: 30,
     read_only_disk: 20, closed_output: 20,
 }  # fmt: skip
