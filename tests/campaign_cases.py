@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hostile import ABSURD, METHODS, PIECES, ROUTER, VALUES, VARIANTS, harm, hostile_text
-from system_faults import Touches, kill_after, own_mounts, read_only, small_disk
+from system_faults import Touches, fill, kill_after, own_mounts, read_only, small_disk
 from tiny import random_model, write_checkpoint, write_tokenizer
 
 import eval as evaluation
@@ -42,6 +42,13 @@ TOY = [
 ]  # fmt: skip
 PROGRAMS = {"train": train.main, "eval": evaluation.main}
 PLAN = ("memory  ", " " * 8)  # how the lines of the memory plan begin
+READ = {  # what a command reads of a run
+    "resume": "config.json metrics.jsonl transcripts.jsonl checkpoints checkpoints",
+    "eval": "config.json agents",
+    "kept": "config.json agents eval.jsonl eval.jsonl",
+    "export": "config.json agents",
+    "report": "config.json metrics.jsonl transcripts.jsonl summary.json",
+}
 touches = Touches()
 
 
@@ -217,12 +224,16 @@ def damaged_run(place: Place) -> str:
         raise Fault(f"the undisturbed run cannot be evaluated: {said('err')}")
     out = place.copy(reference)
     shutil.rmtree(max((out / "checkpoints").iterdir()))
-    file = place.dice.choice(sorted(file for file in out.rglob("*") if file.is_file()))
+    command = place.dice.choice(["resume"] * 5 + ["kept"] * 4 + ["eval", "eval", "export", "report"])
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    if place.dice.random() < 0.8:
+        first = place.dice.choice(READ[command].split())
+        files = [file for file in files if file.startswith(first)]
+    file = out / place.dice.choice(files)
     before = contents(out)
     what = f"{harm(file, place.dice)} in {file.relative_to(out)}"
     spoilt = contents(out)
     changed = {path for path in before if before[path] != spoilt.get(path)}
-    command = place.dice.choice(["resume"] * 5 + ["kept"] * 4 + ["eval", "eval", "export", "report"])
     try:
         if command == "resume":
             code = call("train", ["--resume", out])
@@ -529,21 +540,22 @@ def poisoned(place: Place) -> str:
 
 
 def full_disk(place: Place) -> str:
-    """A disk that is full after so many bytes, then has room again."""
-    place.reference()
-    size = int(math.exp(place.dice.uniform(math.log(2000), math.log(5e6))))
+    """A disk that fills up as a file is touched, or files that cannot grow; then there is room again."""
+    _, files = place.cost(place.reference())
     disk, limited = place.root / "disk", place.dice.random() < 0.3
+    last, left = place.dice.randint(1, files), int(math.exp(place.dice.uniform(0, math.log(3e6))))
     disk.mkdir()
 
     def run() -> None:
-        mounted = not limited and own_mounts() and small_disk(disk, size)
-        if not mounted:  # files that cannot grow
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
-        code = call("train", [*TOY, "--out", disk / "run"])
+        mounted = not limited and own_mounts() and small_disk(disk, 1 << 26)
         if mounted:
-            small_disk(disk, 1 << 28, again=True)
+            touches.watch(disk / "run", last, lambda: fill(disk, left))
         else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000 + left, -1))
+        code = call("train", [*TOY, "--out", disk / "run"])
+        touches.stop()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        (disk / "filler").unlink(missing_ok=True)
         (place.root / "code").write_text(str(code))
         finish(place, disk / "run", [])
 

@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _NEWNS, _NEWUSER = 0x20000, 0x10000000
@@ -32,9 +34,9 @@ def own_mounts() -> bool:
         return False
 
 
-def small_disk(place: Path, size: int, again: bool = False) -> bool:
-    """A disk of `size` bytes at `place`; `again` changes the size of the one there."""
-    return _mount("tmpfs", place, "tmpfs", _REMOUNT if again else 0, f"size={size}")
+def small_disk(place: Path, size: int) -> bool:
+    """A disk of `size` bytes at `place`."""
+    return _mount("tmpfs", place, "tmpfs", 0, f"size={size}")
 
 
 def read_only(place: Path) -> bool:
@@ -46,15 +48,25 @@ def _mount(source, place: Path, kind: str | None, flags: int, data: str | None =
     return _libc.mount(*given, ctypes.c_ulong(flags), data and data.encode()) == 0
 
 
+def fill(disk: Path, left: int) -> None:
+    """Leave `left` bytes of a disk to others; `filler` in it takes the rest."""
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(disk).free - left))
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Touches:
-    """Counts what this process does to files below a directory, and ends it at a chosen one by SIGKILL."""
+    """Counts what this process does to files below a directory, and acts at a chosen one."""
 
     def __init__(self):
-        self.below, self.count, self.last = "", 0, None
+        self.below, self.count = "", 0
         sys.addaudithook(self._seen)
 
-    def watch(self, below: Path, last: int | None = None) -> None:
-        self.below, self.count, self.last = os.fspath(below), 0, last
+    def watch(self, below: Path, last: int | None = None, act: Callable = kill_this_process) -> None:
+        self.below, self.count, self.last, self.act = os.fspath(below), 0, last, act
 
     def stop(self) -> int:
         self.below = ""
@@ -64,7 +76,7 @@ class Touches:
         if self.below and event in TOUCHES and str(given[0]).startswith(self.below):
             self.count += 1
             if self.count == self.last:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.act()
 
 
 def kill_after(process: int, seconds: float) -> None:
