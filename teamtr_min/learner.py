@@ -73,6 +73,11 @@ class Learner:
         """Parameters that an update changes."""
         return sum(p.numel() for p in self.parameters)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every weight is."""
+        return all(bound.isfinite() for p in self.masters for bound in p.detach().aminmax())
+
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far; returns their norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, GRADIENT_NORM).item()

@@ -211,6 +211,8 @@ def collect(
             returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
             messages += [[m.compact() for m in row] for row in written] if compact else written
     returns = torch.tensor(returns)
+    if not returns.isfinite().all():
+        raise FloatingPointError("the task graded a rollout with NaN or infinity")
     return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - start)
 
 

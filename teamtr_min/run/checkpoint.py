@@ -19,15 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, unsealed
-from teamtr_min.learner import Learner, Snapshot
+from teamtr_min.learner import Diverged, Learner, Snapshot
 
 
 def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
     """Write checkpoint number `done`, which counts warm-start steps and stages; keep the newest `keep`.
 
     `log` is for `load` to give back.
-    Raises UserError when the disk refuses; the checkpoints before are untouched then.
+    Raises UserError when the disk refuses, Diverged when a weight is not finite; the checkpoints before are
+    untouched then.
     """
+    if not all(learner.finite for learner in learners):  # nothing measures what a warm start's last step left
+        raise Diverged("a weight is not finite")
     root = directory / "checkpoints"
     try:
         root.mkdir(exist_ok=True)
