@@ -107,9 +107,8 @@ def test_a_kept_result_that_has_changed_is_measured_anew(copy, capsys, old, new)
 def test_another_sealed_file_is_not_a_summary(copy, capsys):
     pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
     shutil.copyfile(copy / "config.json", copy / "summary.json")
-    assert "summary.json is not the summary" in refusal(
-        capsys, evaluation.main, "report", "--team", str(copy)
-    )
+    sentence = refusal(capsys, evaluation.main, "report", "--team", str(copy))
+    assert "summary.json is not the summary" in sentence
 
 
 @pytest.mark.parametrize(
