@@ -78,6 +78,11 @@ class Learner:
         """Parameters that an update changes."""
         return sum(p.numel() for p in self.parameters)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every weight is."""
+        return all(bound.isfinite() for p in self.masters for bound in p.detach().aminmax())
+
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far, on all ranks; their norm before clipping."""
         self._sum_gradients()

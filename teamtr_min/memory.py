@@ -93,7 +93,7 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    most_rows = max(-(-config.problems // ranks.size) * config.group, -(-len(problems) // ranks.size))
+    most_rows = max(ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems)))
     for stage in range(min(config.stages, STAGES_READ)):
         generator = rng.generator(config.seed, "problems", stage)
         problems = [*problems, *task.sample_problems(config.problems, generator)]
@@ -121,12 +121,11 @@ def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
     weights = needs.weights
     if config.diagnostics:  # the team as it was at the stage's start, and the agent before its update
         weights += needs.width * (sum(needs.counts) + max(moved))
-    states = list(map(needs.states, config.update_groups))
-    states = max(states) if cuda else sum(states)
+    states = (max if cuda else sum)(map(needs.states, config.update_groups))
     room = needs.budget - needs.base - weights - states
     rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, room)
     cap = MOST_TOKENS_CUDA if cuda and not set(config.models) <= set(SHIPPED) else MOST_TOKENS
-    most_tokens = -(-config.problems // needs.ranks.size) * config.group * longest
+    most_tokens = needs.ranks.largest_share(config.problems) * config.group * longest
 
     def update(tokens: int, checkpointing: bool) -> int:
         tokens = max(tokens, longest)  # a row is never cut
@@ -156,9 +155,8 @@ def plan_evaluation(
 ) -> tuple[Config, Plan]:
     """As `plan_training`, for k rollouts of every problem; `loaded`: the team is in memory already."""
     needs = needs_of(config, task, problems, sources, ranks)
-    if loaded:
-        needs.weights = 0
-    most, room = -(-len(problems) // ranks.size) * k, needs.budget - needs.base - needs.weights
+    needs.weights *= not loaded
+    most, room = ranks.largest_share(len(problems)) * k, needs.budget - needs.base - needs.weights
     rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)
     at_once = min(rows, most)
     plan = Plan(
@@ -230,9 +228,8 @@ class Needs:
             + self._head_in_fp32(m)
             for m in self.models
         )
-        lists = 0  # of Python, on the host
-        if self.device.type != "cuda":
-            lists = rows * self.config.turns * self.config.max_new_tokens * TOKEN_OBJECT
+        written = rows * self.config.turns * self.config.max_new_tokens
+        lists = written * TOKEN_OBJECT * (self.device.type != "cuda")  # Python's, in host memory
         return math.floor((rows * cache + work) * FRAGMENTATION) + lists
 
     def points(self, agents: list[int]) -> int:
@@ -253,7 +250,7 @@ class Needs:
             activations = tokens * (token_bytes(m, self.width, checkpointing) + row * (self.width + 3))
             old = 0
             if self.config.kl_estimator == "exact":  # the old policy's final states and head
-                problems = -(-self.config.problems // self.ranks.size)
+                problems = self.ranks.largest_share(self.config.problems)
                 trained = problems * self.config.group * self.config.rounds
                 states = min(trained * self.config.max_new_tokens, trained * self.longest)
                 old = (states + m.vocab_size) * m.hidden_size * self.width
@@ -298,8 +295,8 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     reset_peak(device)
     used = in_use(device)
     base = used + WARM_UP * (device.type != "cuda")
-    sharing = 1 if device.type == "cuda" else ranks.on_this_machine
-    free = math.floor(free_memory(device) * (1 - LEFT_FREE) / sharing)
+    free = math.floor(free_memory(device) * (1 - LEFT_FREE))
+    free //= 1 if device.type == "cuda" else ranks.on_this_machine
     budget = limit_from_environment() or used + free
     return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget, ranks)
 
@@ -380,9 +377,8 @@ def refuse(plan: Plan, config: Config) -> None:
     parts = f"weights {size(plan.weights)}"
     if plan.tokens:
         parts += f", optimizer {size(plan.optimizer)}, an update {size(plan.update)}"
-    helps = "fewer --agents or a smaller --model"
-    if plan.tokens and not config.lora_rank:
-        helps = "--lora-rank, " + helps
+    helps = "--lora-rank, " * bool(plan.tokens and not config.lora_rank)
+    helps += "fewer --agents or a smaller --model"
     if alone <= plan.budget:
         helps = f"a lower --max-new-tokens, {helps}"
     if config.resume:

@@ -189,11 +189,15 @@ class PrefillStep(PackedStep):
     source: Tensor  # (entries,) int64: the keys and values at this position of the flattened (B * T)
     to: Tensor  # (entries,) int64: go to this row, at the same position in the sequence
 
+    @functools.cached_property
+    def at(self) -> Tensor:
+        """(entries,) int64: that position."""
+        return self.positions.flatten()[self.source]
+
     def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (B, K, T, D) of the new tokens -> the same: they are all that there is to see."""
-        at = self.positions.flatten()[self.source]
         for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
-            kept[self.to, :, at] = new.transpose(1, 2).flatten(0, 1)[self.source]  # (entries, K, D)
+            kept[self.to, :, self.at] = new.transpose(1, 2).flatten(0, 1)[self.source]  # (entries, K, D)
         return k, v
 
 

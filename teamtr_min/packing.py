@@ -100,7 +100,7 @@ class Packed(NamedTuple):
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, of each token in its sequences
-    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
+    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if no row branches
     paths: dict[int, list[int]]  # number of a sequence -> where its tokens stand in the flattened (B * T)
 
 
@@ -118,7 +118,7 @@ def pack(rows: list[list[Tree]], device: torch.device) -> Packed:
         tokens += [0] * padding
         positions += [0] * padding
         end += range(width - padding + 1, width + 1)  # which sees itself only
-    branched = any(len(trees) > 1 or len(trees[0].paths) > 1 for trees in rows)
+    branched = any(len(trees) > 1 or min(trees[0].end) < len(trees[0]) for trees in rows)
     tokens, positions, end = (
         torch.tensor(x, device=device).view(-1, width) for x in (tokens, positions, end)
     )

@@ -25,9 +25,7 @@ from torch import Tensor
 
 from teamtr_min.files import UserError, one_line
 
-TIMEOUT_MINUTES = (
-    10  # longest wait for another rank, which may sample longer messages or write to a slow disk
-)
+TIMEOUT_MINUTES = 10  # longest wait for another rank, which may sample longer messages or write a checkpoint
 ENDED = "a process of this run has ended, and so do all; training goes on from its last stage with --resume"
 
 
@@ -49,6 +47,10 @@ class Ranks:
     def share(self, count: int) -> range:
         """Which of `count` things, such as problems, are this rank's: a run of them, as even as can be."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def largest_share(self, count: int) -> int:
+        """How many of them a rank has at most."""
+        return -(-count // self.size)
 
     def owners(self, sizes: list[int]) -> list[int]:
         """A rank for each of things of these sizes: the largest comes first, and goes to who has least."""

@@ -220,6 +220,8 @@ def collect(
     if team.ranks.size > 1:
         messages, returns = _gathered(team.ranks, messages, returns, compact)
     returns = torch.tensor(returns)
+    if not returns.isfinite().all():
+        raise FloatingPointError("the task graded a rollout with NaN or infinity")
     return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - begin)
 
 

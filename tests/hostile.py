@@ -37,7 +37,7 @@ ABSURD = [
     "None", "[]", "{}", "''", "'x' * 10**6", "-1", "2.0", "1e23", "10**23", "float('nan')", "float('inf')",
     "object()", "lambda: 0", "b'x'", "1 / 0", "[None] * 3", "sys.exit(0)", "sys.exit(3)", "{1}", "[[]] * 2",
     "'\\ud800'", "1j", "(_ for _ in ())", "t", "int", "True", "messages.clear()",
-    "problem.text", "9", "agents",
+    "problem.text", "9", "agents", "0", "agents - 1",
 ]  # fmt: skip
 
 TEXTS = [

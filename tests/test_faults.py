@@ -21,7 +21,9 @@ from teamtr_min import load_model, load_tokenizer, save_model
 from teamtr_min.config import Config
 from teamtr_min.files import SUMS, UserError
 from teamtr_min.hf.weights import hash_weights
+from teamtr_min.learner import Learner
 from teamtr_min.run import checkpoint
+from teamtr_min.tasks import Relay
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +102,13 @@ def test_a_kept_result_that_has_changed_is_measured_anew(copy, capsys, old, new)
     kept.write_text(kept.read_text().replace(old, new, 1))
     again = evaluate(capsys, *flags)
     assert "kept" not in again and again["pass_at"] == right["pass_at"]
+
+
+def test_another_sealed_file_is_not_a_summary(copy, capsys):
+    pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
+    shutil.copyfile(copy / "config.json", copy / "summary.json")
+    sentence = refusal(capsys, evaluation.main, "report", "--team", str(copy))
+    assert "summary.json is not the summary" in sentence
 
 
 @pytest.mark.parametrize(
@@ -182,6 +191,43 @@ def test_a_reader_who_leaves_stops_the_run_and_it_resumes(tmp_path):
 def test_saved_weights_are_as_readable_as_their_neighbours(finished):
     modes = {path.stat().st_mode for path in finished.rglob("*") if path.is_file()}
     assert len(modes) == 1
+
+
+# NaN and infinity
+
+
+def test_a_return_that_is_not_finite_stops_the_run_and_it_resumes(finished, tmp_path, capsys, monkeypatch):
+    """Even one that a whole group has, which leaves no advantage."""
+    grade, calls = Relay.grade, []
+
+    def poisoned(*given):
+        calls.append(1)
+        return grade(*given) if len(calls) <= 8 else float("inf")
+
+    monkeypatch.setattr(Relay, "grade", poisoned)
+    assert train.main([*TOY, "--out", str(tmp_path / "run")]) == 1
+    assert "NaN or infinity" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert same(weights(tmp_path / "run"), weights(finished))
+
+
+def test_a_weight_that_is_not_finite_never_comes_into_a_checkpoint(tmp_path, capsys, monkeypatch):
+    flags, step, steps = [*TOY, "--warm-start", "1", "--out"], Learner.step, []
+
+    def poisoned(learner, lr):
+        steps.append(1)
+        if len(steps) == 3:
+            learner.masters[0].data.view(-1)[0] = float("nan")
+        return step(learner, lr)
+
+    assert train.main([*flags, str(tmp_path / "right")]) == 0
+    monkeypatch.setattr(Learner, "step", poisoned)
+    assert train.main([*flags, str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "stopped: a weight is not finite\n"
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "right"))
 
 
 # Models and tokenizers of strangers

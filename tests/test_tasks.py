@@ -1,6 +1,7 @@
 """Tasks: right answers, a held-out split that no training problem crosses, and faults that are located."""
 
 import json
+import time
 
 import pytest
 
@@ -29,6 +30,14 @@ def by_hand(chain: str) -> str:
 
 def test_one_step_carries_out_the_first_operation():
     assert [Relay.step(chain) for chain in ("7+8*3-4", "5*3-4", "2-7")] == ["5*3-4", "5-4", "5"]
+
+
+def test_a_sum_is_read_from_the_end_in_linear_time():
+    task = load_task(Config(task="sums"))
+    texts = {"9" * 10**6 + "x": None, "1!" * 10**6 + "x": None, "12-34.\n": "-34", "it is 7": "7", "": None}
+    begin = time.process_time()
+    assert [task.answer(said(text)) for text in texts] == list(texts.values())
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 8])

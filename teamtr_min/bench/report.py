@@ -100,6 +100,8 @@ def read(directory: Path) -> Record:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
     ending = directory / "summary.json"
     summary = unsealed(read_json(ending), ending) if ending.exists() else {}
+    if summary and "tokens_trained" not in summary:  # sealed, but another file
+        raise UserError(f"{ending} is not the summary of a run: put the original back")
     if summary and summary["tokens_trained"] != sum(u["tokens_trained"] for u in updates):
         summary = {"accuracy_start": summary["accuracy_start"]}  # it is of before a resume
     transcripts = read_lines(directory / "transcripts.jsonl", TRANSCRIPTS, damaged)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, unsealed
-from teamtr_min.learner import Learner, Snapshot
+from teamtr_min.learner import Diverged, Learner, Snapshot
 
 
 def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
@@ -27,8 +27,11 @@ def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: i
 
     `log` is for `load` to give back. Of several ranks the first writes what all of them hold, so that the
     files are the same for any number of them.
-    Raises UserError when the disk refuses; the checkpoints before are untouched then.
+    Raises UserError when the disk refuses, Diverged when a weight is not finite; the checkpoints before are
+    untouched then.
     """
+    if not all(learner.finite for learner in learners):  # nothing measures what a warm start's last step left
+        raise Diverged("a weight is not finite")
     root = directory / "checkpoints"
     if not all(learner.ranks.first for learner in learners):
         for learner in learners:

@@ -95,5 +95,5 @@ class Sums:
 
     def answer(self, messages: list[Message]) -> str | None:
         """The number that the last message ends with."""
-        found = re.search(r"(-?\d+)\W*$", messages[-1].text)
-        return found and found[1]
+        found = re.match(r"\W*(\d+-?)", messages[-1].text[::-1])  # a search for the end would be quadratic
+        return found and found[1][::-1]
