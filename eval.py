@@ -28,7 +28,7 @@ from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags, open_streams
 from teamtr_min.files import UserError, one_line
 from teamtr_min.learner import OutOfMemory
-from teamtr_min.ranks import Lost, join
+from teamtr_min.ranks import ALONE, Lost, join
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks = join()
         board = Board(places, args.mode, args.k, args.problems, args.data, args.again, args.show, ranks)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        ALONE.say(f"error: {error}")
         return 2
     failures = []
     for name, team in jobs:

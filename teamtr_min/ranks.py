@@ -123,7 +123,8 @@ class Ranks:
         except (RuntimeError, OSError):  # torchrun, which keeps the store, is gone
             heard = False
         if not heard:
-            print(sentence, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # stderr may be full; the exit code says it too
+                print(sentence, file=sys.stderr, flush=True)
 
     def leave(self, code: int) -> int:
         """The exit code of this process, which after a failure ends here: nobody shall wait for it."""

@@ -180,6 +180,12 @@ def test_closed_outputs_are_no_error(tmp_path, closed):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+def test_full_outputs_end_a_run_by_the_exit_code_alone(tmp_path):
+    command = f"exec '{sys.executable}' train.py {' '.join(TOY)} --out '{tmp_path / 'run'}' > /dev/full 2>&1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+
+
 def test_a_reader_who_leaves_stops_the_run_and_it_resumes(tmp_path):
     command = f"'{sys.executable}' train.py {' '.join(TOY)} --out '{tmp_path / 'run'}' | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
