@@ -10,7 +10,8 @@ python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table; 
 python eval.py math500 --team runs/NAME   a published test set, on the agents of any run
 python eval.py jsonl --model DIR --data FILE   word problems of one's own
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
-python eval.py sampling                 tokens per second beside transformers; --model DIR for another model
+python eval.py sampling training stage  tokens per second, an update's step, both beside transformers, and
+                                        where a stage's seconds go; --model DIR for another model
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME   the same by eight processes, a GPU each
@@ -23,7 +24,8 @@ import os
 import sys
 from pathlib import Path
 
-from teamtr_min.bench import accuracy, export, kernels, report, sampling
+import train
+from teamtr_min.bench import accuracy, export, kernels, report, sampling, stage, training
 from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags, open_streams
 from teamtr_min.files import UserError, one_line
@@ -32,7 +34,7 @@ from teamtr_min.ranks import ALONE, Lost, join
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
-TEAMLESS = ("kernels", "sampling", "occupancy")
+TEAMLESS = ("kernels", "sampling", "training", "stage", "occupancy")
 BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype batch_rows "
@@ -74,10 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
     )
-    study = parser.add_argument_group("occupancy")
-    study.add_argument(
-        "--short", action="store_true", help="tiny runs: the tables' form in minutes, not results"
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="sampling, training, stage, occupancy: at toy sizes, for the tables' form and not for results",
     )
+    study = parser.add_argument_group("occupancy")
     study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}")
     study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
     study.add_argument("--out", help="where its runs and figures go (default runs/occupancy)")
@@ -135,6 +139,12 @@ def measure(
     if name == "sampling":
         result = sampling.run(flags.get("model", "relay"), args.short)
         return result, sampling.table(result)
+    if name == "training":
+        result = training.run(flags.get("model", "relay"), args.short)
+        return result, training.table(result)
+    if name == "stage":
+        result = stage.run(train, flags.get("model", "relay"), args.short)
+        return result, stage.table(result)
     if name == "occupancy":
         studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
         result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)

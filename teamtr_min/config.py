@@ -20,10 +20,12 @@ PRESETS = {
         "temperature": 1.0,
         "max_new_tokens": 16,
         "lr": 5e-4,
+        "lr_end": 0.0,
         "delta": 0.02,
         "eval_problems": 2048,
         "warm_start": 0,
         "warm_start_lr": 1e-3,
+        "checkpoint_every": 1,
     },
     "pretrained": {  # any other model
         "task": "gsm8k",
@@ -34,24 +36,28 @@ PRESETS = {
         "temperature": 0.8,
         "max_new_tokens": 256,
         "lr": 1e-6,
+        "lr_end": 0.0,
         "delta": 0.01,
         "eval_problems": 128,
         "warm_start": 0,
         "warm_start_lr": 1e-4,
+        "checkpoint_every": 1,
     },
 }
 TASK_PRESETS = {  # and on the task: what pretrained models do there in place of the above
     "sums": {  # a small model, on a CPU
-        "stages": 32,
+        "stages": 40,
         "inner_steps": 1,
-        "problems": 16,
-        "group": 4,
+        "problems": 8,
+        "group": 8,
         "temperature": 1.0,
         "max_new_tokens": 24,
         "lr": 3e-5,
+        "lr_end": 0.3,
         "delta": 0.1,
         "eval_problems": 192,
         "warm_start": 20,
+        "checkpoint_every": 4,
     },
 }
 
@@ -128,10 +134,11 @@ class Config:
     inner_steps: int = knob(PRESET, "most optimizer steps in one update", least=1)
     lr: float = knob(
         PRESET,
-        "peak learning rate of AdamW; cosine decay to 0 over the run; ten times as much with LoRA",
+        "peak learning rate of AdamW, which decays as a cosine over the run; ten times as much with LoRA",
         least=0,
         finite=True,
     )
+    lr_end: float = knob(PRESET, "fraction of lr at which the decay ends", least=0, finite=True)
     # Eq. 9
     advantage_clip: float = knob(
         2.0, "bound on the normalised advantage; inert above sqrt(group - 1); inf for none", least=0
@@ -183,7 +190,10 @@ class Config:
     diagnostics: bool = knob(
         False, "estimate stale gap, occupancy shift and lower bounds of each update on rollouts of their own"
     )
-    keep: int = knob(2, "checkpoints to keep, a stage apart", least=1)
+    checkpoint_every: int = knob(
+        PRESET, "stages between checkpoints, and so the most that a resumed run does again", least=1
+    )
+    keep: int = knob(2, "checkpoints to keep", least=1)
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
     resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
     replace: str = knob(
@@ -210,6 +220,8 @@ class Config:
             check(f, getattr(self, f.name))
         if self.beta and not 1e-4 <= self.beta <= 1:
             raise UserError(f"--beta is {self.beta:g}; it lives between 1e-4 and 1, or is 0 for no penalty")
+        if self.lr_end > 1:
+            raise UserError(f"--lr-end is {self.lr_end:g}; it is a fraction of --lr, from 0 to 1")
         if bool(self.lora_rank) != bool(self.lora_alpha):
             raise UserError("--lora-rank and --lora-alpha are both positive, or left out for all weights")
         if self.delta == 0:

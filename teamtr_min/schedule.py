@@ -27,9 +27,10 @@ def update_order(config: Config, stage: int) -> list[int]:
 
 
 def learning_rate(config: Config, stage: int, i: int) -> float:
-    """Cosine decay from lr to 0 over all updates of the run; i counts those of the stage."""
+    """Cosine decay from lr to lr_end * lr over all updates of the run; i counts those of the stage."""
     groups = len(config.update_groups)
-    return 0.5 * config.lr * (1 + math.cos(math.pi * (stage * groups + i) / (config.stages * groups)))
+    decayed = 0.5 * (1 + math.cos(math.pi * (stage * groups + i) / (config.stages * groups)))
+    return config.lr * (config.lr_end + (1 - config.lr_end) * decayed)
 
 
 class RolloutSource:

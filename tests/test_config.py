@@ -16,6 +16,7 @@ import eval as evaluation
 import train
 from teamtr_min import cli
 from teamtr_min.config import PRESETS, TASK_PRESETS, Config
+from teamtr_min.schedule import learning_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +35,8 @@ def test_presets_go_by_the_model_alike_from_python_and_from_the_shell(model):
     assert preset == {name: getattr(config, name) for name in preset}
     assert config.lr == (1e-6 if "qwen" in model else 5e-4)
     for name in preset:  # a value of one's own stands, and changes no other
-        flag, value = [f"--{name.replace('_', '-')}", "7"], "7" if name == "task" else 7
+        value = {"task": "7", "lr_end": 1}.get(name, 7)
+        flag = [f"--{name.replace('_', '-')}", str(value)]
         own = Config(model=model, **{name: value})
         assert own == cli.parse(["--model", model, *flag], "") == dataclasses.replace(config, **{name: value})
         assert dataclasses.asdict(own) == dataclasses.asdict(config) | {name: value}
@@ -65,6 +67,15 @@ def test_what_the_shell_says_shorter_python_says_too(flags, fields, tmp_path):
     assert Config.load(tmp_path / "config.json") == config
 
 
+def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
+    rates = [
+        learning_rate(Config(agents=2, stages=2, lr=10.0, lr_end=0.2), stage, i)
+        for stage in (0, 1)
+        for i in (0, 1)
+    ]
+    assert rates == pytest.approx([10, 6 + 4 * 0.5**0.5, 6, 6 - 4 * 0.5**0.5])
+
+
 @pytest.mark.parametrize("main, flag", [(train.main, "--resume"), (evaluation.main, "--team")])
 def test_a_configuration_of_another_version_is_refused_with_the_fields_that_differ(
     tmp_path, capsys, main, flag
@@ -85,6 +96,7 @@ def test_a_configuration_of_another_version_is_refused_with_the_fields_that_diff
         ("--delta 0", "--delta 0 allows no change"),
         ("--delta nan", "--delta is nan"),
         ("--lr inf", "--lr must be finite"),
+        ("--lr-end 2", "--lr-end is 2; it is a fraction of --lr, from 0 to 1"),
         ("--beta 5", "--beta is 5; it lives between"),
         ("--kl none --beta 0.1", "--kl none means --beta 0"),
         ("--no-advantage-clip --advantage-clip 1", "--no-advantage-clip means --advantage-clip inf"),

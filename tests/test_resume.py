@@ -41,7 +41,10 @@ def start_or_resume(out: Path, flags: list[str]) -> None:
     train.main(["--resume", str(out)] if (out / "config.json").exists() else [*flags, "--out", str(out)])
 
 
-@pytest.mark.parametrize("more", [[], ["--occupancy", "stale", "--order", "random", "--router", "random"]])
+STALE = ["--occupancy", "stale", "--order", "random", "--router", "random", "--checkpoint-every", "2"]
+
+
+@pytest.mark.parametrize("more", [[], STALE])
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path, more):
     """SIGKILL at ten random moments (twenty over both cases), against one run that nobody disturbed."""
     processes = multiprocessing.get_context("forkserver")

@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from teamtr_min.bench.measure import (
-    device_name,
-    example,
-    matmul_rate,
-    measured,
-    milliseconds,
-    peak_mib,
-    setting,
-)
+from teamtr_min.bench.machine import device_name, matmul_rate
+from teamtr_min.bench.measure import example, measured, milliseconds, peak_mib, setting
 from teamtr_min.objective import teamtr_loss, trust_region_loss
 
 MEMORY_SHAPE = (2048, 896, 151936)  # of the CPU's memory rows: Qwen2.5-0.5B
@@ -68,7 +61,7 @@ def run() -> dict:
     """Everything that `python eval.py kernels` prints, as one object."""
     device, dtype, (N, H, V) = setting()
     data = example(N, H, V, dtype, device)
-    rate = matmul_rate(dtype, device)
+    rate = matmul_rate(torch.device(device), dtype)
     return {
         "benchmark": "kernels",
         "device": device_name(device),

@@ -1,4 +1,4 @@
-"""What the benchmarks share: an example, a clock, a memory gauge, and one implementation's figures."""
+"""Of the kernels' benchmark: an example, a clock, a memory gauge, and one implementation's figures."""
 
 import platform
 import resource
@@ -16,12 +16,6 @@ def setting() -> tuple[str, torch.dtype, tuple[int, int, int]]:
     if torch.cuda.is_available():
         return "cuda", torch.bfloat16, (16384, 1536, 151936)
     return "cpu", torch.float32, (512, 256, 8192)
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"a CPU with {torch.get_num_threads()} threads"
 
 
 def example(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -46,13 +40,6 @@ def milliseconds(step: Callable, device: str, seconds: float = 1.0) -> tuple[flo
         times.append((time.perf_counter() - start) * 1e3)
     shares = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     return tuple(torch.tensor(times, dtype=torch.float64).quantile(shares).tolist())
-
-
-def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of one large square product, here and now."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / milliseconds(lambda: a @ b, device)[0] * 1e3
 
 
 def extra_mib(step: Callable, device: str) -> float:

@@ -8,24 +8,20 @@ of the two. On a CPU with one thread (OMP_NUM_THREADS=1) the clock is that threa
 the machine does not count.
 """
 
-import importlib
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
 
 from teamtr_min import rng
-from teamtr_min.bench.measure import device_name
+from teamtr_min.bench.machine import REPEATS, clock_name, copy_rate, device_name, interleaved, matmul_rate
+from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
-from teamtr_min.hf.weights import config_json, load_model
+from teamtr_min.hf.weights import load_model
 from teamtr_min.model import Transformer
 from teamtr_min.rollout import collect
 from teamtr_min.sampler import generate
 from teamtr_min.tasks import load_task
 from teamtr_min.team import Message, Team, load_team, placement
 
-PROMPT_TOKENS, REPEATS = 32, 5
+PROMPT_TOKENS = 32
 SMALL_PARAMETERS = 20e6  # below: batches of up to 256 rows on a CPU too
 EPISODE = {"agents": 3, "rounds": 2, "task": "relay"}
 
@@ -45,7 +41,7 @@ def run(model: str = "relay", short: bool = False) -> dict:
         "model": model,
         "device": device_name(device.type),
         "dtype": str(dtype).removeprefix("torch."),
-        "clock": "CPU seconds" if one_thread(device) else "seconds",
+        "clock": clock_name(device),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": new_tokens,
         "repeats": repeats,
@@ -56,46 +52,6 @@ def run(model: str = "relay", short: bool = False) -> dict:
     result["rows"] = [row(ours, theirs, B, new_tokens, repeats, result) for B in batches]
     result["episode"] = episode(config, 2 if short else 16, repeats) if theirs and model == "relay" else None
     return result
-
-
-def one_thread(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.get_num_threads() == 1
-
-
-def seconds(f: Callable, device: torch.device) -> float:
-    """Time of f(): of this thread alone where it is the only one."""
-    clock = time.thread_time if one_thread(device) else time.perf_counter
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = clock()
-    f()
-    synchronize()
-    return clock() - start
-
-
-def interleaved(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turns after one run to warm up."""
-    for f in contestants.values():
-        f()
-    times = [{name: seconds(f, device) for name, f in contestants.items()} for _ in range(repeats)]
-    return {name: statistics.median(t[name] for t in times) for name in contestants}
-
-
-def in_transformers(model: Transformer) -> tuple[Callable | None, str | None]:
-    """The same weights, shared and not copied, in transformers' class; without it None and what to do."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        return None, f"pip install transformers to compare ({error})"
-    with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
-        )
-    theirs.load_state_dict(model.state_dict(), strict=False, assign=True)
-    theirs.tie_weights()
-    # What is computed when a model is built, the angles of rope, has no data on "meta": build that part anew.
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(model.device)
-    return theirs.eval(), None
 
 
 def row(ours: Transformer, theirs, B: int, new_tokens: int, repeats: int, machine: dict) -> dict:
@@ -143,20 +99,6 @@ def floor_seconds(model: Transformer, B: int, new_tokens: int, machine: dict) ->
         new_tokens * step_bytes / machine["copy_bytes_per_second"],
         B * (products + attention) / machine["matmul_flops_per_second"],
     )
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by one large copy, here and now."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / interleaved({"copy": lambda: target.copy_(source)}, REPEATS, device)["copy"]
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square product, here and now."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-    return 2 * n**3 / interleaved({"product": lambda: a @ b}, REPEATS, device)["product"]
 
 
 def episode(config: Config, problems: int, repeats: int) -> dict:

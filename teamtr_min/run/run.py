@@ -119,7 +119,7 @@ class Run:
         self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
 
     def end_stage(self, stage: int) -> None:
-        """Log the stage, evaluate if it is time to, and write its checkpoint."""
+        """Log the stage; evaluate and write a checkpoint if it is time to."""
         every, done = self.config.eval_every, stage + 1
         due = every and done % every == 0 and done < self.config.stages
         updates = sorted(self.updates[-len(self.learners) :], key=lambda u: u.get("agent", 0))
@@ -135,7 +135,8 @@ class Run:
         self._append("metrics.jsonl", [line])
         names = [agent.role.name for agent in self.team.agents]
         self.console.say(stage_text(line, updates, self.config, names))
-        self._checkpoint(self.config.warm_start + done)
+        if done % self.config.checkpoint_every == 0 or done == self.config.stages:
+            self._checkpoint(self.config.warm_start + done)
 
     def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
@@ -202,9 +203,9 @@ class Run:
         done, log = checkpoint.load(self.directory, self.learners)
         path = self.directory / "metrics.jsonl"
         if log is None:
-            # A kill before the first checkpoint leaves one stage at most; a new start would write over more.
-            logged = path.read_bytes().splitlines()
-            if sum(b'"kind": "warm_start"' not in line for line in logged) > len(self.learners) + 1:
+            # A kill before the first checkpoint leaves these at most; a new start would write over more.
+            logged, most = path.read_bytes().splitlines(), self.config.checkpoint_every
+            if sum(b'"kind": "warm_start"' not in line for line in logged) > most * (len(self.learners) + 1):
                 raise UserError(
                     f"{self.directory} has finished stages but no checkpoints; nothing to resume from"
                 )
