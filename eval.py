@@ -12,6 +12,7 @@ python eval.py jsonl --model DIR --data FILE   word problems of one's own
 python eval.py kernels                  the log-prob kernel beside its peers, on this machine
 python eval.py sampling training stage  tokens per second, an update's step, both beside transformers, and
                                         where a stage's seconds go; --model DIR for another model
+python eval.py gpu                      a GPU's tests and all speed benchmarks, into runs/gpu.json
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
 torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME   the same by eight processes, a GPU each
@@ -25,7 +26,7 @@ import sys
 from pathlib import Path
 
 import train
-from teamtr_min.bench import accuracy, export, kernels, report, sampling, stage, training
+from teamtr_min.bench import accuracy, export, gpu, kernels, report, sampling, stage, training
 from teamtr_min.bench.board import Board
 from teamtr_min.cli import add_flags, open_streams
 from teamtr_min.files import UserError, one_line
@@ -34,7 +35,7 @@ from teamtr_min.ranks import ALONE, Lost, join
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS
 
-TEAMLESS = ("kernels", "sampling", "training", "stage", "occupancy")
+TEAMLESS = ("kernels", "sampling", "training", "stage", "gpu", "occupancy")
 BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype batch_rows "
@@ -84,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     study = parser.add_argument_group("occupancy")
     study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}")
     study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
-    study.add_argument("--out", help="where its runs and figures go (default runs/occupancy)")
+    study.add_argument(
+        "--out", help="where its runs and figures go (default runs/occupancy; gpu: runs/gpu.json)"
+    )
     parser.add_argument("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
     add_flags(parser, TEAM_FLAGS.split())
     args = parser.parse_args(argv)
@@ -145,6 +148,9 @@ def measure(
     if name == "stage":
         result = stage.run(train, flags.get("model", "relay"), args.short)
         return result, stage.table(result)
+    if name == "gpu":
+        result = gpu.run(train, Path(args.out or "runs/gpu.json"))
+        return result, gpu.table(result)
     if name == "occupancy":
         studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
         result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)

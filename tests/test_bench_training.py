@@ -1,17 +1,20 @@
 """`eval.py training` and `eval.py stage` at toy sizes, and the floor of a step counted by hand."""
 
+import dataclasses
+import functools
 import json
 import sys
 import time
 
 import pytest
 import torch
-from tiny import random_model
+from commands import refusal
+from tiny import CONFIGS, random_model
 
 import eval as evaluation
 import train
-from teamtr_min import rng
-from teamtr_min.bench import stage, training
+from teamtr_min import load_tokenizer, rng
+from teamtr_min.bench import gpu, stage, training
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
 from teamtr_min.learner import Learner, evaluate
@@ -106,3 +109,30 @@ def test_the_stopwatch_counts_each_second_once():
     spent = time.perf_counter() - begin
     assert watch.total["inner"] >= 0.06 and 0.01 <= watch.total["outer"] < 0.06
     assert sum(watch.total.values()) == pytest.approx(spent, abs=0.01)
+
+
+def test_the_half_hour_on_a_gpu_keeps_what_it_has(tmp_path, monkeypatch):
+    """On a CPU, with a made-up model of toy size: a step that fails costs no other."""
+    path = gpu.made_up(dataclasses.replace(CONFIGS["qwen2"], vocab_size=300), tmp_path / "model")
+    assert load_tokenizer(path).decode(load_tokenizer(path).encode("Ana has 3 eggs.")) == "Ana has 3 eggs."
+    steps = gpu.steps(train, path)
+    assert list(steps)[:2] == ["tests", "kernels"]
+    wanted = {name: steps[name] for name in ("training 1.5b", "stage 1.5b")}
+    for bench in (training, stage):
+        monkeypatch.setattr(bench, "run", functools.partial(bench.run, short=True))
+
+    def broken() -> dict:
+        raise RuntimeError("no such kernel\nimage")
+
+    result = gpu.measure({"broken": broken, **wanted}, tmp_path / "new" / "gpu.json")
+    kept = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert kept == json.loads(json.dumps(result)) and kept["machine"]["torch"] == torch.__version__
+    assert kept["steps"]["broken"]["failed"] == "RuntimeError: no such kernel image"
+    assert [kept["steps"][name]["benchmark"] for name in wanted] == ["training", "stage"]
+    text = gpu.table(result)
+    assert "failed: RuntimeError" in text and "== stage 1.5b" in text and "of plan" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert "torch sees none here" in refusal(capsys, evaluation.main, "gpu")

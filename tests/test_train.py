@@ -257,7 +257,7 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, caps
     Path("my_task.py").write_text(own_task)
     for name in ("NAME", "A", "B"):
         run(Path("runs", name), "--stages", "1")
-    take_minutes, ran = {"kernels", "occupancy", "sampling", "training", "stage"}, []
+    take_minutes, ran = {"kernels", "occupancy", "sampling", "training", "stage", "gpu"}, []
     drawn = {"report"} if importlib.util.find_spec("matplotlib") is None else set()
     for program, flags in commands():
         if program not in MAINS:

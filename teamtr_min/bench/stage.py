@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from teamtr_min.bench.machine import device_name
+from teamtr_min.bench.training import LARGE
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
@@ -94,15 +95,18 @@ def run(train, model: str = "relay", short: bool = False) -> dict:
     shipped = model in SHIPPED
     base = {"model": model, "task": model if shipped else "sums", "agents": 3 if shipped else 2}
     base |= {"warm_start": 0, "stages": 3 if shipped else 2, "eval_problems": 1, "keep": 1}
+    base["checkpoint_every"] = 1 if shipped else 2  # a large one takes minutes, and the last stage has one
+    device, dtype = placement(Config(**base))
+    if not shipped and device.type == "cuda":
+        base |= LARGE
     if short:
         base |= {"problems": 2, "group": 2, "stages": 2, "inner_steps": 1}
     rounds = ROUNDS if shipped and not short else 1
     teams = {f"fresh, {n} agents": {"agents": n} for n in range(2, MOST_AGENTS + 1)} if shipped else {}
-    cases = VARIANTS | teams
+    cases = VARIANTS | teams if shipped else {name: VARIANTS[name] for name in ("fresh", "stale")}
     if short:
         cases = dict(list(VARIANTS.items())[:2]) | dict(list(teams.items())[:1])
     config = Config(**base)
-    device, dtype = placement(config)
     found = [{name: one(train, Config(**base | more)) for name, more in cases.items()} for _ in range(rounds)]
     return {
         "benchmark": "stage",

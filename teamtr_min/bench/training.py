@@ -9,6 +9,8 @@ The floor of a step is arithmetic alone: the FLOPs of every distinct position, o
 the rate of a large product.
 """
 
+import dataclasses
+
 import torch
 
 from teamtr_min import rng
@@ -21,9 +23,10 @@ from teamtr_min.model import Transformer
 from teamtr_min.objective import teamtr_loss
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task
-from teamtr_min.team import load_team
+from teamtr_min.team import load_team, placement
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one forward pass, for both
+LARGE = {"problems": 32, "group": 8, "max_new_tokens": 256}  # what a GPU trains a pretrained model on
 RATE = 0.0  # a step that is made whole and changes nothing: all repeats do the same
 
 
@@ -31,6 +34,8 @@ def run(model: str = "relay", short: bool = False) -> dict:
     """Everything that `python eval.py training` prints, as one object. `short`: toy sizes, once."""
     shipped = model in SHIPPED
     config = Config(model=model, task=model if shipped else "sums", agents=3 if shipped else 2)
+    if not shipped and placement(config)[0].type == "cuda":
+        config = dataclasses.replace(config, **LARGE)
     problems, repeats = (2, 1) if short else (config.problems, REPEATS)
     task = load_task(config)
     team = load_team(config, task.roles(config.agents))
