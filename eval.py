@@ -38,7 +38,7 @@ from teamtr_min.tasks import TASKS
 TEAMLESS = ("kernels", "sampling", "training", "stage", "gpu", "occupancy")
 BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
 TEAM_FLAGS = (
-    "model agents rounds router temperature max_new_tokens seed device dtype batch_rows "
+    "model agents rounds router temperature max_new_tokens seed device dtype batch_rows shard "
     "question_field answer_field"
 )
 

@@ -179,6 +179,10 @@ class Config:
         "compute dtype over fp32 masters; auto: bf16 on a GPU, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
+    shard: bool = knob(
+        False,
+        "with torchrun: spread each model's weights over the processes, where they do not fit one device",
+    )
     batch_tokens: int = knob(
         0, "tokens per training forward, which changes no result; 0: as many as memory allows", least=0
     )
@@ -235,6 +239,11 @@ class Config:
             )
         if self.resample == "suffix" and self.occupancy != "fresh":
             raise UserError(f"--resample suffix: with --occupancy {self.occupancy} nothing is sampled again")
+        if self.shard:
+            alone = {"lora-rank": self.lora_rank, "diagnostics": self.diagnostics, "replace": self.replace}
+            alone["occupancy joint"] = self.occupancy == "joint"
+            if wrong := [flag for flag, given in alone.items() if given]:
+                raise UserError(f"--shard does not go together with --{wrong[0]}")
         if self.replace and not self.resume:
             raise UserError("--replace changes a run that is there: name it by --resume RUN")
         if self.align != Config.align and not self.replace:

@@ -54,7 +54,9 @@ class Learner:
     that the monitor sees exactly the weights that the sampler will use.
 
     Of several ranks each holds all masters, but Adam's moments only of those that it owns: it steps these and
-    sends them to the others (ZeRO-1). What `evaluate` measures is the same number on all ranks.
+    sends them to the others (ZeRO-1). Where weights are spread (shards.py) each holds, and steps, its part of
+    every tensor: masters, moments and gradients are parts then. What `evaluate` measures is the same number
+    on all ranks.
     """
 
     def __init__(self, team: Team, agents: list[int], beta: float):
@@ -66,10 +68,13 @@ class Learner:
         named = [(name, p) for name, p in named if p.requires_grad]  # with LoRA the adapters alone
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.bases = [a.base_sha256 for j in agents if (a := team.agents[j].adapter)]  # frozen, not saved
-        single = all(p.dtype == torch.float32 for p in self.parameters)
-        self.masters = self.parameters if single else [p.detach().float() for p in self.parameters]
-        self.ranks = team.ranks
+        self.copied = any(p.dtype != torch.float32 for p in self.parameters)  # masters are a second copy
+        self.masters = [p.detach().float() for p in self.parameters] if self.copied else self.parameters
+        self.ranks, self.shards = team.ranks, self.models[0].shards
         self.owners = self.ranks.owners([p.numel() for p in self.masters])
+        if self.shards:
+            self.masters = [p.detach().to_local() for p in self.parameters]
+            self.owners = [self.ranks.rank] * len(self.masters)
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
@@ -80,13 +85,18 @@ class Learner:
 
     @property
     def finite(self) -> bool:
-        """Whether every weight is."""
-        return all(bound.isfinite() for p in self.masters for bound in p.detach().aminmax())
+        """Whether every weight is, on all ranks."""
+        held = (p.detach() for p in self.masters if p.numel())
+        return not self.ranks.any(not all(bound.isfinite() for p in held for bound in p.aminmax()))
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far, on all ranks; their norm before clipping."""
         self._sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, GRADIENT_NORM).item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None])
+        if self.shards:
+            norm = torch.tensor(math.sqrt(self.ranks.total(norm.item() ** 2)))
+        torch.nn.utils.clip_grads_with_norm_(self.masters, GRADIENT_NORM, norm)
+        norm = norm.item()
         if not math.isfinite(norm):
             raise Diverged("the gradient is not finite")
         self.optimizer.param_groups[0]["lr"] = lr
@@ -95,8 +105,9 @@ class Learner:
             if owner != self.ranks.rank:
                 p.grad = None
         self.optimizer.step()
-        self.ranks.broadcast([p.detach() for p, _ in stepped], [owner for _, owner in stepped])
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.shards:
+            self.ranks.broadcast([p.detach() for p, _ in stepped], [owner for _, owner in stepped])
+        self._clear_gradients()
         self._round()
         return norm
 
@@ -119,7 +130,7 @@ class Learner:
         for i, p in enumerate(self.masters):
             p.copy_(base.masters[i] if toward is None else base.masters[i].lerp(toward[i], fraction))
             self.optimizer.state[p] = {name: value.clone() for name, value in base.state[i].items()}
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         self._round()
 
     def onload(self) -> None:
@@ -132,11 +143,23 @@ class Learner:
 
     def add_gradients(self) -> None:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
-        if self.masters is not self.parameters:
+        if self.copied:
             for master, p in zip(self.masters, self.parameters):
                 if p.grad is not None:  # of those that step together, one has the batch
                     master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                     p.grad = None
+
+    def whole(self, i: int, x: Tensor) -> Tensor:
+        """On the host, given what this rank has of master i or of a moment of it; only the first rank gets it
+        where weights are spread, and all have to ask."""
+        if self.shards and x.dim():
+            x = self.shards.whole(x, self.parameters[i])
+            return x.cpu() if self.ranks.first else x.new_empty(0)
+        return x.cpu()
+
+    def part(self, i: int, x: Tensor) -> Tensor:
+        """What this rank keeps of x, which is a whole master i or a moment of it."""
+        return self.shards.part(x, self.parameters[i]) if self.shards and x.dim() else x
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
         """[ours] Follow the overshoot of the attempted update, within bounds; a beta of 0 stays off."""
@@ -150,7 +173,10 @@ class Learner:
 
     def _sum_gradients(self) -> None:
         """Of what each rank has from its own rollouts; where none has a gradient there is none."""
-        if self.ranks.size == 1:
+        if self.shards:  # they are sums already, in parts
+            for master, p in zip(self.masters, self.parameters):
+                master.grad = None if p.grad is None else p.grad.to_local()
+        if self.ranks.size == 1 or self.shards:
             return
         count = torch.tensor([p.grad is not None for p in self.masters]).int()
         self.ranks.sum([count])
@@ -159,14 +185,18 @@ class Learner:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.ranks.sum([p.grad for p in summed])
 
+    def _clear_gradients(self) -> None:
+        for p in (*self.masters, *self.parameters):
+            p.grad = None
+
     @torch.no_grad()
     def _round(self) -> None:
-        if self.masters is not self.parameters:
+        if self.copied:
             for master, p in zip(self.masters, self.parameters):
                 p.copy_(master)
 
     def _move(self, device: torch.device | str) -> None:
-        if self.masters is not self.parameters:
+        if self.copied:
             for p in self.masters:
                 p.data = p.data.to(device)
         for state in self.optimizer.state.values():
@@ -198,9 +228,6 @@ def evaluate(
     """
     exact = config.kl_estimator == "exact"
     first, old_heads = old_logps is None, {}
-    if first and exact:
-        for model in learner.models:
-            old_heads[model] = model.head.detach().clone() if model.head.requires_grad else model.head
     messages = learner.ranks.total(sum(len(batch.advantage) for batch in batches))
     tokens = learner.ranks.total(sum(len(batch.pair) for batch in batches))
     sums, ratio_max, mismatch_max, made = {}, [], [], []
@@ -211,52 +238,59 @@ def evaluate(
 
     pulling = [bool(batch.advantage.any()) for batch in batches]
     climbing = {batch.model for batch, pulls in zip(batches, pulling) if pulls}
-    for batch, pulls, old in zip(batches, pulling, old_logps or [None] * len(batches)):
-        share = len(batch.advantage) / messages  # Eq. 10 and 11 are means over all of the agent's messages
-        model = batch.model
-        # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has
-        # nothing else gets its zeros all the same: they let Adam's moments decay.
-        needed = grad and (pulls or (not first and learner.beta > 0) or model not in climbing)
-        with torch.set_grad_enabled(needed):
-            hidden = batch.hidden(model)  # (pairs, H)
-            new = kernels.linear_logprob_stats(
-                hidden,
-                model.head,
-                batch.targets,
-                config.temperature,
-                entropy=first,
-                old=old.everything if old else None,
-            )
-            logp = new.logp[batch.pair]  # (N,)
-            if first:
-                old = OldLogps(logp.detach(), (hidden.detach(), old_heads[model]) if exact else None)
-                mismatch = (batch.sampled_logp - old.token).abs()
-                add("entropy", new.entropy[batch.pair].sum(), 1 / tokens)
-                add("sampler_mismatch", mismatch.sum(), 1 / tokens)
-                mismatch_max.append(mismatch.max())
-            loss, stats = trust_region_loss(
-                logp,
-                old.token,
-                batch.message,
-                batch.advantage,
-                clip=config.clip,
-                beta=learner.beta,
-                ratio=config.ratio,
-                kl_unit=config.kl_unit,
-            )
-            if needed:
-                (loss * share).backward()
-                learner.add_gradients()
-        made.append(old)
-        add("loss", loss, share)
-        for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-            add(name, stats[name][0], share)
-        ratio_max.append(stats["ratio_max"][0])
-        learner.bar.advance(1, len(batch.pair))
-        if exact:
-            kl = torch.zeros_like(logp) if first else new.kl[batch.pair]  # (N,)
-            length = torch.bincount(batch.message)[batch.message] if config.kl_unit == "token" else 1
-            add("kl_exact", (kl / length).sum(), 1 / messages)
+    with learner.models[0].in_step(grad):
+        for batch, pulls, old in zip(batches, pulling, old_logps or [None] * len(batches)):
+            share = (
+                len(batch.advantage) / messages
+            )  # Eq. 10 and 11 are means over all of the agent's messages
+            model = batch.model
+            # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has
+            # nothing else gets its zeros all the same: they let Adam's moments decay. Of spread weights
+            # all ranks have to go back at each batch.
+            needed = pulls or (not first and learner.beta > 0) or model not in climbing or model.shards
+            needed = grad and bool(needed)
+            with torch.set_grad_enabled(needed):
+                hidden = batch.hidden(model)  # (pairs, H)
+                if first and exact and model not in old_heads:
+                    old_heads[model] = model.head.detach().clone() if model.head.requires_grad else model.head
+                new = kernels.linear_logprob_stats(
+                    hidden,
+                    model.head,
+                    batch.targets,
+                    config.temperature,
+                    entropy=first,
+                    old=old.everything if old else None,
+                )
+                logp = new.logp[batch.pair]  # (N,)
+                if first:
+                    old = OldLogps(logp.detach(), (hidden.detach(), old_heads[model]) if exact else None)
+                    mismatch = (batch.sampled_logp - old.token).abs()
+                    add("entropy", new.entropy[batch.pair].sum(), 1 / tokens)
+                    add("sampler_mismatch", mismatch.sum(), 1 / tokens)
+                    mismatch_max.append(mismatch.max())
+                loss, stats = trust_region_loss(
+                    logp,
+                    old.token,
+                    batch.message,
+                    batch.advantage,
+                    clip=config.clip,
+                    beta=learner.beta,
+                    ratio=config.ratio,
+                    kl_unit=config.kl_unit,
+                )
+                if needed:
+                    (loss * share).backward()
+                    learner.add_gradients()
+            made.append(old)
+            add("loss", loss, share)
+            for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
+                add(name, stats[name][0], share)
+            ratio_max.append(stats["ratio_max"][0])
+            learner.bar.advance(1, len(batch.pair))
+            if exact:
+                kl = torch.zeros_like(logp) if first else new.kl[batch.pair]  # (N,)
+                length = torch.bincount(batch.message)[batch.message] if config.kl_unit == "token" else 1
+                add("kl_exact", (kl / length).sum(), 1 / messages)
     measured = {}
     if batches:
         sums["ratio_max"] = torch.stack(ratio_max).max()

@@ -197,6 +197,18 @@ class Needs:
     budget: int = 2**62  # and that it may have
     ranks: Ranks = ALONE
 
+    @property
+    def parts(self) -> int:
+        """Ranks that every tensor is spread over."""
+        return self.ranks.size if self.config.shard else 1
+
+    def gathered(self, m: ModelConfig, width: int) -> int:
+        """Where weights are spread: bytes, `width` a number, of the layer in use, of the next, and of what
+        is outside of layers."""
+        outside = (2 - m.tied) * m.vocab_size * m.hidden_size
+        layer = (parameters(m) - outside) // m.layers
+        return width * (2 * layer + outside) * (self.parts > 1)
+
     def updating(self, agents: list[int]) -> int:
         """Parameters that one update moves."""
         return sum(self.counts[j] for j in agents)
@@ -204,6 +216,8 @@ class Needs:
     def owned(self, agents: list[int]) -> int:
         """Of these the parameters whose moments one rank keeps, at most (see `Ranks.owners`)."""
         size, count = self.ranks.size, 0
+        if self.parts > 1:
+            return -(-self.updating(agents) // size)
         for j in agents:
             m, n = self.models[j], self.counts[j]
             even, largest = n // size + m.hidden_size * m.intermediate_size, m.hidden_size * m.vocab_size
@@ -212,7 +226,8 @@ class Needs:
 
     def states(self, agents: list[int]) -> int:
         """Bytes of Adam's two moments, and in bf16 of the fp32 masters."""
-        return 8 * self.owned(agents) + 4 * (self.width < 4) * self.updating(agents)
+        masters = 4 * (self.width < 4 and self.parts == 1)  # parts of weights are masters themselves
+        return 8 * self.owned(agents) + masters * self.updating(agents)
 
     def sampling(self, rows: int) -> int:
         """KV cache, draw and prefill of `rows` rollouts at once."""
@@ -226,6 +241,7 @@ class Needs:
             # Without a way back half of a layer's numbers live at once; the mask is there twice.
             + prefill * (layer_numbers(m) * self.width // 2 + 5 * max(PREFILL_TREE, self.longest))
             + self._head_in_fp32(m)
+            + self.gathered(m, self.width)
             for m in self.models
         )
         written = rows * self.config.turns * self.config.max_new_tokens
@@ -235,6 +251,8 @@ class Needs:
     def points(self, agents: list[int]) -> int:
         """Bytes of gradients and of the points to go back to: last accepted masters and moments, attempted
         masters; in bf16 also the masters' own gradient."""
+        if self.parts > 1:
+            return (4 + 4 + 4 + 8) * self.owned(agents)
         each = self.width + 4 + 4 + 4 * (self.width < 4)
         return self.updating(agents) * each + 8 * self.owned(agents)
 
@@ -254,13 +272,16 @@ class Needs:
                 trained = problems * self.config.group * self.config.rounds
                 states = min(trained * self.config.max_new_tokens, trained * self.longest)
                 old = (states + m.vocab_size) * m.hidden_size * self.width
-            work = max(work, head + chunk + activations + old + self._head_in_fp32(m))
+            gathered = self.gathered(m, 2 * self.width + 4)  # with gradients, and these in fp32 to be summed
+            work = max(work, head + chunk + activations + old + gathered + self._head_in_fp32(m))
         return math.floor(self.points(agents) + work * FRAGMENTATION)
 
     def host(self) -> int:
         """On CUDA, bytes of host memory: optimizers that wait, of all ranks on this machine, and the copy of
         one while it is written."""
         waiting = 4 * sum(self.counts) + 8 * sum(map(self.owned, self.config.update_groups))
+        if self.parts > 1:  # a model is whole in host memory while it is loaded, one after the other
+            waiting = 4 * max(self.counts) + 8 * self.owned(list(range(len(self.counts))))
         written = 12 * max(map(self.updating, self.config.update_groups))
         return self.ranks.on_this_machine * waiting + written
 
@@ -292,6 +313,8 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     views = list(zip([chats[d] for d in directories], task.roles(config.agents)))
     longest = min(longest_transcript(config, views, problems), *(m.max_positions for m in models))
     weights = dtype.itemsize * (sum(counts) + sum(shared.values()))
+    if config.shard and ranks.size > 1:
+        weights = 4 * -(-sum(counts) // ranks.size)
     reset_peak(device)
     used = in_use(device)
     base = used + WARM_UP * (device.type != "cuda")

@@ -13,6 +13,7 @@ Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden
 key/value heads, D head size, V vocabulary. `span` counts the cached positions that a row may attend to.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -330,6 +331,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.checkpointing = False  # keep each layer's input alone for the way back, compute the rest again
+        self.shards = None  # `Shards` where the weights are spread over ranks
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -344,7 +346,12 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.dtype
+        """That it computes in."""
+        return self.head.dtype if self.shards is None else self.shards.dtype
+
+    def in_step(self, grad: bool = False) -> contextlib.AbstractContextManager:
+        """Around calls of `hidden` whose number may differ between ranks; see shards.py."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.in_step(grad)
 
     def copy(self) -> "Transformer":
         """A model that training this one leaves alone; what is frozen in both is shared."""

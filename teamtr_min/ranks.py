@@ -84,6 +84,13 @@ class Ranks:
     def any(self, value: bool) -> bool:
         return any(self.gather(value))
 
+    def any_of(self, value: bool) -> bool:
+        """As `any`, for where it is asked at every step: one number goes around."""
+        flag = torch.tensor([int(value)])
+        with self._collective("any_of", flag):
+            torch.distributed.all_reduce(flag)
+        return bool(flag)
+
     def sum(self, tensors: list[Tensor]) -> None:
         """Add up each tensor over all ranks, in place."""
         if self.size > 1:

@@ -145,9 +145,10 @@ class Rollouts:
     def message_logps(self, agent: int, model: Transformer, batch_tokens: int) -> Tensor:
         """(R, turns) log-probs of the messages of `agent` under `model`, 0 at others' turns."""
         table = torch.zeros(len(self.messages), self.team.turns)
-        for batch in self.batches([agent], torch.zeros_like(self.returns), batch_tokens):
-            logps = batch.per_message(batch.logps(model, self.team.temperature))  # (M,)
-            table[batch.rollout, batch.turn] = logps.cpu()
+        with model.in_step():
+            for batch in self.batches([agent], torch.zeros_like(self.returns), batch_tokens):
+                logps = batch.per_message(batch.logps(model, self.team.temperature))  # (M,)
+                table[batch.rollout, batch.turn] = logps.cpu()
         self.team.ranks.sum([table])
         return table
 
@@ -212,7 +213,8 @@ def collect(
     start, stop = share.start * group, share.stop * group
     expected = (stop - start) * team.turns - sum(reused[start:stop])
     with SamplingBar(label, stop - start, expected, team.max_new_tokens) as bar:
-        for first in range(start, stop, team.batch_rows):
+        for offset in range(0, team.ranks.largest_share(len(problems)) * group, team.batch_rows):
+            first = min(start + offset, stop)  # where other ranks have one batch more, there are no rows
             rows = slice(first, min(first + team.batch_rows, stop))
             written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar)
             returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
@@ -255,19 +257,22 @@ def _take_turns(
                 turn_of[r] = prefix.next_agent
             elif turn == len(transcript):
                 turn_of[r] = team.route(turn, transcript, path.key("route", first + r, turn) / 2**64)
-        for j in sorted(set(turn_of.values())):
-            agent, rows = team.agents[j], [r for r, chosen in turn_of.items() if chosen == j]
-            if j not in samplers:
-                samplers[j] = Sampler(agent.model, len(problems))
+        for j, agent in enumerate(team.agents):
+            rows = [r for r, chosen in turn_of.items() if chosen == j]
             prompts = [
                 team.render(j, problems[r].text, transcripts[r], add_generation_prompt=True).ids for r in rows
             ]
             keys = [path.key("rollout", first + r, turn) for r in rows]
             stop = [agent.chat.end_of_message]
-            bar.begin(len(rows), last_turn=turn + 1 == team.turns)
-            completions = samplers[j].generate(
-                rows, prompts, keys, team.max_new_tokens, team.temperature, stop, bar.step
-            )
+            with agent.model.in_step():
+                if not rows:
+                    continue
+                if j not in samplers:
+                    samplers[j] = Sampler(agent.model, len(problems))
+                bar.begin(len(rows), last_turn=turn + 1 == team.turns)
+                completions = samplers[j].generate(
+                    rows, prompts, keys, team.max_new_tokens, team.temperature, stop, bar.step
+                )
             bar.end(sum(len(c.tokens) for c in completions))
             texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
             for r, c, text in zip(rows, completions, texts):

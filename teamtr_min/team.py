@@ -111,6 +111,11 @@ class Team:
     ranks: Ranks = ALONE  # the processes that hold this team, each all of it
 
     @property
+    def sharded(self) -> bool:
+        """Whether weights are spread over ranks."""
+        return any(agent.model.shards for agent in self.agents)
+
+    @property
     def turns(self) -> int:
         return len(self.agents) * self.rounds
 
@@ -161,7 +166,15 @@ class Team:
         return Rendered(ids, spans)
 
     def save(self, directory: Path) -> None:
-        """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole."""
+        """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole.
+
+        The first rank writes; where weights are spread the others must call this too.
+        """
+        if not self.ranks.first:
+            for agent in self.agents:
+                for _ in agent.model.shards.weights():
+                    pass
+            return
         with replacing(directory) as aside:
             aside.mkdir()  # not its parents: a run's directory that is gone is not made again
             for j, agent in enumerate(self.agents):
@@ -182,9 +195,17 @@ def load_team(
     device, dtype = placement(config)
     sources = sources or config.models * (config.agents // len(config.models))
     chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(source) for source in sources}}
-    models = load_models(sources, device, dtype, config.lora_rank, config.lora_alpha, config.seed)
+    spread = config.shard and ranks.size > 1
+    to = ("cpu", torch.float32) if spread else (device, dtype)
+    if spread:
+        from teamtr_min.shards import Shards  # its imports take a second
+    models = load_models(sources, *to, config.lora_rank, config.lora_alpha, config.seed)
     agents = []
     for source, role, (model, adapter) in zip(sources, roles, models):
+        if spread and adapter:
+            raise UserError(f"{source} is an adapter, and --shard spreads the weights of whole models alone")
+        if spread:
+            Shards(model, device, dtype, ranks)
         chat = chats[find_model(source)]
         if config.max_new_tokens >= model.config.max_positions:
             raise UserError(

@@ -45,13 +45,14 @@ def imitate(learner: Learner, batches: list[AgentBatch], lr: float) -> dict[str,
     tokens, loss = learner.ranks.total(sum(len(batch.pair) for batch in batches)), 0.0
     learner.onload()
     try:
-        for batch in batches:
-            hidden = batch.hidden(batch.model)  # (pairs, H)
-            logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
-            part = -logp.sum() / tokens
-            part.backward()
-            learner.add_gradients()
-            loss += part.item()
+        with learner.models[0].in_step(grad=True):
+            for batch in batches:
+                hidden = batch.hidden(batch.model)  # (pairs, H)
+                logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
+                part = -logp.sum() / tokens
+                part.backward()
+                learner.add_gradients()
+                loss += part.item()
         loss = learner.ranks.total(loss)
         if not loss < float("inf"):
             raise Diverged(f"the loss of the warm start is {loss}")

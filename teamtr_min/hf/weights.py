@@ -119,7 +119,8 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    named = model.shards.weights() if model.shards else model.named_parameters()
+    tensors = {name: p.detach().cpu().contiguous() for name, p in named}
     with replacing(directory / hub.SINGLE) as aside:
         try:
             save_file(tensors, aside, metadata={"format": "pt"})

@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, unsealed
 from teamtr_min.learner import Diverged, Learner, Snapshot
@@ -71,7 +71,7 @@ def load(directory: Path, learners: list[Learner]) -> tuple[int, dict | None]:
             raise UserError(f"the base model of {directory} is not the one that it began with: restore it")
         for j, (learner, beta) in enumerate(zip(learners, state["beta"])):
             learner.beta = beta
-            _restore(learner, load_file(checkpoint / f"learner-{j}.safetensors"))
+            _restore(learner, checkpoint / f"learner-{j}.safetensors")
         return int(checkpoint.name), state["log"]
     if checkpoints:
         raise UserError(
@@ -98,21 +98,23 @@ def _whole(checkpoint: Path, learners: int) -> dict | None:
 
 
 def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
+    """All of the learner's, on the first rank; every rank has to call this."""
     masters, adam = {}, {}
-    for name, p in zip(learner.names, learner.masters):
-        masters[f"master.{name}"] = p.detach().cpu()
-        adam |= {f"adam.{key}.{name}": value.cpu() for key, value in learner.optimizer.state[p].items()}
-    return masters | learner.ranks.to_first(adam)
+    for i, (name, p) in enumerate(zip(learner.names, learner.masters)):
+        masters[f"master.{name}"] = learner.whole(i, p.detach())
+        for key, value in learner.optimizer.state[p].items():
+            adam[f"adam.{key}.{name}"] = learner.whole(i, value)
+    return masters | (adam if learner.shards else learner.ranks.to_first(adam))
 
 
-def _restore(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[str, dict] = {name: {} for name in learner.names}
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, moment, name = key.split(".", 2)
-            state[name][moment] = value
-    masters = [tensors[f"master.{name}"] for name in learner.names]
-    own = [owner == learner.ranks.rank for owner in learner.owners]
-    learner.restore(
-        Snapshot(masters, [state[name] if mine else {} for name, mine in zip(learner.names, own)])
-    )
+def _restore(learner: Learner, path: Path) -> None:
+    """Of each tensor what this rank keeps."""
+    masters, states = [], [{} for _ in learner.names]
+    with safe_open(path, "pt") as stored:
+        keys = [key.split(".", 2) for key in stored.keys() if key.startswith("adam.")]
+        for i, name in enumerate(learner.names):
+            masters.append(learner.part(i, stored.get_tensor(f"master.{name}")))
+            if learner.owners[i] == learner.ranks.rank:
+                moments = [moment for _, moment, owner in keys if owner == name]
+                states[i] = {m: learner.part(i, stored.get_tensor(f"adam.{m}.{name}")) for m in moments}
+    learner.restore(Snapshot(masters, states))

@@ -150,10 +150,11 @@ def closing(config: Config, directory: Path, summary: dict, accuracies: list[flo
         lines.append(
             f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned"
         )
-    lines.append(
-        f"{directory}/ holds agents/, metrics.jsonl, transcripts.jsonl, config.json and summary.json"
-    )
-    lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
+    saved = (directory / "agents").is_dir()  # not where a run on spread weights was stopped
+    holds = "agents/, " * saved + "metrics.jsonl, transcripts.jsonl, config.json and summary.json"
+    lines.append(f"{directory}/ holds {holds}")
+    if saved:
+        lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
     return "\n".join(lines)
 
 

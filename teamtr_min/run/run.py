@@ -145,7 +145,8 @@ class Run:
             return
         stopped = "interrupted" if isinstance(reason, KeyboardInterrupt) else reason and str(reason)
         try:
-            self.team.save(self.directory / "agents")
+            if not (self.team.sharded and reason):  # else ranks that are no more would be waited for
+                self.team.save(self.directory / "agents")
             self.summary = {
                 "accuracy_untrained": self.accuracy_untrained,
                 "accuracy_start": self.accuracy_start,
@@ -263,8 +264,10 @@ class Follower(Run):
                 )
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
+        if self.team.sharded and not reason:
+            self.team.save(self.directory / "agents")
 
     def _checkpoint(self, done: int) -> None:
         checkpoint.save(self.directory, done, self.learners, {}, self.config.keep)

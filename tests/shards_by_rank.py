@@ -1,0 +1,49 @@
+"""What each of several ranks checks of spread weights: torchrun ... tests/shards_by_rank.py"""
+
+import sys
+
+import torch
+from tiny import FAMILIES, random_model, random_tokens
+
+from teamtr_min.ranks import join
+from teamtr_min.shards import Shards
+
+
+def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Uses the head outside of `hidden`, as the log-prob kernel does."""
+    return (model.hidden(tokens).float() @ model.head.float().t()).log_softmax(-1)[..., 0].sum()
+
+
+def check(ranks, family: str, tied: bool, checkpointing: bool) -> None:
+    """Rank r goes back through `hidden` r times: the gradient is the sum over all, here as if by one."""
+    model, alone = random_model(family, tied), random_model(family, tied)
+    shards = Shards(model, torch.device("cpu"), torch.float32, ranks)
+    model.checkpointing = checkpointing
+    calls = [
+        random_tokens(alone, 1 + i % 2, 5 + i, seed=i) for i in range(ranks.size * (ranks.size - 1) // 2)
+    ]
+    mine = calls[ranks.rank * (ranks.rank - 1) // 2 :][: ranks.rank]
+    with model.in_step(grad=True):
+        for tokens in mine:
+            loss_of(model, tokens).backward()
+    for tokens in calls:
+        loss_of(alone, tokens).backward()
+    with model.in_step(), torch.no_grad():  # only the last rank looks
+        if ranks.rank == ranks.size - 1:
+            torch.testing.assert_close(model.hidden(calls[0]), alone.hidden(calls[0]))
+    held = 0
+    for (name, p), whole in zip(model.named_parameters(), alone.parameters()):
+        part = p.detach().to_local()
+        held += part.numel()
+        torch.testing.assert_close(p.grad.full_tensor(), whole.grad, atol=1e-4, rtol=1e-4, msg=name)
+        assert torch.equal(shards.whole(part, p), whole) and torch.equal(shards.part(whole.detach(), p), part)
+    total = sum(p.numel() for p in alone.parameters())
+    assert sum(ranks.gather(held)) == total and held < 1.1 * total / ranks.size
+
+
+if __name__ == "__main__":
+    ranks = join()
+    for family in FAMILIES:
+        for tied in (True, False):
+            check(ranks, family, tied, checkpointing=family == "qwen3")
+    sys.exit(ranks.leave(0))
