@@ -31,6 +31,7 @@ from teamtr_min.model import ModelConfig
 from teamtr_min.packing import LONGEST_TREE
 from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
+from teamtr_min.shapes import layer_numbers, parameters, token_bytes
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
 from teamtr_min.team import ChatFormat, Team, placement
@@ -345,32 +346,6 @@ def adapter_of(directory: Path, rank: int) -> AdapterSize | None:
         adapter = read_adapter(directory)
         return AdapterSize(base_of(adapter, directory), adapter.rank, adapter.targets)
     return AdapterSize(directory, rank, TARGETS) if rank else None
-
-
-def parameters(m: ModelConfig) -> int:
-    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    attention = 2 * m.hidden_size * (query + key)
-    attention += (query + 2 * key) * m.qkv_bias + 2 * m.head_dim * m.qk_norm
-    layer = attention + 3 * m.hidden_size * m.intermediate_size + 2 * m.hidden_size
-    return m.layers * layer + (2 - m.tied) * m.vocab_size * m.hidden_size + m.hidden_size
-
-
-def layer_numbers(m: ModelConfig) -> int:
-    """Numbers that one token leaves in one layer for the way back.
-
-    Six of hidden size (two residuals, their norms before and after the weight), queries before and after the
-    rotation, attention's output and its copy, keys twice, values, and four in the MLP.
-    """
-    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    return 6 * m.hidden_size + 4 * query + 3 * key + 4 * m.intermediate_size + 2 * (query + key) * m.qk_norm
-
-
-def token_bytes(m: ModelConfig, width: int, checkpointing: bool) -> int:
-    """Activations of one token of a training forward, with the gradients of the layer that is under way."""
-    layer = layer_numbers(m) * width + (8 * m.hidden_size if width < 4 else 0)  # norms keep fp32 copies
-    ends = 8 * m.hidden_size * 4  # below the first layer, above the last, and their gradients
-    kept = m.layers * m.hidden_size * width + layer if checkpointing else m.layers * layer
-    return kept + layer + ends
 
 
 def longest_transcript(config: Config, views: list[tuple], problems: list[Problem]) -> int:

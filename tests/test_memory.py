@@ -22,9 +22,10 @@ from teamtr_min.config import Config
 from teamtr_min.hf.tokenizer import load_tokenizer
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.lora import TARGETS, Adapter, add_lora
-from teamtr_min.memory import choose, layer_numbers, parameters, plan_evaluation, plan_training
+from teamtr_min.memory import choose, plan_evaluation, plan_training
 from teamtr_min.model import ModelConfig
 from teamtr_min.rollout import collect
+from teamtr_min.shapes import layer_numbers, parameters, token_bytes
 from teamtr_min.system import free_memory, size
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
@@ -86,7 +87,7 @@ def test_parameters_and_activations_are_counted_right(family, tied):
         model = random_model(family, tied).to(dtype)
         m, tokens = model.config, random_tokens(model, 3, 31)
         assert parameters(m) == sum(p.numel() for p in model.parameters())
-        planned = memory.token_bytes(m, dtype.itemsize, checkpointing=False) * tokens.numel()
+        planned = token_bytes(m, dtype.itemsize, checkpointing=False) * tokens.numel()
         assert planned / 2.5 < kept_bytes(model, tokens) < planned
         layers = m.layers * tokens.numel() * layer_numbers(m) * dtype.itemsize
         assert dtype != torch.float32 or layers / 1.25 < kept_bytes(model, tokens)

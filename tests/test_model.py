@@ -8,14 +8,8 @@ import torch
 from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.model import (
-    KVCache,
-    attend,
-    attend_by_products,
-    attend_reference,
-    rope_table,
-    rotate,
-)
+from teamtr_min.attention import attend, attend_by_products, attend_reference
+from teamtr_min.model import KVCache, rope_table, rotate
 from teamtr_min.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
@@ -139,7 +133,7 @@ def test_batched_products_equal_the_kernel_they_replace(monkeypatch):
     k = torch.randn(65, 2, 23, 10, generator=torch.Generator().manual_seed(1))
     products = attend(q, k, k, None)
     torch.testing.assert_close(attend_by_products(q.view(65, 2, 3, 10), k, k, None).view(q.shape), products)
-    monkeypatch.setattr("teamtr_min.model.PRODUCTS_FROM_ROWS", 66)
+    monkeypatch.setattr("teamtr_min.attention.PRODUCTS_FROM_ROWS", 66)
     torch.testing.assert_close(attend(q, k, k, None), products)
 
 

@@ -18,9 +18,10 @@ from toy_runs import results
 
 import train
 from teamtr_min.config import Config
-from teamtr_min.memory import Needs, parameters
+from teamtr_min.memory import Needs
 from teamtr_min.model import ModelConfig
 from teamtr_min.ranks import ALONE, Ranks, join
+from teamtr_min.shapes import parameters
 from teamtr_min.system import size
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,9 @@ from toy_runs import results
 
 import train
 from teamtr_min.config import Config
-from teamtr_min.memory import Needs, parameters
+from teamtr_min.memory import Needs
 from teamtr_min.ranks import Ranks
+from teamtr_min.shapes import parameters
 from teamtr_min.system import size
 
 EVAL = ["relay", "--problems", "5", "--k", "2", "--again", "--json", "--shard"]
