@@ -20,6 +20,7 @@ python eval.py export --team runs/NAME --merge   a run's agents, LoRA's adapters
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -37,6 +38,11 @@ from teamtr_min.tasks import TASKS
 
 TEAMLESS = ("kernels", "sampling", "training", "stage", "gpu", "occupancy")
 BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
+SPEED = {
+    "sampling": (sampling.run, sampling.table),
+    "training": (training.run, training.table),
+    "stage": (functools.partial(stage.run, train), stage.table),
+}
 TEAM_FLAGS = (
     "model agents rounds router temperature max_new_tokens seed device dtype batch_rows shard "
     "question_field answer_field"
@@ -82,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="sampling, training, stage, occupancy: at toy sizes, for the tables' form and not for results",
     )
-    study = parser.add_argument_group("occupancy")
-    study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}")
+    study = parser.add_argument_group("occupancy and gpu")
+    study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}; or steps of gpu")
     study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
     study.add_argument(
         "--out", help="where its runs and figures go (default runs/occupancy; gpu: runs/gpu.json)"
@@ -139,17 +145,14 @@ def measure(
     if name == "kernels":
         result = kernels.run()
         return result, kernels.table(result)
-    if name == "sampling":
-        result = sampling.run(flags.get("model", "relay"), args.short)
-        return result, sampling.table(result)
-    if name == "training":
-        result = training.run(flags.get("model", "relay"), args.short)
-        return result, training.table(result)
-    if name == "stage":
-        result = stage.run(train, flags.get("model", "relay"), args.short)
-        return result, stage.table(result)
+    if name in SPEED:
+        if wrong := sorted(flags.keys() - {"model", "device", "dtype"}):
+            raise UserError(f"--{wrong[0].replace('_', '-')} says nothing to {name}")
+        run, table = SPEED[name]
+        result = run(flags, args.short)
+        return result, table(result)
     if name == "gpu":
-        result = gpu.run(train, Path(args.out or "runs/gpu.json"))
+        result = gpu.run(Path(args.out or "runs/gpu.json"), args.only)
         return result, gpu.table(result)
     if name == "occupancy":
         studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES

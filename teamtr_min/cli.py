@@ -87,8 +87,12 @@ def resumed(given: dict) -> Config:
     """The saved configuration of the run to resume, which flags may repeat but not change."""
     directory = given.pop("resume")
     saved, own = Config.load(Path(directory) / "config.json"), {}
-    if "replace" in given:  # a run of its own
-        own = {"out": ""} | {n: given.pop(n) for n in ("replace", "align", "out", "stages") if n in given}
+    if "shard" in given:  # which changes no more than rounding
+        own = {"shard": given.pop("shard")}
+    if "replace" in given:  # a run of its own, and work on whole weights
+        own = {"out": "", "shard": False} | {
+            n: given.pop(n) for n in ("replace", "align", "out", "stages") if n in given
+        }
     changed = [
         f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
         for name, value in given.items()

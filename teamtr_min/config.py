@@ -46,17 +46,17 @@ PRESETS = {
 }
 TASK_PRESETS = {  # and on the task: what pretrained models do there in place of the above
     "sums": {  # a small model, on a CPU
-        "stages": 40,
+        "stages": 32,
         "inner_steps": 1,
         "problems": 8,
         "group": 8,
         "temperature": 1.0,
         "max_new_tokens": 24,
-        "lr": 3e-5,
+        "lr": 2e-5,
         "lr_end": 0.3,
-        "delta": 0.1,
+        "delta": 0.05,
         "eval_problems": 192,
-        "warm_start": 20,
+        "warm_start": 15,
         "checkpoint_every": 4,
     },
 }
@@ -239,11 +239,6 @@ class Config:
             )
         if self.resample == "suffix" and self.occupancy != "fresh":
             raise UserError(f"--resample suffix: with --occupancy {self.occupancy} nothing is sampled again")
-        if self.shard:
-            alone = {"lora-rank": self.lora_rank, "diagnostics": self.diagnostics, "replace": self.replace}
-            alone["occupancy joint"] = self.occupancy == "joint"
-            if wrong := [flag for flag, given in alone.items() if given]:
-                raise UserError(f"--shard does not go together with --{wrong[0]}")
         if self.replace and not self.resume:
             raise UserError("--replace changes a run that is there: name it by --resume RUN")
         if self.align != Config.align and not self.replace:

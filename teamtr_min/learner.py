@@ -247,8 +247,8 @@ def evaluate(
             # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has
             # nothing else gets its zeros all the same: they let Adam's moments decay. Of spread weights
             # all ranks have to go back at each batch.
-            needed = pulls or (not first and learner.beta > 0) or model not in climbing or model.shards
-            needed = grad and bool(needed)
+            penalised, spread = not first and learner.beta > 0, model.shards is not None
+            needed = grad and (pulls or penalised or model not in climbing or spread)
             with torch.set_grad_enabled(needed):
                 hidden = batch.hidden(model)  # (pairs, H)
                 if first and exact and model not in old_heads:

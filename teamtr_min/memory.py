@@ -93,6 +93,11 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
 
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
+    if config.shard:
+        whole = {"lora-rank": config.lora_rank, "diagnostics": config.diagnostics}
+        whole["occupancy joint"] = config.occupancy == "joint"
+        if wrong := [flag for flag, given in whole.items() if given]:
+            raise UserError(f"--shard does not go together with --{wrong[0]}")
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
     most_rows = max(ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems)))
     for stage in range(min(config.stages, STAGES_READ)):
@@ -101,6 +106,11 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
     sources = config.models * (config.agents // len(config.models))
     needs = needs_of(config, task, problems, sources, ranks)
     config, plan = fit_training(needs, most_rows)
+    if ranks.size > 1:  # each has looked at its own memory, and all shall go through the same batches
+        found = zip(*ranks.gather([config.batch_rows, config.batch_tokens, not plan.checkpointing]))
+        rows, tokens, keeps = map(min, found)
+        config = dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens)
+        plan = dataclasses.replace(plan, checkpointing=not keeps)
     refuse(plan, config)
     if needs.device.type == "cuda":
         refuse_host(needs.host())
@@ -158,7 +168,7 @@ def plan_evaluation(
     needs = needs_of(config, task, problems, sources, ranks)
     needs.weights *= not loaded
     most, room = ranks.largest_share(len(problems)) * k, needs.budget - needs.base - needs.weights
-    rows = choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)
+    rows = min(ranks.gather(choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)))
     at_once = min(rows, most)
     plan = Plan(
         needs.device, needs.budget, needs.base, needs.weights, 0, needs.longest, at_once,
@@ -287,10 +297,11 @@ class Needs:
         return self.ranks.on_this_machine * waiting + written
 
     def disk(self) -> int:
-        """Masters and moments of every agent, `keep` times and once more while they are written; the agents,
-        twice while they are replaced; less what a run that goes on has already."""
-        n = sum(self.counts)
-        need = 12 * n * (self.config.keep + 1) + 2 * self.width * n
+        """Masters and moments of every agent, `keep` times and once more while they are written, or as often
+        as the run writes them; the agents, which a run that goes on replaces; less what that one has."""
+        n, c = sum(self.counts), self.config
+        checkpoints = min(c.keep + 1, -(-c.stages // c.checkpoint_every) + bool(c.warm_start))
+        need = 12 * n * checkpoints + (1 + bool(c.resume)) * self.width * n
         if self.config.resume:
             need -= sum(f.stat().st_size for f in Path(self.config.resume).rglob("*.safetensors"))
         return max(need, 0)

@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from teamtr_min.files import UserError, one_line
 
-TIMEOUT_MINUTES = 10  # longest wait for another rank, which may sample longer messages or write a checkpoint
-ENDED = "a process of this run has ended, and so do all; training goes on from its last stage with --resume"
+TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
+ENDED = (
+    "a process of this run has ended, and so do all; training goes on from its last checkpoint with --resume"
+)
 
 
 class Lost(Exception):
@@ -150,6 +153,16 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            raise Lost(f"{ENDED} ({one_line(error)})") from error
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Around other code that may talk to ranks: a connection that breaks there is a rank that is Lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+                raise
             raise Lost(f"{ENDED} ({one_line(error)})") from error
 
 

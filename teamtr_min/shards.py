@@ -31,7 +31,9 @@ class Shards:
             module.set_gradient_divide_factor(1.0)  # losses are shares of the whole batch's already
             module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "hidden")
-        self._hidden, model.hidden, model.shards = model.hidden, self._counted, self
+        self._hidden = model.hidden
+        model.hidden = self._counted  # so that every use of the model tells the other ranks
+        model.shards = self
         with self.in_step(grad=False):  # FSDP2 keeps tensors of its first use: not of inference mode's kind
             model.hidden(self._token)
 
@@ -41,12 +43,13 @@ class Shards:
 
         All ranks enter and leave together. If one fails within, the others find its connection broken.
         """
-        yield
-        while self.ranks.any_of(False):
-            with torch.set_grad_enabled(grad):
-                nothing = 0.0 * (self._hidden(self._token).float().sum() + self.model.head.float().sum())
-                if grad:
-                    nothing.backward()
+        with self.ranks.connected():
+            yield
+            while self.ranks.any_of(False):
+                with torch.set_grad_enabled(grad):
+                    nothing = 0.0 * (self._hidden(self._token).float().sum() + self.model.head.float().sum())
+                    if grad:
+                        nothing.backward()
         self.model.reshard()  # the output head stays gathered until here
 
     @property
@@ -60,8 +63,9 @@ class Shards:
     def whole(self, part: Tensor, p: DTensor) -> Tensor:
         """What all ranks together hold, given this rank's part of something in the shape of parameter p."""
         part = part.to(p.device)
-        spread = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-        return spread.full_tensor()
+        spread = DTensor.from_local(part, self.mesh, p.placements, shape=p.shape, stride=p.stride())
+        with self.ranks.connected():
+            return spread.full_tensor()
 
     def part(self, whole: Tensor, p: DTensor) -> Tensor:
         """This rank's part of it."""

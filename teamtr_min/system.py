@@ -27,7 +27,8 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
     `root` is where /proc and /sys lie.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # for later tensors
+        return torch.cuda.mem_get_info(device)[0] + kept
     found = _fields(root / "proc/meminfo").get("MemAvailable")
     if found is None:  # not Linux: all there is
         with contextlib.suppress(ValueError, OSError, AttributeError):

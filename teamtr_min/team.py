@@ -108,7 +108,7 @@ class Team:
     temperature: float = 1.0  # of sampling, and of every log-prob
     max_new_tokens: int = 16  # longest message
     batch_rows: int = 2048  # rollouts sampled at once
-    ranks: Ranks = ALONE  # the processes that hold this team, each all of it
+    ranks: Ranks = ALONE  # the processes that hold this team, each all of it or with `--shard` a part
 
     @property
     def sharded(self) -> bool:

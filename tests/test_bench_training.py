@@ -1,10 +1,10 @@
 """`eval.py training` and `eval.py stage` at toy sizes, and the floor of a step counted by hand."""
 
 import dataclasses
-import functools
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from teamtr_min import load_tokenizer, rng
 from teamtr_min.bench import gpu, stage, training
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.learner import Learner, evaluate
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import load_task
@@ -81,7 +82,8 @@ def test_the_floor_of_a_step_counted_by_hand():
     assert training.floor_flops(model, 10, 55, 3) == 6 * (full + trained + attention)
 
 
-def test_a_stage_in_one_table_and_one_object(capsys):
+def test_a_stage_in_one_table_and_one_object(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     kept = [getattr(owner, name) for fs in stage.PHASES.values() for owner, name in fs]
     assert evaluation.main(["stage", "--short", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -91,7 +93,7 @@ def test_a_stage_in_one_table_and_one_object(capsys):
         assert row["memory_peak"] <= row["memory_planned"]
     assert "of plan" in stage.table(result)
     assert kept == [getattr(owner, name) for fs in stage.PHASES.values() for owner, name in fs]
-    assert train.evaluate is evaluate
+    assert train.evaluate is evaluate and train.load_task is load_task and not any(Path("runs").iterdir())
 
 
 def test_the_stopwatch_counts_each_second_once():
@@ -112,27 +114,45 @@ def test_the_stopwatch_counts_each_second_once():
 
 
 def test_the_half_hour_on_a_gpu_keeps_what_it_has(tmp_path, monkeypatch):
-    """On a CPU, with a made-up model of toy size: a step that fails costs no other."""
-    path = gpu.made_up(dataclasses.replace(CONFIGS["qwen2"], vocab_size=300), tmp_path / "model")
-    assert load_tokenizer(path).decode(load_tokenizer(path).encode("Ana has 3 eggs.")) == "Ana has 3 eggs."
-    steps = gpu.steps(train, path)
-    assert list(steps)[:2] == ["tests", "kernels"]
-    wanted = {name: steps[name] for name in ("training 1.5b", "stage 1.5b")}
-    for bench in (training, stage):
-        monkeypatch.setattr(bench, "run", functools.partial(bench.run, short=True))
-
-    def broken() -> dict:
-        raise RuntimeError("no such kernel\nimage")
-
-    result = gpu.measure({"broken": broken, **wanted}, tmp_path / "new" / "gpu.json")
-    kept = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    """On a CPU, with a made-up model of toy size: a step that fails costs no other, and may be had again."""
+    monkeypatch.setattr(gpu, "QWEN_1B5", dataclasses.replace(CONFIGS["qwen2"], vocab_size=300))
+    steps = {
+        "tests": ["-m", "pytest", "-q", "tests/test_progress.py", "-k", "no_such_test"],
+        "kernels": ["eval.py", "x"],
+    }
+    steps |= {name: [*gpu.STEPS[name], "--short"] for name in ("training 1.5b", "stage 1.5b")}
+    out = tmp_path / "new" / "gpu.json"
+    result = gpu.measure(steps, out)
+    kept = json.loads(out.read_text())
     assert kept == json.loads(json.dumps(result)) and kept["machine"]["torch"] == torch.__version__
-    assert kept["steps"]["broken"]["failed"] == "RuntimeError: no such kernel image"
-    assert [kept["steps"][name]["benchmark"] for name in wanted] == ["training", "stage"]
-    text = gpu.table(result)
-    assert "failed: RuntimeError" in text and "== stage 1.5b" in text and "of plan" in text
+    assert not kept["steps"]["tests"]["passed"], "no test is no success"
+    assert "no benchmark x" in kept["steps"]["kernels"]["failed"]
+    training_step, stage_step = (kept["steps"][f"{name} 1.5b"] for name in ("training", "stage"))
+    assert training_step["benchmark"] == "training" and training_step["task"] == "sums"
+    assert all(row["seconds"]["gradient"] > row["seconds"]["stepping"] > 0 for row in stage_step["rows"])
+    text = gpu.table(gpu.measure({"kernels": ["eval.py", "y"]}, out))
+    assert "no benchmark y" in text and "== stage 1.5b" in text and "of plan" in text
+    assert refused(gpu.measure, {}, tmp_path).endswith("names the file that results go to")
+    assert [*tmp_path.rglob("*")] == [out.parent, out]
+
+
+def refused(f, *args) -> str:
+    with pytest.raises(UserError) as error:
+        f(*args)
+    return str(error.value)
+
+
+def test_a_made_up_tokenizer_can_write_anything(tmp_path):
+    tokenizer = load_tokenizer(gpu.made_up(dataclasses.replace(CONFIGS["qwen2"], vocab_size=300), tmp_path))
+    assert tokenizer.decode(tokenizer.encode("Ana has 3 eggs. é")) == "Ana has 3 eggs. é"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert "torch sees none here" in refusal(capsys, evaluation.main, "gpu")
+
+
+def test_a_flag_that_says_nothing_is_refused(capsys):
+    assert "--agents says nothing to training" in refusal(
+        capsys, evaluation.main, "training", "--agents", "5"
+    )

@@ -1,6 +1,7 @@
 """Weights spread over processes (`--shard`): less memory, the same run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,14 @@ def runs(tmp_path_factory) -> dict:
     for name, flags in kinds.items():
         assert train.main([*TOY, *flags, "--out", str(root / f"{name}-1")]) == 0
     commands = [["train", *TOY, *f, "--shard", "--out", str(root / f"{n}-2")] for n, f in kinds.items()]
-    said = several(2, *commands, ["eval", *EVAL, "--team", str(root / "plain-1")])
-    whole = stop_after(1, root / "plain-2", root / "resumed")  # alone a process has nobody to spread to
-    assert train.main(["--resume", str(whole)]) == 0
+    spread = stop_after(1, root / "plain-1", root / "resumed")
+    commands += [
+        ["train", "--resume", str(spread), "--shard"],
+        ["eval", *EVAL, "--team", str(root / "plain-1")],
+    ]
+    said = several(2, *commands)
+    shutil.rmtree(spread / "checkpoints" / "000003")
+    assert train.main(["--resume", str(spread)]) == 0  # alone a process has nobody to spread to
     return {"root": root, "said": said}
 
 

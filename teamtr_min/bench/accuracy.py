@@ -13,6 +13,7 @@ over problems.
 
 import collections
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -124,7 +125,8 @@ class Loader:
         models = list(map(str, sources or config.models * (config.agents // len(config.models))))
         key = config.device, config.dtype, models
         if not self.team or self.key[:2] != key[:2] or self.key[2][: len(models)] != models:
-            self.team = None  # its memory serves the next
+            self.team = None
+            gc.collect()  # its memory serves the next, also of spread weights, which refer in circles
         config, self.plan = plan_evaluation(
             config, exam.task, exam.problems, k, models, bool(self.team), self.ranks
         )

@@ -1,17 +1,16 @@
 """The first half hour on a GPU: its tests, then every speed benchmark, each result written as it comes.
 
 Speed does not depend on what weights say, so the large model is made up, in the shape of Qwen2.5-1.5B:
-nothing is downloaded. Its messages hardly ever end by themselves, so nearly all have the full length.
+nothing is downloaded. Its messages hardly ever end by themselves, so nearly all have the full length. Each
+step is a process of its own: none leaves memory behind, or a broken device.
 """
 
 import json
 import platform
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,49 +19,73 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from teamtr_min.bench import kernels, sampling, stage, training
-from teamtr_min.files import UserError, one_line, write_json
+from teamtr_min.files import UserError, one_line, read_json, write_json
 from teamtr_min.hf.weights import save_model
 from teamtr_min.model import ModelConfig, Transformer
 
+ROOT = Path(__file__).parents[2]
 QWEN_1B5 = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, rope_theta=1e6)
-TESTS = Path(__file__).parents[2] / "tests"
+LIMIT = 15 * 60  # seconds of a step
+TESTS = ["test_linear_logprob", "test_trust_region", "test_cuda"]
+STEPS = {  # what other figures rest on comes first
+    "tests": ["-m", "pytest", "-q", *(f"tests/{name}.py" for name in TESTS)],
+    "kernels": ["eval.py", "kernels", "--json"],
+    "sampling": ["eval.py", "sampling", "--json"],
+    "training": ["eval.py", "training", "--json"],
+    "stage": ["eval.py", "stage", "--json"],
+    "sampling 1.5b": ["eval.py", "sampling", "--json", "--model", "MADE-UP"],
+    "training 1.5b": ["eval.py", "training", "--json", "--model", "MADE-UP"],
+    "stage 1.5b": ["eval.py", "stage", "--json", "--model", "MADE-UP"],
+}
 
 
-def run(train, out: Path) -> dict:
-    """All of it; a step that fails is a sentence in the result, and the rest goes on."""
+def run(out: Path, only: str | None = None) -> dict:
+    """All of it, or the steps that `only` names, whose results take their places in `out`."""
     if not torch.cuda.is_available():
         raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-    with tempfile.TemporaryDirectory() as directory:
-        return measure(steps(train, made_up(QWEN_1B5, Path(directory))), out)
+    chosen = only.split(",") if only else list(STEPS)
+    if unknown := [name for name in chosen if name not in STEPS]:
+        raise UserError(f"no step {', '.join(unknown)}; there is: {', '.join(STEPS)}")
+    return measure({name: STEPS[name] for name in chosen}, out)
 
 
-def steps(train, model: str) -> dict[str, Callable[[], dict]]:
-    """What is measured, in order: what other figures rest on comes first."""
-    return {
-        "tests": tests,
-        "kernels": kernels.run,
-        "sampling relay": sampling.run,
-        "sampling 1.5b": lambda: sampling.run(model),
-        "training relay": training.run,
-        "training 1.5b": lambda: training.run(model),
-        "stage relay": lambda: stage.run(train),
-        "stage 1.5b": lambda: stage.run(train, model),
-    }
-
-
-def measure(steps: dict[str, Callable[[], dict]], out: Path) -> dict:
-    """The result of each step, with its seconds; `out` holds by then what there is."""
-    result = {"benchmark": "gpu", "machine": machine(), "steps": {}}
-    for name, step in steps.items():
-        begin = time.perf_counter()
-        try:
-            found = step()
-        except Exception as error:  # no failure costs the figures that can still be had
-            found = {"failed": one_line(f"{type(error).__name__}: {error}", 300)}
-        result["steps"][name] = found | {"seconds": time.perf_counter() - begin}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
+def measure(steps: dict[str, list[str]], out: Path) -> dict:
+    """The result of each step, with its seconds; a step that fails is a sentence, and the rest goes on."""
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; --out names the file that results go to")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = read_json(out)["steps"] if out.exists() else {}
+    result = {"benchmark": "gpu", "machine": machine(), "steps": kept}
+    with tempfile.TemporaryDirectory(dir=out.parent) as directory:
+        for name, words in steps.items():
+            begin = time.perf_counter()
+            try:
+                if "MADE-UP" in words and not any(Path(directory).iterdir()):
+                    made_up(QWEN_1B5, Path(directory))
+                found = child([directory if word == "MADE-UP" else word for word in words])
+            except (OSError, UserError, subprocess.TimeoutExpired) as error:
+                found = {"failed": one_line(str(error), 300)}
+            result["steps"][name] = found | {"seconds": time.perf_counter() - begin}
+            write_json(out, result)
     return result
+
+
+def child(words: list[str]) -> dict:
+    """What this command prints as JSON; of the tests, their last line."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    said, complaint = done.stdout.strip().splitlines(), done.stderr.strip().splitlines()
+    if "pytest" in words:
+        failed = [one_line(line, 200) for line in said if line.startswith(("FAILED", "ERROR"))]
+        summary = said[-1] if said else f"pytest ended with {done.returncode}"
+        return {
+            "benchmark": "tests",
+            "passed": done.returncode == 0,
+            "summary": summary,
+            "failed_tests": failed,
+        }
+    if done.returncode:
+        return {"failed": one_line(complaint[-1] if complaint else f"it ended with {done.returncode}", 300)}
+    return json.loads(said[-1])
 
 
 def machine() -> dict[str, str]:
@@ -72,18 +95,6 @@ def machine() -> dict[str, str]:
         found |= {"gpu": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
         found["cuda"] = torch.version.cuda
     return found
-
-
-def tests() -> dict:
-    """Those that run on a GPU alone, in a process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", str(TESTS)],
-        cwd=TESTS.parent, capture_output=True, text=True,
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines()
-    failed = [one_line(line, 200) for line in lines if re.match("FAILED|ERROR", line)]
-    summary = lines[-1] if lines else f"pytest ended with {done.returncode}"
-    return {"benchmark": "tests", "exit": done.returncode, "summary": summary, "failed": failed}
 
 
 def made_up(shape: ModelConfig, directory: Path) -> str:
@@ -107,7 +118,7 @@ def made_up(shape: ModelConfig, directory: Path) -> str:
 
 def table(result: dict) -> str:
     tables = {
-        "tests": lambda found: "\n".join([found["summary"], *found["failed"]]),
+        "tests": lambda found: "\n".join([found["summary"], *found["failed_tests"]]),
         "kernels": kernels.table,
         "sampling": sampling.table,
         "training": training.table,
@@ -115,6 +126,6 @@ def table(result: dict) -> str:
     }
     parts = [", ".join(f"{name} {value}" for name, value in result["machine"].items())]
     for name, found in result["steps"].items():
-        text = f"failed: {found['failed']}" if "benchmark" not in found else tables[found["benchmark"]](found)
+        text = f"failed: {found['failed']}" if "failed" in found else tables[found["benchmark"]](found)
         parts.append(f"== {name}, {found['seconds']:.0f} s\n{text}")
     return "\n\n".join(parts)

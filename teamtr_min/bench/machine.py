@@ -6,7 +6,30 @@ from collections.abc import Callable
 
 import torch
 
+from teamtr_min.config import SHIPPED, Config
+from teamtr_min.team import placement
+
 REPEATS = 5
+LARGE = {  # what a GPU trains a pretrained model on here
+    "problems": 32,
+    "group": 8,
+    "max_new_tokens": 256,
+    "inner_steps": 6,
+    "temperature": 0.8,
+    "lr": 1e-6,
+    "delta": 0.01,
+}
+
+
+def subject(flags: dict, **more) -> Config:
+    """The run whose parts are timed: of a shipped model on its task, of another on `sums`. `flags` and `more`
+    are fields of Config."""
+    model = flags.get("model", "relay")
+    shipped = model in SHIPPED
+    flags = flags | {"model": model, "task": model if shipped else "sums", "agents": 3 if shipped else 2}
+    if not shipped and placement(Config(**flags))[0].type == "cuda":
+        flags |= LARGE
+    return Config(**flags | more)
 
 
 def device_name(device: str) -> str:

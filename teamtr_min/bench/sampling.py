@@ -26,9 +26,11 @@ SMALL_PARAMETERS = 20e6  # below: batches of up to 256 rows on a CPU too
 EPISODE = {"agents": 3, "rounds": 2, "task": "relay"}
 
 
-def run(model: str = "relay", short: bool = False) -> dict:
-    """Everything that `python eval.py sampling` prints, as one object. `short`: toy sizes, once."""
-    config = Config(model=model, **EPISODE)
+def run(flags: dict, short: bool = False) -> dict:
+    """Everything that `python eval.py sampling` prints, as one object. `flags`: model, device, dtype.
+    `short`: toy sizes, once."""
+    model = flags.get("model", "relay")
+    config = Config(**flags | {"model": model} | EPISODE)
     device, dtype = placement(config)
     ours = load_model(config.models[0], device, dtype)
     small = sum(p.numel() for p in ours.parameters()) < SMALL_PARAMETERS

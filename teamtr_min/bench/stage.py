@@ -2,10 +2,12 @@
 
 Each run trains for a few stages in a directory that is thrown away, with a stopwatch on the functions below.
 A function's time is its own: what it spends in another of them counts there. The first stage, in which
-buffers are made, is left out. Variants and team sizes take turns, and the median over rounds counts.
+buffers are made, is left out. Variants and team sizes take turns, and the median over rounds counts. Grades
+are drawn by a hash of what was said, so that there is something to learn, whatever the model can.
 """
 
 import contextlib
+import gc
 import io
 import statistics
 import tempfile
@@ -16,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from teamtr_min.bench.machine import device_name
-from teamtr_min.bench.training import LARGE
+from teamtr_min.bench.machine import device_name, subject
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.run import Run
 from teamtr_min.sampler import Sampler
+from teamtr_min.tasks import load_task
 from teamtr_min.team import placement
 
 ROUNDS = 3
@@ -90,27 +92,28 @@ class Stopwatch:
                 setattr(owner, function, f)
 
 
-def run(train, model: str = "relay", short: bool = False) -> dict:
-    """Everything that `python eval.py stage` prints, as one object; `train` is the module train.py."""
-    shipped = model in SHIPPED
-    base = {"model": model, "task": model if shipped else "sums", "agents": 3 if shipped else 2}
-    base |= {"warm_start": 0, "stages": 3 if shipped else 2, "eval_problems": 1, "keep": 1}
+def run(train, flags: dict, short: bool = False) -> dict:
+    """Everything that `python eval.py stage` prints, as one object; `train` is the module train.py, `flags`
+    are model, device and dtype."""
+    shipped = flags.get("model", "relay") in SHIPPED
+    base = {"warm_start": 0, "stages": 3 if shipped else 2, "eval_problems": 1, "keep": 1}
     base["checkpoint_every"] = 1 if shipped else 2  # a large one takes minutes, and the last stage has one
-    device, dtype = placement(Config(**base))
-    if not shipped and device.type == "cuda":
-        base |= LARGE
     if short:
-        base |= {"problems": 2, "group": 2, "stages": 2, "inner_steps": 1}
+        base |= {"problems": 2, "group": 4, "stages": 2, "inner_steps": 1}
     rounds = ROUNDS if shipped and not short else 1
     teams = {f"fresh, {n} agents": {"agents": n} for n in range(2, MOST_AGENTS + 1)} if shipped else {}
     cases = VARIANTS | teams if shipped else {name: VARIANTS[name] for name in ("fresh", "stale")}
     if short:
         cases = dict(list(VARIANTS.items())[:2]) | dict(list(teams.items())[:1])
-    config = Config(**base)
-    found = [{name: one(train, Config(**base | more)) for name, more in cases.items()} for _ in range(rounds)]
+    config = subject(flags, **base)
+    device, dtype = placement(config)
+    found = [
+        {name: one(train, subject(flags, **base | more)) for name, more in cases.items()}
+        for _ in range(rounds)
+    ]
     return {
         "benchmark": "stage",
-        "model": model,
+        "model": config.model,
         "task": config.task,
         "device": device_name(device.type),
         "dtype": str(dtype).removeprefix("torch."),
@@ -124,7 +127,8 @@ def run(train, model: str = "relay", short: bool = False) -> dict:
 def one(train, config: Config) -> dict:
     """One run: seconds a stage by phase, tokens, memory, from the second stage on."""
     stages: list[Counter] = []
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+    Path("runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="runs") as directory, contextlib.ExitStack() as stack:
         config = Config(**vars(config) | {"out": str(Path(directory) / "run")})
         watch = Stopwatch(placement(config)[0])
         end_stage = Run.end_stage
@@ -137,8 +141,10 @@ def one(train, config: Config) -> dict:
         stack.enter_context(watch.on(train))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.callback(setattr, Run, "end_stage", end_stage)
-        Run.end_stage = end
+        stack.callback(setattr, train, "load_task", train.load_task)
+        Run.end_stage, train.load_task = end, graded_by_hash
         summary = train.train(config)
+    gc.collect()  # the next run plans with the memory that is free by then
     if summary["stopped"]:
         raise UserError(f"the run stopped: {summary['stopped']}")
     count = len(stages) - 1
@@ -151,6 +157,13 @@ def one(train, config: Config) -> dict:
         "memory_peak": summary["memory_peak"],
         "memory_planned": summary["memory_planned"],
     }
+
+
+def graded_by_hash(*args, **kwargs):
+    """`load_task`; but the return is 0 or 1 by what was said."""
+    task = load_task(*args, **kwargs)
+    task.grade = lambda problem, messages: float(sum(sum(m.tokens) for m in messages) % 2)
+    return task
 
 
 def median(name: str, runs: list[dict]) -> dict:

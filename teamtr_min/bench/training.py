@@ -9,33 +9,30 @@ The floor of a step is arithmetic alone: the FLOPs of every distinct position, o
 the rate of a large product.
 """
 
-import dataclasses
+import gc
 
 import torch
 
 from teamtr_min import rng
-from teamtr_min.bench.machine import REPEATS, clock_name, device_name, interleaved, matmul_rate
+from teamtr_min.bench.machine import REPEATS, clock_name, device_name, interleaved, matmul_rate, subject
 from teamtr_min.bench.measure import extra_mib
 from teamtr_min.bench.peers import in_transformers
-from teamtr_min.config import SHIPPED, Config
+from teamtr_min.config import Config
 from teamtr_min.learner import GRADIENT_NORM, Learner, evaluate
 from teamtr_min.model import Transformer
 from teamtr_min.objective import teamtr_loss
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task
-from teamtr_min.team import load_team, placement
+from teamtr_min.team import load_team
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # of one forward pass, for both
-LARGE = {"problems": 32, "group": 8, "max_new_tokens": 256}  # what a GPU trains a pretrained model on
+BATCH_TOKENS = 4096  # of one forward pass, for both
 RATE = 0.0  # a step that is made whole and changes nothing: all repeats do the same
 
 
-def run(model: str = "relay", short: bool = False) -> dict:
-    """Everything that `python eval.py training` prints, as one object. `short`: toy sizes, once."""
-    shipped = model in SHIPPED
-    config = Config(model=model, task=model if shipped else "sums", agents=3 if shipped else 2)
-    if not shipped and placement(config)[0].type == "cuda":
-        config = dataclasses.replace(config, **LARGE)
+def run(flags: dict, short: bool = False) -> dict:
+    """Everything that `python eval.py training` prints, as one object. `flags`: model, device, dtype.
+    `short`: toy sizes, once."""
+    config = subject(flags)
     problems, repeats = (2, 1) if short else (config.problems, REPEATS)
     task = load_task(config)
     team = load_team(config, task.roles(config.agents))
@@ -47,7 +44,7 @@ def run(model: str = "relay", short: bool = False) -> dict:
     rate = matmul_rate(device, dtype)
     return {
         "benchmark": "training",
-        "model": model,
+        "model": config.model,
         "task": config.task,
         "device": device_name(device.type),
         "dtype": str(dtype).removeprefix("torch."),
@@ -65,10 +62,11 @@ def row(
 ) -> dict:
     """Agent j: seconds of a step by each, their ratio, gradient norms, peak memory on a GPU."""
     model = rollouts.team.agents[j].model
-    device, most = model.device, BATCH_TOKENS[model.device.type]
+    gc.collect()  # the agent before had moments as well
+    device = model.device
     learner = Learner(rollouts.team, [j], beta=0.0)
     learner.onload()
-    batches = rollouts.batches([j], advantages, most)
+    batches = rollouts.batches([j], advantages, BATCH_TOKENS)
     norms = {}
 
     def ours() -> None:
@@ -82,12 +80,17 @@ def row(
         for p in parameters:
             p.requires_grad_()
         optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
-        passes = padded_rows(rollouts, advantages, j, most)
+        passes = padded_rows(rollouts, advantages, j, BATCH_TOKENS)
 
         def plain() -> None:
             norms["transformers"] = plain_step(theirs, optimizer, passes, config)
 
-        contestants["transformers"] = plain
+        try:
+            plain()
+            contestants["transformers"] = plain
+        except torch.OutOfMemoryError:
+            norms["transformers"] = None
+            optimizer.zero_grad(set_to_none=True)
     times = interleaved(contestants, repeats, device)
     lengths, positions, depths = distinct(rollouts, j)
     pairs = sum(len(batch.targets) for batch in batches)
@@ -100,7 +103,7 @@ def row(
             "rollouts": lengths,
         },
         "seconds": times,
-        "ratio": times["transformers"] / times["ours"] if theirs else None,
+        "ratio": times["transformers"] / times["ours"] if "transformers" in times else None,
         "grad_norm": norms,
         "floor_share": floor_flops(model, positions, depths, pairs) / rate / times["ours"],
         "peak_mib": {name: extra_mib(f, "cuda") for name, f in contestants.items()}
@@ -139,7 +142,7 @@ def plain_step(theirs, optimizer: torch.optim.Optimizer, passes: list[tuple], co
     """One step on Eq. 10 with transformers' forward pass; the gradient's norm before clipping."""
     messages = sum(len(advantage) for *_, advantage in passes)
     for ids, mask, trained, message, advantage in passes:
-        logits = theirs(input_ids=ids, attention_mask=mask).logits[:, :-1]  # (B, T - 1, V)
+        logits = theirs(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
         logps = (logits.float() / config.temperature).log_softmax(-1)
         logp = logps.gather(2, ids[:, 1:, None])[..., 0][trained[:, 1:]]  # (N,)
         loss, _ = teamtr_loss(logp, logp.detach(), message, advantage, clip=config.clip)
@@ -191,7 +194,8 @@ def table(result: dict) -> str:
     ]
     for row in result["rows"]:
         at, norm = row["positions"], row["grad_norm"]
-        compared, differ = f"{'-':>14}{'-':>7}", "-"
+        none = "out of memory" if "transformers" in norm else "-"
+        compared, differ = f"{none:>14}{'-':>7}", "-"
         if row["ratio"]:
             compared = f"{row['seconds']['transformers']:>14.3f}{row['ratio']:>7.2f}"
             differ = f"{abs(norm['ours'] / norm['transformers'] - 1):.0e}"
@@ -202,7 +206,7 @@ def table(result: dict) -> str:
         )
         if row["peak_mib"]:
             peaks = (f"{name} {mib:,.0f} MiB" for name, mib in row["peak_mib"].items())
-            lines.append(f"{'':5}  most memory over what was there: {', '.join(peaks)}")
+            lines.append(f"{'':5}  most memory over weights, masters and moments: {', '.join(peaks)}")
     lines.append(
         "trained, distinct, computed, of rollouts: tokens trained on, different starts of a transcript, "
         "positions that ours computes, positions in all rollouts"

@@ -61,9 +61,9 @@ def load(directory: Path, learners: list[Learner]) -> tuple[int, dict | None]:
 
     A damaged checkpoint is passed over for the one before; UserError when all are. (0, None) without any.
     """
-    checkpoints = _newest_first(directory)
+    checkpoints, ranks = _newest_first(directory), learners[0].ranks
     for checkpoint in checkpoints:
-        state = _whole(checkpoint, len(learners))
+        state = ranks.agree(_whole(checkpoint, len(learners)) if ranks.first else None)
         if state is None:
             print(f"{checkpoint} is damaged; trying the one before")
             continue
@@ -118,3 +118,4 @@ def _restore(learner: Learner, path: Path) -> None:
                 moments = [moment for _, moment, owner in keys if owner == name]
                 states[i] = {m: learner.part(i, stored.get_tensor(f"adam.{m}.{name}")) for m in moments}
     learner.restore(Snapshot(masters, states))
+    learner.offload()

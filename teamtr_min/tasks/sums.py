@@ -17,10 +17,10 @@ FEWER = ("{name} gives {count} away.", "{name} loses {count}.", "{name} sells {c
 
 
 class Sums:
-    """ "Ana has 7 apples. A friend brings 8 more. Ana sells 4. How many apples does Ana have now?"
+    """ "Ana has 7 apples. A friend brings 6 more. Ana sells 4. How many apples does Ana have now?"
 
-    With n turns a problem has n steps. Each message does one of them and nothing else: `7 + 8 = 15`, then
-    `15 - 4 = 11`. The return is 1 if the last message ends with the answer, else 0. A hash of its numbers
+    With n turns a problem has n steps. Each message does one of them and nothing else: `7 + 6 = 13`, then
+    `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. A hash of its numbers
     decides whether a problem is held out, as a tenth of them are: whatever the seed, no training problem has
     the numbers of a test problem, in any words.
     """
@@ -29,7 +29,7 @@ class Sums:
     most_turns = 6
     fields = ("question", "answer")
     system = "Do the next step of the problem. Write one sum."
-    largest_start, largest_change, most = 19, 9, 29  # what there is to count stays between 1 and `most`
+    largest_start, largest_change, most = 12, 6, 15  # what there is to count stays between 1 and `most`
 
     def __init__(self, config: Config):
         if config.turns > self.most_turns:
@@ -78,7 +78,7 @@ class Sums:
 
     @staticmethod
     def steps(numbers: list[int]) -> list[str]:
-        """`7 + 8 = 15`, `15 - 4 = 11`, ..."""
+        """`7 + 6 = 13`, `13 - 4 = 9`, ..."""
         lines, total = [], numbers[0]
         for change in numbers[1:]:
             lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
