@@ -16,7 +16,7 @@ VARIANTS = [
     ["--rounds", "2", "--ratio", "token"],
     ["--kl-estimator", "exact"],
     ["--task", "convention"],
-    ["--warm-start", "2"],
+    ["--warm-start", "2", "--checkpoint-every", "2"],
     ["--lora-rank", "2"],
     ["--dtype", "bf16"],
 ]
