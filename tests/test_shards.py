@@ -30,7 +30,7 @@ EXACT = "--kl-estimator exact --resample suffix --warm-start 2 --warm-start-lr 3
 def test_each_rank_holds_a_part_and_gradients_are_those_of_one_process():
     """Odd sizes, every family, tied or not, activations recomputed; ranks go back unequally often."""
     child = torchrun(3, "tests/shards_by_rank.py")
-    _, err = child.communicate(timeout=300)
+    _, err = child.communicate(timeout=1800)
     assert child.returncode == 0, err
 
 
