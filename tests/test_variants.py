@@ -1,5 +1,6 @@
 """Every variant of the ablation does what its flag says: what is sampled when, and what bounds an update."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -140,7 +141,8 @@ class CoinTeam:
 
     def __init__(self, coins: list[float], router):
         chat, tokenizer = SimpleNamespace(end_of_message=9), SimpleNamespace(decode_batch=lambda ids: ids)
-        self.agents = [SimpleNamespace(model=j, chat=chat, tokenizer=tokenizer) for j in range(len(coins))]
+        models = [SimpleNamespace(j=j, in_step=contextlib.nullcontext) for j in range(len(coins))]
+        self.agents = [SimpleNamespace(model=model, chat=chat, tokenizer=tokenizer) for model in models]
         self.coins, self.router, self.turns, self.batch_rows = coins, router, len(coins), 10**6
         self.temperature, self.max_new_tokens, self.ranks = 1.0, 1, ALONE
 
@@ -189,7 +191,7 @@ def test_suffix_resampling_has_the_law_of_full_resampling(monkeypatch, router, o
 
     class CoinSampler:
         def __init__(self, model, rows):
-            self.j = model
+            self.j = model.j
 
         def generate(self, rows, prompts, keys, *rest):
             uniforms = rng.uniforms(keys, 1)[:, 0].tolist()
