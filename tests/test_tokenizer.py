@@ -176,6 +176,11 @@ def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path):
     assert tokenizer.render(CHATS[0]) == "<s>|<s>|"
 
 
+def test_a_special_token_that_is_no_text_is_refused(tmp_path):
+    write_tokenizer(tmp_path, "{{ eos_token }}", eos_token="\ud800")  # half of a surrogate pair
+    assert "cannot look up the eos_token" in refusal(load_tokenizer, tmp_path)
+
+
 def test_of_several_named_templates_the_default_counts(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     assert load_tokenizer(write_tokenizer(tmp_path, named)).render(CHATS[0]) == "plain"

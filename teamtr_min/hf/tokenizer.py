@@ -115,7 +115,11 @@ class Tokenizer:
 
     def _special_id(self, name: str) -> int | None:
         token = self.special.get(name)
-        return None if token is None else self.backend.token_to_id(token)
+        if token is None:
+            return None
+        return self._safely(
+            self.backend.token_to_id, token, fault=f"cannot look up the {name} that is configured"
+        )
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
