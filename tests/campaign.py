@@ -176,6 +176,8 @@ def main() -> int:
     first = collections.Counter()
     if args.only:
         kind, _, number = args.only.partition(":")
+        if not number.isdigit():
+            parser.error(f"--only is KIND:NUMBER, not {args.only}")
         wanted, first[kind] = {kind: 1}, int(number)
     if unknown := wanted.keys() - KINDS.keys():
         parser.error(f"no kind {', '.join(unknown)}; there is: {', '.join(KINDS)}")
