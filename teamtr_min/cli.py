@@ -36,6 +36,11 @@ def parse(argv: list[str] | None, description: str) -> Config:
     config = resumed(given) if given.get("resume") else Config(**given)
     if config.temperature == 0:
         raise UserError("--temperature 0 draws the same rollout each time; a group has nothing to compare")
+    if config.shard:
+        whole = {"lora-rank": config.lora_rank, "diagnostics": config.diagnostics}
+        whole["occupancy joint"] = config.occupancy == "joint"
+        if wrong := [flag for flag, given in whole.items() if given]:
+            raise UserError(f"--shard does not go together with --{wrong[0]}")
     return config
 
 

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -31,7 +30,7 @@ from teamtr_min.model import ModelConfig
 from teamtr_min.packing import LONGEST_TREE
 from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
-from teamtr_min.shapes import layer_numbers, parameters, token_bytes
+from teamtr_min.shapes import AdapterSize, layer_numbers, layer_parameters, parameters, token_bytes
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
 from teamtr_min.team import ChatFormat, Team, placement
@@ -93,11 +92,6 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
 
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
-    if config.shard:
-        whole = {"lora-rank": config.lora_rank, "diagnostics": config.diagnostics}
-        whole["occupancy joint"] = config.occupancy == "joint"
-        if wrong := [flag for flag, given in whole.items() if given]:
-            raise UserError(f"--shard does not go together with --{wrong[0]}")
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
     most_rows = max(ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems)))
     for stage in range(min(config.stages, STAGES_READ)):
@@ -216,9 +210,8 @@ class Needs:
     def gathered(self, m: ModelConfig, width: int) -> int:
         """Where weights are spread: bytes, `width` a number, of the layer in use, of the next, and of what
         is outside of layers."""
-        outside = (2 - m.tied) * m.vocab_size * m.hidden_size
-        layer = (parameters(m) - outside) // m.layers
-        return width * (2 * layer + outside) * (self.parts > 1)
+        outside = parameters(m) - m.layers * layer_parameters(m)
+        return width * (2 * layer_parameters(m) + outside) * (self.parts > 1)
 
     def updating(self, agents: list[int]) -> int:
         """Parameters that one update moves."""
@@ -300,7 +293,9 @@ class Needs:
         """Masters and moments of every agent, `keep` times and once more while they are written, or as often
         as the run writes them; the agents, which a run that goes on replaces; less what that one has."""
         n, c = sum(self.counts), self.config
-        checkpoints = min(c.keep + 1, -(-c.stages // c.checkpoint_every) + bool(c.warm_start))
+        checkpoints = c.keep + 1  # a long warm start writes some of its own
+        if not c.warm_start:
+            checkpoints = min(checkpoints, -(-c.stages // c.checkpoint_every))
         need = 12 * n * checkpoints + (1 + bool(c.resume)) * self.width * n
         if self.config.resume:
             need -= sum(f.stat().st_size for f in Path(self.config.resume).rglob("*.safetensors"))
@@ -334,21 +329,6 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     free //= 1 if device.type == "cuda" else ranks.on_this_machine
     budget = limit_from_environment() or used + free
     return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget, ranks)
-
-
-class AdapterSize(NamedTuple):
-    """A LoRA adapter before it is loaded."""
-
-    base: Path  # directory of its base
-    rank: int
-    targets: tuple[str, ...]
-
-    def parameters(self, m: ModelConfig) -> int:
-        query, key, hidden = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden_size
-        ends = {name: hidden + m.intermediate_size for name in ("gate_proj", "up_proj", "down_proj")}
-        ends |= {"q_proj": hidden + query, "o_proj": hidden + query}
-        ends |= {"k_proj": hidden + key, "v_proj": hidden + key}
-        return m.layers * self.rank * sum(ends[name] for name in self.targets)
 
 
 def adapter_of(directory: Path, rank: int) -> AdapterSize | None:

@@ -1,14 +1,36 @@
 """What follows from a model's shape before it is there: parameters, and what a token leaves behind."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 from teamtr_min.model import ModelConfig
 
 
-def parameters(m: ModelConfig) -> int:
+def layer_parameters(m: ModelConfig) -> int:
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
     attention = 2 * m.hidden_size * (query + key)
     attention += (query + 2 * key) * m.qkv_bias + 2 * m.head_dim * m.qk_norm
-    layer = attention + 3 * m.hidden_size * m.intermediate_size + 2 * m.hidden_size
-    return m.layers * layer + (2 - m.tied) * m.vocab_size * m.hidden_size + m.hidden_size
+    return attention + 3 * m.hidden_size * m.intermediate_size + 2 * m.hidden_size
+
+
+def parameters(m: ModelConfig) -> int:
+    outside = (2 - m.tied) * m.vocab_size * m.hidden_size + m.hidden_size
+    return m.layers * layer_parameters(m) + outside
+
+
+class AdapterSize(NamedTuple):
+    """A LoRA adapter before it is loaded."""
+
+    base: Path  # directory of its base
+    rank: int
+    targets: tuple[str, ...]
+
+    def parameters(self, m: ModelConfig) -> int:
+        query, key, hidden = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden_size
+        ends = {name: hidden + m.intermediate_size for name in ("gate_proj", "up_proj", "down_proj")}
+        ends |= {"q_proj": hidden + query, "o_proj": hidden + query}
+        ends |= {"k_proj": hidden + key, "v_proj": hidden + key}
+        return m.layers * self.rank * sum(ends[name] for name in self.targets)
 
 
 def layer_numbers(m: ModelConfig) -> int:

@@ -25,7 +25,7 @@ from teamtr_min.lora import TARGETS, Adapter, add_lora
 from teamtr_min.memory import choose, plan_evaluation, plan_training
 from teamtr_min.model import ModelConfig
 from teamtr_min.rollout import collect
-from teamtr_min.shapes import layer_numbers, parameters, token_bytes
+from teamtr_min.shapes import AdapterSize, layer_numbers, parameters, token_bytes
 from teamtr_min.system import free_memory, size
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
@@ -182,6 +182,12 @@ def test_the_plan_counts_the_agents_of_an_update_and_adam_for_all(monkeypatch):
     assert one.disk == 3 * 3 * 12 * n + 3 * 4 * n
 
 
+def test_disk_is_counted_for_the_checkpoints_that_a_run_can_write(monkeypatch):
+    for checkpoints, flags in [(1, {"stages": 1}), (2, {"stages": 5, "checkpoint_every": 3}),
+                               (3, {"stages": 1, "warm_start": 500})]:  # fmt: skip
+        assert planned(monkeypatch, "64GiB", **flags)[1].disk == (3 * 12 * checkpoints + 3 * 4) * 91264
+
+
 @pytest.mark.parametrize(
     "limit, flags, helps",
     [
@@ -305,7 +311,7 @@ SHAPES = {  # by their published configurations
 def row_of_what_fits(name: str, rank: int) -> str:
     """As docs/models.md has it: three agents on GPUs of 24, 80 and 141 GB."""
     m, config = SHAPES[name], Config(model=name, agents=3, device="cuda", lora_rank=rank)
-    adapter = memory.AdapterSize(Path(), rank, TARGETS)
+    adapter = AdapterSize(Path(), rank, TARGETS)
     counts = [adapter.parameters(m) if rank else parameters(m)] * 3
     weights, cells = 2 * (sum(counts) + parameters(m) * bool(rank)), []
     needs = memory.Needs(config, torch.device("cuda"), 2, [m] * 3, counts, weights, longest=1100)
@@ -328,5 +334,5 @@ def test_the_table_of_what_fits_follows_from_the_plan():
 def test_an_adapter_is_counted_as_it_is_made():
     adapter = Adapter("relay", "", 3, 6.0)
     model = add_lora(random_model("qwen3"), adapter)
-    counted = memory.AdapterSize(Path(), 3, TARGETS).parameters(model.config)
+    counted = AdapterSize(Path(), 3, TARGETS).parameters(model.config)
     assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -32,6 +32,17 @@ def subject(flags: dict, **more) -> Config:
     return Config(**flags | more)
 
 
+def heading(config: Config) -> dict[str, str]:
+    """What is timed, and on what: the head of a result."""
+    device, dtype = placement(config)
+    return {
+        "model": config.model,
+        "task": config.task,
+        "device": device_name(device.type),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()

@@ -11,7 +11,7 @@ the machine does not count.
 import torch
 
 from teamtr_min import rng
-from teamtr_min.bench.machine import REPEATS, clock_name, copy_rate, device_name, interleaved, matmul_rate
+from teamtr_min.bench.machine import REPEATS, clock_name, copy_rate, heading, interleaved, matmul_rate
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
 from teamtr_min.hf.weights import load_model
@@ -40,9 +40,7 @@ def run(flags: dict, short: bool = False) -> dict:
         batches, new_tokens, repeats = [3], 5, 1
     result = {
         "benchmark": "sampling",
-        "model": model,
-        "device": device_name(device.type),
-        "dtype": str(dtype).removeprefix("torch."),
+        **heading(config),
         "clock": clock_name(device),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": new_tokens,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from teamtr_min.bench.machine import device_name, subject
+from teamtr_min.bench.machine import heading, subject
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
@@ -106,17 +106,13 @@ def run(train, flags: dict, short: bool = False) -> dict:
     if short:
         cases = dict(list(VARIANTS.items())[:2]) | dict(list(teams.items())[:1])
     config = subject(flags, **base)
-    device, dtype = placement(config)
     found = [
         {name: one(train, subject(flags, **base | more)) for name, more in cases.items()}
         for _ in range(rounds)
     ]
     return {
         "benchmark": "stage",
-        "model": config.model,
-        "task": config.task,
-        "device": device_name(device.type),
-        "dtype": str(dtype).removeprefix("torch."),
+        **heading(config),
         "problems": config.problems,
         "group": config.group,
         "rounds": rounds,

@@ -14,7 +14,7 @@ import gc
 import torch
 
 from teamtr_min import rng
-from teamtr_min.bench.machine import REPEATS, clock_name, device_name, interleaved, matmul_rate, subject
+from teamtr_min.bench.machine import REPEATS, clock_name, heading, interleaved, matmul_rate, subject
 from teamtr_min.bench.measure import extra_mib
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
@@ -44,10 +44,7 @@ def run(flags: dict, short: bool = False) -> dict:
     rate = matmul_rate(device, dtype)
     return {
         "benchmark": "training",
-        "model": config.model,
-        "task": config.task,
-        "device": device_name(device.type),
-        "dtype": str(dtype).removeprefix("torch."),
+        **heading(config),
         "clock": clock_name(device),
         "rollouts": len(rollouts.returns),
         "repeats": repeats,
