@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import evaluate
 from safetensors.torch import load_file
+from several_runs import commands, together
 from test_memory import SHAPES
 from toy_runs import results
 
@@ -37,15 +38,6 @@ def torchrun(processes: int, *command: str, **options) -> subprocess.Popen:
     return subprocess.Popen([*program, *command], cwd=ROOT, env=environment, **pipes, **options)
 
 
-def several(processes: int, *commands: list[str]) -> list[str]:
-    """Runs these commands with so many processes; the lines on stdout."""
-    words = [word for command in commands for word in ("--", *command)][1:]
-    child = torchrun(processes, "tests/several_runs.py", *words)
-    out, err = child.communicate(timeout=1800)
-    assert child.returncode == 0, err
-    return out.splitlines()
-
-
 def stop_after(stages: int, run: Path, out: Path) -> Path:
     """A copy of the run as a kill after so many stages leaves it."""
     shutil.copytree(run, out)
@@ -62,11 +54,12 @@ def runs(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("ranks")
     assert train.main([*TOY, "--out", str(root / "1")]) == 0
     evaluation = ["eval", *EVAL, "--team", str(root / "1")]
-    said = several(2, ["train", *TOY, "--out", str(root / "2")], evaluation)
+    said = together(2, root, commands, ["train", *TOY, "--out", str(root / "2")], evaluation)
     one = stop_after(1, root / "2", root / "2-1")
     assert train.main(["--resume", str(one)]) == 0
     three = stop_after(2, one, root / "2-1-3")
-    several(3, ["train", *TOY, "--out", str(root / "3")], ["train", "--resume", str(three)])
+    others = ["train", *TOY, "--out", str(root / "3")], ["train", "--resume", str(three)]
+    together(3, root, commands, *others)
     return {"root": root, "said": said}
 
 

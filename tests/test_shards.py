@@ -8,8 +8,10 @@ import pytest
 import torch
 from commands import evaluate, refusal
 from safetensors.torch import load_file
+from several_runs import commands, together
+from shards_by_rank import check_all
 from test_memory import SHAPES
-from test_ranks import ROOT, TOY, several, stop_after, torchrun
+from test_ranks import ROOT, TOY, stop_after
 from toy_runs import results
 
 import train
@@ -27,11 +29,9 @@ UNEVEN = (
 EXACT = "--kl-estimator exact --resample suffix --warm-start 2 --warm-start-lr 3e-5 --stages 1".split()
 
 
-def test_each_rank_holds_a_part_and_gradients_are_those_of_one_process():
+def test_each_rank_holds_a_part_and_gradients_are_those_of_one_process(tmp_path):
     """Odd sizes, every family, tied or not, activations recomputed; ranks go back unequally often."""
-    child = torchrun(3, "tests/shards_by_rank.py")
-    _, err = child.communicate(timeout=1800)
-    assert child.returncode == 0, err
+    together(3, tmp_path, check_all)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def runs(tmp_path_factory) -> dict:
     kinds = {"plain": [], "uneven": UNEVEN, "exact": EXACT}
     for name, flags in kinds.items():
         assert train.main([*TOY, *flags, "--out", str(root / f"{name}-1")]) == 0
-    commands = [["train", *TOY, *f, "--shard", "--out", str(root / f"{n}-2")] for n, f in kinds.items()]
+    lines = [["train", *TOY, *f, "--shard", "--out", str(root / f"{n}-2")] for n, f in kinds.items()]
     spread = stop_after(1, root / "plain-1", root / "resumed")
-    commands += [
+    lines += [
         ["train", "--resume", str(spread), "--shard"],
         ["eval", *EVAL, "--team", str(root / "plain-1")],
     ]
-    said = several(2, *commands)
+    said = together(2, root, commands, *lines)
     shutil.rmtree(spread / "checkpoints" / "000003")
     assert train.main(["--resume", str(spread)]) == 0  # alone a process has nobody to spread to
     return {"root": root, "said": said}
