@@ -61,7 +61,7 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
                     rollouts.grouped_returns, config.advantage_clip, config.eps_norm, not config.no_group_norm
                 ).flatten()
                 batches = rollouts.batches(learner.agents, advantages * source.weights, config.batch_tokens)
-                lr = learning_rate(config, stage, i)
+                lr = learning_rate(config, stage, i, learner.agents)
                 with Bar("training", len(batches) * (config.inner_steps + 1), "batches") as learner.bar:
                     outcome = update(learner, batches, config, lr)  # Eq. 10, Eq. 11
                 source.updated(learner.agents)

@@ -103,7 +103,7 @@ def align(rollouts: Rollouts, team: Team, j: int, config: Config) -> dict:
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss of the alignment is {losses[-1]}")
             if training:
-                learner.step(LR_FACTOR * config.lr * (1 - step / steps))
+                learner.step(LR_FACTOR * config.lr * config.lr_scales[j] * (1 - step / steps))
     finally:
         learner.offload()
     tokens = ranks.total(sum(len(batch.pair) for batch in batches))

@@ -138,6 +138,10 @@ class Config:
         least=0,
         finite=True,
     )
+    lr_scale: str = knob(
+        "",
+        "comma-separated factors on the learning rates, warm start included, one per agent (default: 1 each)",
+    )
     lr_end: float = knob(PRESET, "fraction of lr at which the decay ends", least=0, finite=True)
     # Eq. 9
     advantage_clip: float = knob(
@@ -226,6 +230,8 @@ class Config:
             raise UserError(f"--beta is {self.beta:g}; it lives between 1e-4 and 1, or is 0 for no penalty")
         if self.lr_end > 1:
             raise UserError(f"--lr-end is {self.lr_end:g}; it is a fraction of --lr, from 0 to 1")
+        if len(set(self.lr_scales)) > 1 and self.occupancy == "joint":
+            raise UserError("--lr-scale: with --occupancy joint all agents take one step, at one rate")
         if bool(self.lora_rank) != bool(self.lora_alpha):
             raise UserError("--lora-rank and --lora-alpha are both positive, or left out for all weights")
         if self.delta == 0:
@@ -252,6 +258,21 @@ class Config:
     @property
     def models(self) -> list[str]:
         return [name.strip() for name in self.model.split(",")]
+
+    @property
+    def lr_scales(self) -> list[float]:
+        """One factor per agent."""
+        words = self.lr_scale.split(",") if self.lr_scale else ["1"] * self.agents
+        try:
+            scales = [float(word) for word in words]
+        except ValueError:
+            scales = []
+        if len(scales) != self.agents or not all(0 < scale < math.inf for scale in scales):
+            raise UserError(
+                f"--lr-scale is {one_line(repr(self.lr_scale), 80)}; give {self.agents} positive numbers, "
+                "one per agent"
+            )
+        return scales
 
     @property
     def turns(self) -> int:

@@ -26,11 +26,12 @@ def update_order(config: Config, stage: int) -> list[int]:
     return order
 
 
-def learning_rate(config: Config, stage: int, i: int) -> float:
-    """Cosine decay from lr to lr_end * lr over all updates of the run; i counts those of the stage."""
+def learning_rate(config: Config, stage: int, i: int, agents: list[int]) -> float:
+    """Cosine decay from lr to lr_end * lr over all updates of the run, scaled for the agents of this one;
+    i counts the updates of the stage."""
     groups = len(config.update_groups)
     decayed = 0.5 * (1 + math.cos(math.pi * (stage * groups + i) / (config.stages * groups)))
-    return config.lr * (config.lr_end + (1 - config.lr_end) * decayed)
+    return config.lr_scales[agents[0]] * config.lr * (config.lr_end + (1 - config.lr_end) * decayed)
 
 
 class RolloutSource:

@@ -34,7 +34,8 @@ def together(processes: int, directory: Path, target: Callable, *given) -> list[
         children.append(context.Process(target=_as_rank, args=(environment, outputs, target, given)))
         children[-1].start()
     for child in children:
-        child.join(1800)
+        child.join(300)
+        child.kill()  # has no effect on one that ended
     said, complaints = (
         "".join(p.read_text() for p in sorted(directory.glob(f"{n}-*"))) for n in ("out", "err")
     )

@@ -69,11 +69,13 @@ def test_what_the_shell_says_shorter_python_says_too(flags, fields, tmp_path):
 
 def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
     rates = [
-        learning_rate(Config(agents=2, stages=2, lr=10.0, lr_end=0.2), stage, i)
+        learning_rate(Config(agents=2, stages=2, lr=10.0, lr_end=0.2, lr_scale=scale), stage, i, [i])
+        for scale in ("", "1,3")
         for stage in (0, 1)
         for i in (0, 1)
     ]
-    assert rates == pytest.approx([10, 6 + 4 * 0.5**0.5, 6, 6 - 4 * 0.5**0.5])
+    equal = [10, 6 + 4 * 0.5**0.5, 6, 6 - 4 * 0.5**0.5]
+    assert rates == pytest.approx([*equal, equal[0], 3 * equal[1], equal[2], 3 * equal[3]])
 
 
 @pytest.mark.parametrize("main, flag", [(train.main, "--resume"), (evaluation.main, "--team")])

@@ -1,5 +1,6 @@
 """Teams of different models: sizes, families and tokenizers of their own, all the way through a run."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from toy_runs import parity, results, run, timeless
 import train
 from teamtr_min import load_tokenizer, rng
 from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import collect
 from teamtr_min.run import console
@@ -140,3 +142,25 @@ def test_ids_are_nobodys_business(relabelled):
         logps.append(sum(rollouts.message_logps(j, team.agents[j].model, 4096) for j in range(3)))
     assert texts[0] == texts[1] and len({text for one in texts[0] for text in one}) > 40
     torch.testing.assert_close(*logps, rtol=0, atol=1e-4)
+
+
+def test_each_agent_has_a_rate_of_its_own_and_who_hardly_moves_is_named(pair, tmp_path, capsys):
+    rates = "--lr 1e-9 --warm-start 2 --warm-start-lr 1e-3 --delta 0.02 --inner-steps 1 --lr-scale".split()
+    _, updates, _ = run(tmp_path / "slow", *FLAGS, "--model", pair, *rates, "1,3")
+    assert [u["lr"] for u in updates[:2]] == pytest.approx([1e-9, 3e-9 * 0.5 * (1 + 2**-0.5)], rel=1e-6)
+    lines = (tmp_path / "slow" / "metrics.jsonl").read_text().splitlines()
+    shown = [line["lr"] for line in map(json.loads, lines) if line["kind"] == "warm_start"]
+    assert shown == pytest.approx([1e-3, 3e-3, 5e-4, 1.5e-3])
+    said = capsys.readouterr().out
+    assert said.count("A and B hardly moved") == 1
+    advice = said.split("about --lr-scale ")[1].split()[0]
+    assert advice == "500,1500"
+    run(tmp_path / "fast", *FLAGS, "--model", pair, *rates, "1e6,3e6")
+    assert "hardly moved" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", ["1", "1,2,3", "1,0", "1,-1", "1,nan", "1,inf", "1,x", ","])
+def test_a_rate_that_cannot_be_is_a_sentence(scale):
+    refused = lambda **fields: str(pytest.raises(UserError, Config, agents=2, **fields).value)  # noqa: E731
+    assert "give 2 positive numbers" in refused(lr_scale=scale)
+    assert "take one step" in refused(lr_scale="1,2", occupancy="joint")

@@ -1,5 +1,6 @@
 """What a run says on the terminal."""
 
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,6 +40,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     if len(set(sizes)) > 1:
         each = [f"{text} of {count:,} parameters" for text, count in zip(each, sizes)]
     same = f", {sizes[0]:,} parameters each" * (len(set(sizes)) == 1)
+    scaled = f" times {config.lr_scale}" * bool(config.lr_scale)
     precision = "fp32" if models[0].dtype.itemsize == 4 else "bf16 over fp32 masters"
     lines = [
         f"team    {len(models)} agents ({', '.join(each)}){same}, "
@@ -49,7 +51,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
         f"{config.problems} problems x {config.group} rollouts "
         + (collections if config.occupancy == "fresh" else "once a stage"),
         f"method  {config.occupancy} occupancy, {config.order} order, {region(config)}, "
-        f"at most {config.inner_steps} steps at lr {config.lr:g}, {config.stages} stages",
+        f"at most {config.inner_steps} steps at lr {config.lr:g}{scaled}, {config.stages} stages",
         f"output  {directory}",
     ]
     return "\n".join(lines)
@@ -76,6 +78,26 @@ def nothing_to_learn(config: Config, updates: list[dict]) -> str:
         f"nothing to learn from yet: the {config.group} rollouts of each problem all have the same return "
         f"(on average {mean:.2f}), and an update compares those of one problem. What helps: "
         + ("harder problems" if mean == 1 else helps)
+    )
+
+
+def hardly_moving(config: Config, updates: list[dict], names: list[str]) -> str:
+    """What to say after the first stage if some agents' learning rates are far too small for the radius.
+
+    To second order the KL grows as the square of the rate, which says what rate would use a quarter of it.
+    """
+    scales, slow = list(config.lr_scales), []
+    for u in updates:
+        whole_step = u["steps"] and not u["halvings"] and u["lr"] and "agent" in u
+        if whole_step and u["kl_after"] < config.delta / 1000 < math.inf:
+            factor = math.sqrt(config.delta / 4 / max(u["kl_after"], 1e-6 * config.delta))
+            scales[u["agent"]] *= float(f"{factor:.1g}")
+            slow.append(names[u["agent"]])
+    if not slow:
+        return ""
+    return (
+        f"{' and '.join(slow)} hardly moved: less than a thousandth of the radius of {config.delta:g} nats. "
+        f"A higher rate would use it: about --lr-scale {','.join(f'{scale:g}' for scale in scales)}"
     )
 
 

@@ -16,7 +16,7 @@ from teamtr_min.learner import Learner, Update
 from teamtr_min.memory import Plan
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
-from teamtr_min.run.console import Console, closing, header, nothing_to_learn, stage_text
+from teamtr_min.run.console import Console, closing, hardly_moving, header, nothing_to_learn, stage_text
 from teamtr_min.run.directory import new_directory
 from teamtr_min.system import peak
 from teamtr_min.team import Team
@@ -135,6 +135,8 @@ class Run:
         self._append("metrics.jsonl", [line])
         names = [agent.role.name for agent in self.team.agents]
         self.console.say(stage_text(line, updates, self.config, names))
+        if stage == 0 and (advice := hardly_moving(self.config, updates, names)):
+            self.console.say(advice)
         if done % self.config.checkpoint_every == 0 or done == self.config.stages:
             self._checkpoint(self.config.warm_start + done)
 
