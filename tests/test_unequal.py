@@ -155,7 +155,7 @@ def test_each_agent_has_a_rate_of_its_own_and_who_hardly_moves_is_named(pair, tm
     assert said.count("A and B hardly moved") == 1
     advice = said.split("about --lr-scale ")[1].split()[0]
     assert advice == "500,1500"
-    run(tmp_path / "fast", *FLAGS, "--model", pair, *rates, "1e6,3e6")
+    run(tmp_path / "fast", *FLAGS, "--model", pair, *rates, "1,3", "--lr", "1e-3")
     assert "hardly moved" not in capsys.readouterr().out
 
 
