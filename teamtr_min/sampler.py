@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from teamtr_min import rng
+from teamtr_min.decode import Decode
 from teamtr_min.files import UserError
 from teamtr_min.model import KVCache, PrefillStep, Transformer
 from teamtr_min.packing import pack, rows_of, trees_of
@@ -89,6 +90,7 @@ class Sampler:
     def __init__(self, model: Transformer, rows: int):
         self.model = model
         self.cache = KVCache(model.config, rows, 0, model.device, model.dtype)
+        self.decode = Decode(model, self.cache)
         self.row_at = list(range(rows))
         self.cached = [0] * rows  # tokens of each row that the cache holds
         self.check_every = 16 if model.device.type == "cuda" else 1  # steps between device syncs
@@ -136,8 +138,10 @@ class Sampler:
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
         logits = self._prefill([prompts[i] for i in request], prefill_tokens)  # (live, V)
+        if self.decode.graphs:  # which read from where the cache is
+            self.cache.reserve(max(longest + max_new_tokens, max(self.cached) + 1))
+        token, logprob = sample_token(logits, uniforms[0], temperature)  # (live,)
         for step in range(max_new_tokens):
-            token, logprob = sample_token(logits, uniforms[step], temperature)  # (live,)
             fresh.append((token, logprob))
             last = step + 1 == max_new_tokens
             if last or len(fresh) == self.check_every:  # only now does the host wait for the device
@@ -160,9 +164,7 @@ class Sampler:
             lengths = {len(prompts[i]) for i in request}
             start = lengths.pop() + step if len(lengths) == 1 else None  # without a mask all in sight is seen
             self.cache.reserve(longest + step + 1 if start is None else start + 1, start)
-            hidden = self.model.hidden(token[:, None], self.cache, slice(0, live))  # (live, 1, H)
-            self.cache.length[:live] += 1
-            logits = self.model.logits(hidden[:, 0])  # (live, V)
+            token, logprob = self.decode.next(token, uniforms[step + 1], temperature, sample_token)
 
         completions = [_cut(*drawn, stops) for drawn in zip(tokens, logprobs)]
         for i, row in enumerate(rows):  # the last token of a message was sampled, not fed

@@ -9,6 +9,7 @@ import torch
 from tiny import random_model
 
 from teamtr_min import load_model, rng
+from teamtr_min.decode import Decode
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.model import Transformer
@@ -31,13 +32,14 @@ def model():
 
 @pytest.fixture
 def fed(monkeypatch):
-    """The shapes of all that the model is fed."""
-    shapes, hidden = [], Transformer.hidden
+    """The shapes of all that the model is fed, by whole passes or by decode steps of a token each."""
+    shapes, hidden, decode = [], Transformer.hidden, Decode.hidden
     monkeypatch.setattr(
         Transformer,
         "hidden",
         lambda self, t, *a, **k: shapes.append(tuple(t.shape)) or hidden(self, t, *a, **k),
     )
+    monkeypatch.setattr(Decode, "hidden", lambda self, t: shapes.append((len(t), 1)) or decode(self, t))
     return shapes
 
 

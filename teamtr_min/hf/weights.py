@@ -109,7 +109,7 @@ def load_model(
         if not all(bound.isfinite() for bound in tensors[name].aminmax()):  # NaN spreads to both bounds
             raise UserError(f"{directory}: {name} holds NaN or infinity")
     model.load_state_dict(tensors, assign=True)
-    return model
+    return model.join()
 
 
 def save_model(model: Transformer, directory: str | os.PathLike) -> None:

@@ -1,0 +1,173 @@
+"""One new token for each of the first rows of a cache: what `Transformer.hidden` computes for T = 1, faster.
+
+A decode step does little work in many operations, so their number is what counts. Weights that meet the same
+input make one product, since `Transformer.join` has put them side by side; the product before it adds to the
+residual stream; on CUDA six kernels (kernels/decode.py) do the rest of a layer, and a whole step, draw
+included, is one CUDA graph. Letters as in model.py.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from kernels import decode as kernels
+from kernels import use_triton
+from teamtr_min.attention import attend
+from teamtr_min.model import Block, CachedStep, KVCache, Transformer, joined, rope_table, rotate
+
+
+class Decode:
+    def __init__(self, model: Transformer, cache: KVCache):
+        self.model, self.cache = model, cache
+        self.fused = use_triton(model.head)
+        self.layers = [_layer(block) for block in model.model.layers]
+        self.graphs = Graphs(self) if self.fused and model.device.type == "cuda" else None
+
+    def next(
+        self, token: Tensor, uniform: Tensor, temperature: float, draw: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> what `draw` returns,
+        from logits (B, V). The first B rows of the cache grow by one; it must have been told to reserve it.
+        """
+        if self.graphs:
+            return self.graphs.next(token, uniform, temperature)
+        hidden = self.hidden(token)
+        self.cache.length[: len(token)] += 1
+        return (kernels.draw if self.fused else draw)(self.model.logits(hidden), uniform, temperature)
+
+    def hidden(self, token: Tensor) -> Tensor:
+        """Final hidden states (B, H)."""
+        if self.model.shards is not None:  # what gathers their weights is called by the whole model alone
+            return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
+        see = self._by_kernels(len(token)) if self.fused else self._by_torch(len(token))
+        x = self.model.model.embed_tokens(token)  # (B, H)
+        for number, layer in enumerate(self.layers):
+            y = see(number, layer, layer.qkv(layer.norm(x)))  # (B, Q * D)
+            x = layer.add_o(x, y)
+            x = layer.add_down(x, kernels.silu_mul(layer.gate_up(layer.other_norm(x))))
+        return _norm(self.model.model.norm)(x)
+
+    def _by_torch(self, B: int) -> Callable:
+        """How a layer attends: (its number, it, qkv (B, (Q + 2K) * D)) -> (B, Q * D)."""
+        c, step = self.model.config, CachedStep(self.cache, slice(0, B), 1)
+        table = rope_table(c, 1 << self.cache.span.bit_length(), self.model.device, self.model.dtype)
+        cos, sin = (x[step.positions[:, 0]] for x in table)  # (B or 1, 1, D)
+        Q, K, D = c.heads, c.kv_heads, c.head_dim
+
+        def see(number: int, layer, qkv: Tensor) -> Tensor:
+            heads = qkv.view(B, Q + 2 * K, D)
+            turned, v = heads[:, : Q + K], heads[:, Q + K :]
+            if layer.norms:
+                q_norm, k_norm = layer.block.self_attn.q_norm, layer.block.self_attn.k_norm
+                turned = torch.cat([q_norm(turned[:, :Q]), k_norm(turned[:, Q:])], 1)
+            turned = rotate(turned, cos, sin)
+            k, v = step.write_then_read(number, turned[:, Q:, None], v[:, :, None])  # (B, K, span, D)
+            return attend(turned[:, :Q, None], k, v, step.mask).view(B, Q * D)
+
+        return see
+
+    def _by_kernels(self, B: int) -> Callable:
+        """The same; a row at the end of the cache, which nobody wants any more, stays there."""
+        c, cache = self.model.config, self.cache
+        capacity = cache.keys.shape[3]
+        at = cache.length[:B].clamp(max=capacity - 1)
+        self.table = rope_table(
+            c, 1 << capacity.bit_length(), self.model.device, self.model.dtype
+        )  # (, 1, D)
+
+        def see(number: int, layer, qkv: Tensor) -> Tensor:
+            keys, values = cache.keys[number], cache.values[number]
+            q = kernels.rope_store(qkv, *self.table, at, keys, values, c.heads, layer.norms, c.norm_eps)
+            return kernels.attend_cached(q, keys, values, at)
+
+        return see
+
+
+class Graphs:
+    """On CUDA: a step for 1, 2, 4, ... rows is recorded when it is first wanted, and from then on repeated.
+
+    Rows that are past the live ones come along to the next power of two; their new keys and values lie where
+    no query looks.
+    """
+
+    def __init__(self, decode: Decode):
+        self.decode, self.recorded, self.place = decode, {}, None
+        rows, device = len(decode.cache.length), decode.model.device
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        self.uniform = torch.zeros(rows, device=device)
+
+    def next(self, token: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        live, place = len(token), self.decode.cache.keys.data_ptr()
+        if place != self.place:  # the cache has grown
+            self.recorded, self.place = {}, place
+        self.token[:live], self.uniform[:live] = token, uniform
+        rows = min(1 << (live - 1).bit_length(), len(self.token))
+        if (rows, temperature) not in self.recorded:
+            self.recorded[rows, temperature] = record(lambda: self._step(rows, temperature))
+            self.decode.cache.length[:rows] -= 1  # what recording did once
+        drawn, logprob = self.recorded[rows, temperature]()
+        return drawn[:live].clone(), logprob[:live].clone()
+
+    def _step(self, rows: int, temperature: float) -> tuple[Tensor, Tensor]:
+        hidden = self.decode.hidden(self.token[:rows])
+        self.decode.cache.length[:rows] += 1
+        return kernels.draw(self.decode.model.logits(hidden), self.uniform[:rows], temperature)
+
+
+def record(work: Callable) -> Callable:
+    """Do work() once, and record what it starts on CUDA; each call of the result starts that again, on the
+    same memory, and returns the same tensors with new contents."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        work()  # compiles kernels, and lets libraries ask for what they need
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+
+    def again():
+        graph.replay()
+        return results
+
+    return again
+
+
+def _layer(block: Block) -> SimpleNamespace:
+    attention, mlp = block.self_attn, block.mlp
+    return SimpleNamespace(
+        block=block,
+        norm=_norm(block.input_layernorm),
+        qkv=_product(attention.q_proj, attention.k_proj, attention.v_proj),
+        norms=(attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
+        add_o=_added(attention.o_proj),
+        other_norm=_norm(block.post_attention_layernorm),
+        gate_up=_product(mlp.gate_proj, mlp.up_proj),
+        add_down=_added(mlp.down_proj),
+    )
+
+
+def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: kernels.rms_norm(x, norm.weight, norm.eps)
+
+
+def _product(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
+    """x (B, H) -> the outputs of these layers side by side: one matrix product where `join` allows it."""
+    weight = None
+    if all(type(linear) is nn.Linear for linear in linears):
+        weight = joined(*(linear.weight for linear in linears))
+    if weight is None:  # LoRA, or a model that nobody has joined
+        return lambda x: torch.cat([linear(x) for linear in linears], -1)
+    if linears[0].bias is None:
+        return lambda x: torch.mm(x, weight.t())
+    bias = joined(*(linear.bias for linear in linears))
+    return lambda x: torch.addmm(bias, x, weight.t())
+
+
+def _added(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, y) -> x + linear(y), in the place of x."""
+    if type(linear) is not nn.Linear:
+        return lambda x, y: x.add_(linear(y))
+    return lambda x, y: x.addmm_(y, linear.weight.t())

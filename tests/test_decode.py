@@ -1,0 +1,285 @@
+"""A decode step is one pass of the model over one token a row, whichever way it is computed."""
+
+import copy
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tiny import FAMILIES, random_model, random_tokens
+
+from kernels import decode as kernels
+from teamtr_min import decode
+from teamtr_min.attention import attend_reference
+from teamtr_min.lora import Adapter, add_lora
+from teamtr_min.model import KVCache, joined
+from teamtr_min.sampler import Sampler, generate, sample_token, sample_token_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 4e-2}  # of what is of order 1
+each_dtype = pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(got, want, dtype, scale=1.0):
+    torch.testing.assert_close(got.float(), want.float(), atol=scale * BOUND[dtype], rtol=BOUND[dtype])
+
+
+@pytest.fixture(params=["triton", "torch"])
+def path(request, monkeypatch):
+    if request.param == "triton":
+        request.getfixturevalue("launches")
+    else:
+        monkeypatch.setenv("TEAMTR_KERNELS", "torch")
+    return request.param
+
+
+@each_dtype
+@pytest.mark.parametrize("B, H", [(1, 64), (3, 30), (5, 896)])
+def test_norm_is_that_of_the_model(path, dtype, B, H):
+    x, weight = 3 * random(B, H, dtype=dtype), random(H, seed=1, dtype=dtype)
+    wide = x.double()
+    want = weight.double() * wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    close(kernels.rms_norm(x, weight, 1e-5), want, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("B, inner", [(1, 5), (3, 41), (2, 700)])
+def test_swiglu_is_its_formula(path, dtype, B, inner):
+    x = random(B, 2 * inner, dtype=dtype)
+    gate, up = x.double().chunk(2, 1)
+    close(kernels.silu_mul(x), gate / (1 + (-gate).exp()) * up, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("B, Q, K, D, capacity", [(1, 2, 1, 16, 5), (3, 6, 3, 14, 9), (2, 3, 1, 80, 7)])
+def test_heads_are_turned_and_stored_at_their_positions_alone(path, dtype, norms, B, Q, K, D, capacity):
+    qkv, angle = random(B, (Q + 2 * K) * D, dtype=dtype), random(capacity + 2, D // 2).double()
+    cos, sin = torch.cat([angle.cos()] * 2, 1).to(dtype), torch.cat([-angle.sin(), angle.sin()], 1).to(dtype)
+    at = torch.arange(B, device=DEVICE) * 3 % capacity
+    weights = (random(D, seed=3, dtype=dtype), random(D, seed=4, dtype=dtype)) if norms else None
+    before = random(2, B + 1, K, capacity, D, seed=5, dtype=dtype)
+    keys, values = before.clone()
+    query = kernels.rope_store(qkv, cos, sin, at, keys, values, Q, weights, 1e-6)
+    for b in range(B):
+        for head, x in enumerate(qkv[b].double().view(-1, D)):
+            if head < Q + K:
+                if norms:
+                    x = weights[head >= Q].double() * x * (x.square().mean() + 1e-6).rsqrt()
+                a, c = x.chunk(2)
+                theta = angle[at[b]]
+                x = torch.cat([a * theta.cos() - c * theta.sin(), c * theta.cos() + a * theta.sin()])
+            got = query[b, head] if head < Q else (keys if head < Q + K else values)[b, (head - Q) % K, at[b]]
+            close(got, x, dtype, scale=3)
+            if head >= Q:
+                (keys if head < Q + K else values)[b, (head - Q) % K, at[b]] = before[
+                    int(head >= Q + K), b, (head - Q) % K, at[b]
+                ]
+    assert torch.equal(torch.stack([keys, values]), before), "an entry that was not to be written has changed"
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "B, Q, K, D, capacity", [(1, 2, 2, 16, 1), (3, 6, 2, 10, 64), (4, 3, 1, 16, 300), (2, 4, 2, 80, 257)]
+)
+def test_attention_sees_each_rows_own_positions(path, dtype, B, Q, K, D, capacity):
+    """Rows that end just before, at and after the bounds of splits and tiles; what lies behind is NaN."""
+    query = random(B, Q, D, dtype=dtype)
+    keys, values = random(2, B + 2, K, capacity, D, seed=1, dtype=dtype)
+    ends = [capacity - 1, 127, 128, 0] if capacity > 128 else [capacity - 1, 0, 63 % capacity, 1]
+    at = torch.tensor(ends[:B], device=DEVICE)
+    want = torch.cat(
+        [
+            attend_reference(
+                query[b, None, :, None].double(),
+                keys[b, None, :, : at[b] + 1].double(),
+                values[b, None, :, : at[b] + 1].double(),
+                torch.ones(1, 1, 1, at[b] + 1, dtype=torch.bool, device=DEVICE),
+            ).view(1, Q * D)
+            for b in range(B)
+        ]
+    )
+    for b in range(B if path == "triton" else 0):  # torch multiplies NaN by 0
+        keys[b, :, at[b] + 1 :] = values[b, :, at[b] + 1 :] = math.nan
+    got = kernels.attend_cached(query, keys, values, at)
+    close(got, want, dtype)
+    if path == "triton":
+        for b in range(B):
+            alone = kernels.attend_cached(query[b : b + 1], keys[b : b + 1], values[b : b + 1], at[b : b + 1])
+            assert torch.equal(alone[0], got[b]), "a row's bits depend on its batch"
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("B, V", [(1, 3), (5, 203), (3, 4096), (4, 9001)])
+def test_a_draw_inverts_the_cumulative_distribution(launches, temperature, B, V):
+    logits = 4 * random(B, V)
+    logits[:, 1::3] = -math.inf
+    logits[-1, : V // 2] = -math.inf  # a whole strip without any probability, where there are two
+    uniform = torch.rand(B, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    uniform[0] = 0.0
+    token, logprob = kernels.draw(logits, uniform, temperature)
+    want, want_logprob = sample_token_reference(logits.cpu(), uniform.cpu(), temperature)
+    assert token.tolist() == want.tolist() and token.dtype == torch.int64
+    torch.testing.assert_close(logprob.cpu(), want_logprob, atol=1e-5, rtol=0)
+
+
+def test_a_draw_near_one_has_a_token_that_can_be_and_nan_shows(launches):
+    logits = random(4, 5000)
+    logits[:, 4000:] = -math.inf
+    logits[2, 7], logits[3, 4500] = math.nan, math.inf
+    token, logprob = kernels.draw(logits, torch.full((4,), 1 - 2**-24, device=DEVICE), 1.0)
+    assert max(token[:2].tolist()) < 4000 and logprob[:2].isfinite().all()
+    assert logprob[2:].isnan().all() and max(token.tolist()) < 5000
+
+
+def cached(model, lengths: list[int]) -> KVCache:
+    cache = KVCache(model.config, len(lengths), 0, model.device, model.dtype)
+    for row, length in enumerate(lengths):
+        cache.reserve(max(lengths))
+        tokens = random_tokens(model, 1, length, seed=row).to(model.device)
+        model.hidden(tokens, cache, torch.tensor([row], device=model.device))
+        cache.length[row] = length
+    return cache
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "family, kind, dtype",
+    [(family, "joined", dtype) for family in FAMILIES for dtype in BOUND]
+    + [("qwen3", "apart", torch.float32), ("qwen2", "lora", torch.float32)],
+)
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [5, 1, 12, 9]], ids=["even", "ragged"])
+def test_a_decode_step_is_a_pass_of_the_model(path, family, kind, dtype, lengths):
+    model = random_model(family).to(DEVICE, dtype)
+    if kind == "joined":
+        model.join()
+        attention = model.model.layers[0].self_attn
+        assert joined(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight) is not None
+    if kind == "lora":
+        model = add_lora(model, Adapter("", "", rank=2, alpha=4.0))
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.copy_(0.3 * random(*p.shape, dtype=dtype))
+    exact = copy.deepcopy(model).double()
+    factor = 2 if DEVICE == "cuda" or path == "torch" else 4  # the interpreter cuts off where a GPU rounds
+    caches = [cached(m, lengths) for m in (model, model, exact)]
+    live = len(lengths) - 1  # the last row of the cache has no part in it
+    for step in range(2):
+        token = random_tokens(model, live, seed=step).to(DEVICE)
+        start = lengths[0] + step if len(set(lengths)) == 1 else None
+        for cache in caches:
+            cache.reserve(max(lengths) + 2 if start is None else start + 1, start)
+        got = decode.Decode(model, caches[0]).hidden(token)
+        plain, want = (
+            m.hidden(token[:, None], cache, slice(0, live))[:, 0]
+            for m, cache in zip((model, exact), caches[1:])
+        )
+        assert got.dtype == dtype and error(got, want) <= factor * error(plain, want) + 1e-6
+        for cache in caches:
+            cache.length[:live] += 1
+    for b in range(live):
+        for kind in ("keys", "values"):
+            got, plain, want = (getattr(cache, kind)[:, b, :, : lengths[b] + 2] for cache in caches)
+            assert error(got, want) <= factor * error(plain, want) + 1e-6
+
+
+def error(got, want) -> float:
+    return (got.double() - want).abs().mean().item()
+
+
+def recording(work):
+    """What decode.record does, on a machine without CUDA: the work is done again each time."""
+    results = work()
+
+    def again():
+        for kept, new in zip(results, work()):
+            kept.copy_(new)
+        return results
+
+    return again
+
+
+def test_recorded_steps_sample_what_plain_ones_do(launches, monkeypatch):
+    """Buckets of rows, some of them live and some not; several turns; a router that leaves rows out."""
+    model = random_model("qwen2", layers=1).to(DEVICE)
+    prompts = [random_tokens(model, n, seed=n).tolist() for n in (3, 9, 4, 5, 2)]
+    stops, keys = [1, 2, 3, 4, 5, 6], list(range(100, 105))
+
+    def turns(sampler: Sampler) -> list:
+        texts, said = [list(p) for p in prompts], []
+        for turn, rows in enumerate(([0, 1, 2, 3, 4], [2, 4], [0, 1, 3])):
+            now = sampler.generate(
+                rows, [texts[r] for r in rows], [k + 10 * turn for k in keys][: len(rows)], 7, 1.0, stops
+            )
+            for r, c in zip(rows, now):
+                texts[r] += [*c.tokens, 8, 9]
+            said += [c.tokens for c in now]
+        return said
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(decode, "record", recording)
+    monkeypatch.setenv("TEAMTR_KERNELS", "torch")
+    plain = turns(Sampler(model, 5))
+    monkeypatch.setenv("TEAMTR_KERNELS", "triton")
+    sampler = Sampler(model, 5)
+    sampler.decode.graphs = sampler.decode.graphs or decode.Graphs(sampler.decode)
+    sampler.check_every = 2
+    assert turns(sampler) == plain
+    assert 1 < len({len(tokens) for tokens in plain}), "all messages are equally long: nothing left the batch"
+    assert len(sampler.decode.graphs.recorded) > 1
+
+
+def test_a_step_of_qwen_starts_fewer_than_300_kernels(launches, monkeypatch):
+    """As many layers as Qwen2.5-1.5B has, in a model that is narrow: what a graph of its step will hold."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Started(TorchDispatchMode):
+        names = Counter()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.names[op._schema.name.split("::")[1]] += 1
+            return op(*args, **(kwargs or {}))
+
+    model = random_model("qwen2", layers=28).to(DEVICE).join()
+    cache = cached(model, [4, 6])
+    cache.reserve(8)
+    step, token = decode.Decode(model, cache), torch.tensor([1, 2], device=DEVICE)
+    step.graphs = None
+    with torch.inference_mode():
+        step.next(token, torch.rand(2, device=DEVICE), 1.0, sample_token)
+        launches.clear()
+        monkeypatch.setattr(kernels, "start", lambda kernel, *a, **k: launches.update([kernel.__name__]))
+        with Started() as by_torch:
+            step.next(token, torch.rand(2, device=DEVICE), 1.0, sample_token)
+    views = (
+        "t view _unsafe_view as_strided slice select detach split alias empty new_empty empty_like".split()
+    )
+    names = {name: count for name, count in by_torch.names.items() if name not in views}
+    assert sum(launches.values()) == 28 * 6 + 1 + 2
+    assert sum(launches.values()) + sum(names.values()) < 300
+
+
+def test_copies_and_loaded_models_are_joined_and_train_as_their_own():
+    model = random_model("qwen2").join()
+    other = model.copy()
+    for m in (model, other):
+        mlp = m.model.layers[1].mlp
+        both = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
+        assert torch.equal(both, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.zero_()
+    assert both[-1].eq(0).all() and not model.model.layers[1].mlp.up_proj.weight.eq(0).any()
+    parts = torch.zeros(4, 3).split(2)
+    assert joined(*parts) is not None and joined(*parts[::-1]) is None
+    assert joined(parts[0], torch.zeros(2, 3)) is None
+
+
+def test_generate_takes_no_other_way(launches):
+    model = random_model("llama").to(DEVICE)
+    generate(model, [[1, 2, 3], [4]], 4)
+    names = {"decode_rms_norm", "decode_rope_store", "decode_attend", "decode_merge", "decode_silu_mul"}
+    assert names | {"decode_strips", "decode_draw"} <= set(launches)
