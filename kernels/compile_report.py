@@ -5,7 +5,7 @@
 Triton brings its own assembler, so a machine without a GPU builds the very code that an A100 (sm_80), H100
 (sm_90) or B200 (sm_100) would run. The launches are recorded from the product's own calls on tensors without
 storage, so block sizes and argument types are the ones in use. Exit code 1 if a kernel does not compile, if
-one with a matrix product spills registers, if on sm_90 that product is not wgmma, or if one does not fit.
+one spills registers, if on sm_90 that product is not wgmma, or if one does not fit.
 """
 
 import argparse
@@ -20,18 +20,26 @@ from unittest.mock import patch
 
 import torch
 
+from kernels import decode
 from kernels import trust_region as trust
 from kernels.launch import INTERPRETED, triton
 
 logprob = importlib.import_module("kernels.linear_logprob")  # the package's name for it is the function
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have, by architecture
 HIDDEN = (64, 896, 1536, 2048, 3584)  # the models that ship; Qwen2.5 0.5B, 1.5B, 3B and 7B
+HEADS = {
+    64: (4, 2, 16),
+    896: (14, 2, 64),
+    1536: (12, 2, 128),
+    2048: (16, 2, 128),
+    3584: (28, 4, 128),
+}  # Q, K, D
 N, V = 16384, 151936
 COLUMNS = ("kernel", "arch", "H", "V", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma")
 
 
 def launches(arch: int, H: int) -> dict[str, tuple]:
-    """name -> (kernel, arguments, options) of every kernel that a training step may start."""
+    """name -> (kernel, arguments, options) of every kernel that a training or decode step may start."""
     found, suffix = {}, ""
 
     def record(kernel, programs, *arguments, **options):
@@ -59,6 +67,20 @@ def launches(arch: int, H: int) -> dict[str, tuple]:
                 logp, floats, ids, empty(512), empty(512, dtype=torch.int64), empty(3), 0.2, ratio, "message"
             )
             loss.backward()
+    suffix, B, (Q, K, D) = "", 256, HEADS.get(H, (H // 64, H // 64, 64))
+    with patch.object(decode, "start", record), patch.object(decode, "use_triton", lambda x: True):
+        x, cache = (empty(*shape, dtype=torch.bfloat16) for shape in ((B, H), (B, K, 1040, D)))
+        table, at = empty(2048, 1, D, dtype=torch.bfloat16), ids[:B]
+        decode.rms_norm(x, x[0], 1e-6)
+        qkv, logits = empty(B, (Q + 2 * K) * D, dtype=torch.bfloat16), empty(B, V)
+        query = decode.rope_store(qkv, table, table, at, cache, cache, Q)
+        decode.attend_cached(query, cache, cache, at)
+        decode.silu_mul(x)
+        decode.draw(logits, floats[:B], 1.0)
+        suffix = "+norms"
+        decode.rope_store(qkv, table, table, at, cache, cache, Q, (x[0, :D], x[0, :D]), 1e-6)
+        suffix = "+greedy"
+        decode.draw(logits, floats[:B], 0.0)
     return found
 
 
@@ -103,11 +125,11 @@ def report(hidden: list[int]) -> tuple[list[dict], list[str]]:
     for arch, limit in SHARED_LIMIT.items():
         for H in hidden:
             for name, (kernel, arguments, options) in launches(arch, H).items():
-                matrix = "H" in options
-                row = dict.fromkeys(COLUMNS) | {"kernel": name, "arch": arch, "dtype": "float32"}
-                if matrix:
-                    row |= {"H": H, "V": V, "dtype": "bfloat16"}
-                where = f"{name} on sm_{arch}" + (f" at H {H}" if matrix else "")
+                matrix, sized = "H" in options, "H" in options or "D" in options
+                row = dict.fromkeys(COLUMNS) | {"kernel": name, "arch": arch}
+                row |= {"H": H if sized else None, "V": V if matrix else None}
+                row["dtype"] = str(next(a.dtype for a in arguments if hasattr(a, "dtype"))).split(".")[1]
+                where = f"{name} on sm_{arch}" + (f" at H {H}" if sized else "")
                 try:
                     built = compiled(kernel, arguments, options, arch)
                 except Exception as error:  # whatever the compiler raises is the finding
@@ -122,10 +144,10 @@ def report(hidden: list[int]) -> tuple[list[dict], list[str]]:
                 row["shared_bytes"] = built.metadata.shared
                 if row["shared_bytes"] > limit:
                     failures.append(f"{where} needs {row['shared_bytes']} bytes of shared memory")
+                if row["spill_bytes"]:
+                    failures.append(f"{where} spills {row['spill_bytes']} bytes")
                 if matrix:
                     row["wgmma"] = "wgmma.mma_async" in built.asm["ptx"]
-                    if row["spill_bytes"]:
-                        failures.append(f"{where} spills {row['spill_bytes']} bytes")
                     if arch == 90 and not row["wgmma"]:
                         failures.append(f"{where} does not use wgmma")
     return rows, failures

@@ -61,7 +61,8 @@ def decode_rope_store(
     d = tl.arange(0, BLOCK)
     inside, other = d < D, (d + D // 2) % D  # the other of each pair
     x = tl.load(qkv + program * D + d, mask=inside, other=0.0).to(tl.float32)
-    dtype, position = query.dtype.element_ty, tl.load(at + row)
+    dtype = query.dtype.element_ty
+    position = tl.load(at + row)
     if head < Q + K:
         y = tl.load(qkv + program * D + other, mask=inside, other=0.0).to(tl.float32)
         if NORM:
