@@ -3,17 +3,18 @@
 Letters as in teamtr_min/model.py; B rows, one new token each. `at` (B,) int64 is the position of each row's
 new token, so a row sees positions 0..at. No tile depends on the number of rows, and a program adds up what it
 has in a fixed order: a row's results have the same bits in every batch. Nor does a launch depend on how long
-rows are, so that a step can be a CUDA graph. Each function takes Triton where launch.use_triton says so, else
-its plain torch reference.
+rows are, so that a step can be a CUDA graph. Each function is the kernel alone; what it computes is said by the
+`_reference` behind it, in torch. teamtr_min.decode chooses.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, jit, start, tl, use_triton
+from kernels.launch import INTERPRETED, jit, start, tl
 
 SPLIT = 128  # positions that one program of decode_attend reads
 TILE = 64  # of these at a time
@@ -34,8 +35,6 @@ def decode_rms_norm(x, weight, out, H, eps, BLOCK: tl.constexpr):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (B, H) -> the same, each row divided by its root mean square and multiplied by weight (H,)."""
-    if not use_triton(x):
-        return rms_norm_reference(x, weight, eps)
     out = torch.empty_like(x)
     block = _power(x.shape[1])
     start(decode_rms_norm, len(x), x, weight, out, x.shape[1], eps, BLOCK=block, num_warps=_warps(block))
@@ -44,9 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    scale = torch.linalg.vector_norm(wide, dim=1, keepdim=True)  # one pass; a composite takes twice the time
-    scale.square_().mul_(1 / x.shape[1]).add_(eps).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight)
+    return (wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
 
 
 @jit
@@ -93,7 +90,7 @@ def rope_store(
     keys: Tensor,
     values: Tensor,
     heads: int,
-    norms: tuple[Tensor, Tensor] | None = None,
+    norms: Sequence[Tensor] = (),
     eps: float = 0.0,
 ) -> Tensor:
     """Rotary embedding, behind a norm per head where there are `norms`, of what a layer's projections give.
@@ -104,18 +101,16 @@ def rope_store(
     (B, Q, D).
     """
     B, (_, K, capacity, D) = len(qkv), keys.shape
-    if not use_triton(qkv):
-        return rope_store_reference(qkv, cos, sin, at, keys, values, heads, norms, eps)
     query = qkv.new_empty(B, heads, D)
     q_weight, k_weight = norms or (cos, cos)  # not read
     start(
         decode_rope_store, B * (heads + 2 * K), qkv, cos, sin, at, q_weight, k_weight, query, keys, values,
-        eps, heads, K, capacity, D=D, BLOCK=_power(D), NORM=norms is not None, num_warps=1,
+        eps, heads, K, capacity, D=D, BLOCK=_power(D), NORM=bool(norms), num_warps=1,
     )  # fmt: skip
     return query
 
 
-def rope_store_reference(qkv, cos, sin, at, keys, values, heads, norms=None, eps=0.0) -> Tensor:
+def rope_store_reference(qkv, cos, sin, at, keys, values, heads, norms=(), eps=0.0) -> Tensor:
     B, (_, K, _, D) = len(qkv), keys.shape
     q, k, v = qkv.view(B, heads + 2 * K, D).split([heads, K, K], 1)
     if norms:
@@ -203,8 +198,6 @@ def attend_cached(query: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Te
 
     query (B, Q, D), keys and values (rows, K, capacity, D), of which row b sees positions 0..at[b].
     """
-    if not use_triton(query):
-        return attend_cached_reference(query, keys, values, at)
     (B, Q, D), (_, K, capacity, _) = query.shape, keys.shape
     group, splits = Q // K, -(-capacity // SPLIT)
     partial = query.new_empty(B * K * splits * group, D, dtype=torch.float32)
@@ -241,8 +234,6 @@ def decode_silu_mul(x, out, size, I, BLOCK: tl.constexpr):
 
 def silu_mul(x: Tensor) -> Tensor:
     """x (B, 2I), gates and ups side by side -> silu(gate) * up, (B, I)."""
-    if not use_triton(x):
-        return silu_mul_reference(x)
     inner = x.shape[1] // 2
     out = x.new_empty(len(x), inner)
     start(decode_silu_mul, -(-out.numel() // 1024), x, out, out.numel(), inner, BLOCK=1024, num_warps=4)

@@ -3,6 +3,7 @@
 Letters as in model.py. `span` counts the positions that a row may attend to.
 """
 
+import contextlib
 import math
 
 import torch
@@ -21,18 +22,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     last query sees everything; T is then 1 or span.
     """
     (B, Q, T, D), K = q.shape, k.shape[1]
-    if T == 1:  # the query heads of a group stand where the queries do, so K and V need no repetition
-        q = q.reshape(B, K, Q // K, D)
-        if q.device.type == "cpu" and B >= PRODUCTS_FROM_ROWS:
-            return attend_by_products(q, k, v, mask).view(B, Q, 1, D)
-    options = {"attn_mask": mask, "is_causal": mask is None and T > 1}
+    if T == 1:
+        return attend_one(q.reshape(B, K, Q // K, D), k, v, mask).view(B, Q, 1, D)
+    options = {"attn_mask": mask, "is_causal": mask is None}
     if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=T > 1, **options).reshape(B, Q, T, D)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
     with sdpa_kernel(NOT_CUDNN):  # cuDNN makes a plan for every new shape
-        if mask is not None and T > 1:  # the only kernel that takes masks takes no groups
+        if mask is not None:  # the only kernel that takes masks takes no groups
             k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, span, D)
         grouped = k.shape[1] != q.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options).reshape(B, Q, T, D)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for one new token a row. Query heads of a group stand where queries do, so that K and V need no
+    repetition: q (B, K, Q/K, D) -> (B, Q * D)."""
+    if not q.is_cuda and len(q) >= PRODUCTS_FROM_ROWS:
+        return attend_by_products(q, k, v, mask).view(len(q), -1)
+    with contextlib.nullcontext() if not q.is_cuda else sdpa_kernel(NOT_CUDNN):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(len(q), -1)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

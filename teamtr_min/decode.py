@@ -14,15 +14,26 @@ from torch import Tensor, nn
 
 from kernels import decode as kernels
 from kernels import use_triton
-from teamtr_min.attention import attend
-from teamtr_min.model import Block, CachedStep, KVCache, Transformer, joined, rope_table, rotate
+from teamtr_min.attention import attend_one
+from teamtr_min.model import (
+    Block,
+    CachedStep,
+    KVCache,
+    RMSNorm,
+    Transformer,
+    joined,
+    rope_table,
+    rotate,
+)
 
 
 class Decode:
     def __init__(self, model: Transformer, cache: KVCache):
         self.model, self.cache = model, cache
         self.fused = use_triton(model.head)
-        self.layers = [_layer(block) for block in model.model.layers]
+        self.layers = [_layer(block, self.fused) for block in model.model.layers]
+        self.norm = _norm(model.model.norm, self.fused)
+        self.silu_mul = kernels.silu_mul if self.fused else kernels.silu_mul_reference
         self.graphs = Graphs(self) if self.fused and model.device.type == "cuda" else None
 
     def next(
@@ -41,32 +52,32 @@ class Decode:
         """Final hidden states (B, H)."""
         if self.model.shards is not None:  # what gathers their weights is called by the whole model alone
             return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
-        see = self._by_kernels(len(token)) if self.fused else self._by_torch(len(token))
+        attend = self._by_kernels(len(token)) if self.fused else self._by_torch(len(token))
         x = self.model.model.embed_tokens(token)  # (B, H)
         for number, layer in enumerate(self.layers):
-            y = see(number, layer, layer.qkv(layer.norm(x)))  # (B, Q * D)
+            y = attend(number, layer, layer.qkv(layer.norm(x)))  # (B, Q * D)
             x = layer.add_o(x, y)
-            x = layer.add_down(x, kernels.silu_mul(layer.gate_up(layer.other_norm(x))))
-        return _norm(self.model.model.norm)(x)
+            x = layer.add_down(x, self.silu_mul(layer.gate_up(layer.other_norm(x))))
+        return self.norm(x)
 
     def _by_torch(self, B: int) -> Callable:
         """How a layer attends: (its number, it, qkv (B, (Q + 2K) * D)) -> (B, Q * D)."""
         c, step = self.model.config, CachedStep(self.cache, slice(0, B), 1)
         table = rope_table(c, 1 << self.cache.span.bit_length(), self.model.device, self.model.dtype)
-        cos, sin = (x[step.positions[:, 0]] for x in table)  # (B or 1, 1, D)
+        positions, mask = step.positions[:, 0], step.mask
+        cos, sin = (x[positions] for x in table)  # (B or 1, 1, D)
         Q, K, D = c.heads, c.kv_heads, c.head_dim
 
-        def see(number: int, layer, qkv: Tensor) -> Tensor:
+        def attend(number: int, layer, qkv: Tensor) -> Tensor:
             heads = qkv.view(B, Q + 2 * K, D)
-            turned, v = heads[:, : Q + K], heads[:, Q + K :]
-            if layer.norms:
-                q_norm, k_norm = layer.block.self_attn.q_norm, layer.block.self_attn.k_norm
-                turned = torch.cat([q_norm(turned[:, :Q]), k_norm(turned[:, Q:])], 1)
+            turned = heads[:, : Q + K]
+            if layer.head_norms:
+                turned = torch.cat([norm(x) for norm, x in zip(layer.head_norms, turned.split([Q, K], 1))], 1)
             turned = rotate(turned, cos, sin)
-            k, v = step.write_then_read(number, turned[:, Q:, None], v[:, :, None])  # (B, K, span, D)
-            return attend(turned[:, :Q, None], k, v, step.mask).view(B, Q * D)
+            k, v = step.write_then_read(number, turned[:, Q:, None], heads[:, Q + K :, None])
+            return attend_one(turned[:, :Q].view(B, K, Q // K, D), k, v, mask)
 
-        return see
+        return attend
 
     def _by_kernels(self, B: int) -> Callable:
         """The same; a row at the end of the cache, which nobody wants any more, stays there."""
@@ -77,12 +88,13 @@ class Decode:
             c, 1 << capacity.bit_length(), self.model.device, self.model.dtype
         )  # (, 1, D)
 
-        def see(number: int, layer, qkv: Tensor) -> Tensor:
+        def attend(number: int, layer, qkv: Tensor) -> Tensor:
             keys, values = cache.keys[number], cache.values[number]
-            q = kernels.rope_store(qkv, *self.table, at, keys, values, c.heads, layer.norms, c.norm_eps)
+            norms = [norm.weight for norm in layer.head_norms]
+            q = kernels.rope_store(qkv, *self.table, at, keys, values, c.heads, norms, c.norm_eps)
             return kernels.attend_cached(q, keys, values, at)
 
-        return see
+        return attend
 
 
 class Graphs:
@@ -135,22 +147,35 @@ def record(work: Callable) -> Callable:
     return again
 
 
-def _layer(block: Block) -> SimpleNamespace:
+def _layer(block: Block, fused: bool) -> SimpleNamespace:
+    """What a step needs of it, looked up once."""
     attention, mlp = block.self_attn, block.mlp
     return SimpleNamespace(
-        block=block,
-        norm=_norm(block.input_layernorm),
+        norm=_norm(block.input_layernorm, fused),
         qkv=_product(attention.q_proj, attention.k_proj, attention.v_proj),
-        norms=(attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
+        head_norms=[attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else [],
         add_o=_added(attention.o_proj),
-        other_norm=_norm(block.post_attention_layernorm),
+        other_norm=_norm(block.post_attention_layernorm, fused),
         gate_up=_product(mlp.gate_proj, mlp.up_proj),
         add_down=_added(mlp.down_proj),
     )
 
 
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: kernels.rms_norm(x, norm.weight, norm.eps)
+def _norm(norm: RMSNorm, fused: bool) -> Callable[[Tensor], Tensor]:
+    """On x (B, H)."""
+    weight = norm.weight.detach()
+    if fused:
+        return lambda x: kernels.rms_norm(x, weight, norm.eps)
+    if weight.dtype != torch.float32:
+        return norm
+    eps, share = torch.full((1, 1), norm.eps, device=weight.device), 1 / len(weight)
+
+    def lean(x: Tensor) -> Tensor:
+        """The same in five operations, where autograd's would be eight."""
+        length = torch.linalg.vector_norm(x, 2, 1, True)  # (B, 1)
+        return (x * torch.addcmul(eps, length, length, value=share).rsqrt_()).mul_(weight)
+
+    return lean
 
 
 def _product(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -160,14 +185,16 @@ def _product(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
         weight = joined(*(linear.weight for linear in linears))
     if weight is None:  # LoRA, or a model that nobody has joined
         return lambda x: torch.cat([linear(x) for linear in linears], -1)
+    weight = weight.t()
     if linears[0].bias is None:
-        return lambda x: torch.mm(x, weight.t())
+        return lambda x: torch.mm(x, weight)
     bias = joined(*(linear.bias for linear in linears))
-    return lambda x: torch.addmm(bias, x, weight.t())
+    return lambda x: torch.addmm(bias, x, weight)
 
 
 def _added(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, y) -> x + linear(y), in the place of x."""
     if type(linear) is not nn.Linear:
         return lambda x, y: x.add_(linear(y))
-    return lambda x, y: x.addmm_(y, linear.weight.t())
+    weight = linear.weight.detach().t()
+    return lambda x, y: x.addmm_(y, weight)

@@ -30,10 +30,13 @@ def close(got, want, dtype, scale=1.0):
 
 @pytest.fixture(params=["triton", "torch"])
 def path(request, monkeypatch):
+    """Each function of kernels/decode.py by its kernel, or by its reference."""
     if request.param == "triton":
         request.getfixturevalue("launches")
     else:
         monkeypatch.setenv("TEAMTR_KERNELS", "torch")
+        for name in ("rms_norm", "silu_mul", "rope_store", "attend_cached"):
+            monkeypatch.setattr(kernels, name, getattr(kernels, f"{name}_reference"))
     return request.param
 
 
@@ -61,7 +64,7 @@ def test_heads_are_turned_and_stored_at_their_positions_alone(path, dtype, norms
     qkv, angle = random(B, (Q + 2 * K) * D, dtype=dtype), random(capacity + 2, D // 2).double()
     cos, sin = torch.cat([angle.cos()] * 2, 1).to(dtype), torch.cat([-angle.sin(), angle.sin()], 1).to(dtype)
     at = torch.arange(B, device=DEVICE) * 3 % capacity
-    weights = (random(D, seed=3, dtype=dtype), random(D, seed=4, dtype=dtype)) if norms else None
+    weights = (random(D, seed=3, dtype=dtype), random(D, seed=4, dtype=dtype)) if norms else ()
     before = random(2, B + 1, K, capacity, D, seed=5, dtype=dtype)
     keys, values = before.clone()
     query = kernels.rope_store(qkv, cos, sin, at, keys, values, Q, weights, 1e-6)
