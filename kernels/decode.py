@@ -3,8 +3,8 @@
 Letters as in teamtr_min/model.py; B rows, one new token each. `at` (B,) int64 is the position of each row's
 new token, so a row sees positions 0..at. No tile depends on the number of rows, and a program adds up what it
 has in a fixed order: a row's results have the same bits in every batch. Nor does a launch depend on how long
-rows are, so that a step can be a CUDA graph. Each function is the kernel alone; what it computes is said by the
-`_reference` behind it, in torch. teamtr_min.decode chooses.
+rows are, so that a step can be a CUDA graph. Each function is the kernel alone; what it computes is defined
+by the `_reference` behind it, in torch. teamtr_min.decode chooses.
 """
 
 import math

@@ -35,8 +35,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` for one new token a row. Query heads of a group stand where queries do, so that K and V need no
-    repetition: q (B, K, Q/K, D) -> (B, Q * D)."""
+    """`attend` for one new token a row, q (B, K, Q/K, D) -> (B, Q * D).
+
+    The query heads of a group stand where queries do, so that K and V need no repetition.
+    """
     if not q.is_cuda and len(q) >= PRODUCTS_FROM_ROWS:
         return attend_by_products(q, k, v, mask).view(len(q), -1)
     with contextlib.nullcontext() if not q.is_cuda else sdpa_kernel(NOT_CUDNN):

@@ -140,7 +140,7 @@ class Config:
     )
     lr_scale: str = knob(
         "",
-        "comma-separated factors on the learning rates, warm start included, one per agent (default: 1 each)",
+        "comma-separated factors on lr, one per agent, for unequal models (default: 1 each)",
     )
     lr_end: float = knob(PRESET, "fraction of lr at which the decay ends", least=0, finite=True)
     # Eq. 9

@@ -14,6 +14,7 @@ from teamtr_min.config import Config
 from teamtr_min.objective import trust_region_loss
 from teamtr_min.progress import Bar
 from teamtr_min.rollout import AgentBatch
+from teamtr_min.rounding import round_into
 from teamtr_min.team import Team
 
 OutOfMemory = torch.OutOfMemoryError
@@ -50,8 +51,8 @@ class Learner:
     """One agent, or several that step together: fp32 masters, AdamW and the penalty's weight beta.
 
     The model's own parameters are what samples and what is measured. In fp32 they are the masters themselves;
-    in bf16 the masters are a second copy, and every change of theirs is rounded into the model at once, so
-    that the monitor sees exactly the weights that the sampler will use.
+    in bf16 the masters are a second copy, and every change of theirs is rounded into the model at once
+    (rounding.py), so that the monitor sees exactly the weights that the sampler will use.
 
     Of several ranks each holds all masters, but Adam's moments only of those that it owns: it steps these and
     sends them to the others (ZeRO-1). Where weights are spread (shards.py) each holds, and steps, its part of
@@ -193,7 +194,7 @@ class Learner:
     def _round(self) -> None:
         if self.copied:
             for master, p in zip(self.masters, self.parameters):
-                p.copy_(master)
+                round_into(p, master)
 
     def _move(self, device: torch.device | str) -> None:
         if self.copied:

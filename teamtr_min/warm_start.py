@@ -26,12 +26,11 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
         return
     source = Demonstrations(config, task)
     for step in run.warm_start_steps():
-        falling = config.warm_start_lr * (1 - step / config.warm_start)
+        lr = config.warm_start_lr * (1 - step / config.warm_start)
         shown = as_rollouts(team, source.draw(config.problems, step))
         for learner in learners:
             begin = time.perf_counter()
             batches = shown.batches(learner.agents, torch.zeros(len(shown.returns)), config.batch_tokens)
-            lr = falling * config.lr_scales[learner.agents[0]]
             line = imitate(learner, batches, lr) if team.ranks.any(bool(batches)) else {"tokens": 0}
             seconds = time.perf_counter() - begin
             run.record_warm_start({"step": step, "agents": learner.agents, "lr": lr, **line}, seconds)

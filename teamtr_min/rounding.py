@@ -1,0 +1,39 @@
+"""fp32 masters -> bf16 weights, each rounded at a threshold of its own. [ours]
+
+A step of 1e-6 moves most bf16 weights by less than half of their last bit. Rounded to the nearest, a policy
+that started from bf16 weights hardly changes then, while its masters drift away unseen, and jumps later: the
+monitor would measure a part of what training did (docs/results/rounding.md). So weight i is rounded up, in
+magnitude, where what bf16 cuts off exceeds threshold i, and thresholds are spread evenly: of many weights
+that all move by a tenth of the gap between bf16 numbers, a tenth jumps. A weight keeps its threshold, so
+nothing is random, none jumps back and forth, and the same masters have the same bf16 weights again. A master
+that bf16 can hold stays as it is.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+LOW = 0xFFFF  # the bits that bf16 lacks
+PIECE = 1 << 20  # weights at a time; thresholds repeat after so many
+GOLDEN = (
+    40503  # 2^16 / golden ratio, odd: multiples of it, modulo 2^16, are spread evenly however many they are
+)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def thresholds(device: torch.device) -> Tensor:
+    """(PIECE,) int32: what to add to the bits of a weight before they are cut off."""
+    return (torch.arange(PIECE, device=device) * GOLDEN % (LOW + 1)).to(torch.int32)
+
+
+@torch.no_grad()
+def round_into(weight: Tensor, master: Tensor) -> None:
+    """Overwrite `weight` by `master`, fp32 of the same shape, rounded where it is bf16; both contiguous."""
+    if weight.dtype != torch.bfloat16:
+        weight.copy_(master)
+        return
+    for to, x in zip(weight.view(-1).split(PIECE), master.view(-1).split(PIECE)):
+        bits = x.view(torch.int32) + thresholds(x.device)[: len(x)]
+        to.copy_(bits.bitwise_and_(~LOW).view(torch.float32))

@@ -1,0 +1,86 @@
+"""bf16 weights follow their masters on average, however small the steps, and deterministically."""
+
+import math
+
+import pytest
+import torch
+from toy_runs import prepared
+
+from teamtr_min.learner import evaluate
+from teamtr_min.rounding import LOW, PIECE, round_into, thresholds
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    weight = torch.empty_like(x, dtype=torch.bfloat16)
+    round_into(weight, x)
+    return weight.float()
+
+
+def gap(x: torch.Tensor) -> torch.Tensor:
+    """To the next bf16 number, away from zero."""
+    return ((x.view(torch.int32) & ~LOW) + LOW + 1).view(torch.float32) - (x.view(torch.int32) & ~LOW).view(
+        torch.float32
+    )
+
+
+def test_what_bf16_can_hold_stays_as_it_is():
+    every = torch.arange(2**16, dtype=torch.int32) << 16  # all 65,536 of them
+    numbers = every.view(torch.float32)
+    numbers = numbers[~numbers.isnan()]
+    for start in (0, 1, 12345):
+        assert torch.equal(rounded(numbers.roll(start)), numbers.roll(start))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_share_of_weights_that_jump_is_the_part_of_the_gap_that_they_moved(part, sign):
+    torch.manual_seed(0)
+    start = sign * (0.02 * torch.randn(101, 517)).abs().bfloat16().float()
+    moved = start + sign * part * gap(start.abs())
+    got = rounded(moved)
+    jumped = got != start
+    assert jumped.float().mean().item() == pytest.approx(part, abs=0.002)
+    assert torch.equal(got[jumped], (start + sign * gap(start.abs()))[jumped])
+    if part == 0.1:  # and of any few in a row
+        assert all(4 <= n <= 17 for n in jumped.view(-1)[: 517 * 100].view(-1, 100).sum(1).tolist())
+
+
+def test_a_weight_jumps_once_and_its_masters_bits_decide():
+    start = torch.full((1000,), 0.0123).bfloat16().float()
+    last = start
+    for step in range(65):
+        x = start + step / 64 * gap(start)
+        now = rounded(x)
+        assert (now >= last).all() and torch.equal(now, rounded(x))
+        last = now
+    assert torch.equal(last, start + gap(start))
+
+
+def test_long_tensors_go_by_pieces_and_fp32_is_copied():
+    x = torch.randn(PIECE + 77)
+    got = rounded(x)
+    bits = (x.view(torch.int32) + thresholds(x.device).repeat(2)[: len(x)]) & ~LOW
+    assert torch.equal(got, bits.view(torch.float32))
+    assert torch.equal(rounded(x.view(1, -1, 1)), got.view(1, -1, 1))
+    same = torch.empty_like(x)
+    round_into(same, x)
+    assert torch.equal(same, x)
+    odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0])
+    assert rounded(odd)[:2].tolist() == [math.inf, -math.inf] and rounded(odd)[2].isnan()
+
+
+def test_the_monitor_sees_steps_far_below_the_last_bit():
+    """Six steps of 1e-6: to the nearest, one weight in a hundred would change, and the policy not at all."""
+    ready = prepared(dtype="bf16")
+    learner = ready.learner
+    start, start_masters = [p.detach().clone() for p in learner.parameters], learner.clone_masters()
+    _, old = evaluate(learner, ready.batches, ready.config, grad=True)
+    for _ in range(6):
+        learner.step(1e-6)
+        evaluate(learner, ready.batches, ready.config, old, grad=True)
+    weights = torch.cat([(p - s).float().flatten() for p, s in zip(learner.parameters, start)])
+    masters = torch.cat([(p - s).flatten() for p, s in zip(learner.masters, start_masters)])
+    direction = masters.sign()
+    share = (weights * direction).sum() / (masters * direction).sum()
+    nearest = torch.cat([(m.bfloat16() - s).float().flatten() for m, s in zip(learner.masters, start)])
+    assert 0.8 < share < 1.2 and (nearest * direction).sum() < 0.5 * (masters * direction).sum()
