@@ -202,6 +202,9 @@ class Config:
         PRESET, "stages between checkpoints, and so the most that a resumed run does again", least=1
     )
     keep: int = knob(2, "checkpoints to keep", least=1)
+    weights_only: bool = knob(
+        False, "checkpoints without Adam's moments, a third as large; a resumed run begins those anew"
+    )
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
     resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
     replace: str = knob(

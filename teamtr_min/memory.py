@@ -296,7 +296,7 @@ class Needs:
         checkpoints = c.keep + 1  # a long warm start writes some of its own
         if not c.warm_start:
             checkpoints = min(checkpoints, -(-c.stages // c.checkpoint_every))
-        need = 12 * n * checkpoints + (1 + bool(c.resume)) * self.width * n
+        need = (4 if c.weights_only else 12) * n * checkpoints + (1 + bool(c.resume)) * self.width * n
         if self.config.resume:
             need -= sum(f.stat().st_size for f in Path(self.config.resume).rglob("*.safetensors"))
         return max(need, 0)

@@ -249,3 +249,18 @@ def test_adam_and_beta_come_back_to_the_bit(tmp_path):
         assert all(map(torch.equal, one.masters, two.masters))
         for s, t in zip(one.state, two.state):
             assert s and s.keys() == t.keys() and all(torch.equal(s[name], t[name]) for name in s)
+
+
+def test_weights_alone_take_a_third_of_the_disk_and_go_on_from_the_same_team(finished, tmp_path):
+    out = tmp_path / "run"
+    run(out, *FLAGS, "--weights-only")
+    assert bits(out)[:2] == finished[1][:2], "what is kept changes nothing while the run goes on"
+    whole, light = (sum(f.stat().st_size for f in d.rglob("learner-*")) for d in (finished[0], out))
+    assert 0.3 < light / whole < 0.37
+    stop_after(1, out)
+    assert train.main(["--resume", str(out)]) == 0
+    assert bits(out)[:2] != finished[1][:2], "without moments the steps are others"
+    first, again = (results(d)[1] for d in (finished[0], out))
+    same = ("return_mean", "entropy", "lr", "rollouts", "tokens_sampled")
+    after = len({u["agent"] for u in first})  # the first update after the resume, by the very same team
+    assert [first[after][k] for k in same] == [again[after][k] for k in same]

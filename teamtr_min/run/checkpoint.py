@@ -1,7 +1,8 @@
 """Exact resume: after every stage, or every `--checkpoint-every`, all that the rest of the run depends on.
 
     runs/NAME/checkpoints/000007/    seven stages done (steps of a warm start count as well)
-        learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
+        learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and, unless
+                                     `--weights-only`, Adam's state
         state.json                   betas, what the logs held by then, and checksums: of these files, of the
                                      logs, of LoRA's base, and of itself
 
@@ -22,11 +23,14 @@ from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, un
 from teamtr_min.learner import Diverged, Learner, Snapshot
 
 
-def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: int) -> None:
+def save(
+    directory: Path, done: int, learners: list[Learner], log: dict, keep: int, moments: bool = True
+) -> None:
     """Write checkpoint number `done`, which counts warm-start steps and stages; keep the newest `keep`.
 
-    `log` is for `load` to give back. Of several ranks the first writes what all of them hold, so that the
-    files are the same for any number of them.
+    Without `moments` a third is written, and Adam starts anew behind it: a resume is not exact then. `log`
+    is for `load` to give back. Of several ranks the first writes what all of them hold, so that the files are
+    the same for any number of them.
     Raises UserError when the disk refuses, Diverged when a weight is not finite; the checkpoints before are
     untouched then.
     """
@@ -35,14 +39,14 @@ def save(directory: Path, done: int, learners: list[Learner], log: dict, keep: i
     root = directory / "checkpoints"
     if not all(learner.ranks.first for learner in learners):
         for learner in learners:
-            _tensors(learner)
+            _tensors(learner, moments)
         return
     try:
         root.mkdir(exist_ok=True)
         with replacing(root / f"{done:06d}") as aside:
             aside.mkdir()
             for j, learner in enumerate(learners):
-                save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
+                save_file(_tensors(learner, moments), aside / f"learner-{j}.safetensors")
             sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
             state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
             state["bases"] = [learner.bases for learner in learners]
@@ -97,12 +101,12 @@ def _whole(checkpoint: Path, learners: int) -> dict | None:
         return None
 
 
-def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
+def _tensors(learner: Learner, moments: bool) -> dict[str, torch.Tensor]:
     """All of the learner's, on the first rank; every rank has to call this."""
     masters, adam = {}, {}
     for i, (name, p) in enumerate(zip(learner.names, learner.masters)):
         masters[f"master.{name}"] = learner.whole(i, p.detach())
-        for key, value in learner.optimizer.state[p].items():
+        for key, value in learner.optimizer.state[p].items() if moments else ():
             adam[f"adam.{key}.{name}"] = learner.whole(i, value)
     return masters | (adam if learner.shards else learner.ranks.to_first(adam))
 

@@ -189,7 +189,9 @@ class Run:
             "warm_start": self.warm_start,
             "seconds": time.perf_counter() - self.begin,
         }
-        checkpoint.save(self.directory, done, self.learners, log, self.config.keep)
+        checkpoint.save(
+            self.directory, done, self.learners, log, self.config.keep, not self.config.weights_only
+        )
 
     def _evaluate(self, stages_done: int, split: str = "held-out") -> float:
         """Accuracy on the held-out problems, one rollout each."""
@@ -272,7 +274,9 @@ class Follower(Run):
             self.team.save(self.directory / "agents")
 
     def _checkpoint(self, done: int) -> None:
-        checkpoint.save(self.directory, done, self.learners, {}, self.config.keep)
+        checkpoint.save(
+            self.directory, done, self.learners, {}, self.config.keep, not self.config.weights_only
+        )
 
     def _append(self, name: str, lines: list[dict]) -> None:
         pass
