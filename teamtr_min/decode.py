@@ -29,12 +29,16 @@ from teamtr_min.model import (
 
 class Decode:
     def __init__(self, model: Transformer, cache: KVCache):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.graphs, self.fused = model, cache, None, False
+        if model.shards is not None:  # what gathers spread weights is called by the whole model alone
+            self.hidden = self._whole
+            return
         self.fused = use_triton(model.head)
         self.layers = [_layer(block, self.fused) for block in model.model.layers]
         self.norm = _norm(model.model.norm, self.fused)
         self.silu_mul = kernels.silu_mul if self.fused else kernels.silu_mul_reference
-        self.graphs = Graphs(self) if self.fused and model.device.type == "cuda" else None
+        if self.fused and model.device.type == "cuda":
+            self.graphs = Graphs(self)
 
     def next(
         self, token: Tensor, uniform: Tensor, temperature: float, draw: Callable
@@ -50,8 +54,6 @@ class Decode:
 
     def hidden(self, token: Tensor) -> Tensor:
         """Final hidden states (B, H)."""
-        if self.model.shards is not None:  # what gathers their weights is called by the whole model alone
-            return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
         attend = self._by_kernels(len(token)) if self.fused else self._by_torch(len(token))
         x = self.model.model.embed_tokens(token)  # (B, H)
         for number, layer in enumerate(self.layers):
@@ -59,6 +61,9 @@ class Decode:
             x = layer.add_o(x, y)
             x = layer.add_down(x, self.silu_mul(layer.gate_up(layer.other_norm(x))))
         return self.norm(x)
+
+    def _whole(self, token: Tensor) -> Tensor:
+        return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
 
     def _by_torch(self, B: int) -> Callable:
         """How a layer attends: (its number, it, qkv (B, (Q + 2K) * D)) -> (B, Q * D)."""
