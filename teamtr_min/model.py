@@ -340,14 +340,16 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         rows: slice | Tensor | None = None,
         packed: PackedStep | None = None,
+        where: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states, tokens (B, T) int64 -> (B, T, H), or (pairs, H) where `packed` wants them.
+        """Final hidden states, tokens (B, T) int64 -> (B, T, H), or (pairs, H): those at `where` (pairs,) of
+        the flattened B * T, which `packed` brings along.
 
         Without a cache row b starts at position 0; shorter rows are padded on the right with any token, which
         no earlier position can see. With a cache the tokens continue the sequences `rows` from their current
         lengths; the caller advances `cache.length` by what was not padding.
         """
-        step = packed
+        step, where = packed, packed.where if packed else where
         if cache is not None:
             step = CachedStep(cache, slice(0, len(tokens)) if rows is None else rows, tokens.shape[1])
         if step is None:
@@ -360,12 +362,12 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, H)
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
-            where = packed.where if packed and layer == last else None  # all later ones see of it is K and V
+            only = where if layer == last else None  # all that later tokens see of it is its K and V
             if self.checkpointing and torch.is_grad_enabled():
                 more = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
-                x = checkpoint(block, x, cos, sin, layer, step, where, **more)
+                x = checkpoint(block, x, cos, sin, layer, step, only, **more)
             else:
-                x = block(x, cos, sin, layer, step, where)
+                x = block(x, cos, sin, layer, step, only)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

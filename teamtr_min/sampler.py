@@ -235,9 +235,9 @@ class Sampler:
             lengths = torch.tensor([len(rest[slot]) for slot in group], device=device)
             starts = {held[slot] for slot in group}
             self.cache.reserve(max(starts) + width, starts.pop() if len(starts) == 1 else None)
-            hidden = self.model.hidden(padded, self.cache, rows)  # (rows, width, H)
+            ends = torch.arange(len(group), device=device) * width + lengths - 1
+            last[rows] = self.model.hidden(padded, self.cache, rows, where=ends)  # (rows, H)
             self.cache.length[rows] += lengths
-            last[rows] = hidden[torch.arange(len(group), device=device), lengths - 1]
 
 
 def _cut(tokens: list[int], logprobs: list[float], stops: set[int]) -> Completion:
