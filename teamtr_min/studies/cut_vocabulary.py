@@ -2,21 +2,20 @@
 
     python -m teamtr_min.studies.cut_vocabulary DIR OUT --size 8192
 
-Keeps the first `size` tokens, the merges between them, and their rows of the embedding (and of the head, where
-that is another). Text comes in more and shorter pieces then, all of which the model knows, if seldom in this
-company. It is for trying teams of unequal models where only one real model is at hand.
+Keeps the first `size` tokens, the merges between them, and their rows of the embedding (and of the head,
+where that is another). Text comes in more and shorter pieces then, all of which the model knows, if seldom in
+this company. It is for trying teams of unequal models where only one real model is at hand.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 from torch import nn
 
-from teamtr_min import load_model, save_model
 from teamtr_min.files import UserError, read_json, write_json
+from teamtr_min.hf.weights import load_model, save_model
 
 
 def cut_tokenizer(tokenizer: dict, size: int) -> dict:
