@@ -281,7 +281,7 @@ def decode_draw(
         passed = tl.cumsum(mass, 0)
         last = tl.max(tl.where(mass > 0.0, i, 0), 0)
         strip = tl.minimum(tl.sum((there & (passed <= target)).to(tl.int32), 0), last)
-        before = tl.sum(tl.where(i < strip, mass, 0.0), 0)
+        before = tl.sum(tl.where(i == strip - 1, passed, 0.0), 0)  # no more than target, to the last bit
         j = tl.arange(0, STRIP)
         v = strip * STRIP + j
         logit = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")) * scale

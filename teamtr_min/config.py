@@ -206,7 +206,10 @@ class Config:
         False, "checkpoints without Adam's moments, a third as large; a resumed run begins those anew"
     )
     out: str = knob("", "directory for everything the run writes; default runs/<task>-<agents>x-<time>")
-    resume: str = knob("", "directory of a run to continue, bit for bit, from its newest checkpoint")
+    resume: str = knob(
+        "",
+        "directory of a run to continue from its newest checkpoint, bit for bit unless --weights-only",
+    )
     replace: str = knob(
         "",
         "AGENT=MODEL, with --resume RUN: go on in a directory of its own (--out, default RUN-replaced), this "

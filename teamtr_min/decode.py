@@ -6,6 +6,8 @@ residual stream; on CUDA six kernels (kernels/decode.py) do the rest of a layer,
 included, is one CUDA graph. Letters as in model.py.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -30,15 +32,15 @@ from teamtr_min.model import (
 class Decode:
     def __init__(self, model: Transformer, cache: KVCache):
         self.model, self.cache, self.graphs, self.fused = model, cache, None, False
-        if model.shards is not None:  # what gathers spread weights is called by the whole model alone
-            self.hidden = self._whole
+        self.reach = 0  # positions of `table`
+        if model.shards is not None:
             return
         self.fused = use_triton(model.head)
         self.layers = [_layer(block, self.fused) for block in model.model.layers]
         self.norm = _norm(model.model.norm, self.fused)
         self.silu_mul = kernels.silu_mul if self.fused else kernels.silu_mul_reference
         if self.fused and model.device.type == "cuda":
-            self.graphs = Graphs(self)
+            self.graphs = Graphs(len(cache.length), model.device)
 
     def next(
         self, token: Tensor, uniform: Tensor, temperature: float, draw: Callable
@@ -47,13 +49,15 @@ class Decode:
         from logits (B, V). The first B rows of the cache grow by one; it must have been told to reserve it.
         """
         if self.graphs:
-            return self.graphs.next(token, uniform, temperature)
+            return self.graphs.next(self, token, uniform, temperature)
         hidden = self.hidden(token)
         self.cache.length[: len(token)] += 1
         return (kernels.draw if self.fused else draw)(self.model.logits(hidden), uniform, temperature)
 
     def hidden(self, token: Tensor) -> Tensor:
         """Final hidden states (B, H)."""
+        if self.model.shards is not None:  # what gathers spread weights is called by the whole model alone
+            return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
         attend = self._by_kernels(len(token)) if self.fused else self._by_torch(len(token))
         x = self.model.model.embed_tokens(token)  # (B, H)
         for number, layer in enumerate(self.layers):
@@ -61,9 +65,6 @@ class Decode:
             x = layer.add_o(x, y)
             x = layer.add_down(x, self.silu_mul(layer.gate_up(layer.other_norm(x))))
         return self.norm(x)
-
-    def _whole(self, token: Tensor) -> Tensor:
-        return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
 
     def _by_torch(self, B: int) -> Callable:
         """How a layer attends: (its number, it, qkv (B, (Q + 2K) * D)) -> (B, Q * D)."""
@@ -89,9 +90,9 @@ class Decode:
         c, cache = self.model.config, self.cache
         capacity = cache.keys.shape[3]
         at = cache.length[:B].clamp(max=capacity - 1)
-        self.table = rope_table(
-            c, 1 << capacity.bit_length(), self.model.device, self.model.dtype
-        )  # (, 1, D)
+        if self.reach != capacity:  # a graph needs the very same table again, which others may forget
+            self.table = rope_table(c, 1 << capacity.bit_length(), self.model.device, self.model.dtype)
+            self.reach = capacity
 
         def attend(number: int, layer, qkv: Tensor) -> Tensor:
             keys, values = cache.keys[number], cache.values[number]
@@ -106,44 +107,68 @@ class Graphs:
     """On CUDA: a step for 1, 2, 4, ... rows is recorded when it is first wanted, and from then on repeated.
 
     Rows that are past the live ones come along to the next power of two; their new keys and values lie where
-    no query looks.
+    no query looks. The memory of all steps is one pool: what a step returns is copied before the next.
     """
 
-    def __init__(self, decode: Decode):
-        self.decode, self.recorded, self.place = decode, {}, None
-        rows, device = len(decode.cache.length), decode.model.device
+    def __init__(self, rows: int, device: torch.device):
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
         self.uniform = torch.zeros(rows, device=device)
+        self.recorded: dict[tuple, Callable] = {}
+        self.capacity, self.pool = 0, None
 
-    def next(self, token: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        live, place = len(token), self.decode.cache.keys.data_ptr()
-        if place != self.place:  # the cache has grown
-            self.recorded, self.place = {}, place
-        self.token[:live], self.uniform[:live] = token, uniform
+    def next(
+        self, decode: Decode, token: Tensor, uniform: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        live, cache = len(token), decode.cache
+        if self.capacity != cache.keys.shape[3]:  # it has grown, and is somewhere else
+            self.recorded, self.capacity, self.pool = {}, cache.keys.shape[3], None
         rows = min(1 << (live - 1).bit_length(), len(self.token))
-        if (rows, temperature) not in self.recorded:
-            self.recorded[rows, temperature] = record(lambda: self._step(rows, temperature))
-            self.decode.cache.length[:rows] -= 1  # what recording did once
-        drawn, logprob = self.recorded[rows, temperature]()
-        return drawn[:live].clone(), logprob[:live].clone()
 
-    def _step(self, rows: int, temperature: float) -> tuple[Tensor, Tensor]:
-        hidden = self.decode.hidden(self.token[:rows])
-        self.decode.cache.length[:rows] += 1
-        return kernels.draw(self.decode.model.logits(hidden), self.uniform[:rows], temperature)
+        def step() -> tuple[Tensor, Tensor]:
+            hidden = decode.hidden(self.token[:rows])
+            cache.length[:rows] += 1
+            return kernels.draw(decode.model.logits(hidden), self.uniform[:rows], temperature)
+
+        with torch.cuda.device(token.device if token.is_cuda else -1):
+            self.token[:live], self.uniform[:live] = token, uniform
+            if (rows, temperature) not in self.recorded:
+                self.pool = self.pool or new_pool()
+                self.recorded[rows, temperature] = record(step, self.pool)
+                cache.length[:rows] -= 1  # what recording did once
+            drawn, logprob = self.recorded[rows, temperature]()
+            return drawn[:live].clone(), logprob[:live].clone()
 
 
-def record(work: Callable) -> Callable:
-    """Do work() once, and record what it starts on CUDA; each call of the result starts that again, on the
-    same memory, and returns the same tensors with new contents."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
+def new_pool():
+    return torch.cuda.graph_pool_handle()
+
+
+@functools.lru_cache
+def _aside(device: int) -> torch.cuda.Stream:
+    """The one stream on which steps are recorded: libraries keep workspaces for each stream that they see."""
+    return torch.cuda.Stream(device)
+
+
+def record(work: Callable, pool) -> Callable:
+    """Do work() once, and record what it starts on the current CUDA device; each call of the result starts
+    that again, on the same memory, and returns the same tensors with new contents."""
+    here, aside, graph = (
+        torch.cuda.current_stream(),
+        _aside(torch.cuda.current_device()),
+        torch.cuda.CUDAGraph(),
+    )
+    aside.wait_stream(here)
     with torch.cuda.stream(aside):
         work()  # compiles kernels, and lets libraries ask for what they need
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            results = work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a broken recording; the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    here.wait_stream(aside)
 
     def again():
         graph.replay()

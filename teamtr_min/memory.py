@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.decode import SPLIT
 from kernels.linear_logprob import CHUNK_BYTES
 from teamtr_min import rng
 from teamtr_min.config import SHIPPED, Config
@@ -44,6 +45,7 @@ WARM_UP = 110 << 20  # what torch loads late, on a CPU: autograd, the optimizer,
 TOKEN_OBJECT = 100  # a sampled token and its log-prob in Python's lists
 DRAW_COPIES = 4  # of (rows, V) fp32 that a draw holds at once: logits, scaled, probabilities, their sums
 CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob and its backward
+WORKSPACES = 2 * (32 << 20)  # of the library of products on CUDA: one for each stream that it has seen
 CACHE_SLACK = 2.0  # the cache grows by half, and the old one is there until the new one is filled
 STAGES_READ = 64  # whose problems are looked at for the longest
 
@@ -246,6 +248,7 @@ class Needs:
             + prefill * (layer_numbers(m) * self.width // 2 + 5 * max(PREFILL_TREE, self.longest))
             + self._head_in_fp32(m)
             + self.gathered(m, self.width)
+            + self._recorded(m, rows)
             for m in self.models
         )
         written = rows * self.config.turns * self.config.max_new_tokens
@@ -301,6 +304,13 @@ class Needs:
             need -= sum(f.stat().st_size for f in Path(self.config.resume).rglob("*.safetensors"))
         return max(need, 0)
 
+    def _recorded(self, model: ModelConfig, rows: int) -> int:
+        """On CUDA what an agent's recorded decode steps keep: logits, shares of attention, and a layer."""
+        splits = -(-math.ceil(CACHE_SLACK * self.longest) // SPLIT)
+        shares = 4 * model.heads * (model.head_dim + 2) * splits
+        row = 4 * model.vocab_size + shares + layer_numbers(model) * self.width
+        return rows * row * (self.device.type == "cuda")
+
     def _head_in_fp32(self, model: ModelConfig) -> int:
         """bf16 logits are products of fp32 copies, save on CUDA."""
         copied = self.width < 4 and self.device.type != "cuda"
@@ -324,7 +334,7 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
         weights = 4 * -(-sum(counts) // ranks.size)
     reset_peak(device)
     used = in_use(device)
-    base = used + WARM_UP * (device.type != "cuda")
+    base = used + (WORKSPACES if device.type == "cuda" else WARM_UP)
     free = math.floor(free_memory(device) * (1 - LEFT_FREE))
     free //= 1 if device.type == "cuda" else ranks.on_this_machine
     budget = limit_from_environment() or used + free

@@ -135,6 +135,8 @@ class KVCache:
         extra = span - self.keys.shape[3]
         if extra > 0:
             extra = max(extra, self.keys.shape[3] // 2)
+            if self.keys.is_cuda:  # kernels are compiled anew for sizes that are less even
+                extra += -(self.keys.shape[3] + extra) % 64
             self.keys = F.pad(self.keys, (0, 0, 0, extra))
             self.values = F.pad(self.values, (0, 0, 0, extra))
 
@@ -323,7 +325,10 @@ class Transformer(nn.Module):
         return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad}).join()
 
     def join(self) -> "Transformer":
-        """Put weights that meet the same input side by side in memory, where they make one for decode.py."""
+        """Put weights that meet the same input side by side in memory, where they make one for decode.py.
+
+        Moving the model to another device or dtype undoes it, which costs speed and nothing else.
+        """
         for block in self.model.layers:
             a, m = block.self_attn, block.mlp
             for linears in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):

@@ -6,7 +6,7 @@ monitor would measure a part of what training did (docs/results/rounding.md). So
 magnitude, where what bf16 cuts off exceeds threshold i, and thresholds are spread evenly: of many weights
 that all move by a tenth of the gap between bf16 numbers, a tenth jumps. A weight keeps its threshold, so
 nothing is random, none jumps back and forth, and the same masters have the same bf16 weights again. A master
-that bf16 can hold stays as it is.
+that bf16 can hold stays as it is. With `--shard` torch rounds what it gathers, to the nearest.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LOW = 0xFFFF  # the bits that bf16 lacks
-PIECE = 1 << 20  # weights at a time; thresholds repeat after so many
+PIECE = 1 << 22  # weights at a time
 GOLDEN = (
     40503  # 2^16 / golden ratio, odd: multiples of it, modulo 2^16, are spread evenly however many they are
 )
@@ -36,4 +36,5 @@ def round_into(weight: Tensor, master: Tensor) -> None:
         return
     for to, x in zip(weight.view(-1).split(PIECE), master.view(-1).split(PIECE)):
         bits = x.view(torch.int32) + thresholds(x.device)[: len(x)]
-        to.copy_(bits.bitwise_and_(~LOW).view(torch.float32))
+        rounded = bits.bitwise_and_(~LOW).view(torch.float32)
+        to.copy_(torch.where(x.isnan(), x, rounded))  # the sum of a NaN's bits may be a number's

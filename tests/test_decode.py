@@ -1,7 +1,10 @@
 """A decode step is one pass of the model over one token a row, whichever way it is computed."""
 
 import copy
+import functools
+import gc
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -194,7 +197,7 @@ def error(got, want) -> float:
     return (got.double() - want).abs().mean().item()
 
 
-def recording(work):
+def recording(work, pool):
     """What decode.record does, on a machine without CUDA: the work is done again each time."""
     results = work()
 
@@ -225,11 +228,12 @@ def test_recorded_steps_sample_what_plain_ones_do(launches, monkeypatch):
 
     if DEVICE == "cpu":
         monkeypatch.setattr(decode, "record", recording)
+        monkeypatch.setattr(decode, "new_pool", object)
     monkeypatch.setenv("TEAMTR_KERNELS", "torch")
     plain = turns(Sampler(model, 5))
     monkeypatch.setenv("TEAMTR_KERNELS", "triton")
     sampler = Sampler(model, 5)
-    sampler.decode.graphs = sampler.decode.graphs or decode.Graphs(sampler.decode)
+    sampler.decode.graphs = sampler.decode.graphs or decode.Graphs(5, model.device)
     sampler.check_every = 2
     assert turns(sampler) == plain
     assert 1 < len({len(tokens) for tokens in plain}), "all messages are equally long: nothing left the batch"
@@ -264,6 +268,24 @@ def test_a_step_of_qwen_starts_fewer_than_300_kernels(launches, monkeypatch):
     names = {name: count for name, count in by_torch.names.items() if name not in views}
     assert sum(launches.values()) == 28 * 6 + 1 + 2
     assert sum(launches.values()) + sum(names.values()) < 300
+
+
+def test_a_sampler_that_is_dropped_frees_its_cache_at_once(launches, monkeypatch):
+    """No cycle keeps it until the collector comes: the memory is the next agent's."""
+    model = random_model("llama", layers=1).to(DEVICE)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(decode, "record", lambda work, pool: functools.partial(tuple, work()))
+        monkeypatch.setattr(decode, "new_pool", object)
+    sampler = Sampler(model, 2)
+    sampler.decode.graphs = sampler.decode.graphs or decode.Graphs(2, model.device)
+    sampler.generate([0, 1], [[1, 2], [3, 4, 5]], [7, 8], 3, 1.0, [])
+    kept = weakref.ref(sampler.cache)
+    gc.disable()
+    try:
+        del sampler
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_loaded_models_are_joined_and_train_as_their_own():

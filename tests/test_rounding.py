@@ -65,8 +65,9 @@ def test_long_tensors_go_by_pieces_and_fp32_is_copied():
     same = torch.empty_like(x)
     round_into(same, x)
     assert torch.equal(same, x)
-    odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0])
-    assert rounded(odd)[:2].tolist() == [math.inf, -math.inf] and rounded(odd)[2].isnan()
+    assert rounded(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
+    nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32)  # the first is what CUDA makes
+    assert rounded(nan.view(torch.float32).repeat(100)).isnan().all()
 
 
 def test_the_monitor_sees_steps_far_below_the_last_bit():

@@ -1,8 +1,8 @@
 """Exact resume: after every stage, or every `--checkpoint-every`, all that the rest of the run depends on.
+(Not with `--weights-only`, where Adam begins anew.)
 
     runs/NAME/checkpoints/000007/    seven stages done (steps of a warm start count as well)
-        learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and, unless
-                                     `--weights-only`, Adam's state
+        learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
         state.json                   betas, what the logs held by then, and checksums: of these files, of the
                                      logs, of LoRA's base, and of itself
 

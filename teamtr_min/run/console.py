@@ -89,8 +89,8 @@ def hardly_moving(config: Config, updates: list[dict], names: list[str]) -> str:
     scales, slow = list(config.lr_scales), []
     for u in updates:
         whole_step = u["steps"] and not u["halvings"] and u["lr"] and "agent" in u
-        if whole_step and u["kl_after"] < config.delta / 1000 < math.inf:
-            factor = math.sqrt(config.delta / 4 / max(u["kl_after"], 1e-6 * config.delta))
+        if whole_step and abs(u["kl_after"]) < config.delta / 1000 < math.inf:
+            factor = math.sqrt(config.delta / 4 / max(abs(u["kl_after"]), 1e-6 * config.delta))
             scales[u["agent"]] *= float(f"{factor:.1g}")
             slow.append(names[u["agent"]])
     if not slow:
