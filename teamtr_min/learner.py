@@ -69,13 +69,17 @@ class Learner:
         named = [(name, p) for name, p in named if p.requires_grad]  # with LoRA the adapters alone
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.bases = [a.base_sha256 for j in agents if (a := team.agents[j].adapter)]  # frozen, not saved
-        self.copied = any(p.dtype != torch.float32 for p in self.parameters)  # masters are a second copy
-        self.masters = [p.detach().float() for p in self.parameters] if self.copied else self.parameters
         self.ranks, self.shards = team.ranks, self.models[0].shards
+        self.copied = self.models[0].dtype != torch.float32  # masters are a second copy
+        self.weights = [p.to_local() for p in self.parameters] if self.shards else self.parameters
+        self.masters = self.weights
+        if self.copied:
+            self.masters = [p.detach().to(self.models[0].dtype).float() for p in self.weights]
         self.owners = self.ranks.owners([p.numel() for p in self.masters])
         if self.shards:
-            self.masters = [p.detach().to_local() for p in self.parameters]
+            self.masters = [p.detach() for p in self.masters]
             self.owners = [self.ranks.rank] * len(self.masters)
+            self._round()
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
@@ -144,7 +148,7 @@ class Learner:
 
     def add_gradients(self) -> None:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
-        if self.copied:
+        if self.copied and not self.shards:
             for master, p in zip(self.masters, self.parameters):
                 if p.grad is not None:  # of those that step together, one has the batch
                     master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
@@ -193,8 +197,8 @@ class Learner:
     @torch.no_grad()
     def _round(self) -> None:
         if self.copied:
-            for master, p in zip(self.masters, self.parameters):
-                round_into(p, master)
+            for weight, master, p in zip(self.weights, self.masters, self.parameters):
+                round_into(weight, master, self.shards.first(p) if self.shards else 0)
 
     def _move(self, device: torch.device | str) -> None:
         if self.copied:

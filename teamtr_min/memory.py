@@ -232,8 +232,8 @@ class Needs:
 
     def states(self, agents: list[int]) -> int:
         """Bytes of Adam's two moments, and in bf16 of the fp32 masters."""
-        masters = 4 * (self.width < 4 and self.parts == 1)  # parts of weights are masters themselves
-        return 8 * self.owned(agents) + masters * self.updating(agents)
+        masters = self.updating(agents) if self.parts == 1 else self.owned(agents)
+        return 8 * self.owned(agents) + 4 * masters * (self.width < 4)
 
     def sampling(self, rows: int) -> int:
         """KV cache, draw and prefill of `rows` rollouts at once."""
@@ -288,7 +288,7 @@ class Needs:
         one while it is written."""
         waiting = 4 * sum(self.counts) + 8 * sum(map(self.owned, self.config.update_groups))
         if self.parts > 1:  # a model is whole in host memory while it is loaded, one after the other
-            waiting = 4 * max(self.counts) + 8 * self.owned(list(range(len(self.counts))))
+            waiting = 4 * max(self.counts) + self.states(list(range(len(self.counts))))
         written = 12 * max(map(self.updating, self.config.update_groups))
         return self.ranks.on_this_machine * waiting + written
 

@@ -6,7 +6,7 @@ monitor would measure a part of what training did (docs/results/rounding.md). So
 magnitude, where what bf16 cuts off exceeds threshold i, and thresholds are spread evenly: of many weights
 that all move by a tenth of the gap between bf16 numbers, a tenth jumps. A weight keeps its threshold, so
 nothing is random, none jumps back and forth, and the same masters have the same bf16 weights again. A master
-that bf16 can hold stays as it is. With `--shard` torch rounds what it gathers, to the nearest.
+that bf16 can hold stays as it is.
 """
 
 import functools
@@ -24,17 +24,18 @@ GOLDEN = (
 @functools.lru_cache
 @torch.inference_mode(False)
 def thresholds(device: torch.device) -> Tensor:
-    """(PIECE,) int32: what to add to the bits of a weight before they are cut off."""
-    return (torch.arange(PIECE, device=device) * GOLDEN % (LOW + 1)).to(torch.int32)
+    """Those of weights 0, 1, ..., int32: what to add to the bits of each before they are cut off. They repeat
+    after 2^16, so all later ones are here too."""
+    return (torch.arange(PIECE + LOW + 1, device=device) * GOLDEN % (LOW + 1)).to(torch.int32)
 
 
 @torch.no_grad()
-def round_into(weight: Tensor, master: Tensor) -> None:
-    """Overwrite `weight` by `master`, fp32 of the same shape, rounded where it is bf16; both contiguous."""
-    if weight.dtype != torch.bfloat16:
-        weight.copy_(master)
-        return
+def round_into(weight: Tensor, master: Tensor, first: int = 0) -> None:
+    """Overwrite `weight`, bf16 or fp32 that stands for it, by `master`, fp32 of the same shape, rounded.
+
+    Both are contiguous. `first`: number of their first element, where they are a part of a tensor.
+    """
     for to, x in zip(weight.view(-1).split(PIECE), master.view(-1).split(PIECE)):
-        bits = x.view(torch.int32) + thresholds(x.device)[: len(x)]
+        bits = x.view(torch.int32) + thresholds(x.device)[first % (LOW + 1) :][: len(x)]
         rounded = bits.bitwise_and_(~LOW).view(torch.float32)
         to.copy_(torch.where(x.isnan(), x, rounded))  # the sum of a NaN's bits may be a number's

@@ -1,9 +1,12 @@
 """What each of several ranks checks of spread weights."""
 
+from types import SimpleNamespace
+
 import torch
 from tiny import FAMILIES, random_model, random_tokens
 
-from teamtr_min.ranks import join
+from teamtr_min.learner import Learner
+from teamtr_min.ranks import ALONE, join
 from teamtr_min.shards import Shards
 
 
@@ -45,10 +48,37 @@ def check(ranks, family: str, tied: bool, checkpointing: bool, dtype: torch.dtyp
     assert sum(ranks.gather(held)) == total and held < 1.1 * total / ranks.size
 
 
+def check_rounding(ranks) -> None:
+    """bf16 parts are rounded as the whole is, at thresholds that belong to a weight wherever it lies."""
+    model, alone = random_model("qwen2"), random_model("qwen2").to(torch.bfloat16)
+    shards = Shards(model, torch.device("cpu"), torch.bfloat16, ranks)
+    spread, whole = (
+        Learner(SimpleNamespace(agents=[SimpleNamespace(model=m, adapter=None)], ranks=r), [0], 0.0)
+        for m, r in ((model, ranks), (alone, ALONE))
+    )
+    for saved, p in zip(shards.weights(), alone.parameters()):
+        assert torch.equal(saved[1], p)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for i, master in enumerate(whole.masters):
+            master += 1e-4 * torch.randn(master.shape, generator=generator)
+            spread.masters[i].copy_(shards.part(master, spread.parameters[i]))
+    whole._round()
+    spread._round()
+    jumped = 0
+    for (name, saved), p, before in zip(
+        shards.weights(), alone.parameters(), random_model("qwen2").parameters()
+    ):
+        assert torch.equal(saved, p), name
+        jumped += (p != before.to(torch.bfloat16)).sum().item()
+    assert jumped > 100
+
+
 def check_all() -> None:
     ranks = join()
     for family in FAMILIES:
         for tied in (True, False):
             check(ranks, family, tied, family == "qwen3", torch.float32)
     check(ranks, "qwen2", True, False, torch.bfloat16)
+    check_rounding(ranks)
     ranks.leave(0)

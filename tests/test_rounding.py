@@ -6,8 +6,9 @@ import pytest
 import torch
 from toy_runs import prepared
 
+from teamtr_min import rounding
 from teamtr_min.learner import evaluate
-from teamtr_min.rounding import LOW, PIECE, round_into, thresholds
+from teamtr_min.rounding import LOW, round_into, thresholds
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -56,15 +57,20 @@ def test_a_weight_jumps_once_and_its_masters_bits_decide():
     assert torch.equal(last, start + gap(start))
 
 
-def test_long_tensors_go_by_pieces_and_fp32_is_copied():
-    x = torch.randn(PIECE + 77)
+def test_long_tensors_go_by_pieces_and_parts_as_in_the_whole(monkeypatch):
+    x = torch.randn(3 * 70001)
     got = rounded(x)
-    bits = (x.view(torch.int32) + thresholds(x.device).repeat(2)[: len(x)]) & ~LOW
-    assert torch.equal(got, bits.view(torch.float32))
-    assert torch.equal(rounded(x.view(1, -1, 1)), got.view(1, -1, 1))
-    same = torch.empty_like(x)
-    round_into(same, x)
-    assert torch.equal(same, x)
+    table = thresholds(x.device)[: LOW + 1].repeat(4)[: len(x)]
+    assert torch.equal(got, ((x.view(torch.int32) + table) & ~LOW).view(torch.float32))
+    monkeypatch.setattr(rounding, "PIECE", 1 << 16)  # a multiple of the period
+    assert torch.equal(rounded(x.view(3, -1)), got.view(3, -1))
+    for first, end in ((0, 70001), (70001, 200000), (209_999, 210_003)):
+        part = torch.empty(end - first)  # fp32 that stands for bf16
+        round_into(part, x[first:end], first)
+        assert torch.equal(part, got[first:end])
+
+
+def test_what_is_not_finite_stays_so():
     assert rounded(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
     nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32)  # the first is what CUDA makes
     assert rounded(nan.view(torch.float32).repeat(100)).isnan().all()

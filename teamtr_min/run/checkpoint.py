@@ -1,5 +1,4 @@
 """Exact resume: after every stage, or every `--checkpoint-every`, all that the rest of the run depends on.
-(Not with `--weights-only`, where Adam begins anew.)
 
     runs/NAME/checkpoints/000007/    seven stages done (steps of a warm start count as well)
         learner-0.safetensors ...    each learner's fp32 masters (with LoRA adapters alone) and Adam's state
@@ -8,7 +7,8 @@
 
 Everything else, the problems, orders, routes and draws, is a function of the seed and the rng path (rng.py),
 and the learning rate is one of the update's number. So a run that was killed repeats what came after its
-newest checkpoint, to the same bits. Each checkpoint stands alone; it is written whole or not at all.
+newest checkpoint, to the same bits; with `--weights-only`, where Adam begins anew, nearly. Each checkpoint
+stands alone; it is written whole or not at all.
 """
 
 import json
