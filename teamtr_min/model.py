@@ -137,14 +137,20 @@ class KVCache:
             extra = max(extra, self.keys.shape[3] // 2)
             if self.keys.is_cuda:  # kernels are compiled anew for sizes that are less even
                 extra += -(self.keys.shape[3] + extra) % 64
-            self.keys = F.pad(self.keys, (0, 0, 0, extra))
-            self.values = F.pad(self.values, (0, 0, 0, extra))
+            self.keys, self.values = _longer(self.keys, extra), _longer(self.values, extra)
 
     def permute(self, to: Tensor, source: Tensor) -> None:
         """Row `to[i]` becomes what row `source[i]` was; all reads come before all writes."""
         self.keys[:, to] = self.keys[:, source]
         self.values[:, to] = self.values[:, source]
         self.length[to] = self.length[source]
+
+
+def _longer(x: Tensor, extra: int) -> Tensor:
+    """x (..., capacity, D) with `extra` more positions. On a CPU what is not written takes no memory."""
+    longer = x.new_zeros(*x.shape[:-2], x.shape[-2] + extra, x.shape[-1])
+    longer[..., : x.shape[-2], :] = x
+    return longer
 
 
 class CachedStep:
@@ -193,14 +199,17 @@ class PrefillStep(PackedStep):
     to: Tensor  # (entries,) int64: go to this row, at the same position in the sequence
 
     @functools.cached_property
-    def at(self) -> Tensor:
-        """(entries,) int64: that position."""
-        return self.positions.flatten()[self.source]
+    def index(self) -> Tensor:
+        """(entries * K,) int64: where they go in the flattened (rows, K, capacity)."""
+        _, _, K, capacity, _ = self.cache.keys.shape
+        heads = self.to[:, None] * K + torch.arange(K, device=self.to.device)  # (entries, K)
+        return (heads * capacity + self.positions.flatten()[self.source][:, None]).flatten()
 
     def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (B, K, T, D) of the new tokens -> the same: they are all that there is to see."""
         for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
-            kept[self.to, :, self.at] = new.transpose(1, 2).flatten(0, 1)[self.source]  # (entries, K, D)
+            entries = new.transpose(1, 2).flatten(0, 1)[self.source]  # (entries, K, D)
+            kept.view(-1, kept.shape[3]).index_copy_(0, self.index, entries.flatten(0, 1))
         return k, v
 
 

@@ -137,15 +137,15 @@ class Sampler:
         stops, fresh = set(stop_ids), []
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
+        # All at once, so that graphs find it in its place: with room behind what any row holds.
+        self.cache.reserve(max(longest + max_new_tokens, max(self.cached) + 1))
         logits = self._prefill([prompts[i] for i in request], prefill_tokens)  # (live, V)
-        if self.decode.graphs:  # which read from where the cache is
-            self.cache.reserve(max(longest + max_new_tokens, max(self.cached) + 1))
         token, logprob = sample_token(logits, uniforms[0], temperature)  # (live,)
         for step in range(max_new_tokens):
             fresh.append((token, logprob))
             last = step + 1 == max_new_tokens
             if last or len(fresh) == self.check_every:  # only now does the host wait for the device
-                drawn, logps = (torch.stack(x, 1).tolist() for x in zip(*fresh))  # (live, steps)
+                drawn, logps = (_rows(torch.stack(x, 1)) for x in zip(*fresh))  # (live, steps)
                 fresh = []
                 for slot, i in enumerate(request):
                     tokens[i] += drawn[slot]
@@ -238,6 +238,12 @@ class Sampler:
             ends = torch.arange(len(group), device=device) * width + lengths - 1
             last[rows] = self.model.hidden(padded, self.cache, rows, where=ends)  # (rows, H)
             self.cache.length[rows] += lengths
+
+
+def _rows(x: Tensor) -> list[list]:
+    """As `tolist`, which takes its time for each row."""
+    flat, width = x.flatten().tolist(), x.shape[1]
+    return [flat[i : i + width] for i in range(0, len(flat), width)]
 
 
 def _cut(tokens: list[int], logprobs: list[float], stops: set[int]) -> Completion:
