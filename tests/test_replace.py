@@ -161,7 +161,7 @@ def test_adapters_in_bf16_are_replaced_and_aligned_too(tmp_path):
         "task = Shown\n"
     )
     kind = ["--lora-rank", "2", "--dtype", "bf16", "--warm-start", "3", "--task", str(task)]
-    run(old, *SHORT, *kind, "--kl", "fixed", "--lr", "5e-2", "--model", "relay")
+    run(old, *SHORT, *kind, "--kl", "fixed", "--lr", "2e-3", "--warm-start-lr", "5e-2", "--model", "relay")
     line = go_on(old, new, "--replace", "1=relay", "--align", "20")
     assert line["stage"] == 2 and line["align_loss_after"] < line["align_loss_before"]
     assert (new / "agents/1/adapter_model.safetensors").is_file()
