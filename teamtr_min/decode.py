@@ -1,9 +1,9 @@
 """One new token for each of the first rows of a cache: what `Transformer.hidden` computes for T = 1, faster.
 
 A decode step does little work in many operations, so their number is what counts. Weights that meet the same
-input make one product, since `Transformer.join` has put them side by side; the product before it adds to the
-residual stream; on CUDA six kernels (kernels/decode.py) do the rest of a layer, and a whole step, draw
-included, is one CUDA graph. Letters as in model.py.
+input are put side by side in memory and make one product; the product before it adds to the residual stream;
+on CUDA six kernels (kernels/decode.py) do the rest of a layer, and a whole step, draw included, is one CUDA
+graph. Letters as in model.py.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from teamtr_min.model import (
     KVCache,
     RMSNorm,
     Transformer,
-    joined,
     rope_table,
     rotate,
 )
@@ -209,17 +208,30 @@ def _norm(norm: RMSNorm, fused: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _product(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
-    """x (B, H) -> the outputs of these layers side by side: one matrix product where `join` allows it."""
-    weight = None
-    if all(type(linear) is nn.Linear for linear in linears):
-        weight = joined(*(linear.weight for linear in linears))
-    if weight is None:  # LoRA, or a model that nobody has joined
+    """x (B, H) -> the outputs of these layers side by side, by one matrix product."""
+    if any(type(linear) is not nn.Linear for linear in linears):  # LoRA
         return lambda x: torch.cat([linear(x) for linear in linears], -1)
-    weight = weight.t()
+    weight = joined(*(linear.weight for linear in linears)).t()
     if linears[0].bias is None:
         return lambda x: torch.mm(x, weight)
     bias = joined(*(linear.bias for linear in linears))
     return lambda x: torch.addmm(bias, x, weight)
+
+
+@torch.inference_mode(False)
+def joined(*parts: Tensor) -> Tensor:
+    """Parameters as one tensor, along the first dimension. They are moved to where they lie one after the
+    other in memory, unless they do already: no copy stays, and what changes them changes it."""
+    first, at, one_piece = parts[0], parts[0].data_ptr(), True
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        one_piece &= same and part.data_ptr() == at and part.is_contiguous()
+        at += part.numel() * part.itemsize
+    if not one_piece:
+        whole = torch.cat([part.detach() for part in parts])
+        for part, place in zip(parts, whole.split([len(part) for part in parts])):
+            part.data = place
+    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def _added(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

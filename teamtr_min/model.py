@@ -287,17 +287,6 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
-def joined(*parts: Tensor) -> Tensor | None:
-    """Tensors that lie one after the other in memory, as one along the first dimension; else None."""
-    first, at = parts[0], parts[0].data_ptr()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.data_ptr() != at or not part.is_contiguous():
-            return None
-        at += part.numel() * part.itemsize
-    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-
-
 HEAD_PIECE = 2048  # rows of the output head in one product: on a CPU a third faster than one large product
 
 
@@ -331,22 +320,7 @@ class Transformer(nn.Module):
 
     def copy(self) -> "Transformer":
         """A model that training this one leaves alone; what is frozen in both is shared."""
-        return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad}).join()
-
-    def join(self) -> "Transformer":
-        """Put weights that meet the same input side by side in memory, where they make one for decode.py.
-
-        Moving the model to another device or dtype undoes it, which costs speed and nothing else.
-        """
-        for block in self.model.layers:
-            a, m = block.self_attn, block.mlp
-            for linears in ((a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)):
-                for parts in ([l.weight for l in linears], [l.bias for l in linears]):
-                    if parts[0] is not None and joined(*parts) is None:
-                        whole = torch.cat([part.data for part in parts])
-                        for part, place in zip(parts, whole.split([len(part) for part in parts])):
-                            part.data = place
-        return self
+        return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad})
 
     def hidden(
         self,

@@ -15,7 +15,7 @@ from kernels import decode as kernels
 from teamtr_min import decode
 from teamtr_min.attention import attend_reference
 from teamtr_min.lora import Adapter, add_lora
-from teamtr_min.model import KVCache, joined
+from teamtr_min.model import KVCache
 from teamtr_min.sampler import Sampler, generate, sample_token, sample_token_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,19 +152,14 @@ def cached(model, lengths: list[int]) -> KVCache:
     return cache
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize(
     "family, kind, dtype",
-    [(family, "joined", dtype) for family in FAMILIES for dtype in BOUND]
-    + [("qwen3", "apart", torch.float32), ("qwen2", "lora", torch.float32)],
+    [(family, "plain", dtype) for family in FAMILIES for dtype in BOUND] + [("qwen2", "lora", torch.float32)],
 )
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [5, 1, 12, 9]], ids=["even", "ragged"])
 def test_a_decode_step_is_a_pass_of_the_model(path, family, kind, dtype, lengths):
     model = random_model(family).to(DEVICE, dtype)
-    if kind == "joined":
-        model.join()
-        attention = model.model.layers[0].self_attn
-        assert joined(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight) is not None
     if kind == "lora":
         model = add_lora(model, Adapter("", "", rank=2, alpha=4.0))
         for name, p in model.named_parameters():
@@ -251,7 +246,7 @@ def test_a_step_of_qwen_starts_fewer_than_300_kernels(launches, monkeypatch):
             self.names[op._schema.name.split("::")[1]] += 1
             return op(*args, **(kwargs or {}))
 
-    model = random_model("qwen2", layers=28).to(DEVICE).join()
+    model = random_model("qwen2", layers=28).to(DEVICE)
     cache = cached(model, [4, 6])
     cache.reserve(8)
     step, token = decode.Decode(model, cache), torch.tensor([1, 2], device=DEVICE)
@@ -288,19 +283,21 @@ def test_a_sampler_that_is_dropped_frees_its_cache_at_once(launches, monkeypatch
         gc.enable()
 
 
-def test_copies_and_loaded_models_are_joined_and_train_as_their_own():
-    model = random_model("qwen2").join()
+def test_weights_are_joined_in_place_and_stay_parameters_of_their_own():
+    model = random_model("qwen2")
+    mlp = model.model.layers[1].mlp
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    want = torch.cat([gate, up]).detach().clone()
+    both = decode.joined(gate, up)
+    assert torch.equal(both, want) and mlp.up_proj.weight is up and up.requires_grad
+    assert decode.joined(gate, up).data_ptr() == both.data_ptr(), "joined already"
     other = model.copy()
-    for m in (model, other):
-        mlp = m.model.layers[1].mlp
-        both = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
-        assert torch.equal(both, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
     with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight.zero_()
-    assert both[-1].eq(0).all() and not model.model.layers[1].mlp.up_proj.weight.eq(0).any()
-    parts = torch.zeros(4, 3).split(2)
-    assert joined(*parts) is not None and joined(*parts[::-1]) is None
-    assert joined(parts[0], torch.zeros(2, 3)) is None
+        other.model.layers[1].mlp.up_proj.weight.zero_()  # is another model's
+        gate.zero_()
+    assert both[: len(gate)].eq(0).all() and torch.equal(both[len(gate) :], want[len(gate) :])
+    with torch.inference_mode():
+        assert not decode.joined(mlp.up_proj.weight, mlp.gate_proj.weight).is_inference()
 
 
 def test_generate_takes_no_other_way(launches):

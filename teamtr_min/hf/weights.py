@@ -77,8 +77,7 @@ def _find(name: str) -> tuple[Path, str]:
 def load_model(
     name_or_dir: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """Read a checkpoint into memory, one tensor at a time: never more than the model plus one tensor, or plus
-    those of a layer that lie side by side.
+    """Read a checkpoint into memory, one tensor at a time: never more than the model plus one tensor.
 
     Parameters arrive in `dtype` on `device`, whatever they are stored in. Raises UserError, in one sentence,
     for an unsupported architecture or feature, a damaged file, a tensor with NaN or infinity, and for all
@@ -110,8 +109,7 @@ def load_model(
         if not all(bound.isfinite() for bound in tensors[name].aminmax()):  # NaN spreads to both bounds
             raise UserError(f"{directory}: {name} holds NaN or infinity")
     model.load_state_dict(tensors, assign=True)
-    del tensors  # which hold what `join` moves
-    return model.join()
+    return model
 
 
 def save_model(model: Transformer, directory: str | os.PathLike) -> None:
