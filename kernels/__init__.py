@@ -1,7 +1,8 @@
 """The heavy operations in Triton.
 
-linear_logprob holds its plain torch reference too, and takes it where Triton cannot run. trust_region_loss is
-the kernel alone: its definition, and the choice between the two, are in teamtr_min.objective.
+linear_logprob and the operations of layer.py hold their plain torch references too, and take them where
+Triton cannot run. trust_region_loss and decode.py are the kernels alone: the choice between the two, and the
+loss's definition, are in teamtr_min.objective and teamtr_min.decode.
 TEAMTR_KERNELS=auto|triton|torch chooses; TRITON_INTERPRET=1 runs the kernels themselves on a CPU, slowly.
 """
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels import decode
+from kernels import decode, layer
 from kernels import trust_region as trust
 from kernels.launch import INTERPRETED, triton
 
@@ -68,15 +68,22 @@ def launches(arch: int, H: int) -> dict[str, tuple]:
             )
             loss.backward()
     suffix, B, (Q, K, D) = "", 256, HEADS.get(H, (H // 64, H // 64, 64))
-    with patch.object(decode, "start", record):
+    with patch.object(decode, "start", record), patch.object(layer, "start", record):
         x, cache = (empty(*shape, dtype=torch.bfloat16) for shape in ((B, H), (B, K, 1040, D)))
         table, at = empty(2048, 1, D, dtype=torch.bfloat16), ids[:B]
-        decode.rms_norm(x, x[0], 1e-6)
+        layer.norm_forward(x, x[0], 1e-6)
         qkv, logits = empty(B, (Q + 2 * K) * D, dtype=torch.bfloat16), empty(B, V)
         query = decode.rope_store(qkv, table, table, at, cache, cache, Q)
         decode.attend_cached(query, cache, cache, at)
-        decode.silu_mul(x)
+        layer.silu_mul(*x.chunk(2, 1))
+        suffix = "+training"
+        layer.norm_forward(x, x[0], 1e-6, floats[:B])
+        layer._norm_backward(x, x[0], floats[:B], x)
+        layer._turn(empty(1, B, Q, D, dtype=torch.bfloat16), table[None], table[None], -1.0)
+        layer._swiglu_backward(x, x, x, again=True)
         decode.draw(logits, floats[:B], 1.0)
+        suffix = "+without product"
+        layer._swiglu_backward(x, x, x, again=False)
         suffix = "+norms"
         decode.rope_store(qkv, table, table, at, cache, cache, Q, (x[0, :D], x[0, :D]), 1e-6)
         suffix = "+greedy"

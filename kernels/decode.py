@@ -1,4 +1,4 @@
-"""What a decode step does beside its matrix products: six kernels a layer, two for the draw.
+"""What only a decode step does: heads go into the cache and attend to it, and a token is drawn.
 
 Letters as in teamtr_min/model.py; B rows, one new token each. `at` (B,) int64 is the position of each row's
 new token, so a row sees positions 0..at. No tile depends on the number of rows, and a program adds up what it
@@ -11,39 +11,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, jit, start, tl
+from kernels.launch import INTERPRETED, jit, power_of_two, start, tl
+from kernels.layer import norm_reference
 
 SPLIT = 128  # positions that one program of decode_attend reads
 TILE = 64  # of these at a time
 STRIP = 4096  # logits that one program of decode_strips reads
-
-
-@jit
-def decode_rms_norm(x, weight, out, H, eps, BLOCK: tl.constexpr):
-    """A row of (B, H): the mean of squares in fp32, the weight after rounding, as RMSNorm has it."""
-    first = tl.program_id(0).to(tl.int64) * H
-    h = tl.arange(0, BLOCK)
-    wide = tl.load(x + first + h, mask=h < H, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
-    unit = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
-    w = tl.load(weight + h, mask=h < H, other=0.0).to(tl.float32)
-    tl.store(out + first + h, (w * unit).to(out.dtype.element_ty), mask=h < H)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (B, H) -> the same, each row divided by its root mean square and multiplied by weight (H,)."""
-    out = torch.empty_like(x)
-    block = _power(x.shape[1])
-    start(decode_rms_norm, len(x), x, weight, out, x.shape[1], eps, BLOCK=block, num_warps=_warps(block))
-    return out
-
-
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
 
 
 @jit
@@ -105,7 +80,7 @@ def rope_store(
     q_weight, k_weight = norms or (cos, cos)  # not read
     start(
         decode_rope_store, B * (heads + 2 * K), qkv, cos, sin, at, q_weight, k_weight, query, keys, values,
-        eps, heads, K, capacity, D=D, BLOCK=_power(D), NORM=bool(norms), num_warps=1,
+        eps, heads, K, capacity, D=D, BLOCK=power_of_two(D), NORM=bool(norms), num_warps=1,
     )  # fmt: skip
     return query
 
@@ -114,7 +89,7 @@ def rope_store_reference(qkv, cos, sin, at, keys, values, heads, norms=(), eps=0
     B, (_, K, _, D) = len(qkv), keys.shape
     q, k, v = qkv.view(B, heads + 2 * K, D).split([heads, K, K], 1)
     if norms:
-        q, k = (rms_norm_reference(x.reshape(-1, D), w, eps).view_as(x) for x, w in zip((q, k), norms))
+        q, k = (norm_reference(x, w, eps)[0] for x, w in zip((q, k), norms))
     cos, sin = cos[at][:, None], sin[at][:, None]  # (B, 1, D)
     q, k = (x * cos + x.roll(D // 2, -1) * sin for x in (q, k))
     rows = torch.arange(B, device=qkv.device)
@@ -203,11 +178,11 @@ def attend_cached(query: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Te
     partial = query.new_empty(B * K * splits * group, D, dtype=torch.float32)
     most, total = (query.new_empty(len(partial), dtype=torch.float32) for _ in range(2))
     out = query.new_empty(B, Q * D)
-    sizes = {"GROUP": group, "D": D, "WIDE": max(16, _power(D)), "SPLIT": SPLIT}
+    sizes = {"GROUP": group, "D": D, "WIDE": max(16, power_of_two(D)), "SPLIT": SPLIT}
     start(
         decode_attend, B * K * splits, query, keys, values, at, partial, most, total,
         K, capacity, splits, math.log2(math.e) / math.sqrt(D), **sizes,
-        HEADS=max(16, _power(group)), TILE=TILE, UPCAST=INTERPRETED, num_warps=4, num_stages=2,
+        HEADS=max(16, power_of_two(group)), TILE=TILE, UPCAST=INTERPRETED, num_warps=4, num_stages=2,
     )  # fmt: skip
     start(decode_merge, B * Q, partial, most, total, at, out, splits, **sizes, K=K, num_warps=1)
     return out
@@ -220,29 +195,6 @@ def attend_cached_reference(query: Tensor, keys: Tensor, values: Tensor, at: Ten
     hidden = torch.arange(k.shape[2], device=at.device) > at[:, None]  # (B, capacity)
     p = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)
     return (p.to(v.dtype) @ v).reshape(B, Q * D)
-
-
-@jit
-def decode_silu_mul(x, out, size, I, BLOCK: tl.constexpr):
-    """silu(gate) * up, of x (B, 2I) with the gates first."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = i // I * (2 * I) + i % I
-    g = tl.load(x + gate, mask=i < size, other=0.0).to(tl.float32)
-    u = tl.load(x + gate + I, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(out + i, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=i < size)
-
-
-def silu_mul(x: Tensor) -> Tensor:
-    """x (B, 2I), gates and ups side by side -> silu(gate) * up, (B, I)."""
-    inner = x.shape[1] // 2
-    out = x.new_empty(len(x), inner)
-    start(decode_silu_mul, -(-out.numel() // 1024), x, out, out.numel(), inner, BLOCK=1024, num_warps=4)
-    return out
-
-
-def silu_mul_reference(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, 1)
-    return F.silu(gate).mul_(up)
 
 
 @jit
@@ -308,15 +260,6 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     start(decode_strips, B * strips, logits, most, total, best, V, strips, scale, STRIP=STRIP, num_warps=8)
     start(
         decode_draw, B, logits, uniform, most, total, best, token, logprob, V, strips, scale,
-        STRIPS=_power(strips), STRIP=STRIP, GREEDY=temperature == 0, num_warps=8,
+        STRIPS=power_of_two(strips), STRIP=STRIP, GREEDY=temperature == 0, num_warps=8,
     )  # fmt: skip
     return token, logprob
-
-
-def _power(size: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << (size - 1).bit_length()
-
-
-def _warps(block: int) -> int:
-    return min(8, max(1, block // 256))

@@ -59,6 +59,16 @@ def start(kernel, programs: int, *arguments, **options) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
+def power_of_two(size: int) -> int:
+    """The least that is no less."""
+    return 1 << (size - 1).bit_length()
+
+
+def warps(block: int) -> int:
+    """Of a program that holds `block` numbers at a time."""
+    return min(8, max(1, block // 256))
+
+
 def blocks(dtype: torch.dtype, major: int, H: int, old: bool = False) -> dict:
     """The pinned tile of the kernels with a matrix product; compile_report shows what each compiles to.
 

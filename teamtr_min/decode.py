@@ -2,8 +2,8 @@
 
 A decode step does little work in many operations, so their number is what counts. Weights that meet the same
 input are put side by side in memory and make one product; the product before it adds to the residual stream;
-on CUDA six kernels (kernels/decode.py) do the rest of a layer, and a whole step, draw included, is one CUDA
-graph. Letters as in model.py.
+on CUDA six kernels (kernels/layer.py, kernels/decode.py) do the rest of a layer, and a whole step, draw
+included, is one CUDA graph. Letters as in model.py.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels import decode as kernels
 from kernels import use_triton
+from kernels.layer import norm_forward, rotate_reference, silu_mul, silu_mul_reference
 from teamtr_min.attention import attend_one
 from teamtr_min.model import (
     Block,
@@ -24,7 +25,6 @@ from teamtr_min.model import (
     RMSNorm,
     Transformer,
     rope_table,
-    rotate,
 )
 
 
@@ -37,7 +37,7 @@ class Decode:
         self.fused = use_triton(model.head)
         self.layers = [_layer(block, self.fused) for block in model.model.layers]
         self.norm = _norm(model.model.norm, self.fused)
-        self.silu_mul = kernels.silu_mul if self.fused else kernels.silu_mul_reference
+        self.silu_mul = silu_mul if self.fused else silu_mul_reference
         if self.fused and model.device.type == "cuda":
             self.graphs = Graphs(len(cache.length), model.device)
 
@@ -62,7 +62,7 @@ class Decode:
         for number, layer in enumerate(self.layers):
             y = attend(number, layer, layer.qkv(layer.norm(x)))  # (B, Q * D)
             x = layer.add_o(x, y)
-            x = layer.add_down(x, self.silu_mul(layer.gate_up(layer.other_norm(x))))
+            x = layer.add_down(x, self.silu_mul(*layer.gate_up(layer.other_norm(x)).chunk(2, 1)))
         return self.norm(x)
 
     def _by_torch(self, B: int) -> Callable:
@@ -78,7 +78,7 @@ class Decode:
             turned = heads[:, : Q + K]
             if layer.head_norms:
                 turned = torch.cat([norm(x) for norm, x in zip(layer.head_norms, turned.split([Q, K], 1))], 1)
-            turned = rotate(turned, cos, sin)
+            turned = rotate_reference(turned, cos, sin)
             k, v = step.write_then_read(number, turned[:, Q:, None], heads[:, Q + K :, None])
             return attend_one(turned[:, :Q].view(B, K, Q // K, D), k, v, mask)
 
@@ -194,7 +194,7 @@ def _norm(norm: RMSNorm, fused: bool) -> Callable[[Tensor], Tensor]:
     """On x (B, H)."""
     weight = norm.weight.detach()
     if fused:
-        return lambda x: kernels.rms_norm(x, weight, norm.eps)
+        return lambda x: norm_forward(x, weight, norm.eps)
     if weight.dtype != torch.float32:
         return norm
     eps, share = torch.full((1, 1), norm.eps, device=weight.device), 1 / len(weight)

@@ -31,7 +31,7 @@ from teamtr_min.model import ModelConfig
 from teamtr_min.packing import LONGEST_TREE
 from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
-from teamtr_min.shapes import AdapterSize, layer_numbers, layer_parameters, parameters, token_bytes
+from teamtr_min.shapes import AdapterSize, layer_parameters, layer_work, parameters, token_bytes
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
 from teamtr_min.team import ChatFormat, Team, placement
@@ -244,8 +244,8 @@ class Needs:
         prefill = min(PREFILL_TOKENS, rows * self.longest)
         work = max(
             rows * m.vocab_size * 4 * DRAW_COPIES  # (rows, V) fp32
-            # Without a way back half of a layer's numbers live at once; the mask is there twice.
-            + prefill * (layer_numbers(m) * self.width // 2 + 5 * max(PREFILL_TREE, self.longest))
+            # The mask is there twice.
+            + prefill * (layer_work(m) * self.width + 5 * max(PREFILL_TREE, self.longest))
             + self._head_in_fp32(m)
             + self.gathered(m, self.width)
             + self._recorded(m, rows)
@@ -272,7 +272,8 @@ class Needs:
             chunk = min(CHUNK_BYTES, tokens * m.vocab_size * 4) * CHUNK_COPIES
             # At worst trees are as long as they may be: a mask of all pairs of a row, and bools to make it.
             row = min(tokens, max(LONGEST_TREE, self.longest))
-            activations = tokens * (token_bytes(m, self.width, checkpointing) + row * (self.width + 3))
+            token = token_bytes(m, self.width, checkpointing, lora=bool(self.config.lora_rank))
+            activations = tokens * (token + row * (self.width + 3))
             old = 0
             if self.config.kl_estimator == "exact":  # the old policy's final states and head
                 problems = self.ranks.largest_share(self.config.problems)
@@ -308,7 +309,7 @@ class Needs:
         """On CUDA what an agent's recorded decode steps keep: logits, shares of attention, and a layer."""
         splits = -(-math.ceil(CACHE_SLACK * self.longest) // SPLIT)
         shares = 4 * model.heads * (model.head_dim + 2) * splits
-        row = 4 * model.vocab_size + shares + layer_numbers(model) * self.width
+        row = 4 * model.vocab_size + shares + layer_work(model) * self.width
         return rows * row * (self.device.type == "cuda")
 
     def _head_in_fp32(self, model: ModelConfig) -> int:

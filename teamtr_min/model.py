@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.layer import rms_norm, rotate, swiglu, swiglu_product
 from teamtr_min.attention import attend
 from teamtr_min.packing import PackedStep
 
@@ -74,10 +75,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # the mean of squares always in fp32, whatever the compute dtype
-        squares = wide.square().sum(-1, keepdim=True)
-        scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return self.weight * (wide * scale).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @functools.lru_cache
@@ -97,17 +95,11 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # made while sampling, it also serves training
 def rope_table(config: ModelConfig, positions: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """cos and sin of every angle, as `rotate` wants them: two of (positions, 1, D)."""
+    """cos and sin of every angle, as `kernels.layer.rotate` wants them: two of (positions, 1, D)."""
     frequencies = rope_frequencies(config, device)  # (D/2,)
     angle = torch.arange(positions, device=device)[:, None, None] * frequencies  # (positions, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return [torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: pair d with d + D/2. x (B, T, Q or K, D), cos and sin (B or 1, T, 1, D): those of
-    the angle, for both of a pair, the first sin negative."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class KVCache:
@@ -257,7 +249,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (..., I)
+        if type(self.down_proj) is nn.Linear:
+            return swiglu_product(gate, up, self.down_proj.weight)
+        return self.down_proj(swiglu(gate, up))  # LoRA
 
 
 class Block(nn.Module):

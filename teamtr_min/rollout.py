@@ -132,14 +132,15 @@ class Rollouts:
                 r: self.team.render(j, self.problems[r].text, self.messages[r], add_generation_prompt=False)
                 for r in own
             }
-            pairs_per_token = self.team.agents[j].model.config.pairs_per_token
+            model = self.team.agents[j].model
             for pulling in (True, False):
                 # Nothing is predicted from a rollout's last token.
                 sequences = [
                     (r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling
                 ]
-                trees = trees_of(sequences, batch_tokens, pairs_per_token)
-                batches += [self._batch(j, rows, seen, advantages) for rows in rows_of(trees, batch_tokens)]
+                trees = trees_of(sequences, batch_tokens, model.config.pairs_per_token)
+                for rows in rows_of(trees, batch_tokens, model.device):
+                    batches.append(self._batch(j, rows, seen, advantages))
         return batches
 
     def message_logps(self, agent: int, model: Transformer, batch_tokens: int) -> Tensor:

@@ -208,7 +208,7 @@ class Sampler:
         device, pairs_per_token = self.model.device, self.model.config.pairs_per_token
         new = [(slot, sequences[slot]) for slot in slots]
         trees = trees_of(new, min(budget, PREFILL_TREE), pairs_per_token)
-        for rows in rows_of(trees, budget):
+        for rows in rows_of(trees, budget, device):
             packed = pack(rows, device)
             source = torch.tensor([t for path in packed.paths.values() for t in path], device=device)
             to = torch.tensor([slot for slot, path in packed.paths.items() for _ in path], device=device)

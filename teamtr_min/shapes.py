@@ -34,18 +34,24 @@ class AdapterSize(NamedTuple):
 
 
 def layer_numbers(m: ModelConfig) -> int:
-    """Numbers that one token leaves in one layer for the way back.
+    """Numbers that one token leaves in one layer for the way back (kernels/layer.py says why so few).
 
-    Six of hidden size (two residuals, their norms before and after the weight), queries before and after the
-    rotation, attention's output and its copy, keys twice, values, and four in the MLP.
+    Four of hidden size (two residuals and their norms), queries after the rotation, attention's output and
+    its copy, keys and values, what norms of heads were given, gate and up.
     """
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    return 6 * m.hidden_size + 4 * query + 3 * key + 4 * m.intermediate_size + 2 * (query + key) * m.qk_norm
+    return 4 * m.hidden_size + 3 * query + 2 * key + 2 * m.intermediate_size + (query + key) * m.qk_norm
 
 
-def token_bytes(m: ModelConfig, width: int, checkpointing: bool) -> int:
+def layer_work(m: ModelConfig) -> int:
+    """Numbers of one token that come and go while a layer is under way, forward or back, at most."""
+    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    return 4 * m.hidden_size + max(4 * m.intermediate_size, 4 * (query + key))
+
+
+def token_bytes(m: ModelConfig, width: int, checkpointing: bool, lora: bool = False) -> int:
     """Activations of one token of a training forward, with the gradients of the layer that is under way."""
-    layer = layer_numbers(m) * width + (8 * m.hidden_size if width < 4 else 0)  # norms keep fp32 copies
+    layer = (layer_numbers(m) + m.intermediate_size * lora) * width  # an adapter's A keeps what it reads
     ends = 8 * m.hidden_size * 4  # below the first layer, above the last, and their gradients
     kept = m.layers * m.hidden_size * width + layer if checkpointing else m.layers * layer
-    return kept + layer + ends
+    return kept + layer_work(m) * width + ends

@@ -22,8 +22,9 @@ def test_every_kernel_builds_without_spilling_and_with_wgmma():
     columns = ["kernel", "arch", "H", "V", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma"]
     assert all(list(row) == columns and row["registers"] > 0 for row in rows)
     kernels = {"logprob_strips", "logprob_merge", "logprob_dlogits", "trust_messages", "trust_agents"}
-    kernels |= {"trust_gradient", "decode_rms_norm", "decode_rope_store", "decode_attend", "decode_merge"}
-    kernels |= {"decode_silu_mul", "decode_strips", "decode_draw"}
+    kernels |= {"trust_gradient", "decode_rope_store", "decode_attend", "decode_merge", "decode_strips"}
+    kernels |= {"decode_draw", "rms_norm_forward", "rms_norm_backward", "rotary", "swiglu_forward"}
+    kernels |= {"swiglu_backward"}
     for arch in (80, 90, 100):
         built = [row for row in rows if row["arch"] == arch]
         assert {row["kernel"].split("+")[0] for row in built} == kernels

@@ -10,11 +10,14 @@ from toy_runs import prepared
 
 import kernels
 import train
+from teamtr_min import packing
 from teamtr_min.learner import Learner, evaluate
 from teamtr_min.model import RMSNorm
 from teamtr_min.objective import teamtr_loss
-from teamtr_min.packing import PackedStep, rows_of, trees_of
+from teamtr_min.packing import PackedStep, pack, rows_of, trees_of
 from teamtr_min.rollout import AgentBatch
+
+CPU = torch.device("cpu")
 
 
 def random_sequences(seed: int, count: int = 40) -> list[list[int]]:
@@ -50,13 +53,16 @@ def test_what_shares_little_stays_apart():
     assert [len(tree) for tree in same] == [2] + [2] * (len(same) - 1)
 
 
+@pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("most", [1, 30, 64, 10**6])
-def test_padded_rows_keep_within_their_bound_and_hold_every_tree_once(most):
+def test_padded_rows_keep_within_their_bound_and_hold_every_tree_once(most, unit, monkeypatch):
+    monkeypatch.setitem(packing.ROW_UNIT, "cpu", unit)
     trees = trees_of(enumerate(random_sequences(7, 200)), most, pairs_per_token=6.0)
-    batches = list(rows_of(trees, most))
+    batches = list(rows_of(trees, most, CPU))
     for rows in batches:
-        width = max(sum(map(len, row)) for row in rows)
-        assert len(rows) * width <= most or len(rows) == len(rows[0]) == 1
+        packed = pack(rows, CPU)
+        assert packed.tokens.numel() <= most or len(rows) == 1
+        assert packed.tokens.shape[1] % unit == 0
     placed = [id(tree) for rows in batches for row in rows for tree in row]
     assert sorted(placed) == sorted(map(id, trees))
     assert len(batches) == 1 or most < 10**6
@@ -69,7 +75,7 @@ def test_packed_hidden_states_and_their_gradients_are_those_of_plain_rows(family
     sequences = [torch.cat((trunk[:n], random_tokens(model, 3 + n, seed=n))).tolist() for n in (2, 9, 5, 9)]
     sequences += [sequences[0], sequences[1][:7], random_tokens(model, 4, seed=50).tolist()]
     sequences.append(random_tokens(model, 30, seed=51).tolist())
-    (rows,) = rows_of(trees_of(enumerate(sequences), 10**6, math.inf), 10**6)
+    (rows,) = rows_of(trees_of(enumerate(sequences), 10**6, math.inf), 10**6, CPU)
     width = max(sum(map(len, row)) for row in rows)
     tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     end, where = torch.arange(1, width + 1).repeat(len(rows), 1), {}
@@ -150,10 +156,12 @@ def norm_in_float64(self, x):
         ([1], {"kl_estimator": "exact", "temperature": 0.7}),
         ([0], {"ratio": "token", "kl_unit": "token"}),
         ([0, 1], {"rounds": 2}),  # two that step together
+        ([1], {"rounds": 2, "unit": 16}),  # rows of a few lengths only, as on CUDA
     ],
 )
 def test_loss_and_gradients_are_those_of_one_plain_row_per_rollout(agents, knobs, monkeypatch):
     """At pi_old, and after a step. In float64, where rounding hides nothing."""
+    monkeypatch.setitem(packing.ROW_UNIT, "cpu", knobs.pop("unit", 1))
     monkeypatch.setattr(kernels, "linear_logprob_stats", stats_in_float64)
     monkeypatch.setattr(RMSNorm, "forward", norm_in_float64)
     ready = prepared(agents, **{"problems": 6, "beta": 0.3} | knobs)

@@ -1,0 +1,148 @@
+"""Norm, rotation and SwiGLU are their formulas, both ways, and keep little for the way back."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import FAMILIES, random_model, random_tokens
+
+from kernels import layer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=["triton", "torch"])
+def path(request, monkeypatch):
+    if request.param == "triton":
+        request.getfixturevalue("launches")
+    else:
+        monkeypatch.setenv("TEAMTR_KERNELS", "torch")
+    return request.param
+
+
+def norm(x, weight):
+    return weight * (x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+
+
+def turned(x, cos, sin):
+    """`cos` and `sin` as the model's table has them: sin's first half is negative."""
+    a, b = x.chunk(2, -1)
+    c, s = cos.chunk(2, -1)[0], sin.chunk(2, -1)[1]
+    return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+
+def table(rows: int, T: int, D: int):
+    angle = torch.randn(rows, T, 1, D // 2, generator=torch.Generator().manual_seed(9))
+    return torch.cat([angle.cos()] * 2, -1).to(DEVICE), torch.cat([-angle.sin(), angle.sin()], -1).to(DEVICE)
+
+
+def silu(g, u):
+    return F.silu(g) * u
+
+
+def product(g, u, w):
+    return silu(g, u) @ w.t()
+
+
+CASES = [  # ours, the formula, shapes of its inputs, what else ours takes
+    *((layer.rms_norm, norm, [s, s[-1:]], [1e-5]) for s in [(1, 64), (33, 30), (2, 5, 896), (3, 4, 3, 14)]),
+    *((layer.swiglu, silu, [s, s], []) for s in [(1, 5), (3, 41), (2, 3, 700)]),
+    (layer.swiglu_product, product, [(1, 3), (1, 3), (2, 3)], []),
+    (layer.swiglu_product, product, [(5, 41), (5, 41), (30, 41)], []),
+    (layer.swiglu_product, product, [(2, 7, 300), (2, 7, 300), (24, 300)], []),
+]
+
+
+def both_ways(f, inputs, *more) -> list:
+    """f's result, then the gradient of each input for a fixed one of the result."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = f(*inputs, *more)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def no_worse_than_torch(got, plain, exact, dtype):
+    """Against float64, at most twice the error of the same formula by torch's operations in this dtype."""
+    unit = torch.finfo(dtype).eps
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert g.dtype == dtype and g.shape == e.shape
+        error, allowed = ((x.double() - e).abs().max().item() for x in (g, p))
+        assert error <= 2 * allowed + 2 * unit * e.abs().max().item()
+
+
+@each_dtype
+@pytest.mark.parametrize("f, formula, shapes, more", CASES, ids=[f"{c[1].__name__}-{c[2][0]}" for c in CASES])
+def test_results_and_gradients_are_the_formulas(path, dtype, f, formula, shapes, more):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [(2 * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for shape in shapes]
+    got = both_ways(f, inputs, *more)
+    exact, plain = both_ways(formula, [x.double() for x in inputs]), both_ways(formula, inputs)
+    no_worse_than_torch(got, plain, exact, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows_of_table", [1, None], ids=["one-table", "table-a-row"])
+@pytest.mark.parametrize("B, T, heads, D", [(1, 1, 1, 2), (2, 5, 3, 10), (3, 2, 4, 80)])
+def test_heads_are_turned_and_gradients_turned_back(path, dtype, rows_of_table, B, T, heads, D):
+    x = torch.randn(B, T, heads, D, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    cos, sin = (t.to(dtype) for t in table(rows_of_table or B, T, D))
+    got, plain = both_ways(layer.rotate, [x], cos, sin), both_ways(turned, [x], cos, sin)
+    no_worse_than_torch(got, plain, both_ways(turned, [x.double()], cos.double(), sin.double()), dtype)
+
+
+def test_extreme_inputs_stay_finite_and_nan_shows(path):
+    gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=DEVICE)
+    for x in both_ways(layer.swiglu, [gate, torch.ones_like(gate)]):
+        assert x.isfinite().all()
+    x = torch.stack([torch.zeros(30), torch.full((30,), 1e15), torch.full((30,), 1e-15)]).to(DEVICE)
+    for y in both_ways(layer.rms_norm, [x, torch.ones(30, device=DEVICE)], 1e-5):
+        assert y.isfinite().all()
+    x[1, 7] = torch.nan
+    out, dx, _ = both_ways(layer.rms_norm, [x, torch.ones(30, device=DEVICE)], 1e-5)
+    assert out[1].isnan().all() and dx[1].isnan().all() and out[0].isfinite().all() and dx[2].isfinite().all()
+
+
+def test_a_row_has_the_same_bits_in_every_batch(path):
+    x = torch.randn(70, 2, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight, (cos, sin) = torch.ones(48, device=DEVICE), table(70, 1, 48)
+    whole = both_ways(layer.rms_norm, [x[:, 0], weight], 1e-6)
+    again = both_ways(layer.rms_norm, [x[:, 0], weight], 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    for rows in (slice(3, 4), slice(31, 66)):
+        assert torch.equal(layer.rms_norm(x[rows, 0], weight, 1e-6), whole[0][rows])
+        assert torch.equal(layer.swiglu(x[rows, 0], x[rows, 1]), layer.swiglu(x[:, 0], x[:, 1])[rows])
+        some = layer.rotate(x[rows, None], cos[rows], sin[rows])
+        assert torch.equal(some, layer.rotate(x[:, None], cos, sin)[rows])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_trains_alike_by_kernels_and_by_torch(launches, monkeypatch, family, lora):
+    """The names of kernels show that none of a layer's operations goes another way."""
+    from teamtr_min.lora import Adapter, add_lora, draw_adapter
+
+    model = random_model(family).to(DEVICE)
+    if lora:
+        model = add_lora(model, Adapter("", "", rank=2, alpha=4.0))
+        draw_adapter(model, seed=0, agent=0)
+    tokens, found = random_tokens(model, 3, 11).to(DEVICE), []
+    for by in ("triton", "torch"):
+        monkeypatch.setenv("TEAMTR_KERNELS", by)
+        one = copy.deepcopy(model)
+        hidden = one.hidden(tokens)
+        hidden.square().sum().backward()
+        found.append([hidden.detach(), *(p.grad for p in one.model.layers.parameters() if p.requires_grad)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    ways = ("rms_norm_forward", "rms_norm_backward", "rotary", "swiglu_forward", "swiglu_backward")
+    assert set(ways) <= set(launches)
+
+
+def test_the_down_projection_keeps_nothing_but_gate_up_and_weight():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gate, up, weight = (torch.randn(*shape, requires_grad=True) for shape in ((7, 5), (7, 5), (3, 5)))
+        layer.swiglu_product(gate, up, weight)
+    assert {x.data_ptr() for x in kept} == {gate.data_ptr(), up.data_ptr(), weight.data_ptr()}
