@@ -95,13 +95,14 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    most_rows = max(ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems)))
+    trained, tested = ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems))
     for stage in range(min(config.stages, STAGES_READ)):
         generator = rng.generator(config.seed, "problems", stage)
         problems = [*problems, *task.sample_problems(config.problems, generator)]
     sources = config.models * (config.agents // len(config.models))
     needs = needs_of(config, task, problems, sources, ranks)
-    config, plan = fit_training(needs, most_rows)
+    needs.writing(trained, tested)
+    config, plan = fit_training(needs, max(trained, tested))
     if ranks.size > 1:  # each has looked at its own memory, and all shall go through the same batches
         found = zip(*ranks.gather([config.batch_rows, config.batch_tokens, not plan.checkpointing]))
         rows, tokens, keeps = map(min, found)
@@ -164,6 +165,7 @@ def plan_evaluation(
     needs = needs_of(config, task, problems, sources, ranks)
     needs.weights *= not loaded
     most, room = ranks.largest_share(len(problems)) * k, needs.budget - needs.base - needs.weights
+    needs.writing(0, most)
     rows = min(ranks.gather(choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)))
     at_once = min(rows, most)
     plan = Plan(
@@ -203,6 +205,12 @@ class Needs:
     base: int = 0  # bytes that the process has without a model
     budget: int = 2**62  # and that it may have
     ranks: Ranks = ALONE
+    written: int = 0  # tokens that one collection holds in Python's lists
+
+    def writing(self, trained: int, tested: int) -> None:
+        """The largest collections: rollouts to train on, and others, which stay lists for one turn only."""
+        turns = self.config.turns
+        self.written = self.config.max_new_tokens * max(trained * turns, tested * (1 + -(-turns // 8)))
 
     @property
     def parts(self) -> int:
@@ -239,7 +247,7 @@ class Needs:
         """KV cache, draw and prefill of `rows` rollouts at once."""
         caches = [m.kv_per_token * self.width * self.longest * CACHE_SLACK for m in self.models]
         # An agent that writes once gives its cache's memory to the next; otherwise all stay.
-        one_at_a_time = self.config.router == "round-robin" and self.config.rounds == 1
+        one_at_a_time = self.config.router == "round-robin" and self.config.rounds == 1  # Team.caches_stay
         cache = max(caches) if one_at_a_time else sum(caches)
         prefill = min(PREFILL_TOKENS, rows * self.longest)
         work = max(
@@ -251,8 +259,7 @@ class Needs:
             + self._recorded(m, rows)
             for m in self.models
         )
-        written = rows * self.config.turns * self.config.max_new_tokens
-        lists = written * TOKEN_OBJECT * (self.device.type != "cuda")  # Python's, in host memory
+        lists = self.written * TOKEN_OBJECT * (self.device.type != "cuda")  # Python's, in host memory
         return math.floor((rows * cache + work) * FRAGMENTATION) + lists
 
     def points(self, agents: list[int]) -> int:

@@ -83,15 +83,12 @@ class SamplingBar(Bar):
     def begin(self, rows: int, last_turn: bool) -> None:
         """`rows` messages are about to be written; each of a last turn completes a rollout."""
         self._begun = self.done, self.complete, self.tokens, rows, last_turn
-        self._live, self._steps = rows, 0
 
-    def step(self, steps: int, live: int) -> None:
-        """Every row had up to `steps` tokens by now; `live` rows go on."""
-        done, complete, _, rows, last_turn = self._begun
-        self.tokens += self._live * (steps - self._steps)
-        self._live, self._steps = live, steps
-        self.done = done + rows - live + live * steps / self.max_new_tokens
-        self.complete = complete + (rows - live) * last_turn
+    def step(self, written: int, under_way: float, tokens: int) -> None:
+        """What `Sampler.generate` tells: messages that are written, others as a share, tokens in all."""
+        done, complete, before, _, last_turn = self._begun
+        self.done, self.complete = done + written + under_way, complete + written * last_turn
+        self.tokens = before + tokens
 
     def end(self, tokens: int) -> None:
         """The messages are written, in so many tokens."""

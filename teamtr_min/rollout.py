@@ -214,12 +214,15 @@ def collect(
     start, stop = share.start * group, share.stop * group
     expected = (stop - start) * team.turns - sum(reused[start:stop])
     with SamplingBar(label, stop - start, expected, team.max_new_tokens) as bar:
-        for offset in range(0, team.ranks.largest_share(len(problems)) * group, team.batch_rows):
+        most = team.ranks.largest_share(len(problems)) * group
+        # An agent with turns to come keeps its cache for these rollouts, and only then takes others.
+        at_once = team.batch_rows if team.caches_stay else max(most, 1)
+        for offset in range(0, most, at_once):
             first = min(start + offset, stop)  # where other ranks have one batch more, there are no rows
-            rows = slice(first, min(first + team.batch_rows, stop))
-            written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar)
+            rows = slice(first, min(first + at_once, stop))
+            written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar, compact)
             returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
-            messages += [[m.compact() for m in row] for row in written] if compact else written
+            messages += written
     if team.ranks.size > 1:
         messages, returns = _gathered(team.ranks, messages, returns, compact)
     returns = torch.tensor(returns)
@@ -247,8 +250,9 @@ def _take_turns(
     first: int,
     path: rng.RngPath,
     bar: SamplingBar,
+    compact: bool,
 ) -> list[list[Message]]:
-    """All turns of one batch of rollouts, the first of which is number `first` of the whole collection."""
+    """All turns of some rollouts, the first of which is number `first` of the whole collection."""
     transcripts = [list(prefix.messages) for prefix in prefixes]
     samplers: dict[int, Sampler] = {}
     for turn in range(team.turns):
@@ -269,7 +273,7 @@ def _take_turns(
                 if not rows:
                     continue
                 if j not in samplers:
-                    samplers[j] = Sampler(agent.model, len(problems))
+                    samplers[j] = Sampler(agent.model, len(problems), team.batch_rows)
                 bar.begin(len(rows), last_turn=turn + 1 == team.turns)
                 completions = samplers[j].generate(
                     rows, prompts, keys, team.max_new_tokens, team.temperature, stop, bar.step
@@ -277,7 +281,8 @@ def _take_turns(
             bar.end(sum(len(c.tokens) for c in completions))
             texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
             for r, c, text in zip(rows, completions, texts):
-                transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
+                message = Message(j, c.tokens, text, c.logprobs, c.stopped)
+                transcripts[r].append(message.compact() if compact else message)
             if team.writes_last(j, turn):
                 del samplers[j]  # the memory of its cache serves the next agent
     return transcripts

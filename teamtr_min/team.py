@@ -44,7 +44,7 @@ class Message:
 
     @property
     def content(self) -> list[int]:
-        return self.tokens[:-1] if self.stopped else self.tokens
+        return [*self.tokens[:-1]] if self.stopped else [*self.tokens]
 
     def compact(self) -> "Message":
         """The same message, its numbers in arrays: 8 bytes a token where lists of them take 64 or more."""
@@ -118,6 +118,11 @@ class Team:
     @property
     def turns(self) -> int:
         return len(self.agents) * self.rounds
+
+    @property
+    def caches_stay(self) -> bool:
+        """Whether an agent may have another turn, for which the cache of its first is kept."""
+        return self.router is not round_robin or self.rounds > 1
 
     def writes_last(self, j: int, turn: int) -> bool:
         """Whether agent j, writing at `turn`, is known to have no turn in the rest of the rollout."""

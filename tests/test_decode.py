@@ -188,7 +188,8 @@ def recording(work, pool):
     return again
 
 
-def test_recorded_steps_sample_what_plain_ones_do(launches, monkeypatch):
+@pytest.mark.parametrize("slots", [5, 2])
+def test_recorded_steps_sample_what_plain_ones_do(launches, monkeypatch, slots):
     """Buckets of rows, some of them live and some not; several turns; a router that leaves rows out."""
     model = random_model("qwen2", layers=1).to(DEVICE)
     prompts = [random_tokens(model, n, seed=n).tolist() for n in (3, 9, 4, 5, 2)]
@@ -211,8 +212,8 @@ def test_recorded_steps_sample_what_plain_ones_do(launches, monkeypatch):
     monkeypatch.setenv("TEAMTR_KERNELS", "torch")
     plain = turns(Sampler(model, 5))
     monkeypatch.setenv("TEAMTR_KERNELS", "triton")
-    sampler = Sampler(model, 5)
-    sampler.decode.graphs = sampler.decode.graphs or decode.Graphs(5, model.device)
+    sampler = Sampler(model, 5, slots)
+    sampler.decode.graphs = sampler.decode.graphs or decode.Graphs(slots, model.device)
     sampler.check_every = 2
     assert turns(sampler) == plain
     assert 1 < len({len(tokens) for tokens in plain}), "all messages are equally long: nothing left the batch"

@@ -153,12 +153,14 @@ class Recorded(SamplingBar):
         self.made.append(self)
         return super().__enter__()
 
-    def step(self, steps, live):
-        super().step(steps, live)
+    def step(self, *told):
+        super().step(*told)
         self.seen.append((self.done, self.complete, self.tokens))
 
 
-@pytest.mark.parametrize("knobs", [{}, {"rounds": 2, "batch_rows": 5}, {"router": "random"}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"batch_rows": 5}, {"rounds": 2, "batch_rows": 5}, {"router": "random", "batch_rows": 7}]
+)
 def test_a_collection_counts_every_message_rollout_and_token(monkeypatch, knobs):
     monkeypatch.setattr(rollout, "SamplingBar", Recorded)
     config = Config(agents=2, problems=4, device="cpu", **knobs)
@@ -175,20 +177,24 @@ def test_a_collection_counts_every_message_rollout_and_token(monkeypatch, knobs)
         assert bar.seen == sorted(bar.seen) and len(set(bar.seen)) > 3
 
 
-def test_the_sampler_reports_only_where_it_looks_at_the_device_anyway():
+@pytest.mark.parametrize("slots", [6, 4])
+def test_the_sampler_reports_only_where_it_looks_at_the_device_anyway(slots):
     model = random_model("qwen2")
     prompts, calls = random_tokens(model, 6, 4).tolist(), []
     for every in (1, 3):
-        sampler = Sampler(model, 6)
+        sampler = Sampler(model, 6, slots)
         sampler.check_every = every
         done = sampler.generate(
             range(6), prompts, list(range(6)), 8, 1.0, range(5), lambda *at: calls.append(at)
         )
         lengths = [len(c.tokens) for c in done]
         assert calls and len(set(lengths)) > 1
-        for steps, live in calls:
-            assert steps % every == 0
-            assert live == sum(length > steps or not c.stopped for length, c in zip(lengths, done))
+        assert len(calls) >= (max(lengths) - 1) // every and calls == sorted(calls)
+        assert calls[-1][:2] == (6, 0.0) and calls[-1][2] >= sum(lengths)
+        for n, (written, under_way, _) in enumerate(calls, 1):
+            if slots == 6:
+                gone = [c.stopped and len(c.tokens) <= 1 + every * n or 1 + every * n >= 8 for c in done]
+                assert (written, under_way) == (sum(gone), gone.count(False) * (1 + every * n) / 8)
         calls.clear()
 
 

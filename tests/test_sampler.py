@@ -148,6 +148,34 @@ def test_finished_rows_leave_the_batch(model, fed):
     assert decoded == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
 
 
+@pytest.mark.parametrize("slots, every", [(1, 1), (3, 1), (4, 3), (7, 16), (16, 1)])
+def test_rows_that_wait_write_what_they_would_have_at_once(model, slots, every):
+    """Over turns, some of whose rows still have their slot and some not, with leftovers of others there."""
+    sampler, whole = Sampler(model, 17, slots), Sampler(model, 17)
+    sampler.check_every = every
+    sequences, lengths, cut_off = [PROMPTS[r % 5] + [4] * (r % 3) for r in range(17)], [], []
+    for turn, rows in enumerate([list(range(17)), [3, 16, 0, 9, 8, 2], list(range(16, -1, -1))]):
+        now, ks = [sequences[r] for r in rows], keys(17, 100 * turn)[: len(rows)]
+        waited, expected = (take_turn(s, now, ks, rows, limit=5) for s in (sampler, whole))
+        assert_same(waited, expected)
+        lengths += [len(c.tokens) for c in waited if c.stopped]
+        cut_off += [c for c in waited if not c.stopped]
+        for r, c in zip(rows, waited):
+            sequences[r] = sequences[r] + c.tokens + [2, 5, 1, 3]
+    assert len(set(lengths)) > 2 and cut_off
+
+
+def test_the_batch_stays_full_while_rows_wait(model, fed):
+    rows, slots = 60, 8
+    lengths = [len(c.tokens) for c in take_turn(Sampler(model, rows, slots), PROMPTS * 12, keys(rows))]
+    decoded = [live for live, width in fed if width == 1]
+    assert sum(decoded) == sum(lengths) - rows, "each token but the first is one row of one step"
+    assert max(decoded) <= slots
+    assert sum(live > slots - slots // 4 for live in decoded) > 0.7 * len(decoded)
+    waves = sum(max(lengths[w : w + slots]) - 1 for w in range(0, rows, slots))
+    assert len(decoded) < 0.75 * waves
+
+
 def test_the_cache_survives_between_turns(model, fed):
     """Later turns compute only what is new, and sample what a new sampler would."""
     sampler = Sampler(model, 5)

@@ -144,6 +144,7 @@ class CoinTeam:
         models = [SimpleNamespace(j=j, in_step=contextlib.nullcontext) for j in range(len(coins))]
         self.agents = [SimpleNamespace(model=model, chat=chat, tokenizer=tokenizer) for model in models]
         self.coins, self.router, self.turns, self.batch_rows = coins, router, len(coins), 10**6
+        self.caches_stay = True
         self.temperature, self.max_new_tokens, self.ranks = 1.0, 1, ALONE
 
     def chance(self, j: int, last: int) -> float:
