@@ -1,4 +1,4 @@
-"""Token sequences -> rows that hold prefix trees: what sequences have in common is computed once.
+"""Token sequences -> rows, each a prefix tree: what sequences have in common is computed once.
 
     sequences  a b c d      one row   a b c d e f
                a b c e      position  0 1 2 3 3 2
@@ -6,103 +6,141 @@
 
 A tree lies in its row depth first, so whatever follows a token up to its `end` descends from it: token i sees
 token k exactly when k <= i < end[k]. A row of one sequence is the ordinary causal case.
+
+A row of T tokens costs T * pairs_per_token + T^2: attention looks at every pair, and `pairs_per_token` pairs
+cost as much as what else is computed for one token. Which sequences share a tree, and which trees a batch,
+is chosen so that this sum is least.
 """
 
+import bisect
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+NEVER = 2**31  # tokens of a tree that may not be
 LONGEST_TREE = 4096  # tokens; a row's mask has the square of it
 # Rows are a multiple of this long: on CUDA each new shape costs plans of kernels, and memory cut anew.
 ROW_UNIT = {"cuda": 64}
+BATCH_COST = 256  # tokens that cost as much as one more batch: measured on a CPU, and flat
 
 
+@dataclass
 class Tree:
-    """What was added to it, in lexicographic order: otherwise what sequences share is not found."""
+    """Sequences in lexicographic order, each with those tokens that its neighbour before it does not have."""
 
-    def __init__(self):
-        self.tokens: list[int] = []
-        self.positions: list[int] = []  # of each token in its sequences
-        self.end: list[int] = []
-        self.paths: dict[int, list[int]] = {}  # number of a sequence -> where its tokens stand
-        self._last: list[int] = []  # the sequence added last,
-        self._path: list[int] = []  # and its path
+    tokens: list[int]
+    positions: list[int]  # of each token in its sequences
+    end: list[int]
+    paths: dict[int, list[int]]  # number of a sequence -> where its tokens stand
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def common(self, sequence: list[int]) -> int:
-        """How many tokens at the start of `sequence` stand here already."""
-        shorter = min(len(self._last), len(sequence))
-        return next((t for t in range(shorter) if self._last[t] != sequence[t]), shorter)
 
-    def add(self, number: int, sequence: list[int]) -> None:
-        shared = self.common(sequence)
-        path = self._path[:shared] + list(range(len(self), len(self) + len(sequence) - shared))
-        self.tokens += sequence[shared:]
-        self.positions += range(shared, len(sequence))
-        self.end += [0] * (len(sequence) - shared)
-        for t in path:
-            self.end[t] = len(self)
-        self.paths[number] = self._path = path
-        self._last = sequence
+class Branch(NamedTuple):
+    sequence: list[int]
+    numbers: list[int]  # of all that are this sequence
+    shared: int  # tokens that it has in common with its neighbour before it
 
 
 def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_token: float) -> list[Tree]:
-    """Numbered sequences as prefix trees of at most `most` tokens, or of one sequence.
-
-    Attention looks at every pair of tokens in a tree, so long sequences that share little stay apart: one
-    joins a tree only if the tokens that it finds there cost more to compute than the pairs that it adds.
-    `pairs_per_token` is how many pairs cost as much as one token.
-    """
+    """Numbered sequences as prefix trees of at most `most` tokens, or of one sequence."""
+    branches = _branches(sequences)
     most = min(most, LONGEST_TREE)
-    trees: list[Tree] = []
+    upto = np.cumsum([len(b.sequence) - b.shared for b in branches])
+    extra = np.array([len(b.sequence) for b in branches]) - upto  # branches i to j: extra[i] + upto[j] tokens
+
+    def cost(low: int, j: int) -> np.ndarray:
+        size = extra[low : j + 1] + upto[j]
+        size[:-1][size[:-1] > most] = NEVER
+        return size * (pairs_per_token + size)
+
+    return [
+        _tree(branches[run]) for run in _runs(len(branches), cost, lambda i, j: upto[j] - upto[i] <= most)
+    ]
+
+
+def batches_of(
+    trees: list[Tree], most: int, pairs_per_token: float, device: torch.device
+) -> Iterator[list[Tree]]:
+    """Trees as batches of rows: at most `most` tokens when padded, or one tree. The longest come first, so
+    that memory peaks at once or never."""
+    trees = sorted(trees, key=len, reverse=True)
+    width = np.array([padded(len(tree), device) for tree in trees])
+
+    def cost(low: int, j: int) -> np.ndarray:
+        rows = np.arange(j + 1 - low, 0, -1)
+        each = width[low : j + 1]
+        return (rows * each + BATCH_COST) * pairs_per_token + rows * each * each
+
+    for run in _runs(len(trees), cost, lambda i, j: (j + 1 - i) * width[i] <= most):
+        yield sorted(trees[run], key=lambda tree: min(tree.paths))
+
+
+def _runs(
+    count: int, cost: Callable[[int, int], np.ndarray], possible: Callable[[int, int], bool]
+) -> list[slice]:
+    """Neighbours of `count` in a row as runs that together cost the least.
+
+    cost(low, j): of the runs from low, ..., j up to j. `possible(i, j)` is false where i is too far from j.
+    The cheapest runs up to j are one that ends with j and the cheapest up to where it begins.
+    """
+    best, begin, low = np.zeros(count + 1), [0], 0
+    for j in range(count):
+        while low < j and not possible(low, j):
+            low += 1
+        total = best[low : j + 1] + cost(low, j)
+        first = int(total.argmin())
+        best[j + 1] = total[first]
+        begin.append(low + first)  # of the run that ends with j
+    runs, stop = [], count
+    while stop:
+        runs.append(slice(begin[stop], stop))
+        stop = begin[stop]
+    return runs[::-1]
+
+
+def _branches(sequences: Iterable[tuple[int, list[int]]]) -> list[Branch]:
+    branches, before = [], []
     for number, sequence in sorted(sequences, key=lambda numbered: numbered[1]):
-        if trees:
-            tree, shared = trees[-1], trees[-1].common(sequence)
-            joined = len(tree) + len(sequence) - shared
-            more_pairs = joined**2 - len(tree) ** 2 - len(sequence) ** 2
-            if joined <= most and more_pairs < shared * pairs_per_token:
-                tree.add(number, sequence)
-                continue
-        trees.append(Tree())
-        trees[-1].add(number, sequence)
-    return trees
+        if branches and sequence == before:
+            branches[-1].numbers.append(number)
+            continue
+        shorter = min(len(before), len(sequence))
+        shared = bisect.bisect_left(range(1, shorter + 1), True, key=lambda n: before[:n] != sequence[:n])
+        branches.append(Branch(sequence, [number], shared))
+        before = sequence
+    return branches
+
+
+def _tree(branches: list[Branch]) -> Tree:
+    tree, path = Tree([], [], [], {}), []
+    for sequence, numbers, shared in branches:
+        shared = min(shared, len(path))  # the first one's neighbour is in another tree
+        for t in path[shared:]:
+            tree.end[t] = len(tree)
+        path = path[:shared] + list(range(len(tree), len(tree) + len(sequence) - shared))
+        tree.tokens += sequence[shared:]
+        tree.positions += range(shared, len(sequence))
+        tree.end += [0] * (len(sequence) - shared)
+        tree.paths |= dict.fromkeys(numbers, path)
+    for t in path:
+        tree.end[t] = len(tree)
+    return tree
 
 
 def padded(width: int, device: torch.device) -> int:
     return width + -width % ROW_UNIT.get(device.type, 1)
 
 
-def rows_of(trees: list[Tree], most: int, device: torch.device) -> Iterator[list[list[Tree]]]:
-    """Trees as batches of rows, each row with one or more: at most `most` tokens when padded, or one tree.
-
-    The longest trees come first, and shorter ones go where padding would stand.
-    """
-    rest = sorted(trees, key=len, reverse=True)
-    while rest:
-        width, rows, free, later = padded(len(rest[0]), device), [], [], []
-        for tree in rest:
-            row = next((row for row, room in enumerate(free) if len(tree) <= room), len(rows))
-            if row == len(rows):
-                if rows and (len(rows) + 1) * width > most:
-                    later.append(tree)
-                    continue
-                rows.append([])
-                free.append(width)
-            rows[row].append(tree)
-            free[row] -= len(tree)
-        yield sorted(rows, key=lambda row: min(row[0].paths))
-        rest = later
-
-
 class Packed(NamedTuple):
-    """Rows of trees as tensors, padded on the right."""
+    """Trees as tensors, a row each, padded on the right."""
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, of each token in its sequences
@@ -110,21 +148,16 @@ class Packed(NamedTuple):
     paths: dict[int, list[int]]  # number of a sequence -> where its tokens stand in the flattened (B * T)
 
 
-def pack(rows: list[list[Tree]], device: torch.device) -> Packed:
-    width = padded(max(sum(map(len, trees)) for trees in rows), device)  # T
+def pack(trees: list[Tree], device: torch.device) -> Packed:
+    width = padded(max(map(len, trees)), device)  # T
     tokens, positions, end, paths = [], [], [], {}
-    for row, trees in enumerate(rows):
-        for tree in trees:
-            base = len(tokens)
-            tokens += tree.tokens
-            positions += tree.positions
-            end += [base - row * width + t for t in tree.end]
-            paths |= {number: [base + t for t in tree.paths[number]] for number in sorted(tree.paths)}
-        padding = (row + 1) * width - len(tokens)
-        tokens += [0] * padding
-        positions += [0] * padding
-        end += range(width - padding + 1, width + 1)  # which sees itself only
-    branched = any(len(trees) > 1 or min(trees[0].end) < len(trees[0]) for trees in rows)
+    for tree in trees:
+        base, padding = len(tokens), width - len(tree)
+        tokens += tree.tokens + [0] * padding
+        positions += tree.positions + [0] * padding
+        end += tree.end + list(range(len(tree) + 1, width + 1))  # padding sees itself only
+        paths |= {number: [base + t for t in tree.paths[number]] for number in sorted(tree.paths)}
+    branched = any(min(tree.end) < len(tree) for tree in trees)
     tokens, positions, end = (
         torch.tensor(x, device=device).view(-1, width) for x in (tokens, positions, end)
     )

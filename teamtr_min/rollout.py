@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 from teamtr_min import rng
 from teamtr_min.model import Transformer
-from teamtr_min.packing import PackedStep, Tree, pack, rows_of, trees_of
+from teamtr_min.packing import PackedStep, Tree, batches_of, pack, trees_of
 from teamtr_min.progress import SamplingBar
 from teamtr_min.ranks import Ranks
 from teamtr_min.sampler import Sampler
@@ -133,13 +133,14 @@ class Rollouts:
                 for r in own
             }
             model = self.team.agents[j].model
+            pairs_per_token = model.config.pairs_per_token
             for pulling in (True, False):
                 # Nothing is predicted from a rollout's last token.
                 sequences = [
                     (r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling
                 ]
-                trees = trees_of(sequences, batch_tokens, model.config.pairs_per_token)
-                for rows in rows_of(trees, batch_tokens, model.device):
+                trees = trees_of(sequences, batch_tokens, pairs_per_token)
+                for rows in batches_of(trees, batch_tokens, pairs_per_token, model.device):
                     batches.append(self._batch(j, rows, seen, advantages))
         return batches
 
@@ -154,7 +155,7 @@ class Rollouts:
         return table
 
     def _batch(
-        self, agent: int, rows: list[list[Tree]], seen: dict[int, Rendered], advantages: Tensor
+        self, agent: int, rows: list[Tree], seen: dict[int, Rendered], advantages: Tensor
     ) -> AgentBatch:
         model = self.team.agents[agent].model
         packed = pack(rows, model.device)

@@ -20,7 +20,7 @@ from teamtr_min import rng
 from teamtr_min.decode import Decode
 from teamtr_min.files import UserError
 from teamtr_min.model import KVCache, PrefillStep, Transformer
-from teamtr_min.packing import pack, rows_of, trees_of
+from teamtr_min.packing import batches_of, pack, trees_of
 
 PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
 PREFILL_TREE = 512  # tokens of one prefix tree of them: attention looks at every pair of them
@@ -188,7 +188,7 @@ class Sampler:
         device, pairs_per_token = self.model.device, self.model.config.pairs_per_token
         new = [(slot, sequences[slot]) for slot in slots]
         trees = trees_of(new, min(budget, PREFILL_TREE), pairs_per_token)
-        for rows in rows_of(trees, budget, device):
+        for rows in batches_of(trees, budget, pairs_per_token, device):
             packed = pack(rows, device)
             source = torch.tensor([t for path in packed.paths.values() for t in path], device=device)
             to = torch.tensor([slot for slot, path in packed.paths.items() for _ in path], device=device)

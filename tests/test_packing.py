@@ -1,6 +1,7 @@
 """Prefix trees change what a training step costs, and nothing else."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from teamtr_min import packing
 from teamtr_min.learner import Learner, evaluate
 from teamtr_min.model import RMSNorm
 from teamtr_min.objective import teamtr_loss
-from teamtr_min.packing import PackedStep, pack, rows_of, trees_of
+from teamtr_min.packing import PackedStep, batches_of, pack, trees_of
 from teamtr_min.rollout import AgentBatch
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def random_sequences(seed: int, count: int = 40) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_tree_holds_every_prefix_once_and_every_sequence_whole(seed):
     sequences = random_sequences(seed)
-    trees = trees_of(enumerate(sequences), most=10**6, pairs_per_token=math.inf)
+    trees = trees_of(enumerate(sequences), most=10**6, pairs_per_token=1e9)
     assert sum(map(len, trees)) == len({tuple(s[: t + 1]) for s in sequences for t in range(len(s))})
     assert len(trees) == 3, "one for each first token"
     for tree in trees:
@@ -47,25 +48,66 @@ def test_what_shares_little_stays_apart():
     pair = list(enumerate([[0] * 4 + [1] * 6, [0] * 4 + [2] * 6]))
     assert [len(tree) for tree in trees_of(pair, 100, pairs_per_token=14.1)] == [16]
     assert [len(tree) for tree in trees_of(pair, 100, pairs_per_token=13.9)] == [10, 10]
-    assert [len(tree) for tree in trees_of(pair, 15, pairs_per_token=math.inf)] == [10, 10]
-    assert [len(tree) for tree in trees_of([(0, [1, 2]), (1, [2, 2])], 100, math.inf)] == [2, 2]
+    assert [len(tree) for tree in trees_of(pair, 15, pairs_per_token=1e9)] == [10, 10]
+    assert [len(tree) for tree in trees_of([(0, [1, 2]), (1, [2, 2])], 100, 1e9)] == [2, 2]
     same = trees_of([(0, [1, 2]), (1, [1, 2])], 1, pairs_per_token=0.1)
     assert [len(tree) for tree in same] == [2] + [2] * (len(same) - 1)
 
 
+@pytest.mark.parametrize("pairs_per_token", [0.5, 3.0, 20.0])
+@pytest.mark.parametrize("most", [1, 12, 100])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_trees_of_neighbours_would_cost_less(seed, most, pairs_per_token):
+    """All ways to cut the sorted sequences, each by definition."""
+    sequences = random_sequences(seed, 9)
+    trees = trees_of(enumerate(sequences), most, pairs_per_token)
+    found = sum(len(tree) * pairs_per_token + len(tree) ** 2 for tree in trees)
+    assert all(len(tree) <= most or len({tuple(sequences[n]) for n in tree.paths}) == 1 for tree in trees)
+    ordered, least = sorted(set(map(tuple, sequences))), math.inf
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        groups = [[ordered[0]]]
+        for sequence, cut in zip(ordered[1:], cuts):
+            groups.append([sequence]) if cut else groups[-1].append(sequence)
+        sizes = [len({s[: t + 1] for s in group for t in range(len(s))}) for group in groups]
+        if all(size <= most or len(group) == 1 for size, group in zip(sizes, groups)):
+            least = min(least, sum(size * pairs_per_token + size**2 for size in sizes))
+    assert found == pytest.approx(least)
+
+
 @pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("most", [1, 30, 64, 10**6])
-def test_padded_rows_keep_within_their_bound_and_hold_every_tree_once(most, unit, monkeypatch):
+def test_batches_keep_within_their_bound_and_hold_every_tree_once(most, unit, monkeypatch):
     monkeypatch.setitem(packing.ROW_UNIT, "cpu", unit)
     trees = trees_of(enumerate(random_sequences(7, 200)), most, pairs_per_token=6.0)
-    batches = list(rows_of(trees, most, CPU))
+    batches = list(batches_of(trees, most, 6.0, CPU))
     for rows in batches:
         packed = pack(rows, CPU)
         assert packed.tokens.numel() <= most or len(rows) == 1
         assert packed.tokens.shape[1] % unit == 0
-    placed = [id(tree) for rows in batches for row in rows for tree in row]
+    placed = [id(tree) for rows in batches for tree in rows]
     assert sorted(placed) == sorted(map(id, trees))
-    assert len(batches) == 1 or most < 10**6
+    assert list(batches_of([], most, 6.0, CPU)) == [] == trees_of([], most, 6.0)
+
+
+@pytest.mark.parametrize("pairs_per_token, batch_cost", [(2.0, 1), (6.0, 5), (50.0, 40)])
+@pytest.mark.parametrize("most", [1, 40, 10**6])
+def test_no_other_batches_would_cost_less(most, pairs_per_token, batch_cost, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_COST", batch_cost)
+    trees = trees_of(enumerate(random_sequences(3, 12)), 10, pairs_per_token)
+
+    def cost(batches) -> float:
+        sizes = [(len(rows), max(map(len, rows))) for rows in batches]
+        if any(count > 1 and count * width > most for count, width in sizes):
+            return math.inf
+        return sum(count * width * (1 + width / pairs_per_token) + batch_cost for count, width in sizes)
+
+    ordered, least = sorted(trees, key=len), math.inf
+    for cuts in itertools.product([False, True], repeat=len(trees) - 1):
+        groups = [[ordered[0]]]
+        for tree, cut in zip(ordered[1:], cuts):
+            groups.append([tree]) if cut else groups[-1].append(tree)
+        least = min(least, cost(groups))
+    assert len(trees) > 5 and cost(batches_of(trees, most, pairs_per_token, CPU)) == pytest.approx(least)
 
 
 @each_model
@@ -75,19 +117,15 @@ def test_packed_hidden_states_and_their_gradients_are_those_of_plain_rows(family
     sequences = [torch.cat((trunk[:n], random_tokens(model, 3 + n, seed=n))).tolist() for n in (2, 9, 5, 9)]
     sequences += [sequences[0], sequences[1][:7], random_tokens(model, 4, seed=50).tolist()]
     sequences.append(random_tokens(model, 30, seed=51).tolist())
-    (rows,) = rows_of(trees_of(enumerate(sequences), 10**6, math.inf), 10**6, CPU)
-    width = max(sum(map(len, row)) for row in rows)
+    (rows,) = batches_of(trees_of(enumerate(sequences), 10**6, 1e9), 10**6, 1e9, CPU)
+    width = max(map(len, rows))
     tokens, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     end, where = torch.arange(1, width + 1).repeat(len(rows), 1), {}
-    for i, row in enumerate(rows):
-        start = 0
-        for tree in row:
-            part = slice(start, start + len(tree))
-            tokens[i, part], positions[i, part] = torch.tensor(tree.tokens), torch.tensor(tree.positions)
-            end[i, part] = start + torch.tensor(tree.end)
-            where |= {n: [i * width + start + t for t in path] for n, path in tree.paths.items()}
-            start += len(tree)
-    assert tokens.numel() < sum(map(len, sequences)) and any(len(row) > 1 for row in rows)
+    for i, tree in enumerate(rows):
+        tokens[i, : len(tree)], positions[i, : len(tree)] = map(torch.tensor, (tree.tokens, tree.positions))
+        end[i, : len(tree)] = torch.tensor(tree.end)
+        where |= {n: [i * width + t for t in path] for n, path in tree.paths.items()}
+    assert sum(map(len, rows)) < sum(map(len, sequences)) and len(rows) > 1
     at = torch.tensor([t for n in range(len(sequences)) for t in where[n]])
     packed = model.hidden(tokens, packed=PackedStep(positions, end, at, model.dtype))
     plain = torch.cat([model.hidden(torch.tensor([s]))[0] for s in sequences])

@@ -191,7 +191,7 @@ def test_suffix_resampling_has_the_law_of_full_resampling(monkeypatch, router, o
     team = CoinTeam([0.3, 0.5, 0.4], router)
 
     class CoinSampler:
-        def __init__(self, model, rows):
+        def __init__(self, model, rows, slots):
             self.j = model.j
 
         def generate(self, rows, prompts, keys, *rest):
