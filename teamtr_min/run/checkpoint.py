@@ -13,6 +13,7 @@ stands alone; it is written whole or not at all.
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,9 +46,13 @@ def save(
         root.mkdir(exist_ok=True)
         with replacing(root / f"{done:06d}") as aside:
             aside.mkdir()
-            for j, learner in enumerate(learners):
-                save_file(_tensors(learner, moments), aside / f"learner-{j}.safetensors")
-            sums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
+            files = [aside / f"learner-{j}.safetensors" for j in range(len(learners))]
+            with ThreadPoolExecutor(1) as beside:  # reads what is written while the next one is
+                sums = []
+                for file, learner in zip(files, learners):
+                    save_file(_tensors(learner, moments), file)
+                    sums.append(beside.submit(sha256, file))
+            sums = {file.name: done.result() for file, done in zip(files, sums)}
             state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
             state["bases"] = [learner.bases for learner in learners]
             (aside / "state.json").write_text(json.dumps(sealed(state), indent=2) + "\n")
