@@ -106,6 +106,7 @@ def run(train, flags: dict, short: bool = False) -> dict:
     if short:
         cases = dict(list(VARIANTS.items())[:2]) | dict(list(teams.items())[:1])
     config = subject(flags, **base)
+    cases = {name: more for name, more in cases.items() if possible(subject(flags, **base | more))}
     found = [
         {name: one(train, subject(flags, **base | more)) for name, more in cases.items()}
         for _ in range(rounds)
@@ -118,6 +119,15 @@ def run(train, flags: dict, short: bool = False) -> dict:
         "rounds": rounds,
         "rows": [median(name, [each[name] for each in found]) for name in cases],
     }
+
+
+def possible(config: Config) -> bool:
+    """Whether the task is one for so many agents."""
+    try:
+        load_task(config)
+    except UserError:
+        return False
+    return True
 
 
 def one(train, config: Config) -> dict:
