@@ -11,7 +11,7 @@ At Qwen2.5-1.5B's shape a token leaves 55,352 bytes in each layer in bf16, where
 themselves would leave 103,480.
 
 Triton or the torch reference beside it, as `use_triton` says. Sums are added up in an order that depends on
-the number of rows alone: results repeat to the bit. A row's outputs do not depend on its batch.
+the number of rows alone: results repeat to the bit. A row's outputs by kernels do not depend on its batch.
 """
 
 import torch

@@ -200,7 +200,7 @@ def _norm(norm: RMSNorm, fused: bool) -> Callable[[Tensor], Tensor]:
     eps, share = torch.full((1, 1), norm.eps, device=weight.device), 1 / len(weight)
 
     def lean(x: Tensor) -> Tensor:
-        """The same in five operations, where autograd's would be eight."""
+        """The same in fewer operations than the reference."""
         length = torch.linalg.vector_norm(x, 2, 1, True)  # (B, 1)
         return (x * torch.addcmul(eps, length, length, value=share).rsqrt_()).mul_(weight)
 

@@ -43,6 +43,7 @@ MOST_TOKENS = 4096  # per training forward
 MOST_TOKENS_CUDA = 16384  # of a pretrained model there
 WARM_UP = 110 << 20  # what torch loads late, on a CPU: autograd, the optimizer, buffers of its products
 TOKEN_OBJECT = 100  # a sampled token and its log-prob in Python's lists
+PROMPT_TOKEN = 40  # a token of a prompt, with those of compact messages made anew
 DRAW_COPIES = 4  # of (rows, V) fp32 that a draw holds at once: logits, scaled, probabilities, their sums
 CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob and its backward
 WORKSPACES = 2 * (32 << 20)  # of the library of products on CUDA: one for each stream that it has seen
@@ -206,10 +207,12 @@ class Needs:
     budget: int = 2**62  # and that it may have
     ranks: Ranks = ALONE
     written: int = 0  # tokens that one collection holds in Python's lists
+    prompts: int = 0  # and prompts that it renders for one turn, at most
 
     def writing(self, trained: int, tested: int) -> None:
         """The largest collections: rollouts to train on, and others, which stay lists for one turn only."""
         turns = self.config.turns
+        self.prompts = max(trained, tested)
         self.written = self.config.max_new_tokens * max(trained * turns, tested * (1 + -(-turns // 8)))
 
     @property
@@ -259,7 +262,8 @@ class Needs:
             + self._recorded(m, rows)
             for m in self.models
         )
-        lists = self.written * TOKEN_OBJECT * (self.device.type != "cuda")  # Python's, in host memory
+        lists = self.written * TOKEN_OBJECT + self.prompts * self.longest * PROMPT_TOKEN  # Python's
+        lists *= self.device.type != "cuda"  # in host memory
         return math.floor((rows * cache + work) * FRAGMENTATION) + lists
 
     def points(self, agents: list[int]) -> int:

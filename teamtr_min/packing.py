@@ -8,8 +8,8 @@ A tree lies in its row depth first, so whatever follows a token up to its `end` 
 token k exactly when k <= i < end[k]. A row of one sequence is the ordinary causal case.
 
 A row of T tokens costs T * pairs_per_token + T^2: attention looks at every pair, and `pairs_per_token` pairs
-cost as much as what else is computed for one token. Which sequences share a tree, and which trees a batch,
-is chosen so that this sum is least.
+cost as much as what else is computed for one token. First trees of neighbours, then batches of trees of like
+length are chosen so that this sum is least.
 """
 
 import bisect

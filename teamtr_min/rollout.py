@@ -22,7 +22,7 @@ from teamtr_min.team import Message, Rendered, Team
 class AgentBatch:
     """Rollouts as one agent trains on them; sums over a list of these make the whole batch.
 
-    A row holds prefix trees of rollouts (packing.py), padded on the right: what rollouts have in common, such
+    A row holds a prefix tree of rollouts (packing.py), padded on the right: what they have in common, such
     as the problem, stands once. So does a token that several rollouts sampled in the same context: it is one
     of the batch's `pairs` of context and token. The agent's sampled tokens, and nothing else, are one flat
     list of N, ascending in `message`: no contexts, no padding, not the end token that closes a cut-off
@@ -222,7 +222,8 @@ def collect(
             first = min(start + offset, stop)  # where other ranks have one batch more, there are no rows
             rows = slice(first, min(first + at_once, stop))
             written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar, compact)
-            returns += [float(task.grade(p, m)) for p, m in zip(repeated[rows], written)]
+            for problem, row in zip(repeated[rows], written):  # arrays of compact messages as lists again
+                returns.append(float(task.grade(problem, [m.copy() for m in row] if compact else row)))
             messages += written
     if team.ranks.size > 1:
         messages, returns = _gathered(team.ranks, messages, returns, compact)

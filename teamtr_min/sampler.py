@@ -145,7 +145,7 @@ class Sampler:
         return completions
 
     def _holders(self, rows: list[int] | range) -> list[int]:
-        """Those i whose rows[i] has a slot: it is among the first now, in this order."""
+        """Move slots of `rows` to the front; which i have the first slots now, in order."""
         index_of = {row: i for i, row in enumerate(rows)}
         wanted = [row in index_of for row in self.row_at]
         count = wanted.count(True)

@@ -26,7 +26,7 @@ from teamtr_min.model import ModelConfig, Transformer
 ROOT = Path(__file__).parents[2]
 QWEN_1B5 = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, rope_theta=1e6)
 LIMIT = 15 * 60  # seconds of a step
-TESTS = ["test_linear_logprob", "test_trust_region", "test_decode", "test_cuda"]
+TESTS = ["test_linear_logprob", "test_trust_region", "test_layer", "test_decode", "test_cuda"]
 STEPS = {  # what other figures rest on comes first
     "tests": ["-m", "pytest", "-q", *(f"tests/{name}.py" for name in TESTS)],
     "kernels": ["eval.py", "kernels", "--json"],
