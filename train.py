@@ -16,7 +16,7 @@ import sys
 import time
 
 from teamtr_min import cli, rng
-from teamtr_min.config import Config
+from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError, one_line
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
@@ -28,6 +28,7 @@ from teamtr_min.rollout import AgentBatch
 from teamtr_min.run.replace import replaced
 from teamtr_min.run.run import Follower, Run
 from teamtr_min.schedule import RolloutSource, learning_rate, update_order
+from teamtr_min.system import set_threads
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
 from teamtr_min.theory.diagnostics import Diagnostics, NoDiagnostics
@@ -38,6 +39,7 @@ HALVINGS = 10
 
 def train(config: Config, ranks: Ranks = ALONE) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary; with torchrun, on each rank."""
+    set_threads(shipped=set(config.models) <= set(SHIPPED))
     task = load_task(config, training=True)
     config = pinned(config)  # with the commit of each model
     config, plan = plan_training(config, task, ranks)  # refuses what memory or disk cannot hold

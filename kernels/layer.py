@@ -203,6 +203,8 @@ def swiglu_product(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """The forward kernel alone; gate and up (N, I) may be two halves of one (N, 2I)."""
+    if gate.dim() > 2 or gate.stride() != up.stride() or gate.stride(-1) != 1:
+        gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     I, size = gate.shape[-1], out.numel()
     stride = I if gate.is_contiguous() else gate.stride(-2)

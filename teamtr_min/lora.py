@@ -26,6 +26,7 @@ from teamtr_min.config import SHIPPED
 from teamtr_min.files import UserError, plain_file, read_json, replacing, write_json
 from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, hash_weights, load_model
 from teamtr_min.model import Transformer
+from teamtr_min.shapes import AdapterSize
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block
 WEIGHTS = "adapter_model.safetensors"
@@ -165,6 +166,14 @@ def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
             "inference_mode": True,
         },
     )
+
+
+def adapter_size(directory: Path, rank: int) -> AdapterSize | None:
+    """The adapter that this directory holds, or that with a `rank` its agent will get."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        adapter = read_adapter(directory)
+        return AdapterSize(base_of(adapter, directory), adapter.rank, adapter.targets)
+    return AdapterSize(directory, rank, TARGETS) if rank else None
 
 
 def read_adapter(directory: Path) -> Adapter:

@@ -25,16 +25,16 @@ from teamtr_min import rng
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.tokenizer import load_tokenizer
-from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, read_config
-from teamtr_min.lora import TARGETS, base_of, read_adapter
+from teamtr_min.hf.weights import find_model, read_config
+from teamtr_min.lora import adapter_size
 from teamtr_min.model import ModelConfig
 from teamtr_min.packing import LONGEST_TREE
 from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
-from teamtr_min.shapes import AdapterSize, layer_parameters, layer_work, parameters, token_bytes
+from teamtr_min.shapes import layer_parameters, layer_work, parameters, token_bytes
 from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
-from teamtr_min.team import ChatFormat, Team, placement
+from teamtr_min.team import ChatFormat, Team, longest_transcript, placement
 
 LEFT_FREE = 0.1  # of what is free: for other programs, and for what the formulas do not know
 # malloc keeps freed blocks for later, and blocks of unequal length seldom fit again.
@@ -96,14 +96,14 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
     problems = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    trained, tested = ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems))
+    most_rows = max(ranks.largest_share(config.problems) * config.group, ranks.largest_share(len(problems)))
+    collections = {"trained": config.problems * config.group, "tested": len(problems)}
     for stage in range(min(config.stages, STAGES_READ)):
         generator = rng.generator(config.seed, "problems", stage)
         problems = [*problems, *task.sample_problems(config.problems, generator)]
     sources = config.models * (config.agents // len(config.models))
-    needs = needs_of(config, task, problems, sources, ranks)
-    needs.writing(trained, tested)
-    config, plan = fit_training(needs, max(trained, tested))
+    needs = dataclasses.replace(needs_of(config, task, problems, sources, ranks), **collections)
+    config, plan = fit_training(needs, most_rows)
     if ranks.size > 1:  # each has looked at its own memory, and all shall go through the same batches
         found = zip(*ranks.gather([config.batch_rows, config.batch_tokens, not plan.checkpointing]))
         rows, tokens, keeps = map(min, found)
@@ -166,7 +166,7 @@ def plan_evaluation(
     needs = needs_of(config, task, problems, sources, ranks)
     needs.weights *= not loaded
     most, room = ranks.largest_share(len(problems)) * k, needs.budget - needs.base - needs.weights
-    needs.writing(0, most)
+    needs.tested = len(problems) * k
     rows = min(ranks.gather(choose(config.batch_rows, Team.batch_rows, most, needs.sampling, room)))
     at_once = min(rows, most)
     plan = Plan(
@@ -206,14 +206,8 @@ class Needs:
     base: int = 0  # bytes that the process has without a model
     budget: int = 2**62  # and that it may have
     ranks: Ranks = ALONE
-    written: int = 0  # tokens that one collection holds in Python's lists
-    prompts: int = 0  # and prompts that it renders for one turn, at most
-
-    def writing(self, trained: int, tested: int) -> None:
-        """The largest collections: rollouts to train on, and others, which stay lists for one turn only."""
-        turns = self.config.turns
-        self.prompts = max(trained, tested)
-        self.written = self.config.max_new_tokens * max(trained * turns, tested * (1 + -(-turns // 8)))
+    trained: int = 0  # rollouts of a collection to train on, of all ranks
+    tested: int = 0  # and of one to look at
 
     @property
     def parts(self) -> int:
@@ -262,9 +256,17 @@ class Needs:
             + self._recorded(m, rows)
             for m in self.models
         )
-        lists = self.written * TOKEN_OBJECT + self.prompts * self.longest * PROMPT_TOKEN  # Python's
-        lists *= self.device.type != "cuda"  # in host memory
+        most = self.ranks.largest_share(max(self.trained, self.tested))
+        lists = self._lists(prompts=most if one_at_a_time else rows)
         return math.floor((rows * cache + work) * FRAGMENTATION) + lists
+
+    def _lists(self, prompts: int) -> int:
+        """Of Python's, in host memory: what two collections wrote to train on, or one to look at, of which a
+        turn is lists and the others are compact; and a turn's prompts."""
+        turns = self.config.turns
+        messages = max(2 * self.trained * turns, self.tested * (1 + -(-turns // 8)))
+        tokens = messages * self.config.max_new_tokens * TOKEN_OBJECT
+        return (tokens + prompts * self.longest * PROMPT_TOKEN) * (self.device.type != "cuda")
 
     def points(self, agents: list[int]) -> int:
         """Bytes of gradients and of the points to go back to: last accepted masters and moments, attempted
@@ -333,14 +335,16 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     """Reads the models' configurations and tokenizers, and asks the machine."""
     device, dtype = placement(config)
     directories = [find_model(source) for source in sources]
-    adapters = [adapter_of(directory, config.lora_rank) for directory in directories]
+    adapters = [adapter_size(directory, config.lora_rank) for directory in directories]
     bases = [a.base if a else directory for a, directory in zip(adapters, directories)]
     models = [read_config(base) for base in bases]
     counts = [a.parameters(m) if a else parameters(m) for a, m in zip(adapters, models)]
     shared = {base: parameters(m) for base, m, a in zip(bases, models, adapters) if a}
     chats = {directory: ChatFormat(load_tokenizer(directory)) for directory in set(directories)}
     views = list(zip([chats[d] for d in directories], task.roles(config.agents)))
-    longest = min(longest_transcript(config, views, problems), *(m.max_positions for m in models))
+    longest = min(
+        longest_transcript(config, views, (p.text for p in problems)), *(m.max_positions for m in models)
+    )
     weights = dtype.itemsize * (sum(counts) + sum(shared.values()))
     if config.shard and ranks.size > 1:
         weights = 4 * -(-sum(counts) // ranks.size)
@@ -351,30 +355,6 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     free //= 1 if device.type == "cuda" else ranks.on_this_machine
     budget = limit_from_environment() or used + free
     return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget, ranks)
-
-
-def adapter_of(directory: Path, rank: int) -> AdapterSize | None:
-    """The adapter that this directory holds, or that with a `rank` its agent will get."""
-    if (directory / ADAPTER_CONFIG).is_file():
-        adapter = read_adapter(directory)
-        return AdapterSize(base_of(adapter, directory), adapter.rank, adapter.targets)
-    return AdapterSize(directory, rank, TARGETS) if rank else None
-
-
-def longest_transcript(config: Config, views: list[tuple], problems: list[Problem]) -> int:
-    """Tokens of the longest transcript that any agent can see; `views`: chat format and role of each.
-
-    A teammate's message in another tokenizer is counted as long as in its own.
-    """
-    texts = sorted({problem.text for problem in problems}, key=len)[-64:]  # tokens go with characters
-    longest = 0
-    for chat, role in views:
-        opening = max(len(chat.opening(role.system, text)) for text in texts)
-        own = len(chat.assistant_header) + len(chat.assistant_footer)
-        names = max(len(chat.encode(writer.name + ":\n")) for _, writer in views)
-        others = len(chat.user_header) + names + len(chat.user_footer)
-        longest = max(longest, opening + config.turns * (config.max_new_tokens + max(own, others)))
-    return longest
 
 
 def refuse(plan: Plan, config: Config) -> None:

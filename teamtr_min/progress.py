@@ -73,9 +73,9 @@ class SamplingBar(Bar):
     most that it can be if the rest goes on as fast.
     """
 
-    def __init__(self, label: str, rollouts: int, messages: int, max_new_tokens: int):
+    def __init__(self, label: str, rollouts: int, messages: int):
         super().__init__(label, messages, "rollouts")
-        self.rollouts, self.complete, self.max_new_tokens = rollouts, 0, max_new_tokens
+        self.rollouts, self.complete = rollouts, 0
 
     def count(self) -> str:
         return f"{self.complete:,}/{self.rollouts:,} {self.unit}"

@@ -214,7 +214,7 @@ def collect(
     share = team.ranks.share(len(problems))
     start, stop = share.start * group, share.stop * group
     expected = (stop - start) * team.turns - sum(reused[start:stop])
-    with SamplingBar(label, stop - start, expected, team.max_new_tokens) as bar:
+    with SamplingBar(label, stop - start, expected) as bar:
         most = team.ranks.largest_share(len(problems)) * group
         # An agent with turns to come keeps its cache for these rollouts, and only then takes others.
         at_once = team.batch_rows if team.caches_stay else max(most, 1)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,3 +305,19 @@ class ChatFormat:
     def _render(self, turns: list[dict], prompt: bool) -> str:
         # Llama 3.2's template prints today's date unless told one: a run must not change overnight.
         return self.tokenizer.render(turns, add_generation_prompt=prompt, date_string="26 Jul 2024")
+
+
+def longest_transcript(config: Config, views: list[tuple], problems: Iterable[str]) -> int:
+    """Tokens of the longest transcript that any agent can see; `views`: chat format and role of each.
+
+    A teammate's message in another tokenizer is counted as long as in its own.
+    """
+    texts = sorted(set(problems), key=len)[-64:]  # tokens go with characters
+    longest = 0
+    for chat, role in views:
+        opening = max(len(chat.opening(role.system, text)) for text in texts)
+        own = len(chat.assistant_header) + len(chat.assistant_footer)
+        names = max(len(chat.encode(writer.name + ":\n")) for _, writer in views)
+        others = len(chat.user_header) + names + len(chat.user_footer)
+        longest = max(longest, opening + config.turns * (config.max_new_tokens + max(own, others)))
+    return longest

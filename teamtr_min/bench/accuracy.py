@@ -37,7 +37,7 @@ from teamtr_min.memory import plan_evaluation
 from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
-from teamtr_min.system import peak, size
+from teamtr_min.system import peak, set_threads, size
 from teamtr_min.tasks import Problem, load_task, read_problems
 from teamtr_min.team import Message, Team, load_router, load_team, placement
 from teamtr_min.theory.certificate import mean_with_interval
@@ -132,6 +132,7 @@ class Loader:
         )
         if self.ranks.first:
             print(self.plan, file=sys.stderr, flush=True)  # a result goes to stdout
+        set_threads(shipped=set(config.models) <= set(SHIPPED))
         if not self.team:
             self.team, self.key = load_team(config, roles, sources, self.ranks), key
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]

@@ -48,11 +48,11 @@ def save(
             aside.mkdir()
             files = [aside / f"learner-{j}.safetensors" for j in range(len(learners))]
             with ThreadPoolExecutor(1) as beside:  # reads what is written while the next one is
-                sums = []
+                hashed = []
                 for file, learner in zip(files, learners):
                     save_file(_tensors(learner, moments), file)
-                    sums.append(beside.submit(sha256, file))
-            sums = {file.name: done.result() for file, done in zip(files, sums)}
+                    hashed.append(beside.submit(sha256, file))
+            sums = {file.name: future.result() for file, future in zip(files, hashed)}
             state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
             state["bases"] = [learner.bases for learner in learners]
             (aside / "state.json").write_text(json.dumps(sealed(state), indent=2) + "\n")

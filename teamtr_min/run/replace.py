@@ -74,15 +74,16 @@ def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
 
     held_out = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
     path = rng.RngPath(config.seed, "replace", done)  # the same draws for each, so that they pair
-    before = collect(team, task, held_out, 1, path, label="evaluating")
-    evaluations = {"replaced": collect(new_team, task, held_out, 1, path, label="evaluating")}
+    looked_at = {"label": "evaluating", "compact": True}
+    before = collect(team, task, held_out, 1, path, **looked_at)
+    evaluations = {"replaced": collect(new_team, task, held_out, 1, path, **looked_at)}
     probes, measured = [], {}
     if config.align:
         if not share_vocabulary(team.agents[j], newcomer):
             print(f"agent {j} and {model} have different vocabularies: it learns from the text of messages")
         probes = [_probe(config, task, team, done)]
         measured = align(*probes, new_team, j, config)
-        evaluations["aligned"] = collect(new_team, task, held_out, 1, path, label="evaluating")
+        evaluations["aligned"] = collect(new_team, task, held_out, 1, path, **looked_at)
     for name, after in evaluations.items():
         measured |= metrics.swap_shock(name, before, after, config.seed)
     line = metrics.measured({

@@ -196,7 +196,7 @@ class Run:
     def _evaluate(self, stages_done: int, split: str = "held-out") -> float:
         """Accuracy on the held-out problems, one rollout each."""
         path = rng.RngPath(self.config.seed, "held-out", stages_done)
-        rollouts = collect(self.team, self.task, self.held_out, 1, path, label="evaluating")
+        rollouts = collect(self.team, self.task, self.held_out, 1, path, label="evaluating", compact=True)
         self.evaluation["rollouts_evaluation"] += rollouts.count_sampled
         self.evaluation["tokens_sampled_evaluation"] += rollouts.tokens_sampled
         self.evaluation["seconds_evaluation"] += rollouts.seconds
