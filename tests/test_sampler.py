@@ -149,20 +149,23 @@ def test_finished_rows_leave_the_batch(model, fed):
 
 
 @pytest.mark.parametrize("slots, every", [(1, 1), (3, 1), (4, 3), (7, 16), (16, 1)])
-def test_rows_that_wait_write_what_they_would_have_at_once(model, slots, every):
-    """Over turns, some of whose rows still have their slot and some not, with leftovers of others there."""
+def test_rows_that_wait_write_what_they_would_have_at_once(slots, every):
+    """Over turns, some of whose rows still have their slot and some not, with leftovers of others there. By a
+    model that leaves every token to its draw."""
+    model = random_model("llama")
     sampler, whole = Sampler(model, 17, slots), Sampler(model, 17)
     sampler.check_every = every
     sequences, lengths, cut_off = [PROMPTS[r % 5] + [4] * (r % 3) for r in range(17)], [], []
     for turn, rows in enumerate([list(range(17)), [3, 16, 0, 9, 8, 2], list(range(16, -1, -1))]):
         now, ks = [sequences[r] for r in rows], keys(17, 100 * turn)[: len(rows)]
-        waited, expected = (take_turn(s, now, ks, rows, limit=5) for s in (sampler, whole))
+        waited, expected = (s.generate(rows, now, ks, 7, 2.0, range(9)) for s in (sampler, whole))
         assert_same(waited, expected)
         lengths += [len(c.tokens) for c in waited if c.stopped]
         cut_off += [c for c in waited if not c.stopped]
         for r, c in zip(rows, waited):
             sequences[r] = sequences[r] + c.tokens + [2, 5, 1, 3]
-    assert len(set(lengths)) > 2 and cut_off
+    assert len(set(lengths)) > 4 and cut_off
+    assert len({token for c in waited for token in c.tokens}) > 15
 
 
 def test_the_batch_stays_full_while_rows_wait(model, fed):
