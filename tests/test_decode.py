@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import math
+import os
 import weakref
 from collections import Counter
 
@@ -142,7 +143,10 @@ def cached(model, lengths: list[int]) -> KVCache:
     [(family, "plain", dtype) for family in FAMILIES for dtype in BOUND] + [("qwen2", "lora", torch.float32)],
 )
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [5, 1, 12, 9]], ids=["even", "ragged"])
-def test_a_decode_step_is_a_pass_of_the_model(path, family, kind, dtype, lengths):
+def test_a_decode_step_is_a_pass_of_the_model(path, monkeypatch, family, kind, dtype, lengths):
+    """Of the model by torch alone, whose layers have tests of their own."""
+    by = os.environ["TEAMTR_KERNELS"]
+    monkeypatch.setenv("TEAMTR_KERNELS", "torch")
     model = random_model(family).to(DEVICE, dtype)
     if kind == "lora":
         model = add_lora(model, Adapter("", "", rank=2, alpha=4.0))
@@ -158,7 +162,9 @@ def test_a_decode_step_is_a_pass_of_the_model(path, family, kind, dtype, lengths
         start = lengths[0] + step if len(set(lengths)) == 1 else None
         for cache in caches:
             cache.reserve(max(lengths) + 2 if start is None else start + 1, start)
-        got = decode.Decode(model, caches[0]).hidden(token)
+        with monkeypatch.context() as this_way:
+            this_way.setenv("TEAMTR_KERNELS", by)
+            got = decode.Decode(model, caches[0]).hidden(token)
         plain, want = (
             m.hidden(token[:, None], cache, slice(0, live))[:, 0]
             for m, cache in zip((model, exact), caches[1:])
@@ -232,7 +238,9 @@ def test_a_step_of_qwen_starts_fewer_than_300_kernels(launches, monkeypatch):
             return op(*args, **(kwargs or {}))
 
     model = random_model("qwen2", layers=28).to(DEVICE)
-    cache = cached(model, [4, 6])
+    with monkeypatch.context() as fast:
+        fast.setenv("TEAMTR_KERNELS", "torch")
+        cache = cached(model, [4, 6])
     cache.reserve(8)
     step, token = decode.Decode(model, cache), torch.tensor([1, 2], device=DEVICE)
     step.graphs = None

@@ -184,7 +184,7 @@ def test_the_kernel_runs_where_triton_does_and_nowhere_else(launches, monkeypatc
 
 
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
-    """Three stages of train.py agree to 3e-5 in everything that they log.
+    """Two stages of train.py agree to 3e-5 in everything that they log.
 
     Not closer: Adam's first steps are nearly signs, so a rounding of a small gradient moves a weight far."""
     import train
@@ -192,7 +192,7 @@ def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
     def logged(mode: str, **options) -> list[dict]:
         monkeypatch.setenv("TEAMTR_KERNELS", mode)
         launches.clear()
-        flags = "--stages 3 --agents 2 --problems 2 --group 4 --inner-steps 1 --eval-problems 8 --beta 0.01"
+        flags = "--stages 2 --agents 2 --problems 1 --group 4 --inner-steps 1 --eval-problems 2 --beta 0.01"
         flags += f" --lr 2e-4 --kl-estimator exact --device {DEVICE} --out {tmp_path / mode}"
         assert train.main(flags.split()) == 0
         lines = (tmp_path / mode / "metrics.jsonl").read_text().splitlines()
@@ -203,6 +203,6 @@ def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
     assert not launches
     kernel_rows = logged("triton")
     assert len(launches) == 6 + 5 + 5  # of the loss, of layers, of decode steps alone
-    assert len(torch_rows) == len(kernel_rows) >= 9
+    assert len(torch_rows) == len(kernel_rows) >= 6
     for by_torch, by_kernels in zip(torch_rows, kernel_rows):
         assert by_torch == by_kernels

@@ -34,7 +34,7 @@ def run(flags: dict, short: bool = False) -> dict:
     device, dtype = placement(config)
     ours = load_model(config.models[0], device, dtype)
     small = sum(p.numel() for p in ours.parameters()) < SMALL_PARAMETERS
-    batches, new_tokens = ([1, 16, 64, 256], 64) if small or device.type == "cuda" else ([16], 24)
+    batches, new_tokens = [1, 16, 64, 256] if small or device.type == "cuda" else [16], 64
     repeats = REPEATS
     if short:
         batches, new_tokens, repeats = [3], 5, 1
