@@ -106,7 +106,9 @@ class Config:
     max_new_tokens: int = knob(PRESET, "longest message, in tokens", least=1)
     # before Algorithm 1
     warm_start: int = knob(PRESET, "supervised steps on demonstrations before stage 0", least=0)
-    warm_start_lr: float = knob(PRESET, "their peak learning rate; it falls to 0", least=0, finite=True)
+    warm_start_lr: float = knob(
+        PRESET, "their peak learning rate, which falls to 0; ten times as much with LoRA", least=0, finite=True
+    )
     demonstrations: str = knob(
         "",
         "JSONL of transcripts for the warm start, each with `text` and `messages` (default: the task's own)",
@@ -226,7 +228,7 @@ class Config:
         presets = PRESETS[kind] | (TASK_PRESETS.get(self.task, {}) if kind == "pretrained" else {})
         for name, value in presets.items():  # frozen is for everyone else
             if getattr(self, name) is PRESET:
-                scale = LORA_LR if name == "lr" and self.lora_rank else 1
+                scale = LORA_LR if name in ("lr", "warm_start_lr") and self.lora_rank else 1
                 object.__setattr__(self, name, value * scale)
         if self.lora_alpha is PRESET:
             object.__setattr__(self, "lora_alpha", 2.0 * self.lora_rank)

@@ -345,8 +345,10 @@ def test_a_damaged_adapter_is_a_sentence(fresh):
 
 def test_the_rank_decides_scale_and_learning_rate():
     plain, config = Config(), Config(lora_rank=4)
-    assert (config.lora_alpha, config.lr) == (8.0, 10 * PRESETS["shipped"]["lr"])
-    assert (plain.lora_alpha, plain.lr) == (0.0, PRESETS["shipped"]["lr"])
+    presets = PRESETS["shipped"]
+    assert (config.lora_alpha, config.lr) == (8.0, 10 * presets["lr"])
+    assert config.warm_start_lr == 10 * presets["warm_start_lr"]
+    assert (plain.lora_alpha, plain.lr) == (0.0, presets["lr"])
     assert Config(lora_rank=4, lr=1e-3, lora_alpha=1.0).lr == 1e-3
     assert dataclasses.replace(config, seed=1).lr == config.lr
     for wrong in ({"lora_alpha": 4.0}, {"lora_rank": 2, "lora_alpha": 0.0}, {"lora_rank": -1}):
