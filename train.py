@@ -16,7 +16,7 @@ import sys
 import time
 
 from teamtr_min import cli, rng
-from teamtr_min.config import SHIPPED, Config
+from teamtr_min.config import Config
 from teamtr_min.files import UserError, one_line
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
@@ -39,7 +39,7 @@ HALVINGS = 10
 
 def train(config: Config, ranks: Ranks = ALONE) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary; with torchrun, on each rank."""
-    set_threads(shipped=set(config.models) <= set(SHIPPED))
+    set_threads(config.shipped)
     task = load_task(config, training=True)
     config = pinned(config)  # with the commit of each model
     config, plan = plan_training(config, task, ranks)  # refuses what memory or disk cannot hold

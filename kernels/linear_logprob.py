@@ -39,13 +39,6 @@ class TokenStats(NamedTuple):
     kl: Tensor | None  # (N,) fp32, KL(old || this) over the whole vocabulary, nats, no gradient
 
 
-def linear_logprob_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy=False, old=None
-) -> TokenStats:
-    """`linear_logprob_stats` in plain torch, a chunk of the vocabulary at a time."""
-    return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, old, False))
-
-
 def _forward_reference(hidden, weight, targets, temperature, entropy, old):
     """-> logp, lse, entropy or None, kl or None, each (N,) fp32; then every log-prob if one chunk held all.
 

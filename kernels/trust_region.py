@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.launch import NEEDS, jit, runs_on, start, tl
 
-LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0  # exp(20) is far inside fp32; a ratio beyond it is held there, without a gradient
 RATIOS, KL_UNITS = ("message", "mean", "token"), ("message", "token")
 STATS = ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max", "messages")
 BLOCK = 256

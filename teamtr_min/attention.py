@@ -18,7 +18,7 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention, Q/K query heads to a key head. q (B, Q, T, D), k and v (B, K, span, D).
 
-    `mask` (B or 1, 1, T, span) is boolean or added to the scores. Without it attention is causal, and the
+    `mask` (B or 1, 1, T, span) is added to the scores. Without it attention is causal, and the
     last query sees everything; T is then 1 or span.
     """
     (B, Q, T, D), K = q.shape, k.shape[1]
@@ -59,8 +59,7 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, Q, span, D)
     T, span = q.shape[2], k.shape[2]
     if mask is None:
-        mask = torch.ones(T, span, dtype=torch.bool, device=q.device).tril(span - T)
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=q.device).masked_fill(~mask, -math.inf)
+        later = torch.ones(T, span, dtype=torch.bool, device=q.device).triu(span - T + 1)
+        mask = torch.zeros(T, span, device=q.device).masked_fill(later, -math.inf)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, Q, T, span)
     return (scores + mask).softmax(-1) @ v

@@ -95,7 +95,7 @@ class Config:
     # the task
     task: str = knob(
         PRESET,
-        "relay, convention, gsm8k, math, jsonl, or FILE.py with a function `task`",
+        "relay, convention, gsm8k, math, sums, jsonl, or FILE.py with a function `task`",
     )
     data: str = knob("", "JSONL file of problems, or a directory with train.jsonl and test.jsonl")
     question_field: str = knob("question", "field of the JSONL that holds the problem")
@@ -107,7 +107,10 @@ class Config:
     # before Algorithm 1
     warm_start: int = knob(PRESET, "supervised steps on demonstrations before stage 0", least=0)
     warm_start_lr: float = knob(
-        PRESET, "their peak learning rate, which falls to 0; ten times as much with LoRA", least=0, finite=True
+        PRESET,
+        "their peak learning rate, which falls to 0 (the default is ten times as much with LoRA)",
+        least=0,
+        finite=True,
     )
     demonstrations: str = knob(
         "",
@@ -136,7 +139,8 @@ class Config:
     inner_steps: int = knob(PRESET, "most optimizer steps in one update", least=1)
     lr: float = knob(
         PRESET,
-        "peak learning rate of AdamW, which decays as a cosine over the run; ten times as much with LoRA",
+        "peak learning rate of AdamW, which decays as a cosine over the run (the default is ten times as "
+        "much with LoRA)",
         least=0,
         finite=True,
     )
@@ -224,7 +228,7 @@ class Config:
     def __post_init__(self):
         if self.model is PRESET:
             object.__setattr__(self, "model", self.task if self.task in SHIPPED else "relay")
-        kind = "shipped" if set(self.models) <= set(SHIPPED) else "pretrained"
+        kind = "shipped" if self.shipped else "pretrained"
         presets = PRESETS[kind] | (TASK_PRESETS.get(self.task, {}) if kind == "pretrained" else {})
         for name, value in presets.items():  # frozen is for everyone else
             if getattr(self, name) is PRESET:
@@ -265,7 +269,22 @@ class Config:
 
     @property
     def models(self) -> list[str]:
+        """As named: one, or one per agent."""
         return [name.strip() for name in self.model.split(",")]
+
+    @property
+    def model_of_each(self) -> list[str]:
+        """One per agent."""
+        return self.models * (self.agents // len(self.models))
+
+    @property
+    def shipped(self) -> bool:
+        """Whether all models come with the code."""
+        return set(self.models) <= set(SHIPPED)
+
+    def of_one(self, model: str, **changes) -> "Config":
+        """For a team of this one model's agent, alike in all else."""
+        return dataclasses.replace(self, model=model, agents=1, lr_scale="", **changes)
 
     @property
     def lr_scales(self) -> list[float]:

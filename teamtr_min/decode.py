@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from kernels import decode as kernels
+from kernels import decode as decode_kernels
 from kernels import use_triton
 from kernels.layer import norm_forward, rotate_reference, silu_mul, silu_mul_reference
 from teamtr_min.attention import attend_one
@@ -41,17 +41,17 @@ class Decode:
         if self.fused and model.device.type == "cuda":
             self.graphs = Graphs(len(cache.length), model.device)
 
-    def next(
-        self, token: Tensor, uniform: Tensor, temperature: float, draw: Callable
-    ) -> tuple[Tensor, Tensor]:
-        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> what `draw` returns,
-        from logits (B, V). The first B rows of the cache grow by one; it must have been told to reserve it.
+    def next(self, token: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> as `sample_token`.
+
+        The first B rows of the cache grow by one; it must have been told to reserve it.
         """
         if self.graphs:
             return self.graphs.next(self, token, uniform, temperature)
         hidden = self.hidden(token)
         self.cache.length[: len(token)] += 1
-        return (kernels.draw if self.fused else draw)(self.model.logits(hidden), uniform, temperature)
+        draw = decode_kernels.draw if self.fused else sample_token
+        return draw(self.model.logits(hidden), uniform, temperature)
 
     def hidden(self, token: Tensor) -> Tensor:
         """Final hidden states (B, H)."""
@@ -96,10 +96,41 @@ class Decode:
         def attend(number: int, layer, qkv: Tensor) -> Tensor:
             keys, values = cache.keys[number], cache.values[number]
             norms = [norm.weight for norm in layer.head_norms]
-            q = kernels.rope_store(qkv, *self.table, at, keys, values, c.heads, norms, c.norm_eps)
-            return kernels.attend_cached(q, keys, values, at)
+            q = decode_kernels.rope_store(qkv, *self.table, at, keys, values, c.heads, norms, c.norm_eps)
+            return decode_kernels.attend_cached(q, keys, values, at)
 
         return attend
+
+
+def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row by inverting the cumulative distribution, and its log-prob.
+
+    logits (B, V) fp32, uniform (B,) in [0, 1) -> tokens (B,) int64, logprobs (B,) fp32. Temperature 0: the
+    argmax.
+    """
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    p = logits.softmax(-1)  # (B, V)
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)  # (B, 1)
+    else:
+        cumulative = p.cumsum(-1)  # (B, V)
+        target = uniform[:, None] * cumulative[:, -1:]  # rounding leaves the last entry near 1, not at it
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
+
+
+def sample_token_reference(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What `sample_token` computes, one row and one token at a time, in float64."""
+    tokens, logprobs = [], []
+    for row, u in zip(logits.double(), uniform.double()):
+        logp = (row / (temperature or 1.0)).log_softmax(0)  # (V,)
+        token = int(row.argmax())
+        if temperature != 0:
+            token = next(v for v in range(len(row)) if u < logp[: v + 1].exp().sum() or v + 1 == len(row))
+        tokens.append(token)
+        logprobs.append(logp[token])
+    return torch.tensor(tokens), torch.stack(logprobs).float()
 
 
 class Graphs:
@@ -126,7 +157,7 @@ class Graphs:
         def step() -> tuple[Tensor, Tensor]:
             hidden = decode.hidden(self.token[:rows])
             cache.length[:rows] += 1
-            return kernels.draw(decode.model.logits(hidden), self.uniform[:rows], temperature)
+            return decode_kernels.draw(decode.model.logits(hidden), self.uniform[:rows], temperature)
 
         with torch.cuda.device(token.device if token.is_cuda else -1):
             self.token[:live], self.uniform[:live] = token, uniform

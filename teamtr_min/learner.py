@@ -33,7 +33,7 @@ class Update(NamedTuple):
     attempted: dict[str, float] = {}  # after the last step, before the radius was enforced
     kept: dict[str, float] = {}  # at the weights that the agent has now
     steps: int = 0
-    halvings: int = 0  # of the last step; one more than are tried: the step was undone
+    halvings: int = 0  # of the last step; HALVINGS + 1: none of them was inside, and the step was undone
     grad_norm: float | None = None  # of the last step's gradient, before clipping
     lr: float = 0.0
     beta: float = 0.0  # that this update used
@@ -79,7 +79,7 @@ class Learner:
         if self.shards:
             self.masters = [p.detach() for p in self.masters]
             self.owners = [self.ranks.rank] * len(self.masters)
-            self._round()
+            self._round()  # parts are loaded in fp32, and stand for what bf16 holds
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
@@ -167,8 +167,9 @@ class Learner:
         return self.shards.part(x, self.parameters[i]) if self.shards and x.dim() else x
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
-        """[ours] Follow the overshoot of the attempted update, within bounds; a beta of 0 stays off."""
-        if self.beta == 0:
+        """[ours] Follow the overshoot of the attempted update, within bounds; a beta of 0 stays off, and
+        without a radius there is nothing to follow."""
+        if self.beta == 0 or math.isinf(delta):
             return
         if attempted > 1.5 * delta:
             self.beta *= 1.5
@@ -198,7 +199,7 @@ class Learner:
     def _round(self) -> None:
         if self.copied:
             for weight, master, p in zip(self.weights, self.masters, self.parameters):
-                round_into(weight, master, self.shards.first(p) if self.shards else 0)
+                round_into(weight, master, self.shards.offset(p) if self.shards else 0)
 
     def _move(self, device: torch.device | str) -> None:
         if self.copied:
@@ -212,9 +213,8 @@ class OldLogps(NamedTuple):
     """log pi_old of one batch, read from the trainer's own forward pass before the first step."""
 
     token: Tensor  # (N,) fp32, of the sampled tokens
-    everything: (
-        tuple[Tensor, Tensor] | None
-    )  # hidden (pairs, H) and head (V, H), from which all follow: exact KL
+    # For the exact KL, hidden (pairs, H) and head (V, H), from which those of all tokens follow.
+    everything: tuple[Tensor, Tensor] | None
 
 
 def evaluate(
@@ -245,9 +245,7 @@ def evaluate(
     climbing = {batch.model for batch, pulls in zip(batches, pulling) if pulls}
     with learner.models[0].in_step(grad):
         for batch, pulls, old in zip(batches, pulling, old_logps or [None] * len(batches)):
-            share = (
-                len(batch.advantage) / messages
-            )  # Eq. 10 and 11 are means over all of the agent's messages
+            share = len(batch.advantage) / messages  # Eq. 10 and 11 are means over all messages of the agent
             model = batch.model
             # Without advantages only the penalty has a gradient, and that is 0 at pi_old. A model that has
             # nothing else gets its zeros all the same: they let Adam's moments decay. Of spread weights

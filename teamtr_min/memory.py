@@ -22,7 +22,7 @@ import torch
 from kernels.decode import SPLIT
 from kernels.linear_logprob import CHUNK_BYTES
 from teamtr_min import rng
-from teamtr_min.config import SHIPPED, Config
+from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.hf.tokenizer import load_tokenizer
 from teamtr_min.hf.weights import find_model, read_config
@@ -90,8 +90,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, Plan]:
-    """`config` with `batch_rows` and `batch_tokens` set, and what the run will take.
+def plan_training(config: Config, task, ranks: Ranks = ALONE, beside: Sequence = ()) -> tuple[Config, Plan]:
+    """`config` with `batch_rows` and `batch_tokens` set, and what the run will take, while models `beside` it
+    are in memory too.
 
     Raises UserError when it cannot fit, with the numbers and the flags that help.
     """
@@ -101,8 +102,8 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE) -> tuple[Config, P
     for stage in range(min(config.stages, STAGES_READ)):
         generator = rng.generator(config.seed, "problems", stage)
         problems = [*problems, *task.sample_problems(config.problems, generator)]
-    sources = config.models * (config.agents // len(config.models))
-    needs = dataclasses.replace(needs_of(config, task, problems, sources, ranks), **collections)
+    needs = needs_of(config, task, problems, [*config.model_of_each, *beside], ranks)
+    needs = dataclasses.replace(needs, **collections)
     config, plan = fit_training(needs, most_rows)
     if ranks.size > 1:  # each has looked at its own memory, and all shall go through the same batches
         found = zip(*ranks.gather([config.batch_rows, config.batch_tokens, not plan.checkpointing]))
@@ -133,7 +134,7 @@ def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
     states = (max if cuda else sum)(map(needs.states, config.update_groups))
     room = needs.budget - needs.base - weights - states
     rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, room)
-    cap = MOST_TOKENS_CUDA if cuda and not set(config.models) <= set(SHIPPED) else MOST_TOKENS
+    cap = MOST_TOKENS_CUDA if cuda and not config.shipped else MOST_TOKENS
     most_tokens = needs.ranks.largest_share(config.problems) * config.group * longest
 
     def update(tokens: int, checkpointing: bool) -> int:

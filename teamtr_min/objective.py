@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-
-LOG_RATIO_LIMIT = 20.0  # exp(20) is still far inside fp32, and no ratio past 1 + clip matters
+from kernels.trust_region import LOG_RATIO_LIMIT
 
 
 def group_advantages(

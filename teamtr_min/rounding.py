@@ -16,9 +16,8 @@ from torch import Tensor
 
 LOW = 0xFFFF  # the bits that bf16 lacks
 PIECE = 1 << 22  # weights at a time
-GOLDEN = (
-    40503  # 2^16 / golden ratio, odd: multiples of it, modulo 2^16, are spread evenly however many they are
-)
+# 2^16 / golden ratio, odd: multiples of it, modulo 2^16, are spread evenly however many they are.
+GOLDEN = 40503
 
 
 @functools.lru_cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from teamtr_min import rng
-from teamtr_min.decode import Decode
+from teamtr_min.decode import Decode, sample_token
 from teamtr_min.files import UserError
 from teamtr_min.model import KVCache, PrefillStep, Transformer
 from teamtr_min.packing import batches_of, pack, trees_of
@@ -53,37 +53,6 @@ def generate(
         keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
     sampler = Sampler(model, len(prompts))
     return sampler.generate(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
-
-
-def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the cumulative distribution, and its log-prob.
-
-    logits (B, V) fp32, uniform (B,) in [0, 1) -> tokens (B,) int64, logprobs (B,) fp32. Temperature 0: the
-    argmax.
-    """
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    p = logits.softmax(-1)  # (B, V)
-    if temperature == 0:
-        token = logits.argmax(-1, keepdim=True)  # (B, 1)
-    else:
-        cumulative = p.cumsum(-1)  # (B, V)
-        target = uniform[:, None] * cumulative[:, -1:]  # rounding leaves the last entry near 1, not at it
-        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
-    return token[:, 0], p.gather(1, token)[:, 0].log()
-
-
-def sample_token_reference(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What `sample_token` computes, one row and one token at a time, in float64."""
-    tokens, logprobs = [], []
-    for row, u in zip(logits.double(), uniform.double()):
-        logp = (row / (temperature or 1.0)).log_softmax(0)  # (V,)
-        token = int(row.argmax())
-        if temperature != 0:
-            token = next(v for v in range(len(row)) if u < logp[: v + 1].exp().sum() or v + 1 == len(row))
-        tokens.append(token)
-        logprobs.append(logp[token])
-    return torch.tensor(tokens), torch.stack(logprobs).float()
 
 
 class Sampler:
@@ -123,14 +92,14 @@ class Sampler:
                 raise ValueError(
                     f"row {row} holds {self.cached[row]} tokens; a prompt of {len(ids)} adds none"
                 )
-        longest, most = max(map(len, prompts)), self.model.config.max_positions
-        if longest + max_new_tokens > most:
+        longest_prompt, most = max(map(len, prompts)), self.model.config.max_positions
+        if longest_prompt + max_new_tokens > most:
             raise UserError(
-                f"a transcript of {longest} tokens and a message of up to {max_new_tokens} exceed the {most} "
-                "positions of the model; lower --max-new-tokens or --rounds"
+                f"a transcript of {longest_prompt} tokens and a message of up to {max_new_tokens} exceed the "
+                f"{most} positions of the model; lower --max-new-tokens or --rounds"
             )
         # All at once, so that graphs find it in its place: with room behind what any row holds.
-        self.cache.reserve(max(longest + max_new_tokens, max(self.cached) + 1))
+        self.cache.reserve(max(longest_prompt + max_new_tokens, max(self.cached) + 1))
         turn = _Turn(self, rows, prompts, keys, max_new_tokens, temperature, set(stop_ids), prefill_tokens)
         while turn.fill() or turn.live:
             turn.decode()
@@ -235,7 +204,7 @@ class _Turn:
         prefill_tokens: int,
     ):
         self.sampler, self.rows, self.prompts, self.keys = sampler, rows, prompts, keys
-        self.longest, self.temperature, self.stops = max_new_tokens, temperature, stops
+        self.max_new_tokens, self.temperature, self.stops = max_new_tokens, temperature, stops
         self.prefill_tokens = prefill_tokens
         slots, device = len(sampler.row_at), sampler.model.device
         self.tokens: list[list[int]] = [[] for _ in rows]
@@ -258,7 +227,7 @@ class _Turn:
         """Messages written, how much of others as a share of the longest length, and tokens in all."""
         under_way = len(self.live) * (self.step + 1) - sum(self.came)
         done = len(self.rows) - len(self.waiting) - len(self.live)
-        return done, under_way / self.longest, self.written + under_way
+        return done, under_way / self.max_new_tokens, self.written + under_way
 
     def fill(self) -> bool:
         """Give free slots to messages that wait, if there are enough of both; whether it did."""
@@ -278,7 +247,8 @@ class _Turn:
         begun, sampler = len(self.live), self.sampler
         slots = range(begun, begun + len(coming))
         logits = sampler._prefill(slots, [self.prompts[i] for i in coming], self.prefill_tokens)  # (new, V)
-        uniforms = rng.uniforms([self.keys[i] for i in coming], self.longest, logits.device)  # (new, longest)
+        keys = [self.keys[i] for i in coming]
+        uniforms = rng.uniforms(keys, self.max_new_tokens, logits.device)  # (new, max_new_tokens)
         first = sample_token(logits, uniforms[:, 0], self.temperature)
         self.uniforms[:, slots.start : slots.stop] = uniforms.roll(self.step - 1, 1).t()
         self.last = torch.cat([self.last, first[0]])
@@ -290,14 +260,15 @@ class _Turn:
         if not self.live:
             return
         sampler, live = self.sampler, len(self.live)
-        lengths = [len(self.prompts[i]) - came for i, came in zip(self.live, self.came)]  # less the step
+        # Tokens that the cache holds of each slot are this and the step's number.
+        lengths = [len(self.prompts[i]) - came for i, came in zip(self.live, self.came)]
         longest, even = max(lengths), min(lengths) == max(lengths)  # if even without a mask: all is seen
         draws = []
-        for _ in range(min(sampler.check_every, self.longest - 1 - (self.step - min(self.came)))):
+        for _ in range(min(sampler.check_every, self.max_new_tokens - 1 - (self.step - min(self.came)))):
             start = longest + self.step
             sampler.cache.reserve(start + 1, start if even else None)
-            uniform = self.uniforms[self.step % self.longest, :live]
-            draws.append(sampler.decode.next(self.last, uniform, self.temperature, sample_token))
+            uniform = self.uniforms[self.step % self.max_new_tokens, :live]
+            draws.append(sampler.decode.next(self.last, uniform, self.temperature))
             self.last = draws[-1][0]
             self.step += 1
         self._take(draws, 0)
@@ -310,7 +281,7 @@ class _Turn:
             drawn = tokens[slot - start]
             self.tokens[i] += drawn
             self.logprobs[i] += logprobs[slot - start]
-            full = self.step - self.came[slot] + 1 == self.longest
+            full = self.step - self.came[slot] + 1 == self.max_new_tokens
             goes_on.append(not full and self.stops.isdisjoint(drawn))
             if not goes_on[slot]:
                 self.written += len(self.tokens[i])

@@ -1,10 +1,12 @@
 """When things happen in a run: who is updated when, on which rollouts, at which learning rate.
 
-The variants of SPEC's ablation differ here and in a few numbers of config.py; train.py is the same for all.
+The variants of the paper's ablation differ here and in a few numbers of config.py; train.py is the same for
+all.
 """
 
 import dataclasses
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -44,6 +46,9 @@ class RolloutSource:
     def __init__(self, config: Config, task, team: Team, problems: list[Problem], stage: int):
         self.config, self.task, self.team, self.problems, self.stage = config, task, team, problems, stage
         self.every = config.every if config.occupancy == "fresh" else config.agents
+        self.weighed: list[int] = []  # with importance: agents after whom others are updated on the same
+        if config.occupancy == "importance":
+            self.weighed = update_order(config, stage)[:-1]
         self.rollouts: Rollouts | None = None  # the latest
         self.updated_since: set[int] = set()  # agents
 
@@ -61,16 +66,18 @@ class RolloutSource:
         self.rollouts = collect(self.team, self.task, self.problems, self.config.group, path, prefixes)
         self.updated_since = set()
         self.log_weights = torch.zeros(len(self.rollouts.returns))  # (R,)
-        if self.config.occupancy == "importance":
-            self.sampled_from = {j: self._message_logps(j) for j in range(self.config.agents)}
+        if self.weighed:
+            begin = time.perf_counter()
+            self.sampled_from = {j: self._message_logps(j) for j in self.weighed}
+            seconds = self.rollouts.seconds + time.perf_counter() - begin
+            self.rollouts = dataclasses.replace(self.rollouts, seconds=seconds)
         return self.rollouts
 
     def updated(self, agents: list[int]) -> None:
         """Take note that these agents are others now than those who wrote the latest rollouts."""
         self.updated_since |= set(agents)
-        if self.config.occupancy == "importance":
-            for j in agents:
-                self.log_weights += (self._message_logps(j) - self.sampled_from[j]).sum(1)
+        for j in set(agents).intersection(self.weighed):
+            self.log_weights += (self._message_logps(j) - self.sampled_from[j]).sum(1)
 
     @property
     def weights(self) -> Tensor:

@@ -71,7 +71,7 @@ class Shards:
         """This rank's part of it."""
         return distribute_tensor(whole.to(p.device), self.mesh, p.placements, src_data_rank=None).to_local()
 
-    def first(self, p: DTensor) -> int:
+    def offset(self, p: DTensor) -> int:
         """Number of the first element of this rank's part, in the whole."""
         rows = min(self.ranks.rank * -(-p.shape[0] // self.ranks.size), p.shape[0])
         return rows * p.shape[1:].numel()

@@ -198,7 +198,7 @@ def load_team(
 ) -> Team:
     """One agent per role, each with its own weights, or adapter; `sources` replaces `config.model`."""
     device, dtype = placement(config)
-    sources = sources or config.models * (config.agents // len(config.models))
+    sources = sources or config.model_of_each
     chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(source) for source in sources}}
     spread = config.shard and ranks.size > 1
     to = ("cpu", torch.float32) if spread else (device, dtype)

@@ -16,9 +16,10 @@ from kernels import decode as kernels
 from kernels import layer
 from teamtr_min import decode
 from teamtr_min.attention import attend_reference
+from teamtr_min.decode import sample_token_reference
 from teamtr_min.lora import Adapter, add_lora
 from teamtr_min.model import KVCache
-from teamtr_min.sampler import Sampler, generate, sample_token, sample_token_reference
+from teamtr_min.sampler import Sampler, generate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 4e-2}  # of what is of order 1
@@ -89,7 +90,7 @@ def test_attention_sees_each_rows_own_positions(path, dtype, B, Q, K, D, capacit
                 query[b, None, :, None].double(),
                 keys[b, None, :, : at[b] + 1].double(),
                 values[b, None, :, : at[b] + 1].double(),
-                torch.ones(1, 1, 1, at[b] + 1, dtype=torch.bool, device=DEVICE),
+                torch.zeros(1, 1, 1, at[b] + 1, device=DEVICE),
             ).view(1, Q * D)
             for b in range(B)
         ]
@@ -245,12 +246,12 @@ def test_a_step_of_qwen_starts_fewer_than_300_kernels(launches, monkeypatch):
     step, token = decode.Decode(model, cache), torch.tensor([1, 2], device=DEVICE)
     step.graphs = None
     with torch.inference_mode():
-        step.next(token, torch.rand(2, device=DEVICE), 1.0, sample_token)
+        step.next(token, torch.rand(2, device=DEVICE), 1.0)
         launches.clear()
         for module in (kernels, layer):
             monkeypatch.setattr(module, "start", lambda kernel, *a, **k: launches.update([kernel.__name__]))
         with Started() as by_torch:
-            step.next(token, torch.rand(2, device=DEVICE), 1.0, sample_token)
+            step.next(token, torch.rand(2, device=DEVICE), 1.0)
     views = "t view _unsafe_view as_strided slice select detach split chunk alias".split()
     views += "empty new_empty empty_like".split()
     names = {name: count for name, count in by_torch.names.items() if name not in views}

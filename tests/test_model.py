@@ -102,12 +102,13 @@ def test_attend_equals_attend_reference(Q, K):
     B, T, span, D = 3, 7, 11, 10
     q = torch.randn(B, Q, T, D, generator=generator)
     k, v = (torch.randn(B, K, span, D, generator=generator) for _ in "kv")
-    mask = torch.rand(B, 1, T, span, generator=generator) < 0.5
-    mask[..., 0] = True  # a query sees something
+    hidden = torch.rand(B, 1, T, span, generator=generator) < 0.5
+    hidden[..., 0] = False  # a query sees something
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
     torch.testing.assert_close(attend(q, k, v, mask), attend_reference(q, k, v, mask))
     k, v = k[:, :, :T], v[:, :, :T]
     torch.testing.assert_close(attend(q, k, v, None), attend_reference(q, k, v, None))
-    everything = torch.ones(B, 1, T, T, dtype=torch.bool)
+    everything = torch.zeros(B, 1, T, T)
     assert not torch.allclose(attend(q, k, v, None), attend(q, k, v, everything))
 
 

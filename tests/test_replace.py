@@ -207,6 +207,24 @@ def test_bad_input_is_a_sentence_and_changes_nothing(finished, capsys, flags, se
     assert contents(finished.parent) == before and not list(finished.parent.glob("*-replaced"))
 
 
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(finished, monkeypatch, capsys):
+    before = contents(finished.parent)
+    monkeypatch.setenv("TEAMTR_MEMORY", "64MiB")
+    monkeypatch.setattr(replace, "load_team", None)
+    assert "this needs" in refusal(
+        capsys, train.main, "--resume", str(finished), *STAGES, "--replace", "1=relay"
+    )
+    assert contents(finished.parent) == before
+
+
+def test_with_rates_of_their_own_an_agent_can_be_replaced_or_evaluated_alone(tmp_path, capsys):
+    run(tmp_path / "run", *SHORT, "--lr-scale", "1,3")
+    line = go_on(tmp_path / "run", tmp_path / "new", "--replace", "1=relay", "--align", "1")
+    assert line["agent"] == 1
+    flags = ["--team", str(tmp_path / "new"), "--problems", "4", "--mode", "solo", "--json"]
+    assert evaluation.main(["relay", *flags]) == 0
+
+
 def test_there_must_be_a_run_to_replace_in(finished, tmp_path, capsys):
     assert "--resume RUN" in refusal(capsys, train.main, "--replace", "1=relay")
     assert "--resume RUN" in refusal(capsys, train.main, "--align", "7")

@@ -239,20 +239,21 @@ def test_masters_keep_steps_that_bf16_alone_would_lose():
 
 
 @pytest.mark.parametrize(
-    "beta, attempted, adapted",
+    "beta, attempted, delta, adapted",
     [
-        (0.01, 0.031, 0.015),
-        (0.01, 0.029, 0.01),
-        (0.015, 0.013, 0.01),
-        (0.9, 9.0, 1.0),
-        (1.2e-4, 0.0, 1e-4),
-        (0.0, 9.0, 0.0),
+        (0.01, 0.031, 0.02, 0.015),
+        (0.01, 0.029, 0.02, 0.01),
+        (0.015, 0.013, 0.02, 0.01),
+        (0.9, 9.0, 0.02, 1.0),
+        (1.2e-4, 0.0, 0.02, 1e-4),
+        (0.0, 9.0, 0.02, 0.0),
+        (0.01, 0.0, math.inf, 0.01),
     ],
 )
-def test_beta_follows_the_attempted_overshoot_within_its_bounds(beta, attempted, adapted):
+def test_beta_follows_the_attempted_overshoot_within_its_bounds(beta, attempted, delta, adapted):
     learner = prepared().learner
     learner.beta = beta
-    learner.adapt_beta(attempted, delta=0.02)
+    learner.adapt_beta(attempted, delta)
     assert learner.beta == pytest.approx(adapted)
 
 

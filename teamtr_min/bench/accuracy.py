@@ -68,9 +68,7 @@ class Subject:
     @property
     def solo(self) -> "Subject":
         """Its first agent alone, taking as many turns as the team."""
-        config = dataclasses.replace(
-            self.config, agents=1, rounds=self.config.turns, model=self.config.models[0], router="round-robin"
-        )
+        config = self.config.of_one(self.config.models[0], rounds=self.config.turns, router="round-robin")
         return Subject(f"{self.name}, first agent alone", config, self.sources and self.sources[:1])
 
 
@@ -122,7 +120,7 @@ class Loader:
     def load(self, exam: "Exam", k: int, sources: list[Path] | None) -> Team:
         """The team for k rollouts of each problem, after its plan of memory is on the terminal."""
         config, roles = exam.config, exam.task.roles(exam.config.agents)
-        models = list(map(str, sources or config.models * (config.agents // len(config.models))))
+        models = list(map(str, sources or config.model_of_each))
         key = config.device, config.dtype, models
         if not self.team or self.key[:2] != key[:2] or self.key[2][: len(models)] != models:
             self.team = None
@@ -132,7 +130,7 @@ class Loader:
         )
         if self.ranks.first:
             print(self.plan, file=sys.stderr, flush=True)  # a result goes to stdout
-        set_threads(shipped=set(config.models) <= set(SHIPPED))
+        set_threads(config.shipped)
         if not self.team:
             self.team, self.key = load_team(config, roles, sources, self.ranks), key
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]

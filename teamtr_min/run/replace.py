@@ -17,11 +17,13 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError, lock, sha256
 from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.learner import Learner
+from teamtr_min.memory import plan_training
 from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
 from teamtr_min.run.console import replace_text
 from teamtr_min.run.directory import new_directory
+from teamtr_min.system import set_threads
 from teamtr_min.tasks import load_task
 from teamtr_min.team import Team, load_team
 
@@ -52,7 +54,13 @@ def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
     """Replace the agent, and fill the new run's directory; config.json, which makes it a run, comes last."""
     begin = time.perf_counter()
     j, model = _agent_and_model(config)
+    models = config.model_of_each
+    models[j], incumbent = model, models[j]
+    changes = {"model": ",".join(models), "resume": "", "replace": "", "align": Config.align}
+    new_config = pinned(dataclasses.replace(config, out=str(directory), **changes))
+    set_threads(new_config.shipped)
     task = load_task(config, training=True)
+    plan_training(new_config, task, ranks, beside=[incumbent])  # refuses what memory or disk cannot hold
     roles = task.roles(config.agents)
     team = load_team(config, roles, ranks=ranks)
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
@@ -68,7 +76,7 @@ def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
             "to train on after the replacement"
         )
     logs = {name: _start_of(run / name, count) for name, count in log["bytes"].items()}
-    (newcomer,) = load_team(dataclasses.replace(config, model=model, agents=1), roles[j : j + 1]).agents
+    (newcomer,) = load_team(config.of_one(model), roles[j : j + 1]).agents
     agents = [newcomer if k == j else agent for k, agent in enumerate(team.agents)]
     new_team = dataclasses.replace(team, agents=agents)
 
@@ -109,11 +117,8 @@ def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
         }
     learners = [_with_newcomer(learner, new_team, j, config) for learner in learners]
     checkpoint.save(directory, done, learners, log, config.keep)
-    models = config.models * (config.agents // len(config.models))
-    models[j] = model
-    changes = {"model": ",".join(models), "resume": "", "replace": "", "align": Config.align}
     if ranks.first:
-        pinned(dataclasses.replace(config, out=str(directory), **changes)).save(directory / "config.json")
+        new_config.save(directory / "config.json")
 
 
 def _agent_and_model(config: Config) -> tuple[int, str]:
