@@ -17,14 +17,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teamtr_min import rng
 from teamtr_min.config import SHIPPED
-from teamtr_min.files import UserError, plain_file, read_json, replacing, write_json
-from teamtr_min.hf.weights import ADAPTER_CONFIG, find_model, hash_weights, load_model
+from teamtr_min.files import UserError, read_json, write_json
+from teamtr_min.hf.weights import (
+    ADAPTER_CONFIG,
+    find_model,
+    hash_weights,
+    load_model,
+    open_tensors,
+    save_tensors,
+)
 from teamtr_min.model import Transformer
 from teamtr_min.shapes import AdapterSize
 
@@ -144,11 +149,7 @@ def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
     tensors = {
         f"{_PREFIX}{name}{_SUFFIX}": p.detach().cpu().contiguous() for name, p in trained(model).items()
     }
-    with replacing(directory / WEIGHTS) as aside:
-        try:
-            save_file(tensors, aside, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {aside}: {error}") from None
+    save_tensors(tensors, directory / WEIGHTS)
     write_json(directory / BASE, {"sha256": adapter.base_sha256})
     name, _, revision = (adapter.base, "", "") if _is_path(adapter.base) else adapter.base.partition("@")
     write_json(
@@ -241,7 +242,7 @@ def _is_path(name: str) -> bool:
 @torch.no_grad()
 def _load_weights(model: Transformer, file: Path) -> None:
     wanted = {f"{_PREFIX}{name}{_SUFFIX}": p for name, p in trained(model).items()}
-    with _open(file) as f:
+    with open_tensors(file) as f:
         held = {name: f.get_slice(name).get_shape() for name in f.keys()}
         if held != {name: list(p.shape) for name, p in wanted.items()}:
             raise UserError(f"{file} does not hold the adapter that its {ADAPTER_CONFIG} describes")
@@ -249,10 +250,3 @@ def _load_weights(model: Transformer, file: Path) -> None:
             p.copy_(f.get_tensor(name))
             if not p.isfinite().all():
                 raise UserError(f"{file}: {name} holds NaN or infinity")
-
-
-def _open(file: Path):
-    try:
-        return safe_open(plain_file(file), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut short: {error}") from None

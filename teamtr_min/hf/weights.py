@@ -121,12 +121,25 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     named = model.shards.weights() if model.shards else model.named_parameters()
     tensors = {name: p.detach().cpu().contiguous() for name, p in named}
-    with replacing(directory / hub.SINGLE) as aside:
+    save_tensors(tensors, directory / hub.SINGLE)
+    write_json(directory / "config.json", config_json(model.config, model.dtype))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, whole or not at all; OSError says why not."""
+    with replacing(path) as aside:
         try:
             save_file(tensors, aside, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {aside}: {error}") from None
-    write_json(directory / "config.json", config_json(model.config, model.dtype))
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file to read from; UserError where it is not one."""
+    try:
+        return safe_open(plain_file(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short: {one_line(error)}") from None
 
 
 def hash_weights(directory: Path) -> str:
@@ -248,7 +261,7 @@ def _headers(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
         raise UserError(f"{directory} lacks shards that its index lists: {', '.join(absent)}")
     stored = {}
     for file in files:
-        with _open(file) as f:
+        with open_tensors(file) as f:
             for name in f.keys():
                 if name in stored:
                     raise UserError(f"{name} is in both {stored[name][0].name} and {file.name}")
@@ -259,15 +272,8 @@ def _headers(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
 
 def _read(stored: dict, name: str) -> Tensor:
     """One tensor, as stored. Its file is opened for it alone: pages of an open file stay in memory."""
-    with _open(stored[name][0]) as f:
+    with open_tensors(stored[name][0]) as f:
         return f.get_tensor(name)
-
-
-def _open(file: Path):
-    try:
-        return safe_open(plain_file(file), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut short: {one_line(error)}") from None
 
 
 def _surplus(name: str, stored: dict, config: ModelConfig) -> list[str]:
