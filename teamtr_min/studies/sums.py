@@ -25,7 +25,8 @@ def method(config: Config) -> str:
         words.append(
             "no trust region" if config.kl == "fixed" and not config.beta else f"{config.kl} penalty"
         )
-    return ", ".join(words) or "TeamTR"
+    adapters = [f"LoRA of rank {config.lora_rank}"] * bool(config.lora_rank)
+    return ", ".join((words or ["TeamTR"]) + adapters)
 
 
 def curve(record: Record) -> list[tuple[int, float]]:
