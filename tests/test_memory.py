@@ -180,6 +180,9 @@ def test_the_plan_counts_the_agents_of_an_update_and_adam_for_all(monkeypatch):
     bf16 = planned(monkeypatch, "64GiB", dtype="bf16")[1]
     assert bf16.weights == 3 * 2 * n and bf16.optimizer == 3 * 12 * n
     assert one.disk == 3 * 3 * 12 * n + 3 * 4 * n
+    config = Config(device="cpu")
+    beside = plan_training(config, Relay(config), beside=["relay"])[1]
+    assert beside.weights - one.weights == 4 * n and beside.optimizer == one.optimizer
 
 
 def test_disk_is_counted_for_the_checkpoints_that_a_run_can_write(monkeypatch):

@@ -211,9 +211,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(finished, monkeypa
     before = contents(finished.parent)
     monkeypatch.setenv("TEAMTR_MEMORY", "64MiB")
     monkeypatch.setattr(replace, "load_team", None)
-    assert "this needs" in refusal(
-        capsys, train.main, "--resume", str(finished), *STAGES, "--replace", "1=relay"
-    )
+    sentence = refusal(capsys, train.main, "--resume", str(finished), *STAGES, "--replace", "1=relay")
+    assert "this needs" in sentence and "a machine with more" in sentence
     assert contents(finished.parent) == before
 
 

@@ -60,7 +60,8 @@ def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
     new_config = pinned(dataclasses.replace(config, out=str(directory), **changes))
     set_threads(new_config.shipped)
     task = load_task(config, training=True)
-    plan_training(new_config, task, ranks, beside=[incumbent])  # refuses what memory or disk cannot hold
+    resumed = dataclasses.replace(new_config, resume=str(directory))
+    plan_training(resumed, task, ranks, beside=[incumbent])  # refuses what memory or disk cannot hold
     roles = task.roles(config.agents)
     team = load_team(config, roles, ranks=ranks)
     learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
