@@ -15,24 +15,25 @@ import gc
 import sys
 import time
 
-from teamtr_min import cli, rng
+from teamtr_min import cli
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
+from teamtr_min.extras.diagnostics import Diagnostics, NoDiagnostics
+from teamtr_min.extras.replace import replaced
+from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, one_line
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, OutOfMemory, Update, evaluate
-from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
-from teamtr_min.progress import Bar
-from teamtr_min.ranks import ALONE, Lost, Ranks, join
+from teamtr_min.occupancy import RolloutSource, learning_rate, update_order
 from teamtr_min.rollout import AgentBatch
-from teamtr_min.run.replace import replaced
+from teamtr_min.run.memory import plan_training
+from teamtr_min.run.progress import Bar
 from teamtr_min.run.run import Follower, Run
-from teamtr_min.schedule import RolloutSource, learning_rate, update_order
-from teamtr_min.system import set_threads
+from teamtr_min.run.system import set_threads
 from teamtr_min.tasks import load_task
 from teamtr_min.team import load_team
-from teamtr_min.theory.diagnostics import Diagnostics, NoDiagnostics
-from teamtr_min.warm_start import warm_start
 
 HALVINGS = 10
 

@@ -1,7 +1,7 @@
 """The heavy operations in Triton.
 
 linear_logprob and the operations of layer.py hold their plain torch references too, and take them where
-Triton cannot run. With trust_region_loss and decode.py teamtr_min.objective and teamtr_min.decode choose.
+Triton cannot run. For the loss and for decoding, objective.py and engine/decode.py choose.
 TEAMTR_KERNELS=auto|triton|torch chooses; TRITON_INTERPRET=1 runs the kernels themselves on a CPU, slowly.
 """
 

@@ -4,7 +4,7 @@ Letters as in teamtr_min/model.py; B rows, one new token each. `at` (B,) int64 i
 new token, so a row sees positions 0..at. No tile depends on the number of rows, and a program adds up what it
 has in a fixed order: a row's results have the same bits in every batch. Nor does a launch depend on how long
 rows are, so that a step can be a CUDA graph. Each function is the kernel alone; what it computes is defined
-by the `_reference` behind it, in torch, or for `draw` by teamtr_min.decode.sample_token. That file chooses.
+by the `_reference` behind it, in torch, or for `draw` by `sample_token`. engine/decode.py chooses.
 """
 
 import math
@@ -248,7 +248,7 @@ def decode_draw(
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What teamtr_min.decode.sample_token computes, by kernels that read each logit once, and those of one
+    """What `sample_token` computes, by kernels that read each logit once, and those of one
     strip again.
 
     logits (B, V) fp32, uniform (B,) -> tokens (B,) int64, log-probs (B,) fp32.

@@ -15,7 +15,7 @@ def __getattr__(name: str):
 
         return getattr(weights, name)
     if name == "load_tokenizer":
-        from teamtr_min.hf.tokenizer import load_tokenizer
+        from teamtr_min.hf.chat import load_tokenizer
 
         return load_tokenizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import kernels
 from teamtr_min.config import Config
+from teamtr_min.engine.rounding import round_into
 from teamtr_min.objective import trust_region_loss
-from teamtr_min.progress import Bar
 from teamtr_min.rollout import AgentBatch
-from teamtr_min.rounding import round_into
+from teamtr_min.run.progress import Bar
 from teamtr_min.team import Team
 
 OutOfMemory = torch.OutOfMemoryError

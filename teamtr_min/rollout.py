@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from teamtr_min import rng
-from teamtr_min.model import Transformer
-from teamtr_min.packing import PackedStep, Tree, batches_of, pack, trees_of
-from teamtr_min.progress import SamplingBar
-from teamtr_min.ranks import Ranks
-from teamtr_min.sampler import Sampler
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import Ranks
+from teamtr_min.engine.model import Transformer
+from teamtr_min.engine.packing import PackedStep, Tree, batches_of, pack, trees_of
+from teamtr_min.engine.sampler import Sampler
+from teamtr_min.run.progress import SamplingBar
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Message, Rendered, Team
 

@@ -6,8 +6,6 @@ an agent sees only ever grows at its end, so its KV cache stays valid from turn 
 never encoded again.
 """
 
-import array
-import dataclasses
 import functools
 import operator
 import shutil
@@ -19,41 +17,14 @@ import torch
 
 import kernels
 from teamtr_min.config import Config
+from teamtr_min.engine.distributed import ALONE, Ranks
+from teamtr_min.engine.lora import Adapter, load_models, save_adapter
+from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError, function_from_file, one_line, replacing, write_sums
+from teamtr_min.hf.chat import Tokenizer, load_tokenizer
 from teamtr_min.hf.hub import TOKENIZER_FILES
-from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import DTYPES, find_model, save_model
-from teamtr_min.lora import Adapter, load_models, save_adapter
-from teamtr_min.model import Transformer
-from teamtr_min.ranks import ALONE, Ranks
-
-
-@dataclass(frozen=True)
-class Role:
-    name: str
-    system: str
-
-
-@dataclass(frozen=True)
-class Message:
-    agent: int
-    tokens: list[int]  # as sampled; the last one is the end-of-message token exactly when `stopped`
-    text: str
-    logprobs: list[float]  # the sampler's own
-    stopped: bool  # False: cut off at the length limit
-
-    @property
-    def content(self) -> list[int]:
-        return [*self.tokens[:-1]] if self.stopped else [*self.tokens]
-
-    def compact(self) -> "Message":
-        """The same message, its numbers in arrays: 8 bytes a token where lists of them take 64 or more."""
-        numbers = {"tokens": array.array("i", self.tokens), "logprobs": array.array("f", self.logprobs)}
-        return dataclasses.replace(self, **numbers)
-
-    def copy(self) -> "Message":
-        """One that shares no list with this one, for code that may change it."""
-        return dataclasses.replace(self, tokens=[*self.tokens], logprobs=[*self.logprobs])
+from teamtr_min.tasks.task import Message, Role
 
 
 @dataclass
@@ -203,7 +174,7 @@ def load_team(
     spread = config.shard and ranks.size > 1
     to = ("cpu", torch.float32) if spread else (device, dtype)
     if spread:
-        from teamtr_min.shards import Shards  # its imports take a second
+        from teamtr_min.engine.shards import Shards  # its imports take a second
     models = load_models(sources, *to, config.lora_rank, config.lora_alpha, config.seed)
     agents = []
     for source, role, (model, adapter) in zip(sources, roles, models):

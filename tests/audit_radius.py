@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from test_update import kl_by_loop  # noqa: E402
 
 import train  # noqa: E402
-from teamtr_min.schedule import RolloutSource  # noqa: E402
+from teamtr_min.occupancy import RolloutSource  # noqa: E402
 
 
 class Audited(RolloutSource):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import eval as evaluation
 import train
-from teamtr_min.ranks import Ranks, join
+from teamtr_min.engine.distributed import Ranks, join
 
 
 def together(processes: int, directory: Path, target: Callable, *given) -> list[str]:
@@ -24,7 +24,7 @@ def together(processes: int, directory: Path, target: Callable, *given) -> list[
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["several_runs", "teamtr_min.shards", "torch._dynamo"])
+    context.set_forkserver_preload(["several_runs", "teamtr_min.engine.shards", "torch._dynamo"])
     directory.mkdir(parents=True, exist_ok=True)
     together = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

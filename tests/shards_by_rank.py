@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from tiny import FAMILIES, random_model, random_tokens
 
+from teamtr_min.engine.distributed import ALONE, join
+from teamtr_min.engine.shards import Shards
 from teamtr_min.learner import Learner
-from teamtr_min.ranks import ALONE, join
-from teamtr_min.shards import Shards
 
 
 def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from teamtr_min.theory.exact import Game, Team
+from teamtr_min.studies.exact import Game, Team
 
 ROUND_OFF = 1e-12
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=ROUND_OFF)

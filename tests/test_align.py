@@ -12,10 +12,10 @@ import torch
 from tiny import write_tokenizer
 from toy_runs import prepared
 
-from teamtr_min import align as stage0
 from teamtr_min import load_tokenizer
-from teamtr_min.align import align, kl_divergence, mixture, mixture_weight, share_vocabulary
 from teamtr_min.config import Config
+from teamtr_min.extras import align as stage0
+from teamtr_min.extras.align import align, kl_divergence, mixture, mixture_weight, share_vocabulary
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.learner import Diverged
 from teamtr_min.rollout import Rollouts

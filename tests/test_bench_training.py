@@ -13,10 +13,11 @@ from tiny import CONFIGS, random_model
 
 import eval as evaluation
 import train
-from teamtr_min import load_tokenizer, rng
+from teamtr_min import load_tokenizer
 from teamtr_min.bench import gpu, stage, training
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner, evaluate
 from teamtr_min.rollout import collect

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from teamtr_min.extras import certificate, exact
 from teamtr_min.studies import estimators
 from teamtr_min.studies.estimators import LAST, by_transcript, coverage, diagnoses, fitted, small_game, stage
-from teamtr_min.theory import certificate, exact
 
 BATCHES = 300
 

@@ -16,7 +16,7 @@ import eval as evaluation
 import train
 from teamtr_min import cli
 from teamtr_min.config import PRESETS, TASK_PRESETS, Config
-from teamtr_min.schedule import learning_rate
+from teamtr_min.occupancy import learning_rate
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.rollout import collect
 from teamtr_min.studies import convention as lab
 from teamtr_min.tasks import Convention

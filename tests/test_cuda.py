@@ -8,7 +8,7 @@ import torch
 from tiny import FAMILIES, random_model, random_tokens
 from toy_runs import prepared, results, run
 
-from teamtr_min.sampler import generate
+from teamtr_min.engine.sampler import generate
 
 HERE = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
 on_each = pytest.mark.parametrize("device", HERE)

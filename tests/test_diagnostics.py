@@ -8,9 +8,9 @@ import torch
 from toy_runs import TOY, parity, prepared, results, run, same, timeless, weights
 
 import train
+from teamtr_min.extras import certificate
+from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.tasks import Relay
-from teamtr_min.theory import certificate
-from teamtr_min.theory.diagnostics import Diagnostics
 
 ESTIMATES = {"surrogate", "gap", "occupancy_shift", "ess", "kl_held_out", "certificate", "penalty", "bound"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from teamtr_min.schedule import update_order
+from teamtr_min.occupancy import update_order
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK, TRANSCRIPT = ROOT / "docs/walkthrough.ipynb", ROOT / "docs/transcript.md"

@@ -17,12 +17,12 @@ from teamtr_min import load_model, save_model
 from teamtr_min.bench import accuracy
 from teamtr_min.bench.accuracy import find_subject, pass_at, pick
 from teamtr_min.config import Config
+from teamtr_min.extras.certificate import mean_with_interval
 from teamtr_min.files import write_sums
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import Rollouts
 from teamtr_min.tasks import Problem, Relay, WordProblems
 from teamtr_min.team import Message, load_team
-from teamtr_min.theory.certificate import mean_with_interval
 
 PAIR = "--agents", "2", "--device", "cpu"
 

@@ -8,8 +8,8 @@ import torch
 from small_teams import ROUND_OFF, assert_equal, by_transcript, random_game, stage
 
 from teamtr_min.objective import teamtr_loss
-from teamtr_min.theory import exact
-from teamtr_min.theory.exact import Game, Team
+from teamtr_min.studies import exact
+from teamtr_min.studies.exact import Game, Team
 
 
 def contexts(problems: int, messages: int, turn: int) -> list[tuple[int, ...]]:

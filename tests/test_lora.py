@@ -20,12 +20,12 @@ import eval as evaluation
 import train
 from teamtr_min import load_model, save_model
 from teamtr_min.config import PRESETS, Config
+from teamtr_min.engine.lora import TARGETS, Adapter, add_lora, load_models, merge, save_adapter, trained
+from teamtr_min.engine.sampler import generate
 from teamtr_min.files import write_sums
 from teamtr_min.hf.weights import RELAY, hash_weights
 from teamtr_min.learner import Learner
 from teamtr_min.learner import evaluate as measure
-from teamtr_min.lora import TARGETS, Adapter, add_lora, load_models, merge, save_adapter, trained
-from teamtr_min.sampler import generate
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
 

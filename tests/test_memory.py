@@ -17,16 +17,17 @@ from toy_runs import TOY, run, same, weights
 
 import eval as evaluation
 import train
-from teamtr_min import memory, rng, system
 from teamtr_min.config import Config
-from teamtr_min.hf.tokenizer import load_tokenizer
+from teamtr_min.engine import rng
+from teamtr_min.engine.lora import TARGETS, Adapter, add_lora
+from teamtr_min.engine.model import ModelConfig
+from teamtr_min.hf.chat import load_tokenizer
 from teamtr_min.hf.weights import RELAY
-from teamtr_min.lora import TARGETS, Adapter, add_lora
-from teamtr_min.memory import choose, plan_evaluation, plan_training
-from teamtr_min.model import ModelConfig
 from teamtr_min.rollout import collect
-from teamtr_min.shapes import AdapterSize, layer_numbers, parameters, token_bytes
-from teamtr_min.system import free_memory, size
+from teamtr_min.run import memory, system
+from teamtr_min.run.memory import choose, plan_evaluation, plan_training
+from teamtr_min.run.shapes import AdapterSize, layer_numbers, parameters, token_bytes
+from teamtr_min.run.system import free_memory, size
 from teamtr_min.tasks import Relay
 from teamtr_min.team import load_team
 
@@ -74,7 +75,7 @@ def test_control_groups_of_version_1_count_even_where_their_path_is_hidden(tmp_p
 def test_a_limit_of_the_shell_counts(kind):
     code = (
         f"import resource; resource.setrlimit(resource.RLIMIT_{kind}, ({4 * GIB}, {4 * GIB}))\n"
-        "from teamtr_min.system import free_memory; import torch; print(free_memory(torch.device('cpu')))"
+        "from teamtr_min.run.system import free_memory; import torch; print(free_memory(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert 0 < int(done.stdout) < 4 * GIB, done.stderr

@@ -8,9 +8,9 @@ import torch
 from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.attention import attend, attend_by_products, attend_reference
-from teamtr_min.model import KVCache, rope_table, rotate
-from teamtr_min.sampler import generate
+from teamtr_min.engine.attention import attend, attend_by_products, attend_reference
+from teamtr_min.engine.model import KVCache, rope_table, rotate
+from teamtr_min.engine.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
 
@@ -134,7 +134,7 @@ def test_batched_products_equal_the_kernel_they_replace(monkeypatch):
     k = torch.randn(65, 2, 23, 10, generator=torch.Generator().manual_seed(1))
     products = attend(q, k, k, None)
     torch.testing.assert_close(attend_by_products(q.view(65, 2, 3, 10), k, k, None).view(q.shape), products)
-    monkeypatch.setattr("teamtr_min.attention.PRODUCTS_FROM_ROWS", 66)
+    monkeypatch.setattr("teamtr_min.engine.attention.PRODUCTS_FROM_ROWS", 66)
     torch.testing.assert_close(attend(q, k, k, None), products)
 
 
@@ -158,7 +158,7 @@ def test_equally_long_rows_need_no_mask(rows, monkeypatch):
     tokens = random_tokens(model, rows, 13)
     masks, seen = [], []
     monkeypatch.setattr(
-        "teamtr_min.model.attend", lambda q, k, v, mask: masks.append(mask) or attend(q, k, v, mask)
+        "teamtr_min.engine.model.attend", lambda q, k, v, mask: masks.append(mask) or attend(q, k, v, mask)
     )
     for told in (True, False):
         cache = KVCache(model.config, rows, 0, model.device, model.dtype)
@@ -179,7 +179,7 @@ def test_logits_in_pieces_are_those_of_one_product(monkeypatch):
     model = random_model("llama", tied=False)  # V = 59
     hidden = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
     whole = model.logits(hidden)
-    monkeypatch.setattr("teamtr_min.model.HEAD_PIECE", 11)
+    monkeypatch.setattr("teamtr_min.engine.model.HEAD_PIECE", 11)
     torch.testing.assert_close(model.logits(hidden), whole, atol=1e-5, rtol=0)
 
 

@@ -12,7 +12,7 @@ from toy_runs import results, timeless
 import eval as evaluation
 import train
 from teamtr_min import cli
-from teamtr_min.schedule import RolloutSource
+from teamtr_min.occupancy import RolloutSource
 from teamtr_min.studies import occupancy
 
 TINY = {"stages": 1, "problems": 2, "seeds": 2, "rates": [5e-4, 5e-3],

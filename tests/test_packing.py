@@ -11,11 +11,11 @@ from toy_runs import prepared
 
 import kernels
 import train
-from teamtr_min import packing
+from teamtr_min.engine import packing
+from teamtr_min.engine.model import RMSNorm
+from teamtr_min.engine.packing import PackedStep, batches_of, pack, trees_of
 from teamtr_min.learner import Learner, evaluate
-from teamtr_min.model import RMSNorm
 from teamtr_min.objective import teamtr_loss
-from teamtr_min.packing import PackedStep, batches_of, pack, trees_of
 from teamtr_min.rollout import AgentBatch
 
 CPU = torch.device("cpu")

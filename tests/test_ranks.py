@@ -19,11 +19,11 @@ from toy_runs import results
 
 import train
 from teamtr_min.config import Config
-from teamtr_min.memory import Needs
-from teamtr_min.model import ModelConfig
-from teamtr_min.ranks import ALONE, Ranks, join
-from teamtr_min.shapes import parameters
-from teamtr_min.system import size
+from teamtr_min.engine.distributed import ALONE, Ranks, join
+from teamtr_min.engine.model import ModelConfig
+from teamtr_min.run.memory import Needs
+from teamtr_min.run.shapes import parameters
+from teamtr_min.run.system import size
 
 ROOT = Path(__file__).parents[1]
 TOY = "--agents 2 --stages 3 --problems 5 --group 4 --inner-steps 2 --keep 3 --device cpu".split()

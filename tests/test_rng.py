@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from teamtr_min import rng
+from teamtr_min.engine import rng
 
 
 def philox(counter: int, key: int) -> int:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from teamtr_min import rng, rollout
+from teamtr_min import rollout
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import Relay

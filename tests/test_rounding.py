@@ -6,9 +6,9 @@ import pytest
 import torch
 from toy_runs import prepared
 
-from teamtr_min import rounding
+from teamtr_min.engine import rounding
+from teamtr_min.engine.rounding import LOW, round_into, thresholds
 from teamtr_min.learner import evaluate
-from teamtr_min.rounding import LOW, round_into, thresholds
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:

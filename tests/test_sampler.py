@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny import random_model
 
-from teamtr_min import load_model, rng
-from teamtr_min.decode import Decode, sample_token, sample_token_reference
+from teamtr_min import load_model
+from teamtr_min.engine import rng
+from teamtr_min.engine.decode import Decode, sample_token, sample_token_reference
+from teamtr_min.engine.model import Transformer
+from teamtr_min.engine.sampler import Sampler, generate
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
-from teamtr_min.model import Transformer
-from teamtr_min.sampler import Sampler, generate
 
 END = 1
 PROMPTS = [

@@ -16,10 +16,10 @@ from toy_runs import results
 
 import train
 from teamtr_min.config import Config
-from teamtr_min.memory import Needs
-from teamtr_min.ranks import Ranks
-from teamtr_min.shapes import parameters
-from teamtr_min.system import size
+from teamtr_min.engine.distributed import Ranks
+from teamtr_min.run.memory import Needs
+from teamtr_min.run.shapes import parameters
+from teamtr_min.run.system import size
 
 EVAL = ["relay", "--problems", "5", "--k", "2", "--again", "--json", "--shard"]
 # What ranks may do unequally often: turns of one agent, waves of rows, batches, forward passes of weights.

@@ -3,8 +3,9 @@
 import pytest
 from tiny import real_model
 
-from teamtr_min import load_tokenizer, rng
+from teamtr_min import load_tokenizer
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.tasks import Sums
 from teamtr_min.team import Message

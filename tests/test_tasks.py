@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.tasks import Relay, load_task, read_problems
 from teamtr_min.team import Message

@@ -18,12 +18,12 @@ from toy_runs import TOY, results, run, same, timeless, weights
 
 import eval as evaluation
 import train
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.occupancy import update_order
 from teamtr_min.rollout import collect
 from teamtr_min.run.console import plot, size
 from teamtr_min.run.metrics import violation_rate
-from teamtr_min.schedule import update_order
 from teamtr_min.studies import pretrain
 from teamtr_min.tasks import Relay, WordProblems
 from teamtr_min.team import load_team

@@ -12,8 +12,9 @@ from tiny import MOVED, random_model, write_checkpoint, write_relabelled_tokeniz
 from toy_runs import parity, results, run, timeless
 
 import train
-from teamtr_min import load_tokenizer, rng
+from teamtr_min import load_tokenizer
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import collect

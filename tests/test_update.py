@@ -8,9 +8,9 @@ import torch
 from toy_runs import Prepared, prepared
 
 from teamtr_min import learner as learning
-from teamtr_min import packing
+from teamtr_min.engine import packing
+from teamtr_min.engine.rounding import round_into
 from teamtr_min.learner import Diverged, evaluate
-from teamtr_min.rounding import round_into
 
 
 def kl_by_loop(old, new, rollouts, agent: int, config) -> dict[str, float]:

@@ -13,16 +13,17 @@ import torch
 from toy_runs import parity, prepared, run
 
 import train
-from teamtr_min import cli, rng, rollout, schedule
+from teamtr_min import cli, rollout, schedule
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import ALONE
+from teamtr_min.engine.sampler import Completion
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
-from teamtr_min.memory import plan_training
 from teamtr_min.objective import group_advantages
-from teamtr_min.ranks import ALONE
+from teamtr_min.occupancy import RolloutSource
 from teamtr_min.rollout import Rollouts
-from teamtr_min.sampler import Completion
-from teamtr_min.schedule import RolloutSource
+from teamtr_min.run.memory import plan_training
 from teamtr_min.studies import estimators
 from teamtr_min.tasks import Relay
 from teamtr_min.team import random_router, round_robin

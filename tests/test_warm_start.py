@@ -8,13 +8,13 @@ from commands import refusal
 from toy_runs import TOY, parity, prepared, results, run, timeless, weights
 
 import train
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.extras.warm_start import as_rollouts, imitate, read_demonstrations
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
 from teamtr_min.tasks import Relay, load_task
 from teamtr_min.team import load_team
-from teamtr_min.warm_start import as_rollouts, imitate, read_demonstrations
 
 FLAGS = ["--warm-start", "6", "--warm-start-lr", "4e-4", "--problems", "12"]
 
@@ -95,7 +95,7 @@ def test_a_warm_start_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr("teamtr_min.warm_start.imitate", interrupted)
+        patch.setattr("teamtr_min.extras.warm_start.imitate", interrupted)
         assert train.main([*TOY, *FLAGS, "--out", str(out)]) == 130
     assert train.main(["--resume", str(out)]) == 0
     got = results(out)

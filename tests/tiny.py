@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from teamtr_min.engine.model import ModelConfig, Transformer
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY, config_json
-from teamtr_min.model import ModelConfig, Transformer
 
 torch.set_num_threads(1)  # with models this small a second thread only waits for the first
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.learner import Learner
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import AgentBatch, Rollouts, collect

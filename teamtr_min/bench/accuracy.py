@@ -27,20 +27,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from teamtr_min import rng
 from teamtr_min.bench import kept
 from teamtr_min.config import SHIPPED, Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import ALONE, Ranks
+from teamtr_min.engine.lora import hash_agent
+from teamtr_min.extras.certificate import mean_with_interval
 from teamtr_min.files import UserError, check_sums, sha256
 from teamtr_min.hf.weights import DTYPES, find_model, pinned
-from teamtr_min.lora import hash_agent
-from teamtr_min.memory import plan_evaluation
-from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.directory import newest_run
-from teamtr_min.system import peak, set_threads, size
+from teamtr_min.run.memory import plan_evaluation
+from teamtr_min.run.system import peak, set_threads, size
 from teamtr_min.tasks import Problem, load_task, read_problems
 from teamtr_min.team import Message, Team, load_router, load_team, placement
-from teamtr_min.theory.certificate import mean_with_interval
 
 HELD_OUT = 2048  # problems, unless a count is asked for
 MODES = ("team", "solo", "best_of", "vote")

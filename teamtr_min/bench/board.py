@@ -1,7 +1,7 @@
 """What `eval.py` shows of one result, and of several in one table that grows as they come."""
 
 from teamtr_min.bench import accuracy, kept
-from teamtr_min.ranks import ALONE, Ranks
+from teamtr_min.engine.distributed import ALONE, Ranks
 
 
 class Board:

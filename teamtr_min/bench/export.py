@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from teamtr_min.bench.accuracy import find_subject
+from teamtr_min.engine.lora import load_models, merge
 from teamtr_min.files import UserError, replacing
 from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.weights import ADAPTER_CONFIG, save_model
-from teamtr_min.lora import load_models, merge
 
 
 def run(team: str | None, whole: bool, out: str | None) -> dict:

@@ -19,9 +19,9 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from teamtr_min.bench import kernels, sampling, stage, training
+from teamtr_min.engine.model import ModelConfig, Transformer
 from teamtr_min.files import UserError, one_line, read_json, write_json
 from teamtr_min.hf.weights import save_model
-from teamtr_min.model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parents[2]
 QWEN_1B5 = ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, rope_theta=1e6)

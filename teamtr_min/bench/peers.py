@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from teamtr_min.engine.model import Transformer
 from teamtr_min.hf.weights import config_json
-from teamtr_min.model import Transformer
 
 
 def in_transformers(model: Transformer) -> tuple[Callable | None, str | None]:

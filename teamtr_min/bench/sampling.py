@@ -10,14 +10,14 @@ the machine does not count.
 
 import torch
 
-from teamtr_min import rng
 from teamtr_min.bench.machine import REPEATS, clock_name, copy_rate, heading, interleaved, matmul_rate
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.model import Transformer
+from teamtr_min.engine.sampler import generate
 from teamtr_min.hf.weights import load_model
-from teamtr_min.model import Transformer
 from teamtr_min.rollout import collect
-from teamtr_min.sampler import generate
 from teamtr_min.tasks import load_task
 from teamtr_min.team import Message, Team, load_team, placement
 

@@ -20,11 +20,11 @@ import torch
 
 from teamtr_min.bench.machine import heading, subject
 from teamtr_min.config import SHIPPED, Config
+from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.run import Run
-from teamtr_min.sampler import Sampler
 from teamtr_min.tasks import load_task
 from teamtr_min.team import placement
 

@@ -13,13 +13,13 @@ import gc
 
 import torch
 
-from teamtr_min import rng
 from teamtr_min.bench.machine import REPEATS, clock_name, heading, interleaved, matmul_rate, subject
 from teamtr_min.bench.measure import extra_mib
 from teamtr_min.bench.peers import in_transformers
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.model import Transformer
 from teamtr_min.learner import GRADIENT_NORM, Learner, evaluate
-from teamtr_min.model import Transformer
 from teamtr_min.objective import teamtr_loss
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import load_task

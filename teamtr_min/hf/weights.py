@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
+from teamtr_min.engine.model import ModelConfig, Transformer
 from teamtr_min.files import UserError, one_line, plain_file, read_json, replacing, sha256, write_json
 from teamtr_min.hf import hub
-from teamtr_min.model import ModelConfig, Transformer
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RELAY = ASSETS / "relay"

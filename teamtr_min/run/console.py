@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from teamtr_min.config import Config
-from teamtr_min.system import size
+from teamtr_min.run.system import size
 from teamtr_min.team import Team
 
 

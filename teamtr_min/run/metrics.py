@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from teamtr_min.extras.certificate import mean_with_interval
 from teamtr_min.files import UserError, plain_file
 from teamtr_min.learner import Update
 from teamtr_min.rollout import Rollouts
-from teamtr_min.theory.certificate import mean_with_interval
 
 TRANSCRIPTS_PER_COLLECTION = 4
 KL_NAMES = ("kl", "kl_k1", "kl_k3", "kl_exact")  # "kl" is the one that the radius is enforced on

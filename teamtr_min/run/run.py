@@ -9,18 +9,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.extras.certificate import stage_certificate
 from teamtr_min.files import UserError, lock, plain_file, sealed, sha256, write_json
 from teamtr_min.learner import Learner, Update
-from teamtr_min.memory import Plan
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
 from teamtr_min.run.console import Console, closing, hardly_moving, header, nothing_to_learn, stage_text
 from teamtr_min.run.directory import new_directory
-from teamtr_min.system import peak
+from teamtr_min.run.memory import Plan
+from teamtr_min.run.system import peak
 from teamtr_min.team import Team
-from teamtr_min.theory.certificate import stage_certificate
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")
 SECONDS_BETWEEN_CHECKPOINTS = 60  # of a warm start; a stage has one of its own

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from teamtr_min.extras import certificate, exact
+from teamtr_min.extras.certificate import before_turn
 from teamtr_min.objective import group_advantages, teamtr_loss
-from teamtr_min.theory import certificate, exact
-from teamtr_min.theory.certificate import before_turn
-from teamtr_min.theory.exact import Game, Team
+from teamtr_min.studies.exact import Game, Team
 
 AGENTS, ROUNDS = 3, 2
 PROBLEMS, GROUP = 64, 8  # of one batch

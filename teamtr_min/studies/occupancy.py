@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from teamtr_min import rng
 from teamtr_min.bench.plots import learning_rate, render, require_matplotlib, team_size, two_by_two
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError, read_json, write_json
 
 TRAIN = Path(__file__).parents[2] / "train.py"

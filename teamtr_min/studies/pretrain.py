@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.model import ModelConfig, Transformer
 from teamtr_min.files import UserError
-from teamtr_min.hf.tokenizer import Tokenizer, load_tokenizer
+from teamtr_min.hf.chat import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import ASSETS, save_model
-from teamtr_min.model import ModelConfig, Transformer
 from teamtr_min.rollout import collect
 from teamtr_min.tasks import Convention, Relay, load_task
 from teamtr_min.team import load_team

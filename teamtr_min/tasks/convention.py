@@ -6,8 +6,7 @@ import re
 from numpy.random import Generator
 
 from teamtr_min.tasks.relay import Relay
-from teamtr_min.tasks.task import Problem
-from teamtr_min.team import Message
+from teamtr_min.tasks.task import Message, Problem
 
 
 class Convention(Relay):

@@ -11,8 +11,7 @@ import reprlib
 from collections.abc import Callable
 
 from teamtr_min.files import UserError, guarded, one_line
-from teamtr_min.tasks.task import Demonstration, Problem
-from teamtr_min.team import Message, Role
+from teamtr_min.tasks.task import Demonstration, Message, Problem, Role
 
 
 class Guarded:

@@ -2,11 +2,10 @@
 
 from numpy.random import Generator
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
-from teamtr_min.tasks.task import Demonstration, Problem
-from teamtr_min.team import Message, Role
+from teamtr_min.tasks.task import Demonstration, Message, Problem, Role
 
 
 class Relay:

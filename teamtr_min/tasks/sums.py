@@ -4,11 +4,10 @@ import re
 
 from numpy.random import Generator
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
-from teamtr_min.tasks.task import Demonstration, Problem
-from teamtr_min.team import Message, Role
+from teamtr_min.tasks.task import Demonstration, Message, Problem, Role
 
 NAMES = "Ana Ben Carla Dan Ella Finn Grace Hugo Ida Jack Lena Max Nora Omar Rosa Tom".split()
 THINGS = "apples books cards coins eggs keys lemons marbles pens roses shells stamps".split()

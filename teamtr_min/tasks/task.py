@@ -1,11 +1,39 @@
 """What a task is."""
 
+import array
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
 from numpy.random import Generator
 
-from teamtr_min.team import Message, Role
+
+@dataclass(frozen=True)
+class Role:
+    name: str
+    system: str
+
+
+@dataclass(frozen=True)
+class Message:
+    agent: int
+    tokens: list[int]  # as sampled; the last one is the end-of-message token exactly when `stopped`
+    text: str
+    logprobs: list[float]  # the sampler's own
+    stopped: bool  # False: cut off at the length limit
+
+    @property
+    def content(self) -> list[int]:
+        return [*self.tokens[:-1]] if self.stopped else [*self.tokens]
+
+    def compact(self) -> "Message":
+        """The same message, its numbers in arrays: 8 bytes a token where lists of them take 64 or more."""
+        numbers = {"tokens": array.array("i", self.tokens), "logprobs": array.array("f", self.logprobs)}
+        return dataclasses.replace(self, **numbers)
+
+    def copy(self) -> "Message":
+        """One that shares no list with this one, for code that may change it."""
+        return dataclasses.replace(self, tokens=[*self.tokens], logprobs=[*self.logprobs])
 
 
 @dataclass(frozen=True)

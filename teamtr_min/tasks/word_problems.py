@@ -5,14 +5,13 @@ from pathlib import Path
 
 from numpy.random import Generator
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError, plain_file
 from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
 from teamtr_min.tasks.datasets import DATASETS, local_copy
 from teamtr_min.tasks.equivalence import grader
-from teamtr_min.tasks.task import Problem
-from teamtr_min.team import Message, Role
+from teamtr_min.tasks.task import Message, Problem, Role
 
 
 class WordProblems:

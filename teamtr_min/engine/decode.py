@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kernels import decode as decode_kernels
 from kernels import use_triton
 from kernels.layer import norm_forward, rotate_reference, silu_mul, silu_mul_reference
-from teamtr_min.attention import attend_one
-from teamtr_min.model import (
+from teamtr_min.engine.attention import attend_one
+from teamtr_min.engine.model import (
     Block,
     CachedStep,
     KVCache,

@@ -21,18 +21,18 @@ import torch
 
 from kernels.decode import SPLIT
 from kernels.linear_logprob import CHUNK_BYTES
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import ALONE, Ranks
+from teamtr_min.engine.lora import adapter_size
+from teamtr_min.engine.model import ModelConfig
+from teamtr_min.engine.packing import LONGEST_TREE
+from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
-from teamtr_min.hf.tokenizer import load_tokenizer
+from teamtr_min.hf.chat import load_tokenizer
 from teamtr_min.hf.weights import find_model, read_config
-from teamtr_min.lora import adapter_size
-from teamtr_min.model import ModelConfig
-from teamtr_min.packing import LONGEST_TREE
-from teamtr_min.ranks import ALONE, Ranks
-from teamtr_min.sampler import PREFILL_TOKENS, PREFILL_TREE
-from teamtr_min.shapes import layer_parameters, layer_work, parameters, token_bytes
-from teamtr_min.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
+from teamtr_min.run.shapes import layer_parameters, layer_work, parameters, token_bytes
+from teamtr_min.run.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
 from teamtr_min.team import ChatFormat, Team, longest_transcript, placement
 

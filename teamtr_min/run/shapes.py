@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from teamtr_min.model import ModelConfig
+from teamtr_min.engine.model import ModelConfig
 
 
 def layer_parameters(m: ModelConfig) -> int:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teamtr_min import rng
 from teamtr_min.config import SHIPPED
+from teamtr_min.engine import rng
+from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf.weights import (
     ADAPTER_CONFIG,
@@ -30,8 +31,7 @@ from teamtr_min.hf.weights import (
     open_tensors,
     save_tensors,
 )
-from teamtr_min.model import Transformer
-from teamtr_min.shapes import AdapterSize
+from teamtr_min.run.shapes import AdapterSize
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block
 WEIGHTS = "adapter_model.safetensors"

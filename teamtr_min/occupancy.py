@@ -11,8 +11,8 @@ import time
 import torch
 from torch import Tensor
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.tasks import Problem
 from teamtr_min.team import Team

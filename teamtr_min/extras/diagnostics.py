@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.extras import certificate
+from teamtr_min.extras.certificate import GAMMA, before_turn, bootstrap
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.team import Team
-from teamtr_min.theory import certificate
-from teamtr_min.theory.certificate import GAMMA, before_turn, bootstrap
 
 
 class NoDiagnostics:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.layer import rms_norm, rotate, swiglu, swiglu_product
-from teamtr_min.attention import attend
-from teamtr_min.packing import PackedStep
+from teamtr_min.engine.attention import attend
+from teamtr_min.engine.packing import PackedStep
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from teamtr_min.model import Transformer
-from teamtr_min.ranks import Ranks
+from teamtr_min.engine.distributed import Ranks
+from teamtr_min.engine.model import Transformer
 
 
 class Shards:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teamtr_min import rng
+from teamtr_min.engine import rng
 
 GAMMA = 0.99  # [ours] the paper's is not public
 RESAMPLES = 500

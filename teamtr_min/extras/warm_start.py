@@ -11,8 +11,8 @@ import time
 import torch
 
 import kernels
-from teamtr_min import rng
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError, plain_file
 from teamtr_min.learner import Diverged, Learner
 from teamtr_min.rollout import AgentBatch, Rollouts

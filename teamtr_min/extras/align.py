@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from teamtr_min.config import Config
+from teamtr_min.engine.model import Transformer
 from teamtr_min.learner import Diverged, Learner
-from teamtr_min.model import Transformer
 from teamtr_min.rollout import AgentBatch, Rollouts
 from teamtr_min.team import Agent, Message, Team
 

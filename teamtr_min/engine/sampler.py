@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teamtr_min import rng
-from teamtr_min.decode import Decode, sample_token
+from teamtr_min.engine import rng
+from teamtr_min.engine.decode import Decode, sample_token
+from teamtr_min.engine.model import KVCache, PrefillStep, Transformer
+from teamtr_min.engine.packing import batches_of, pack, trees_of
 from teamtr_min.files import UserError
-from teamtr_min.model import KVCache, PrefillStep, Transformer
-from teamtr_min.packing import batches_of, pack, trees_of
 
 PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
 PREFILL_TREE = 512  # tokens of one prefix tree of them: attention looks at every pair of them

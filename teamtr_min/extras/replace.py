@@ -11,19 +11,19 @@ import shutil
 import time
 from pathlib import Path
 
-from teamtr_min import rng
-from teamtr_min.align import align, share_vocabulary
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import ALONE, Ranks
+from teamtr_min.extras.align import align, share_vocabulary
 from teamtr_min.files import UserError, lock, sha256
 from teamtr_min.hf.weights import find_model, pinned
 from teamtr_min.learner import Learner
-from teamtr_min.memory import plan_training
-from teamtr_min.ranks import ALONE, Ranks
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, metrics
 from teamtr_min.run.console import replace_text
 from teamtr_min.run.directory import new_directory
-from teamtr_min.system import set_threads
+from teamtr_min.run.memory import plan_training
+from teamtr_min.run.system import set_threads
 from teamtr_min.tasks import load_task
 from teamtr_min.team import Team, load_team
 

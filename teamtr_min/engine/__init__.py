@@ -1,0 +1,1 @@
+"""What speaks: the transformer, its KV cache, sampling, packing, LoRA, randomness."""

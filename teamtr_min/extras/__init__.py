@@ -1,0 +1,1 @@
+"""Beside Algorithm 1: warm start, replacing an agent, diagnostics."""

@@ -1,1 +1,0 @@
-"""What the paper proves: teams that can be enumerated, estimators of the bounds, diagnostics of a run."""
