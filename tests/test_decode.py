@@ -277,23 +277,6 @@ def test_a_sampler_that_is_dropped_frees_its_cache_at_once(launches, monkeypatch
         gc.enable()
 
 
-def test_weights_are_joined_in_place_and_stay_parameters_of_their_own():
-    model = random_model("qwen2")
-    mlp = model.model.layers[1].mlp
-    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-    want = torch.cat([gate, up]).detach().clone()
-    both = decode.joined(gate, up)
-    assert torch.equal(both, want) and mlp.up_proj.weight is up and up.requires_grad
-    assert decode.joined(gate, up).data_ptr() == both.data_ptr(), "joined already"
-    other = model.copy()
-    with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight.zero_()  # is another model's
-        gate.zero_()
-    assert both[: len(gate)].eq(0).all() and torch.equal(both[len(gate) :], want[len(gate) :])
-    with torch.inference_mode():
-        assert not decode.joined(mlp.up_proj.weight, mlp.gate_proj.weight).is_inference()
-
-
 def test_generate_takes_no_other_way(launches):
     model = random_model("llama").to(DEVICE)
     generate(model, [[1, 2, 3], [4]], 4)

@@ -20,7 +20,17 @@ import eval as evaluation
 import train
 from teamtr_min import load_model, save_model
 from teamtr_min.config import PRESETS, Config
-from teamtr_min.engine.lora import TARGETS, Adapter, add_lora, load_models, merge, save_adapter, trained
+from teamtr_min.engine.lora import (
+    TARGETS,
+    Adapter,
+    adapter_tensors,
+    add_lora,
+    load_models,
+    merge,
+    save_adapter,
+    trained,
+)
+from teamtr_min.engine.model import checkpoint_tensors, split_fused
 from teamtr_min.engine.sampler import generate
 from teamtr_min.files import write_sums
 from teamtr_min.hf.weights import RELAY, hash_weights
@@ -46,7 +56,7 @@ def adapted(base, seed: int = 0, rank: int = 3, alpha: float = 5.0, targets=TARG
 def dense(base, model):
     """The definition: a copy of the base, its matrices W + alpha / rank * B A."""
     whole = copy.deepcopy(base)
-    weights, lora = dict(whole.named_parameters()), trained(model)
+    weights, lora = checkpoint_tensors(whole), adapter_tensors(model)
     with torch.no_grad():
         for name in [name for name in lora if name.endswith("A")]:
             A, B = lora[name], lora[name[:-1] + "B"]
@@ -72,13 +82,17 @@ def test_its_gradient_is_that_of_the_dense_formula(family):
     whole = dense(base, model).requires_grad_(True)
     for one in (model, whole):
         one(tokens).log_softmax(-1)[..., 1].sum().backward()
-    lora, weights = trained(model), dict(whole.named_parameters())
+    lora, grads, weights = adapter_tensors(model), {}, {}
+    for name, p in trained(model).items():
+        grads |= split_fused(name, p.grad, base.config)
+    for name, p in whole.named_parameters():
+        weights |= split_fused(name, p.grad, base.config)
     assert len(lora) == 2 * len(TARGETS) * base.config.layers
     for name in [name for name in lora if name.endswith("A")]:
         A, B = lora[name], lora[name[:-1] + "B"]
-        grad = weights[name.replace("lora_A", "weight")].grad * 5.0 / len(A)
-        close(A.grad, B.detach().T @ grad)
-        close(B.grad, grad @ A.detach().T)
+        grad = weights[name.replace("lora_A", "weight")] * 5.0 / len(A)
+        close(grads[name], B.T @ grad)
+        close(grads[name[:-1] + "B"], grad @ A.T)
     assert all(p.grad is None for p in base.parameters())
 
 
@@ -159,7 +173,8 @@ def test_only_adapters_step_and_go_back(dtype):
     before = copy.deepcopy([dict(model.named_parameters()) for model in models])
     start = learner.snapshot()
     assert learner.names == [f"0.{name}" for name in trained(models[0])]
-    assert learner.trained == 3 * sum(sum(p.shape) for n, p in before[0].items() if is_target(n))
+    parts = {k: v for n, p in before[0].items() for k, v in split_fused(n, p, models[0].config).items()}
+    assert learner.trained == 3 * sum(sum(p.shape) for n, p in parts.items() if is_target(n))
     assert all(p.dtype == torch.float32 for p in learner.masters)
     for p in learner.masters:
         p.grad = torch.ones_like(p)

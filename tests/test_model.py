@@ -9,7 +9,7 @@ from tiny import FAMILIES, each_model, in_transformers, random_model, random_tok
 
 from teamtr_min import load_model, load_tokenizer
 from teamtr_min.engine.attention import attend, attend_by_products, attend_reference
-from teamtr_min.engine.model import KVCache, rope_table, rotate
+from teamtr_min.engine.model import KVCache, checkpoint_tensors, rope_table, rotate, split_fused
 from teamtr_min.engine.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
@@ -29,7 +29,7 @@ def frequencies_by_definition(config):
 
 def logits_by_definition(model, tokens):
     """tokens (T,) -> logits (T, V), in float64, one position and one head at a time."""
-    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    c, w = model.config, {name: p.double() for name, p in checkpoint_tensors(model).items()}
     frequencies = torch.tensor(frequencies_by_definition(c)).double()
 
     def norm(x, weight):
@@ -93,7 +93,8 @@ def test_logits_and_gradients_equal_transformers(family, tied):
         (logits.log_softmax(-1) * weight).mean().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in model.named_parameters():
-        assert torch.allclose(p.grad, gradients[name], atol=1e-5, rtol=1e-3), name
+        for part, grad in split_fused(name, p.grad, model.config).items():
+            assert torch.allclose(grad, gradients[part], atol=1e-5, rtol=1e-3), part
 
 
 @pytest.mark.parametrize("Q, K", [(6, 2), (3, 3), (5, 1)])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from teamtr_min.engine.model import ModelConfig, Transformer
+from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY, config_json
 
@@ -59,7 +59,7 @@ def in_transformers(model: Transformer):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     config = transformers.AutoConfig.for_model(**config_json(model.config, torch.float32))
     theirs = transformers.AutoModelForCausalLM.from_config(config)
-    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    missing, unexpected = theirs.load_state_dict(checkpoint_tensors(model), strict=False)
     assert not unexpected and missing == (["lm_head.weight"] if model.config.tied else [])
     return theirs.eval()
 
@@ -73,7 +73,7 @@ def write_checkpoint(
     change=lambda tensors: None,
 ) -> Path:
     """Write a model without `save_model`; `config` updates config.json (None removes), `change` tensors."""
-    tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    tensors = {name: part.to(dtype).clone() for name, part in checkpoint_tensors(model).items()}
     change(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     raw = config_json(model.config, dtype) | (config or {})

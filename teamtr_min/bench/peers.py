@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from teamtr_min.engine.model import Transformer
+from teamtr_min.engine.model import Transformer, checkpoint_tensors
 from teamtr_min.hf.weights import config_json
 
 
@@ -19,7 +19,7 @@ def in_transformers(model: Transformer) -> tuple[Callable | None, str | None]:
         theirs = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
         )
-    theirs.load_state_dict(model.state_dict(), strict=False, assign=True)
+    theirs.load_state_dict(checkpoint_tensors(model), strict=False, assign=True)
     theirs.tie_weights()
     # What is computed when a model is built, the angles of rope, has no data on "meta": build that part anew.
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(model.device)

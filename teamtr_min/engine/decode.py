@@ -212,11 +212,11 @@ def _layer(block: Block, fused: bool) -> SimpleNamespace:
     attention, mlp = block.self_attn, block.mlp
     return SimpleNamespace(
         norm=_norm(block.input_layernorm, fused),
-        qkv=_product(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_product(attention.qkv_proj),
         head_norms=[attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else [],
         add_o=_added(attention.o_proj),
         other_norm=_norm(block.post_attention_layernorm, fused),
-        gate_up=_product(mlp.gate_proj, mlp.up_proj),
+        gate_up=_product(mlp.gate_up_proj),
         add_down=_added(mlp.down_proj),
     )
 
@@ -238,31 +238,14 @@ def _norm(norm: RMSNorm, fused: bool) -> Callable[[Tensor], Tensor]:
     return lean
 
 
-def _product(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
-    """x (B, H) -> the outputs of these layers side by side, by one matrix product."""
-    if any(type(linear) is not nn.Linear for linear in linears):  # LoRA
-        return lambda x: torch.cat([linear(x) for linear in linears], -1)
-    weight = joined(*(linear.weight for linear in linears)).t()
-    if linears[0].bias is None:
+def _product(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    """x (B, H) -> its outputs."""
+    if type(linear) is not nn.Linear:  # LoRA
+        return linear
+    weight, bias = linear.weight.detach().t(), linear.bias
+    if bias is None:
         return lambda x: torch.mm(x, weight)
-    bias = joined(*(linear.bias for linear in linears))
     return lambda x: torch.addmm(bias, x, weight)
-
-
-@torch.inference_mode(False)
-def joined(*parts: Tensor) -> Tensor:
-    """Parameters as one tensor, along the first dimension. They are moved to where they lie one after the
-    other in memory, unless they do already: no copy stays, and what changes them changes it."""
-    first, at, one_piece = parts[0], parts[0].data_ptr(), True
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        one_piece &= same and part.data_ptr() == at and part.is_contiguous()
-        at += part.numel() * part.itemsize
-    if not one_piece:
-        whole = torch.cat([part.detach() for part in parts])
-        for part, place in zip(parts, whole.split([len(part) for part in parts])):
-            part.data = place
-    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def _added(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -2,6 +2,9 @@
 
     y = x W^T + b + (alpha / rank) x A^T B^T         A (rank, in), B (out, rank), which starts at zero
 
+A product of several layers (model.FUSED) has an A and a B for each, stacked along rows as its weight is: A
+(parts * rank, in), B (out, rank). What x A^T gives is split into parts, and each goes through its own rows of
+B. A part without an adapter has zeros in both, whose gradients are zero.
 Only A and B ask for gradients, and all that trains follows from that: masters, Adam, snapshots, checkpoints.
 A Transformer with adapters has the same modules as one without, so it is sampled and measured by the same
 code. On disk an adapter has PEFT's layout; base.json beside it keeps the sha256 of the base's weight files,
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from teamtr_min.config import SHIPPED
 from teamtr_min.engine import rng
-from teamtr_min.engine.model import Transformer
+from teamtr_min.engine.model import FUSED, Transformer, split_fused
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf.weights import (
     ADAPTER_CONFIG,
@@ -51,23 +54,26 @@ class Adapter:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer whose weight and bias are another's, with an adapter of its own."""
+    """A linear layer whose weight and bias are another's, with an adapter of its own for each part."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear, outputs: list[int], adapter: Adapter):
+        """`outputs` of each part, which together are those of `linear`."""
         super().__init__()
-        self.weight, self.bias, self.scaling = linear.weight, linear.bias, alpha / rank
-        out_size, in_size = self.weight.shape
-        self.lora_A = nn.Parameter(self.weight.new_zeros(rank, in_size))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(out_size, rank))
+        self.weight, self.bias, self.scaling = linear.weight, linear.bias, adapter.alpha / adapter.rank
+        self.rank, self.outputs = adapter.rank, outputs
+        self.lora_A = nn.Parameter(self.weight.new_zeros(len(outputs) * adapter.rank, linear.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, adapter.rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A) * self.scaling  # (..., rank)
-        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_B)
+        low = (F.linear(x, self.lora_A) * self.scaling).split(self.rank, -1)  # (..., rank) of each part
+        change = [F.linear(part, B) for part, B in zip(low, self.lora_B.split(self.outputs))]
+        return F.linear(x, self.weight, self.bias) + torch.cat(change, -1)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """W + scaling B A, fp32."""
-        return self.weight.float() + self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        pairs = zip(self.lora_B.float().split(self.outputs), self.lora_A.float().split(self.rank))
+        return self.weight.float() + self.scaling * torch.cat([B @ A for B, A in pairs])
 
 
 def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
@@ -76,15 +82,16 @@ def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):
             for name, linear in list(parent.named_children()):
-                if name in adapter.targets:
-                    setattr(parent, name, LoraLinear(linear, adapter.rank, adapter.alpha))
+                if not set(FUSED.get(name, [name])).isdisjoint(adapter.targets):
+                    outputs = base.config.outputs(name) if name in FUSED else [linear.out_features]
+                    setattr(parent, name, LoraLinear(linear, outputs, adapter))
     return model
 
 
 @torch.no_grad()
 def draw_adapter(model: Transformer, seed: int, agent: int) -> None:
     """Start as LoRA does: A uniform within 1 / sqrt(in), a function of seed, agent and name; B zero."""
-    for name, p in trained(model).items():
+    for name, p in adapter_tensors(model).items():
         if name.endswith("lora_A"):
             bound = 1 / math.sqrt(p.shape[1])
             draws = rng.generator(seed, "lora", agent, name).uniform(-bound, bound, tuple(p.shape))
@@ -106,6 +113,14 @@ def merge(model: Transformer) -> Transformer:
 
 def trained(model: Transformer) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_tensors(model: Transformer, targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
+    """The adapter's matrices as PEFT holds them: views of what is trained, for each of the `targets`."""
+    parts = {}
+    for name, p in trained(model).items():
+        parts |= split_fused(name, p.detach(), model.config)
+    return {name: part for name, part in parts.items() if name.split(".")[-2] in targets}
 
 
 def load_models(
@@ -139,7 +154,7 @@ def load_models(
                 raise UserError(f"{source} adapts {found.base}, whose weights are others now: restore them")
             adapter = Adapter(found.base, base_hash, found.rank, found.alpha, found.targets)
             model = add_lora(base, adapter)
-            _load_weights(model, find_model(source) / WEIGHTS)
+            _load_weights(model, adapter, find_model(source) / WEIGHTS)
         yield model, adapter
 
 
@@ -147,7 +162,8 @@ def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
     """Write an adapter as PEFT reads it, in the model's dtype, and base.json."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{_PREFIX}{name}{_SUFFIX}": p.detach().cpu().contiguous() for name, p in trained(model).items()
+        f"{_PREFIX}{name}{_SUFFIX}": part.cpu().contiguous()
+        for name, part in adapter_tensors(model, adapter.targets).items()
     }
     save_tensors(tensors, directory / WEIGHTS)
     write_json(directory / BASE, {"sha256": adapter.base_sha256})
@@ -240,8 +256,9 @@ def _is_path(name: str) -> bool:
 
 
 @torch.no_grad()
-def _load_weights(model: Transformer, file: Path) -> None:
-    wanted = {f"{_PREFIX}{name}{_SUFFIX}": p for name, p in trained(model).items()}
+def _load_weights(model: Transformer, adapter: Adapter, file: Path) -> None:
+    parts = adapter_tensors(model, adapter.targets)
+    wanted = {f"{_PREFIX}{name}{_SUFFIX}": part for name, part in parts.items()}
     with open_tensors(file) as f:
         held = {name: f.get_slice(name).get_shape() for name in f.keys()}
         if held != {name: list(p.shape) for name, p in wanted.items()}:

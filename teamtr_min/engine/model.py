@@ -8,7 +8,8 @@
 | `qk_norm`      | no             | yes, per head   | no                     |
 | `rope_scaling` | none           | none            | "llama3" wave lengths  |
 
-Modules are named as in Hugging Face checkpoints, so loading a weight file is a loop and not a mapping.
+Modules are named as in Hugging Face checkpoints. Layers that read the same input are one product here:
+`FUSED` names those that a checkpoint holds apart, and `checkpoint_tensors` shows the model under its names.
 Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden size, Q query heads, K
 key/value heads, D head size, V vocabulary. `span` counts the cached positions that a row may attend to.
 """
@@ -53,6 +54,12 @@ class ModelConfig:
     def qk_norm(self) -> bool:
         return self.family == "qwen3"
 
+    def outputs(self, module: str) -> list[int]:
+        """Outputs of each layer that the product `module` stands for."""
+        if module == "qkv_proj":
+            return [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
+        return [self.intermediate_size] * 2
+
     @property
     def pairs_per_token(self) -> float:
         """Pairs of tokens whose attention costs as many operations as a token's matrix products."""
@@ -66,6 +73,29 @@ class ModelConfig:
     def kv_per_token(self) -> int:
         """Numbers that one token occupies in the KV cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+# One product here -> the layers that checkpoints hold apart. Their outputs stand in its rows in this order.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """A parameter of ours as a checkpoint holds it: its names -> views of the rows. Most are a single one.
+
+    LoRA's A has as many rows for each part, all else has rows as the product has outputs.
+    """
+    module = name.split(".")[-2]
+    if module not in FUSED:
+        return {name: tensor}
+    parts = FUSED[module]
+    rows = [len(tensor) // len(parts)] * len(parts) if name.endswith("lora_A") else config.outputs(module)
+    return {name.replace(module, part): view for part, view in zip(parts, tensor.split(rows))}
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under the names of a checkpoint: views, so that writing to them fills the model."""
+    named = model.named_parameters()
+    return {part: x for name, p in named for part, x in split_fused(name, p.detach(), model.config).items()}
 
 
 class RMSNorm(nn.Module):
@@ -212,11 +242,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        inner, kv_inner = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_inner, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_inner, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(config.outputs("qkv_proj")), bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -225,9 +252,8 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: Step, where: Tensor | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)  # (B, T, Q, D)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)  # (B, T, Q, D), (B, T, K, D) twice
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -244,12 +270,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, sum(config.outputs("gate_up_proj")), bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # (..., I)
+        gate, up = self.gate_up_proj(x).chunk(2, -1)  # (..., I) each
         if type(self.down_proj) is nn.Linear:
             return swiglu_product(gate, up, self.down_proj.weight)
         return self.down_proj(swiglu(gate, up))  # LoRA

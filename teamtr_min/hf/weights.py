@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.engine.model import ModelConfig, Transformer
+from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors, split_fused
 from teamtr_min.files import UserError, one_line, plain_file, read_json, replacing, sha256, write_json
 from teamtr_min.hf import hub
 
@@ -91,7 +91,7 @@ def load_model(
         raise UserError(f"{directory} has {len(stored)} tensors, too few for {config.layers} layers")
     with torch.device("meta"):
         model = Transformer(config)
-    expected = dict(model.named_parameters())
+    expected = checkpoint_tensors(model)
     problems = [f"missing {name}" for name in expected if name not in stored]
     for name, (_, shape, kind) in stored.items():
         if name not in expected:
@@ -102,13 +102,11 @@ def load_model(
             problems.append(f"{name} is stored as {kind}; supported are {', '.join(_STORED)}")
     if problems:
         raise UserError(f"{directory} does not hold this {config.family} model: " + "; ".join(problems))
-    tensors = {}
-    for name in expected:
-        # A copy in any case: the file may be replaced later.
-        tensors[name] = _read(stored, name).to(device=device, dtype=dtype, copy=True)
-        if not all(bound.isfinite() for bound in tensors[name].aminmax()):  # NaN spreads to both bounds
+    model = model.to(dtype).to_empty(device=device)
+    for name, part in checkpoint_tensors(model).items():
+        part.copy_(_read(stored, name))
+        if not all(bound.isfinite() for bound in part.aminmax()):  # NaN spreads to both bounds
             raise UserError(f"{directory}: {name} holds NaN or infinity")
-    model.load_state_dict(tensors, assign=True)
     return model
 
 
@@ -120,7 +118,11 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     named = model.shards.weights() if model.shards else model.named_parameters()
-    tensors = {name: p.detach().cpu().contiguous() for name, p in named}
+    tensors = {
+        part: rows.cpu().contiguous()
+        for name, p in named
+        for part, rows in split_fused(name, p.detach(), model.config).items()
+    }
     save_tensors(tensors, directory / hub.SINGLE)
     write_json(directory / "config.json", config_json(model.config, model.dtype))
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from teamtr_min.engine.model import ModelConfig
+from teamtr_min.engine.model import FUSED, ModelConfig
 
 
 def layer_parameters(m: ModelConfig) -> int:
@@ -30,7 +30,9 @@ class AdapterSize(NamedTuple):
         ends = {name: hidden + m.intermediate_size for name in ("gate_proj", "up_proj", "down_proj")}
         ends |= {"q_proj": hidden + query, "o_proj": hidden + query}
         ends |= {"k_proj": hidden + key, "v_proj": hidden + key}
-        return m.layers * self.rank * sum(ends[name] for name in self.targets)
+        groups = [FUSED.get(name, (name,)) for name in (*FUSED, "o_proj", "down_proj")]  # parts come together
+        held = [name for group in groups if not set(group).isdisjoint(self.targets) for name in group]
+        return m.layers * self.rank * sum(ends[name] for name in held)
 
 
 def layer_numbers(m: ModelConfig) -> int:
