@@ -55,16 +55,15 @@ def launches(arch: int, H: int) -> dict[str, tuple]:
         patch.object(logprob, "start", record),
         patch.object(trust, "start", record),
     ):
-        for suffix in ("", "+entropy", "+kl"):
-            old = (hidden, weight) if suffix == "+kl" else None
-            logprob._forward_triton(hidden, weight, ids, 1.0, suffix == "+entropy", old)
+        for suffix in ("", "+entropy"):
+            logprob._forward_triton(hidden, weight, ids, 1.0, suffix == "+entropy")
         suffix = ""
         logprob._dlogits_triton(hidden, weight, ids, floats, floats, slice(0, 3584), 1.0)
         for ratio in trust.RATIOS:
             suffix = f"+{ratio}"
             logp = floats.clone().requires_grad_()
             loss, _ = trust._TrustRegion.apply(
-                logp, floats, ids, empty(512), empty(512, dtype=torch.int64), empty(3), 0.2, ratio, "message"
+                logp, floats, ids, empty(512), empty(512), ids[:512], empty(3), 0.2, ratio, "message"
             )
             loss.backward()
     suffix, B, (Q, K, D) = "", 256, HEADS.get(H, (H // 64, H // 64, 64))

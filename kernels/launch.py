@@ -69,11 +69,11 @@ def warps(block: int) -> int:
     return min(8, max(1, block // 256))
 
 
-def blocks(dtype: torch.dtype, major: int, H: int, old: bool = False) -> dict:
+def blocks(dtype: torch.dtype, major: int, H: int) -> dict:
     """The pinned tile of the kernels with a matrix product; compile_report shows what each compiles to.
 
     Never chosen by N, so that a row's sums are added in the same order in every batch. fp32 runs without
-    tensor cores, exact. The KL holds two tiles of logits at once, so each is half as large.
+    tensor cores, exact.
     """
     wide = major in (9, 10)  # TMA, matrix products that leave the registers alone, 227 KB of shared memory
     # The compiler unrolls a loop of one step over H (on sm_100, of three), and a full tile would then spill.
@@ -81,9 +81,9 @@ def blocks(dtype: torch.dtype, major: int, H: int, old: bool = False) -> dict:
     if dtype == torch.float32:
         rows, columns, depth, stages = 64, 64, 32, 2
     elif wide:
-        rows, columns, depth, stages = 64 if short else 128, 128 if old else 256, 64, 4
+        rows, columns, depth, stages = 64 if short else 128, 256, 64, 4
     else:
-        rows, columns, depth, stages = 64 if short or old else 128, 128, 64, 3
+        rows, columns, depth, stages = 64 if short else 128, 128, 64, 3
     tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "TMA": wide}
     return tile | {"num_warps": 8, "num_stages": stages}
 

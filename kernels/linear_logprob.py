@@ -36,17 +36,16 @@ NEVER = tl.constexpr(-1e30)  # the logit of a column past V; finite, so that 0 p
 class TokenStats(NamedTuple):
     logp: Tensor  # (N,) fp32
     entropy: Tensor | None  # (N,) fp32, nats, no gradient
-    kl: Tensor | None  # (N,) fp32, KL(old || this) over the whole vocabulary, nats, no gradient
 
 
-def _forward_reference(hidden, weight, targets, temperature, entropy, old):
-    """-> logp, lse, entropy or None, kl or None, each (N,) fp32; then every log-prob if one chunk held all.
+def _forward_reference(hidden, weight, targets, temperature, entropy):
+    """-> logp, lse, entropy or None, each (N,) fp32; then every log-prob if one chunk held all.
 
     By the chain rule a token is its chunk, then the token within the chunk; log_share is the first.
     """
     chosen = torch.full(targets.shape, math.nan, device=hidden.device)  # stays NaN where no chunk has it
     parts = _chunks(len(hidden), len(weight), 4)
-    lse, spread, old_lse, kl = [], [], [], []  # one (N,) per chunk
+    lse, spread = [], []  # one (N,) per chunk
     for part in parts:
         z = _logits(hidden, weight[part], temperature)  # (N, chunk)
         logp = z.log_softmax(1)
@@ -56,22 +55,14 @@ def _forward_reference(hidden, weight, targets, temperature, entropy, old):
         chosen = torch.where(here, logp_at, chosen)
         if entropy:
             spread.append(-torch.exp(logp, out=z).mul_(logp).sum(1))
-        if old is not None:
-            old_z = _logits(old[0], old[1][part], temperature)
-            old_logp = torch.log_softmax(old_z, 1, out=z)
-            old_lse.append(old_z[:, 0] - old_logp[:, 0])
-            kl.append((torch.sub(old_logp, logp, out=old_z).mul_(old_logp.exp_())).sum(1))
     if len(parts) == 1:  # its log-probs spare backward making them again
-        return chosen, lse[0], spread[0] if entropy else None, kl[0] if old else None, logp
+        return chosen, lse[0], spread[0] if entropy else None, logp
     log_share = torch.stack(lse).log_softmax(0)  # (chunks, N)
     home = (targets // parts[0].stop).clamp(0, len(parts) - 1)
     whole = chosen + log_share.gather(0, home[None])[0]
     if entropy:
         spread = (log_share.exp() * (torch.stack(spread) - log_share)).sum(0)
-    if old is not None:
-        old_share = torch.stack(old_lse).log_softmax(0)
-        kl = (old_share.exp() * (torch.stack(kl) + old_share - log_share)).sum(0)
-    return whole, lse[0] - log_share[0], spread if entropy else None, kl if old else None
+    return whole, lse[0] - log_share[0], spread if entropy else None
 
 
 def _dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, logp=None):
@@ -144,22 +135,22 @@ def _tile_of(program, down, across, GROUP: tl.constexpr):
 
 @jit
 def logprob_strips(
-    hidden, weight, old_hidden, old_weight, targets,  # descriptors; (N,) int64
-    chosen, lse, mean_z, old_lse, mean_shift,  # (N,) and (strips, N) fp32; the last three or None
+    hidden, weight, targets,  # descriptors; (N,) int64
+    chosen, lse, mean_z,  # (N,) and (strips, N) fp32; the last or None
     N, V, strips, scale,
     H: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TMA: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of one strip for a block of rows, the target's logit where it lies in the strip, and the
-    strip's means of z (entropy) and, under the old policy, of old z - z (KL)."""
+    """Log-sum-exp of one strip for a block of rows, the target's logit where it lies in the strip, and for
+    the entropy the strip's mean of z."""
     block, strip = _tile_of(tl.program_id(0), tl.cdiv(N, ROWS), strips, GROUP)
     row = block * ROWS
     rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     lo, hi = strip * STRIP, tl.minimum(strip * STRIP + STRIP, V)
     none, zero = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    m, s, z_target, e, old_m, old_s, d = none, zero, zero, zero, none, zero, zero
+    m, s, z_target, e = none, zero, zero, zero
     for column in tl.range(lo, hi, COLUMNS, num_stages=1):  # the loop over H is the one to pipeline
         z = scale * _product(hidden, weight, row, column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP)
         columns = column + tl.arange(0, COLUMNS)
@@ -169,21 +160,11 @@ def logprob_strips(
         m, s, p, keep = _fold(m, s, z)
         if mean_z is not None:
             e = e * keep + tl.sum(p * z, 1)
-        if old_hidden is not None:
-            old_z = scale * _product(
-                old_hidden, old_weight, row, column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP
-            )
-            old_z = tl.where((columns < V)[None, :], old_z, NEVER)
-            old_m, old_s, p, keep = _fold(old_m, old_s, old_z)
-            d = d * keep + tl.sum(p * (old_z - z), 1)
     at = strip.to(tl.int64) * N + rows
     tl.store(lse + at, m + tl.log(s), mask=rows < N)
     tl.store(chosen + rows, z_target, mask=(rows < N) & (target >= lo) & (target < hi))
     if mean_z is not None:
         tl.store(mean_z + at, e / s, mask=rows < N)
-    if old_hidden is not None:
-        tl.store(old_lse + at, old_m + tl.log(old_s), mask=rows < N)
-        tl.store(mean_shift + at, d / old_s, mask=rows < N)
 
 
 @jit
@@ -206,8 +187,8 @@ def _merge(lse, mean, rows, N, strips, BLOCK: tl.constexpr):
 
 @jit
 def logprob_merge(
-    chosen, lse, mean_z, old_lse, mean_shift,  # what logprob_strips wrote
-    logp, total, entropy, kl,  # (N,) fp32; the last two or None
+    chosen, lse, mean_z,  # what logprob_strips wrote
+    logp, total, entropy,  # (N,) fp32; the last or None
     N, strips, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -216,9 +197,6 @@ def logprob_merge(
     tl.store(logp + rows, tl.load(chosen + rows, mask=rows < N, other=0.0) - whole, mask=rows < N)
     if entropy is not None:
         tl.store(entropy + rows, whole - mean, mask=rows < N)
-    if kl is not None:
-        old_whole, mean = _merge(old_lse, mean_shift, rows, N, strips, BLOCK)
-        tl.store(kl + rows, whole - old_whole + mean, mask=rows < N)
 
 
 @jit
@@ -247,32 +225,30 @@ def logprob_dlogits(
     tl.store(dz + at, d.to(dz.dtype.element_ty), mask=inside)
 
 
-def _forward_triton(hidden, weight, targets, temperature, entropy, old):
-    """-> logp, lse, entropy or None, kl or None; each (N,) fp32."""
+def _forward_triton(hidden, weight, targets, temperature, entropy):
+    """-> logp, lse, entropy or None; each (N,) fp32."""
     N, V = len(hidden), len(weight)
     strips = -(-V // STRIP)
-    tile = blocks(hidden.dtype, capability(hidden.device), hidden.shape[1], old is not None)
+    tile = blocks(hidden.dtype, capability(hidden.device), hidden.shape[1])
 
     def empty(wanted, *shape):
         return torch.empty(*shape, N, device=hidden.device) if wanted else None
 
     chosen = torch.full((N,), math.nan, device=hidden.device)  # stays NaN where no strip has the target
     lse, mean_z = empty(True, strips), empty(entropy, strips)
-    old_lse, mean_shift = empty(old, strips), empty(old, strips)
-    logp, total, spread, kl = empty(True), empty(True), empty(entropy), empty(old)
+    logp, total, spread = empty(True), empty(True), empty(entropy)
     if N == 0:
-        return logp, total, spread, kl
+        return logp, total, spread
     start(
         logprob_strips, -(-N // tile["ROWS"]) * strips,
-        *operands(tile, hidden, weight), *(operands(tile, *old) if old else (None, None)),
-        targets, chosen, lse, mean_z, old_lse, mean_shift, N, V, strips, 1 / temperature,
+        *operands(tile, hidden, weight), targets, chosen, lse, mean_z, N, V, strips, 1 / temperature,
         H=hidden.shape[1], STRIP=STRIP, GROUP=GROUP, UP=INTERPRETED, **tile,
     )  # fmt: skip
     start(
-        logprob_merge, -(-N // MERGE_ROWS), chosen, lse, mean_z, old_lse, mean_shift,
-        logp, total, spread, kl, N, strips, BLOCK=MERGE_ROWS,
+        logprob_merge, -(-N // MERGE_ROWS), chosen, lse, mean_z, logp, total, spread,
+        N, strips, BLOCK=MERGE_ROWS,
     )  # fmt: skip
-    return logp, total, spread, kl
+    return logp, total, spread
 
 
 def _dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
@@ -295,13 +271,14 @@ class _Logprob(torch.autograd.Function):
     """The chunks, the recomputation and the two gradient products are the same whoever makes the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, entropy, old, by_triton):
+    def forward(ctx, hidden, weight, targets, temperature, entropy, by_triton):
         forward = _forward_triton if by_triton else _forward_reference
-        logp, lse, entropy, kl, *kept = forward(hidden, weight, targets, temperature, entropy, old)
+        logp, lse, entropy, *kept = forward(hidden, weight, targets, temperature, entropy)
         ctx.save_for_backward(hidden, weight, targets, lse, *kept)
         ctx.temperature, ctx.by_triton = temperature, by_triton
-        ctx.mark_non_differentiable(*(x for x in (entropy, kl) if x is not None))
-        return logp, entropy, kl
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
 
     @staticmethod
     @once_differentiable
@@ -320,7 +297,7 @@ class _Logprob(torch.autograd.Function):
             elif need_hidden:
                 dx.addmm_(dz, weight[part].to(dz.dtype))
             del dz  # before the next chunk is made
-        return None if dx is None else dx.to(hidden.dtype), dw, *[None] * 5
+        return None if dx is None else dx.to(hidden.dtype), dw, *[None] * 4
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -334,13 +311,9 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 
 def linear_logprob_stats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
-    *, entropy: bool = False, old: tuple[Tensor, Tensor] | None = None,
-) -> TokenStats:  # fmt: skip
-    """`linear_logprob` and, from the same logits, the entropy and the exact KL from an old policy.
-
-    `old` is that policy's (hidden (N, H), weight (V, H)); only logp carries a gradient.
-    """
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = False
+) -> TokenStats:
+    """`linear_logprob` and, if wanted, the entropy from the same logits; only logp carries a gradient."""
     shapes, dtypes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}", f"{hidden.dtype} and {weight.dtype}"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(f"hidden must be (N, H) and weight (V, H), V and H at least 1; they are {shapes}")
@@ -352,16 +325,12 @@ def linear_logprob_stats(
         raise TypeError(f"targets must be integers, not {targets.dtype}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-    for name, x in [("weight", weight), ("targets", targets), *zip(("old hidden", "old weight"), old or ())]:
+    for name, x in (("weight", weight), ("targets", targets)):
         if x.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device}, but {name} is on {x.device}")
-    if old is not None:
-        if any(x.shape != y.shape or x.dtype != y.dtype for x, y in zip(old, (hidden, weight))):
-            raise ValueError(f"old must be like (hidden, weight), of shapes {shapes}, {dtypes}")
-        old = tuple(x.detach() for x in old)
     targets = targets.long().contiguous()
     if not targets.is_cuda and len(targets) and not (0 <= targets.min() and targets.max() < len(weight)):
         t = int(((targets < 0) | (targets >= len(weight))).nonzero()[0])
         raise ValueError(f"target {t} is {targets[t]}; it must be within 0..{len(weight) - 1}")
     temperature = float(temperature)
-    return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, old, use_triton(hidden)))
+    return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, use_triton(hidden)))

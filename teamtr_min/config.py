@@ -178,7 +178,7 @@ class Config:
     kl_estimator: str = knob(
         "k3",
         "what the radius is enforced on; all are logged that were computed",
-        choices=("k1", "k3", "exact"),
+        choices=("k1", "k3"),
     )
     kl_unit: str = knob("message", "sum over a message's tokens, or mean", choices=("message", "token"))
     # the run

@@ -213,8 +213,6 @@ class OldLogps(NamedTuple):
     """log pi_old of one batch, read from the trainer's own forward pass before the first step."""
 
     token: Tensor  # (N,) fp32, of the sampled tokens
-    # For the exact KL, hidden (pairs, H) and head (V, H), from which those of all tokens follow.
-    everything: tuple[Tensor, Tensor] | None
 
 
 def evaluate(
@@ -231,8 +229,7 @@ def evaluate(
     the policy is pi_old itself, so every ratio is exactly 1. It then also measures the entropy, and how far
     the sampler's log-probs are from the trainer's. Raises Diverged when anything measured is not finite.
     """
-    exact = config.kl_estimator == "exact"
-    first, old_heads = old_logps is None, {}
+    first = old_logps is None
     messages = learner.ranks.total(sum(len(batch.advantage) for batch in batches))
     tokens = learner.ranks.total(sum(len(batch.pair) for batch in batches))
     sums, ratio_max, mismatch_max, made = {}, [], [], []
@@ -254,19 +251,12 @@ def evaluate(
             needed = grad and (pulls or penalised or model not in climbing or spread)
             with torch.set_grad_enabled(needed):
                 hidden = batch.hidden(model)  # (pairs, H)
-                if first and exact and model not in old_heads:
-                    old_heads[model] = model.head.detach().clone() if model.head.requires_grad else model.head
                 new = kernels.linear_logprob_stats(
-                    hidden,
-                    model.head,
-                    batch.targets,
-                    config.temperature,
-                    entropy=first,
-                    old=old.everything if old else None,
+                    hidden, model.head, batch.targets, config.temperature, entropy=first
                 )
                 logp = new.logp[batch.pair]  # (N,)
                 if first:
-                    old = OldLogps(logp.detach(), (hidden.detach(), old_heads[model]) if exact else None)
+                    old = OldLogps(logp.detach())
                     mismatch = (batch.sampled_logp - old.token).abs()
                     add("entropy", new.entropy[batch.pair].sum(), 1 / tokens)
                     add("sampler_mismatch", mismatch.sum(), 1 / tokens)
@@ -290,10 +280,6 @@ def evaluate(
                 add(name, stats[name][0], share)
             ratio_max.append(stats["ratio_max"][0])
             learner.bar.advance(1, len(batch.pair))
-            if exact:
-                kl = torch.zeros_like(logp) if first else new.kl[batch.pair]  # (N,)
-                length = torch.bincount(batch.message)[batch.message] if config.kl_unit == "token" else 1
-                add("kl_exact", (kl / length).sum(), 1 / messages)
     measured = {}
     if batches:
         sums["ratio_max"] = torch.stack(ratio_max).max()

@@ -17,16 +17,23 @@ from kernels.trust_region import LOG_RATIO_LIMIT
 
 
 def group_advantages(
-    returns: Tensor, clip: float = math.inf, eps_norm: float = 1e-6, normalise: bool = True
+    returns: Tensor,
+    clip: float = math.inf,
+    eps_norm: float = 1e-6,
+    normalise: bool = True,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Eq. 9 [paper]: returns (P, G) of G rollouts for each of P problems -> advantages (P, G).
 
-    Without `normalise` they stay in units of the return, only centred and clipped.
-    The deviation is the population's. A group of equal returns is exactly 0: tested as max == min, since in
-    floating point the mean of equal numbers need not be that number.
+    Mean and variance are the population's. `weight` (P, G), at least 0, makes them weighted within each group
+    [ours, SPEC 10]; only the ratios of a group's weights count. Without `normalise` advantages stay in units
+    of the return, only centred and clipped. A group of equal returns is exactly 0: tested as max == min,
+    since in floating point the mean of equal numbers need not be that number.
     """
-    centred = returns - returns.mean(dim=1, keepdim=True)
-    sigma = (centred.square().mean(dim=1, keepdim=True) + eps_norm).sqrt()
+    weight = torch.ones_like(returns) if weight is None else weight
+    share = weight / weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)  # (P, G)
+    centred = returns - (share * returns).sum(dim=1, keepdim=True)
+    sigma = ((share * centred.square()).sum(dim=1, keepdim=True) + eps_norm).sqrt()
     constant = returns.amax(dim=1, keepdim=True) == returns.amin(dim=1, keepdim=True)
     scaled = centred / sigma if normalise else centred
     return torch.where(constant, 0.0, scaled.clamp(-clip, clip))
@@ -38,6 +45,7 @@ def teamtr_loss(
     message: Tensor,
     advantage: Tensor,
     *,
+    weight: Tensor | None = None,
     agent: Tensor | None = None,
     n_agents: int = 1,
     clip: float = 0.2,
@@ -47,21 +55,23 @@ def teamtr_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 10 [paper], to be minimised, and Eq. 11's monitor beside it.
 
-        loss = -(1/M) sum_m [ min(w_m A_m, clip(w_m, 1 - eps, 1 + eps) A_m) - beta KL_m ]
+        loss = -sum_m v_m [ min(w_m A_m, clip(w_m, 1 - eps, 1 + eps) A_m) - beta KL_m ] / sum_m v_m
 
-    logp (N,) carries the gradient; old_logp (N,), message (N,) int64, advantage (M,), agent (M,) int64 do
-    not. beta is a number or (A,), one per agent. `ratio`: w_m is the product over the message's tokens
-    ("message"), its geometric mean ("mean"), or stands at every token, whose clipped terms are averaged over
-    the message ("token"). KL_m is the k3 form, because k1's gradient does not vanish at the old policy; a sum
-    over the message's tokens, or their mean for kl_unit="token". Log-ratios are clamped to +-20, where their
-    gradient ends.
+    logp (N,) carries the gradient; old_logp (N,), message (N,) int64, advantage (M,), weight (M,), agent (M,)
+    int64 do not. `weight` is v [ours, SPEC 10], at least 0; None counts every message once. beta is a number
+    or (A,), one per agent. `ratio`: w_m is the product over the message's tokens ("message"), its geometric
+    mean ("mean"), or stands at every token, whose clipped terms are averaged over the message ("token"). KL_m
+    is the k3 form, because k1's gradient does not vanish at the old policy; a sum over the message's tokens,
+    or their mean for kl_unit="token". Log-ratios are clamped to +-20, where their gradient ends.
 
-    Returns (loss, stats); stats are (A,) tensors without gradient, means over an agent's messages (0 if it
-    has none): `kl_k1` and `kl_k3` (nats per kl_unit), `clip_fraction` (share of ratios farther than eps from
-    1), `ratio_mean`, `ratio_max`, `messages`.
+    Returns (loss, stats); stats are (A,) tensors without gradient. Means over an agent's messages, weighted
+    by v (0 where the weights sum to 0): `kl_k1` and `kl_k3` (nats per kl_unit), `clip_fraction` (share of
+    terms whose gradient the clip cuts: A > 0 and w > 1 + eps, or A < 0 and w < 1 - eps), `ratio_mean`.
+    Without weights: `ratio_max`, and `messages`, their number.
     """
     M = len(advantage)
     agent = torch.zeros(M, dtype=torch.long, device=logp.device) if agent is None else agent
+    weight = logp.new_ones(M) if weight is None else weight.to(logp.dtype)
     valid = message >= 0
     owner = torch.where(valid, message, M)  # ignored slots go to a spare message past the end
     log_ratio = torch.where(valid, logp, 0.0) - torch.where(valid, old_logp, 0.0)  # (N,), masked before exp
@@ -73,15 +83,15 @@ def teamtr_loss(
     length = per_message(torch.ones_like(log_ratio)).clamp(min=1)  # (M,)
     if ratio == "token":
         w = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N,)
-        surrogate = per_message(_clipped(w, F.pad(advantage, (0, 1))[owner], clip)) / length  # (M,)
-        clipped, mean_w = per_message(((w - 1).abs() > clip).to(w)) / length, per_message(w) / length
+        surrogate, cut = _clipped(w, F.pad(advantage, (0, 1))[owner], clip)  # (N,)
+        surrogate, cut, mean_w = (per_message(x) / length for x in (surrogate, cut, w))  # (M,)
         max_w = w.new_zeros(M + 1).scatter_reduce(0, owner, w, "amax")[:M]
     elif ratio in ("message", "mean"):
         total = per_message(log_ratio)  # (M,)
         total = total / length if ratio == "mean" else total
         w = total.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (M,)
-        surrogate = _clipped(w, advantage, clip)
-        clipped, mean_w, max_w = ((w - 1).abs() > clip).to(w), w, w
+        surrogate, cut = _clipped(w, advantage, clip)
+        mean_w, max_w = w, w
     else:
         raise ValueError(f"ratio is {ratio!r}; it must be message, mean or token")
     if kl_unit not in ("message", "token"):
@@ -92,30 +102,36 @@ def teamtr_loss(
     k1 = -per_message(log_ratio) / unit  # Eq. 11 [paper]
     # [ours] r - 1 - log r: never negative, same expectation
     k3 = per_message(bounded.expm1() - bounded) / unit
-    weight = torch.as_tensor(beta, dtype=logp.dtype, device=logp.device).expand(n_agents)[agent]  # (M,)
-    loss = -(surrogate - weight * k3).sum() / max(M, 1)
+    penalty = torch.as_tensor(beta, dtype=logp.dtype, device=logp.device).expand(n_agents)[agent]  # (M,)
+    loss = -_mean_of_sums((weight * (surrogate - penalty * k3)).sum(), weight.sum())
+
+    def per_agent(x: Tensor) -> Tensor:
+        """Sum messages (M,) over each agent's own (A,)."""
+        return logp.new_zeros(n_agents).index_add(0, agent, x)
 
     with torch.no_grad():
-        messages = logp.new_zeros(n_agents).index_add(0, agent, torch.ones_like(length))
-
-        def per_agent(x: Tensor) -> Tensor:
-            """Mean of messages (M,) over each agent's own (A,)."""
-            return logp.new_zeros(n_agents).index_add(0, agent, x.detach()) / messages.clamp(min=1)
-
+        total = per_agent(weight)
         stats = {
-            "kl_k1": per_agent(k1),
-            "kl_k3": per_agent(k3),
-            "clip_fraction": per_agent(clipped),
-            "ratio_mean": per_agent(mean_w),
-            "ratio_max": logp.new_zeros(n_agents).scatter_reduce(0, agent, max_w.detach(), "amax"),
-            "messages": messages,
+            "kl_k1": _mean_of_sums(per_agent(weight * k1), total),
+            "kl_k3": _mean_of_sums(per_agent(weight * k3), total),
+            "clip_fraction": _mean_of_sums(per_agent(weight * cut), total),
+            "ratio_mean": _mean_of_sums(per_agent(weight * mean_w), total),
+            "ratio_max": logp.new_zeros(n_agents).scatter_reduce(0, agent, max_w, "amax"),
+            "messages": per_agent(torch.ones_like(weight)),
         }
     return loss, stats
 
 
-def _clipped(w: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """The pessimistic surrogate min(w A, clip(w) A)."""
-    return torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
+def _clipped(w: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The pessimistic surrogate min(w A, clip(w) A), and 1 where the clip has stopped it, 0 elsewhere."""
+    free = w * advantage
+    surrogate = torch.minimum(free, w.clamp(1 - clip, 1 + clip) * advantage)
+    return surrogate, (surrogate < free).to(w)
+
+
+def _mean_of_sums(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, and 0 where there is no weight."""
+    return total / torch.where(weight > 0, weight, 1.0)
 
 
 def trust_region_loss(logp: Tensor, *others, **options) -> tuple[Tensor, dict[str, Tensor]]:

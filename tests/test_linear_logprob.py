@@ -22,28 +22,22 @@ def inputs(N, H, V, dtype=torch.float32, seed=0):
     return hidden, weight, targets, torch.randn(N, generator=g).to(DEVICE)
 
 
-def truth(hidden, weight, targets, grad, temperature=1.0, old=None, dtype=torch.float64):
-    """(logp, dX, dW, entropy, kl) by the formula; in bf16 that is what a user would write without kernels."""
+def truth(hidden, weight, targets, grad, temperature=1.0, dtype=torch.float64):
+    """(logp, dX, dW, entropy) by the formula; in bf16 that is what a user would write without kernels."""
     hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
     logits = hidden @ weight.t()
     logps = (logits.float() if dtype == torch.bfloat16 else logits).div(temperature).log_softmax(1)
     logp = logps.gather(1, targets[:, None])[:, 0]
     logp.backward(grad.to(logp.dtype))
     entropy = -(logps.exp() * logps).sum(1)
-    kl = None
-    if old is not None:
-        old_logps = (old[0].to(dtype) @ old[1].to(dtype).t()).div(temperature).log_softmax(1)
-        kl = (old_logps.exp() * (old_logps - logps)).sum(1)
-    return tuple(
-        x if x is None else x.detach().double() for x in (logp, hidden.grad, weight.grad, entropy, kl)
-    )
+    return tuple(x.detach().double() for x in (logp, hidden.grad, weight.grad, entropy))
 
 
-def ours(hidden, weight, targets, grad, temperature=1.0, old=None, entropy=True):
+def ours(hidden, weight, targets, grad, temperature=1.0):
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
-    token = linear_logprob_stats(hidden, weight, targets, temperature, entropy=entropy, old=old)
+    token = linear_logprob_stats(hidden, weight, targets, temperature, entropy=True)
     token.logp.backward(grad)
-    return token.logp.detach(), hidden.grad, weight.grad, token.entropy, token.kl
+    return token.logp.detach(), hidden.grad, weight.grad, token.entropy
 
 
 def error(got, want) -> float:
@@ -67,9 +61,8 @@ def path(request, monkeypatch):
 def test_everything_equals_float64(shape, dtype, path):
     """bf16 rule: no farther from float64 than twice the same expression in bf16, where that errs at all."""
     hidden, weight, targets, grad = inputs(*shape, dtype)
-    old = (hidden + 0.1 * torch.randn_like(hidden), weight * 1.01)
-    want = truth(hidden, weight, targets, grad, 0.8, old)
-    got = ours(hidden, weight, targets, grad, 0.8, old)
+    want = truth(hidden, weight, targets, grad, 0.8)
+    got = ours(hidden, weight, targets, grad, 0.8)
     assert got[0].dtype == torch.float32 and got[1].dtype == dtype
     for value, exact in zip(got[:1] + got[3:], want[:1] + want[3:]):  # from fp32 accumulators in any dtype
         assert error(value, exact) < 3e-5
@@ -104,21 +97,12 @@ def test_temperature(temperature, path):
     assert all(error(a, b) < 5e-5 for a, b in zip(got[:4], want[:4]))
 
 
-def test_unchanged_policy_has_no_kl_and_the_same_bits(path):
-    hidden, weight, targets, grad = inputs(9, 64, 700)
-    first = linear_logprob_stats(hidden, weight, targets, 0.7, entropy=True, old=(hidden, weight))
-    again = linear_logprob_stats(hidden, weight, targets, 0.7, entropy=True, old=(hidden, weight))
-    assert (first.kl == 0).all()
-    assert torch.equal(first.logp, again.logp) and ((again.logp - first.logp).exp() == 1).all()
-
-
 def test_many_chunks_are_one(path, monkeypatch):
     """Memory decides the chunks of the vocabulary; nothing else may depend on them."""
     hidden, weight, targets, grad = inputs(40, 64, 1000)
-    old = (hidden * 0.9, weight)
     monkeypatch.setattr(module, "CHUNK_BYTES", 40 * 256 * 4)
     assert len(module._chunks(40, 1000, 4)) == 4
-    got, want = ours(hidden, weight, targets, grad, 1.0, old), truth(hidden, weight, targets, grad, 1.0, old)
+    got, want = ours(hidden, weight, targets, grad), truth(hidden, weight, targets, grad)
     assert all(error(a, b) < 3e-5 for a, b in zip(got, want))
 
 
@@ -136,10 +120,9 @@ def test_without_tma(launches, monkeypatch):
     """The way that an A100 reads its operands."""
     monkeypatch.setattr(module, "capability", lambda device: 8)
     hidden, weight, targets, grad = inputs(130, 72, 300, torch.bfloat16)
-    old = (hidden * 1.1, weight)
-    got, want = ours(hidden, weight, targets, grad, 1.0, old), truth(hidden, weight, targets, grad, 1.0, old)
-    plain = truth(hidden, weight, targets, grad, 1.0, dtype=torch.bfloat16)
-    assert all(error(got[i], want[i]) < 3e-5 for i in (0, 3, 4))
+    got, want = ours(hidden, weight, targets, grad), truth(hidden, weight, targets, grad)
+    plain = truth(hidden, weight, targets, grad, dtype=torch.bfloat16)
+    assert all(error(got[i], want[i]) < 3e-5 for i in (0, 3))
     assert all(error(got[i], want[i]) <= 2 * error(plain[i], want[i]) + 1e-5 for i in (1, 2))
 
 
@@ -178,8 +161,8 @@ def test_no_tokens(monkeypatch):
     for mode in ("torch", "auto"):
         monkeypatch.setenv("TEAMTR_KERNELS", mode)
         hidden, weight, targets, grad = inputs(0, 64, 203)
-        logp, dx, dw, entropy, kl = ours(hidden, weight, targets, grad, old=(hidden, weight))
-        assert logp.shape == entropy.shape == kl.shape == (0,) and dx.shape == (0, 64)
+        logp, dx, dw, entropy = ours(hidden, weight, targets, grad)
+        assert logp.shape == entropy.shape == (0,) and dx.shape == (0, 64)
         assert dw.shape == weight.shape and (dw == 0).all()
 
 
@@ -189,7 +172,7 @@ def test_only_what_needs_a_gradient_gets_one(path):
     linear_logprob(hidden.requires_grad_(), frozen, targets).backward(grad)
     assert frozen.grad is None and hidden.grad.shape == hidden.shape
     token = linear_logprob_stats(hidden, weight, targets, entropy=True)
-    assert token.logp.requires_grad and not token.entropy.requires_grad and token.kl is None
+    assert token.logp.requires_grad and not token.entropy.requires_grad
 
 
 def test_bad_input_is_a_sentence():
@@ -208,8 +191,6 @@ def test_bad_input_is_a_sentence():
     ]:
         with pytest.raises(error_type, match=says):
             linear_logprob(*arguments)
-    with pytest.raises(ValueError, match="old must be like"):
-        linear_logprob_stats(h, w, t, old=(h[:2], w))
     assert torch.equal(linear_logprob(h, w, t.int()), linear_logprob(h, w, t))
 
 
@@ -222,7 +203,7 @@ def test_target_outside_the_vocabulary(target, path):
         with pytest.raises(ValueError, match=f"target 2 is {target}; it must be within 0..202"):
             linear_logprob(h, w, t)
     forward = module._forward_triton if path == "triton" else module._forward_reference
-    assert forward(h, w, t, 1.0, False, None)[0].isnan().tolist() == [False, False, True, False]
+    assert forward(h, w, t, 1.0, False)[0].isnan().tolist() == [False, False, True, False]
 
 
 def test_nan_in_a_row_stays_in_that_row(path):

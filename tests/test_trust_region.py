@@ -13,6 +13,7 @@ from kernels import trust_region
 from teamtr_min.objective import teamtr_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+each_ratio = pytest.mark.parametrize("ratio", trust_region.RATIOS)
 
 
 def batch(lengths, scale=0.05, ignored=0.0, agents=3, seed=0):
@@ -23,9 +24,10 @@ def batch(lengths, scale=0.05, ignored=0.0, agents=3, seed=0):
     logp = -3 * torch.rand(len(message), generator=g)
     old_logp = logp + scale * torch.randn(len(message), generator=g)
     logp[message < 0], old_logp[message < 0] = math.nan, -math.inf
-    advantage = torch.randn(len(lengths), generator=g)
+    advantage, weight = torch.randn(len(lengths), generator=g), torch.rand(len(lengths), generator=g)
     agent = torch.randint(0, agents, (len(lengths),), generator=g)
-    return [x.to(DEVICE) for x in (logp, old_logp, message, advantage)], {"agent": agent.to(DEVICE)}
+    options = {"agent": agent.to(DEVICE), "n_agents": agents, "weight": 3 * weight.to(DEVICE)}
+    return [x.to(DEVICE) for x in (logp, old_logp, message, advantage)], options
 
 
 def run(loss_function, arguments, options, dtype=torch.float32):
@@ -49,7 +51,7 @@ def check(arguments, options, tolerance=2e-6):
     return got
 
 
-@pytest.mark.parametrize("ratio", trust_region.RATIOS)
+@each_ratio
 @pytest.mark.parametrize("kl_unit", trust_region.KL_UNITS)
 @pytest.mark.parametrize("scale", [0.02, 200.0])
 def test_equals_the_definition(ratio, kl_unit, scale, launches):
@@ -62,14 +64,41 @@ def test_equals_the_definition(ratio, kl_unit, scale, launches):
     assert set(launches) == {"trust_messages", "trust_agents", "trust_gradient"}
 
 
-def test_every_side_of_the_clip(launches):
-    """Four messages: past either end of the range, with either sign of the advantage."""
-    for ratio in trust_region.RATIOS:
-        log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.05], device=DEVICE)
-        advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], device=DEVICE)
-        message = torch.arange(5, device=DEVICE)
-        got = check([log_ratio, torch.zeros_like(log_ratio), message, advantage], {"ratio": ratio})
-        assert (got["gradient"] != 0).tolist() == [False, True, True, False, False]
+def test_more_messages_than_a_block(launches):
+    """Agents own 100 messages or more each, so that a program walks several blocks of them."""
+    arguments, options = batch([1, 2] * 150, scale=0.3, ignored=0.1)
+    check(arguments, options | {"beta": 0.3})
+
+
+@each_ratio
+def test_weights(ratio, launches):
+    """None is all ones to the bit; only ratios count; an agent, or all, may have no weight at all."""
+    arguments, options = batch([3, 1, 40, 2], scale=0.5)
+    options |= {"agent": torch.tensor([0, 1, 1, 2], device=DEVICE), "beta": 0.3, "ratio": ratio}
+    plain = check(arguments, options | {"weight": None})
+    ones = run(kernels.trust_region_loss, arguments, options | {"weight": torch.ones(4, device=DEVICE)})
+    eights = run(
+        kernels.trust_region_loss, arguments, options | {"weight": ones["messages"].new_full((4,), 8)}
+    )
+    assert all(torch.equal(plain[k], ones[k]) and torch.equal(plain[k], eights[k]) for k in plain)
+    got = check(arguments, options | {"weight": torch.tensor([0.5, 0.0, 0.0, 2.0], device=DEVICE)})
+    assert (
+        got["kl_k3"][1] == got["ratio_mean"][1] == 0 and got["messages"][1] == 2 and got["ratio_max"][1] > 0
+    )
+    assert (got["gradient"][3:44] == 0).all() and (got["gradient"][:3] != 0).all()
+    got = check(arguments, options | {"weight": torch.zeros(4, device=DEVICE)})
+    assert got["loss"] == 0 and (got["gradient"] == 0).all()
+
+
+@each_ratio
+def test_every_side_of_the_clip(ratio, launches):
+    """Past either end, with either sign of the advantage; `clip_fraction` counts what the clip has cut."""
+    log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.05, 0.5], device=DEVICE)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 0.0], device=DEVICE)
+    options = {"ratio": ratio, "agent": torch.arange(6, device=DEVICE), "n_agents": 6}
+    got = check([log_ratio, torch.zeros_like(log_ratio), options["agent"], advantage], options)
+    assert (got["gradient"] != 0).tolist() == [False, True, True, False, True, False]
+    assert got["clip_fraction"].tolist() == [1, 0, 0, 1, 0, 0]
 
 
 def test_layouts_and_small_ids(launches):
@@ -77,7 +106,7 @@ def test_layouts_and_small_ids(launches):
     arguments[:2] = [torch.stack((x, x), 1)[:, 0] for x in arguments[:2]]
     arguments[2], options["agent"] = arguments[2].int(), options["agent"].int()
     assert not arguments[0].is_contiguous()
-    check(arguments, options | {"n_agents": 3, "beta": 0.3})
+    check(arguments, options | {"beta": 0.3})
 
 
 def test_a_message_of_ignored_slots_and_stray_ones(launches):
@@ -85,53 +114,52 @@ def test_a_message_of_ignored_slots_and_stray_ones(launches):
     arguments[2][3:7] = -1  # the whole of message 1
     arguments[2][0] = arguments[2][-1] = -1
     arguments[0][arguments[2] < 0] = math.nan
-    check(arguments, options | {"n_agents": 3, "beta": 0.3})
+    check(arguments, options | {"beta": 0.3})
 
 
+@each_ratio
 @pytest.mark.parametrize("lengths", [[], [0, 0], [4]])
-def test_no_valid_token(lengths, launches):
+def test_no_valid_token(lengths, ratio, launches):
     arguments, options = batch(lengths, ignored=1.1)
-    for ratio in trust_region.RATIOS:
-        check(arguments, options | {"n_agents": 3, "beta": 0.1, "ratio": ratio})
+    check(arguments, options | {"beta": 0.1, "ratio": ratio})
 
 
-def test_unchanged_policy(launches):
-    """Its ratios are exactly 1 and its KL exactly 0, not nearly."""
-    (logp, _, message, advantage), options = batch([5, 300, 1])
-    for ratio in trust_region.RATIOS:
-        _, stats = kernels.trust_region_loss(logp, logp, message, advantage, ratio=ratio)
-        assert stats["ratio_mean"] == stats["ratio_max"] == 1
-        assert stats["kl_k1"] == stats["kl_k3"] == stats["clip_fraction"] == 0
+@each_ratio
+def test_an_unchanged_policy_has_ratio_exactly_one_and_no_kl(ratio, launches):
+    (logp, _, message, advantage), _ = batch([5, 300, 1])
+    _, stats = kernels.trust_region_loss(logp, logp, message, advantage, ratio=ratio)
+    assert stats["ratio_mean"] == stats["ratio_max"] == 1
+    assert stats["kl_k1"] == stats["kl_k3"] == stats["clip_fraction"] == 0
 
 
 def test_small_kl_is_not_rounding(launches):
     """Log-ratios of 1e-4: e^x - 1 - x in fp32 would be noise, even negative."""
-    arguments, _ = batch([50, 20], scale=1e-4)
+    arguments, _ = batch([50, 20])
     arguments[1] = torch.zeros_like(arguments[0])
     arguments[0] = 1e-4 * torch.randn(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     got, want = run(kernels.trust_region_loss, arguments, {}), run(teamtr_loss, arguments, {}, torch.float64)
     assert got["kl_k3"].item() == pytest.approx(want["kl_k3"].item(), rel=1e-5)
 
 
-def test_a_log_ratio_at_the_limit_still_moves(launches):
+@each_ratio
+def test_a_log_ratio_at_the_limit_still_moves(ratio, launches):
     """+-20 is inside, as it is for torch's clamp; anything beyond is flat."""
     logp = torch.tensor([20.0, -20.0, 20.1, -20.1], device=DEVICE)
     arguments = [logp, 0 * logp, torch.arange(4, device=DEVICE), -torch.ones(4, device=DEVICE)]
-    for ratio in trust_region.RATIOS:
-        check(arguments, {"ratio": ratio, "beta": 0.5})
+    check(arguments, {"ratio": ratio, "beta": 0.5})
 
 
-def test_a_valid_nan_shows(launches):
-    for ratio in trust_region.RATIOS:
-        arguments, options = batch([3, 4])
-        arguments[0][5] = math.nan
-        loss, stats = kernels.trust_region_loss(*arguments, ratio=ratio)
-        assert loss.isnan() and stats["kl_k3"].isnan() and stats["ratio_max"].isnan()
+@each_ratio
+def test_a_valid_nan_shows(ratio, launches):
+    arguments, _ = batch([3, 4])
+    arguments[0][5] = math.nan
+    loss, stats = kernels.trust_region_loss(*arguments, ratio=ratio)
+    assert loss.isnan() and stats["kl_k3"].isnan() and stats["ratio_max"].isnan()
 
 
 def test_the_same_bits_again(launches):
     arguments, options = batch([70, 300, 2], scale=0.3)
-    first, again = (run(kernels.trust_region_loss, arguments, options | {"n_agents": 3}) for _ in range(2))
+    first, again = (run(kernels.trust_region_loss, arguments, options) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -151,34 +179,26 @@ def test_wrong_ids(launches, monkeypatch):
         assert loss.isnan()
 
 
-def test_bad_input_is_a_sentence():
-    (logp, old_logp, message, advantage), _ = batch([3, 4])
+def test_bad_input_is_refused(launches, monkeypatch):
+    (logp, old_logp, message, advantage), options = batch([3, 4])
+    kernels.trust_region_loss(logp, old_logp, message, advantage, **options)
     for error_type, says, arguments, extra in [
         (ValueError, "ratio is 'tokens'", (logp, old_logp, message, advantage), {"ratio": "tokens"}),
-        (ValueError, "kl_unit is 'nat'", (logp, old_logp, message, advantage), {"kl_unit": "nat"}),
-        (ValueError, "n_agents is 0", (logp, old_logp, message, advantage), {"n_agents": 0}),
-        (ValueError, "old_logp is", (logp, old_logp[1:], message, advantage), {}),
-        (ValueError, "advantage is on meta", (logp, old_logp, message, advantage.to("meta")), {}),
+        (ValueError, "kl_unit 'nat'", (logp, old_logp, message, advantage), {"kl_unit": "nat"}),
+        (ValueError, r"old_logp is \(6,\)", (logp, old_logp[1:], message, advantage), {}),
+        (ValueError, r"weight is \(3,\)", (logp, old_logp, message, advantage), {"weight": torch.ones(3)}),
+        (ValueError, "advantage is .* on meta", (logp, old_logp, message, advantage.to("meta")), {}),
         (TypeError, "logp must be float32", (logp.bfloat16(), old_logp, message, advantage), {}),
         (TypeError, "message must be int64", (logp, old_logp, message.float(), advantage), {}),
     ]:
         with pytest.raises(error_type, match=says):
             kernels.trust_region_loss(*arguments, **extra)
-
-
-def test_the_kernel_runs_where_triton_does_and_nowhere_else(launches, monkeypatch):
-    """Whatever TEAMTR_KERNELS says: that is for those who choose, and this is one of the choices."""
-    arguments, _ = batch([3, 4])
-    on_cpu = [x.cpu() for x in arguments]
-    for mode in ("auto", "torch", "triton"):
-        monkeypatch.setenv("TEAMTR_KERNELS", mode)
-        launches.clear()
-        kernels.trust_region_loss(*arguments)
-        assert launches
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(kernels.launch, "INTERPRETED", False)
-            with pytest.raises(ValueError, match=r"on cpu; teamtr_min\.objective\.trust_region_loss"):
-                kernels.trust_region_loss(*on_cpu)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="must not be negative"):
+            kernels.trust_region_loss(logp, old_logp, message, advantage, weight=-torch.ones(2))
+    monkeypatch.setattr(kernels.launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="logp is on cpu"):
+        kernels.trust_region_loss(*(x.cpu() for x in (logp, old_logp, message, advantage)))
 
 
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
@@ -191,7 +211,7 @@ def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
         monkeypatch.setenv("TEAMTR_KERNELS", mode)
         launches.clear()
         flags = "--stages 2 --agents 2 --problems 1 --group 4 --inner-steps 1 --eval-problems 2 --beta 0.01"
-        flags += f" --lr 2e-4 --kl-estimator exact --device {DEVICE} --out {tmp_path / mode}"
+        flags += f" --lr 2e-4 --device {DEVICE} --out {tmp_path / mode}"
         assert train.main(flags.split()) == 0
         lines = (tmp_path / mode / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line, **options) for line in lines]

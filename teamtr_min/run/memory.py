@@ -288,14 +288,8 @@ class Needs:
             row = min(tokens, max(LONGEST_TREE, self.longest))
             token = token_bytes(m, self.width, checkpointing, lora=bool(self.config.lora_rank))
             activations = tokens * (token + row * (self.width + 3))
-            old = 0
-            if self.config.kl_estimator == "exact":  # the old policy's final states and head
-                problems = self.ranks.largest_share(self.config.problems)
-                trained = problems * self.config.group * self.config.rounds
-                states = min(trained * self.config.max_new_tokens, trained * self.longest)
-                old = (states + m.vocab_size) * m.hidden_size * self.width
             gathered = self.gathered(m, 2 * self.width + 4)  # with gradients, and these in fp32 to be summed
-            work = max(work, head + chunk + activations + old + gathered + self._head_in_fp32(m))
+            work = max(work, head + chunk + activations + gathered + self._head_in_fp32(m))
         return math.floor(self.points(agents) + work * FRAGMENTATION)
 
     def host(self) -> int:

@@ -14,7 +14,7 @@ from teamtr_min.learner import Update
 from teamtr_min.rollout import Rollouts
 
 TRANSCRIPTS_PER_COLLECTION = 4
-KL_NAMES = ("kl", "kl_k1", "kl_k3", "kl_exact")  # "kl" is the one that the radius is enforced on
+KL_NAMES = ("kl", "kl_k1", "kl_k3")  # "kl" is the one that the radius is enforced on
 COSTS = (  # of an update, which add up to the run's
     "rollouts", "tokens_sampled", "tokens_trained", "seconds_sampling", "seconds_training",
     "rollouts_diagnostics", "tokens_sampled_diagnostics", "seconds_diagnostics",
