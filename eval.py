@@ -27,10 +27,11 @@ import os
 import sys
 from pathlib import Path
 
+from teamtr_min.cli import add_flags, open_streams
+
 import train
 from teamtr_min.bench import accuracy, export, gpu, kernels, report, sampling, stage, training
 from teamtr_min.bench.board import Board
-from teamtr_min.cli import add_flags, open_streams
 from teamtr_min.engine.distributed import ALONE, Lost, join
 from teamtr_min.files import UserError, one_line
 from teamtr_min.learner import OutOfMemory

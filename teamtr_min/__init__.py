@@ -1,21 +1,25 @@
 """TeamTR-min: trust-region fine-tuning of teams of language models, from scratch and small enough to read."""
 
+import importlib
 import os
 
 # Before torch loads: OpenMP threads that spin while they wait stall one another once anything else runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["load_model", "load_tokenizer", "save_model"]
+_HOMES = {
+    "Config": "teamtr_min.config",
+    "generate": "teamtr_min.engine.sampler",
+    "load_model": "teamtr_min.hf.weights",
+    "load_team": "teamtr_min.run.loading",
+    "load_tokenizer": "teamtr_min.hf.chat",
+    "save_model": "teamtr_min.hf.weights",
+    "train": "train",
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    """Load PyTorch only when a model or tokenizer is asked for: `import teamtr_min.config` stays light."""
-    if name in ("load_model", "save_model"):
-        from teamtr_min.hf import weights
-
-        return getattr(weights, name)
-    if name == "load_tokenizer":
-        from teamtr_min.hf.chat import load_tokenizer
-
-        return load_tokenizer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name when it is asked for: `import teamtr_min.config` loads no PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,83 +1,52 @@
 """A team's turns -> Rollouts -> the batches that one agent trains on."""
 
+import functools
 import time
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-import kernels
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import Ranks
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.packing import PackedStep, Tree, batches_of, pack, trees_of
-from teamtr_min.engine.sampler import Sampler
-from teamtr_min.run.progress import SamplingBar
-from teamtr_min.tasks import Problem
-from teamtr_min.team import Message, Rendered, Team
-
-
-@dataclass(frozen=True)
-class AgentBatch:
-    """Rollouts as one agent trains on them; sums over a list of these make the whole batch.
-
-    A row holds a prefix tree of rollouts (packing.py), padded on the right: what they have in common, such
-    as the problem, stands once. So does a token that several rollouts sampled in the same context: it is one
-    of the batch's `pairs` of context and token. The agent's sampled tokens, and nothing else, are one flat
-    list of N, ascending in `message`: no contexts, no padding, not the end token that closes a cut-off
-    message.
-    """
-
-    model: Transformer  # the agent's
-    tokens: Tensor  # (B, T) int64
-    positions: Tensor  # (B, T) int64, in the rollout
-    end: Tensor | None  # (B, T) int64: where what follows upon a token ends; None if each row is a rollout
-    where: Tensor  # (pairs,) int64: position in the flattened (B * T) whose hidden state predicts the token
-    targets: Tensor  # (pairs,) int64: the token
-    pair: Tensor  # (N,) int64: the pair that each sampled token is
-    message: Tensor  # (N,) int64 in 0..M-1: whose token it is
-    sampled_logp: Tensor  # (N,) fp32, the sampler's
-    advantage: Tensor  # (M,) fp32
-    rollout: Tensor  # (M,) int64: number of the rollout that holds the message
-    turn: Tensor  # (M,) int64: and its turn there
-
-    def hidden(self, model: Transformer) -> Tensor:
-        """(pairs, H): the hidden states that predict the pairs' tokens under `model`."""
-        return model.hidden(self.tokens, packed=PackedStep(self.positions, self.end, self.where, model.dtype))
-
-    @torch.no_grad()
-    def logps(self, model: Transformer, temperature: float) -> Tensor:
-        """(N,) fp32 log-probs of the tokens under `model`."""
-        return kernels.linear_logprob(self.hidden(model), model.head, self.targets, temperature)[self.pair]
-
-    def per_message(self, x: Tensor) -> Tensor:
-        """Sum tokens (N,) into their messages (M,)."""
-        return x.new_zeros(len(self.advantage)).index_add(0, self.message, x)
-
-
-class Prefix(NamedTuple):
-    """The start of a rollout that is there already."""
-
-    messages: list[Message]
-    next_agent: int | None = None  # whose turn comes next, where the router has said so
+from teamtr_min.tasks.task import Message, Problem
+from teamtr_min.team import Rendered, Team
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """P problems x G rollouts of one team; those of a problem stand together."""
+    """P problems x G rollouts of one team; those of a problem stand together. Never changed."""
 
-    team: Team
     problems: list[Problem]  # (R,) the problem of each rollout
     messages: list[list[Message]]  # (R,) lists of messages in turn order
     returns: Tensor  # (R,) fp32
     group_size: int
-    reused: list[int]  # (R,) how many of its first messages an earlier collection had sampled
-    seconds: float  # that collecting took
+    seconds: float = 0.0  # that collecting took; 0 where rollouts are used again
+    log_weights: Tensor | None = None  # (R,) log density ratio of the team as it now is [ours]; None: 0
+    reused: bool = False  # an earlier update trained on them
 
     @property
     def grouped_returns(self) -> Tensor:
         return self.returns.view(-1, self.group_size)  # (P, G)
+
+    @property
+    def grouped_weights(self) -> Tensor | None:
+        return None if self.weights is None else self.weights.view(-1, self.group_size)  # (P, G)
+
+    @functools.cached_property
+    def weights(self) -> Tensor | None:
+        """w_r = R rho_r / sum rho (R,), mean 1 [ours]; None where all are 1."""
+        if self.log_weights is None:
+            return None
+        return self.log_weights.double().softmax(0).float() * len(self.returns)
+
+    @property
+    def ess(self) -> float:
+        """Effective sample share (sum w)^2 / (R sum w^2), from 1/R to 1."""
+        return 1.0 if self.weights is None else 1 / self.weights.double().square().mean().item()
 
     @property
     def accuracy(self) -> float:
@@ -92,199 +61,191 @@ class Rollouts:
 
     @property
     def tokens_sampled(self) -> int:
-        return sum(len(m.tokens) for messages, k in zip(self.messages, self.reused) for m in messages[k:])
+        return 0 if self.reused else sum(len(m.tokens) for messages in self.messages for m in messages)
 
     @property
     def count_sampled(self) -> int:
-        """Rollouts that this collection sampled, at least in part."""
-        return sum(len(messages) > k for messages, k in zip(self.messages, self.reused))
+        return 0 if self.reused else len(self.messages)
 
     def by(self, agents: list[int]) -> list[Message]:
         return [m for messages in self.messages for m in messages if m.agent in agents]
 
-    def prefixes_before(self, agents: set[int]) -> list[Prefix]:
-        """Of each rollout what precedes the first message of any of `agents`: they had no part in it.
 
-        Nor in the router's choice of them, which stays: asked again at just these moments, a random router
-        would name them too rarely.
-        """
-        prefixes = []
-        for messages in self.messages:
-            turn = next((t for t, message in enumerate(messages) if message.agent in agents), None)
-            prefixes.append(
-                Prefix(messages) if turn is None else Prefix(messages[:turn], messages[turn].agent)
-            )
-        return prefixes
+@dataclass
+class AgentBatch:
+    """Rollouts as one agent trains on them; sums over the batches of an update make the whole.
 
-    def batches(self, agents: list[int], advantages: Tensor, batch_tokens: int) -> list[AgentBatch]:
-        """What each of `agents` trains on, given one advantage per rollout (R,).
+    A row holds a prefix tree of rollouts (packing.py), padded on the right. What rollouts share, such as the
+    problem, stands in it once. So does a token that several rollouts sampled in the same context: it is one
+    of the batch's `pairs` of context and token. The trainable tokens are one flat list of N, ascending in
+    `message`: the agent's sampled tokens, without contexts, padding, and end tokens of cut-off messages.
+    """
 
-        A batch has at most `batch_tokens` tokens, padding included, or one rollout. Problems without any
-        advantage have batches of their own: most of these need no gradient. Rollouts in which the agent took
-        no turn are left out. Of several ranks each gets the batches of its own share of the problems.
-        """
-        batches, size = [], self.group_size
-        problems = self.team.ranks.share(len(self.messages) // size)
-        own = range(problems.start * size, problems.stop * size)
-        pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
-        for j in agents:
-            seen = {
-                r: self.team.render(j, self.problems[r].text, self.messages[r], add_generation_prompt=False)
-                for r in own
-            }
-            model = self.team.agents[j].model
-            pairs_per_token = model.config.pairs_per_token
-            for pulling in (True, False):
-                # Nothing is predicted from a rollout's last token.
-                sequences = [
-                    (r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling
-                ]
-                trees = trees_of(sequences, batch_tokens, pairs_per_token)
-                for rows in batches_of(trees, batch_tokens, pairs_per_token, model.device):
-                    batches.append(self._batch(j, rows, seen, advantages))
-        return batches
+    model: Transformer  # the agent's
+    agent: int  # its number among those that step together
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64, in the rollout
+    end: Tensor | None  # (B, T) int64: where the descendants of a token end; None if no row branches
+    where: Tensor  # (pairs,) int64: position in the flattened (B * T) whose hidden state predicts the token
+    targets: Tensor  # (pairs,) int64: the token
+    pair: Tensor  # (N,) int64: pair of each sampled token
+    message: Tensor  # (N,) int64 in 0..M-1: message of each token
+    sampled_logp: Tensor  # (N,) fp32, the sampler's
+    advantage: Tensor  # (M,) fp32
+    weight: Tensor | None  # (M,) fp32, of its rollout; None: all 1
+    rollout: Tensor  # (M,) int64 in 0..R-1: the rollout that holds the message
+    turn: Tensor  # (M,) int64: the message's turn there
+    pulls: bool  # whether any advantage is not 0
+    total_weight: float  # sum of the messages' weights
+    old_logp: Tensor | None = field(default=None, init=False)  # (N,) log pi_old, from an update's first pass
 
-    def message_logps(self, agent: int, model: Transformer, batch_tokens: int) -> Tensor:
-        """(R, turns) log-probs of the messages of `agent` under `model`, 0 at others' turns."""
-        table = torch.zeros(len(self.messages), self.team.turns)
-        with model.in_step():
-            for batch in self.batches([agent], torch.zeros_like(self.returns), batch_tokens):
-                logps = batch.per_message(batch.logps(model, self.team.temperature))  # (M,)
-                table[batch.rollout, batch.turn] = logps.cpu()
-        self.team.ranks.sum([table])
-        return table
+    def hidden(self, model: Transformer) -> Tensor:
+        """(pairs, H): hidden states of `model` that predict the pairs' tokens."""
+        return model.hidden(self.tokens, packed=PackedStep(self.positions, self.end, self.where, model.dtype))
 
-    def _batch(
-        self, agent: int, rows: list[Tree], seen: dict[int, Rendered], advantages: Tensor
-    ) -> AgentBatch:
-        model = self.team.agents[agent].model
-        packed = pack(rows, model.device)
-        pair, message, sampled_logp, rollout, turns = [], [], [], [], []
-        pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
-        for r, path in packed.paths.items():
-            own = [(turn, m) for turn, m in enumerate(self.messages[r]) if m.agent == agent]
-            for (start, stop), (turn, m) in zip(seen[r].spans, own):
-                for t, token in zip(path[start - 1 : stop - 1], m.tokens):
-                    pair.append(pairs.setdefault((t, token), len(pairs)))
-                message += [len(rollout)] * len(m.tokens)
-                sampled_logp += m.logprobs
-                rollout.append(r)
-                turns.append(turn)
-        where, targets = zip(*pairs)
-        rollout = torch.tensor(rollout)
-        return AgentBatch(
-            model=model,
-            tokens=packed.tokens,
-            positions=packed.positions,
-            end=packed.end,
-            where=torch.tensor(where, device=model.device),
-            targets=torch.tensor(targets, device=model.device),
-            pair=torch.tensor(pair, device=model.device),
-            message=torch.tensor(message, device=model.device),
-            sampled_logp=torch.tensor(sampled_logp, device=model.device),
-            advantage=advantages[rollout].to(model.device),
-            rollout=rollout,
-            turn=torch.tensor(turns),
-        )
+    @property
+    def agents(self) -> Tensor:
+        """(M,) int64, the agent of each message."""
+        return torch.full_like(self.rollout, self.agent)
+
+    def per_message(self, x: Tensor) -> Tensor:
+        """Sum tokens (N,) into their messages (M,)."""
+        return x.new_zeros(len(self.advantage)).index_add(0, self.message, x)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one update.
+
+    `own` are those of this process. Processes with sharded weights make equally many passes through each
+    model: where one has fewer batches, the model itself stands for a pass without any.
+    """
+
+    own: list[AgentBatch | Transformer]
+    rollouts: int  # R
+    weight: list[float]  # (A,) total weight of each agent's messages, in all processes
+    messages: int  # in all processes
+    tokens: int  # N, in all processes
+    pulls: bool  # whether any advantage is not 0, in any process
+
+
+def agent_batches(
+    team: Team, rollouts: Rollouts, agents: list[int], advantages: Tensor, batch_tokens: int
+) -> Batches:
+    """The batches on which `agents` train, given one advantage per rollout (R,).
+
+    A batch has at most `batch_tokens` tokens, padding included, or one rollout. Problems without any
+    advantage have batches of their own: most of these need no gradient. Rollouts in which the agent took no
+    turn are left out. Each process gets the batches of its own share of the problems.
+    """
+    ranks, size = team.ranks, rollouts.group_size
+    share = ranks.share(len(rollouts.messages) // size)
+    pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
+    own, weights = [], []
+    for number, j in enumerate(agents):
+        model, batches = team.agents[j].model, []
+        seen = {
+            r: team.render(j, rollouts.problems[r], rollouts.messages[r], add_generation_prompt=False)
+            for r in range(share.start * size, share.stop * size)
+        }
+        cost = model.config.pairs_per_token
+        for pulling in (True, False):
+            # Nothing is predicted from a rollout's last token.
+            sequences = [(r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling]
+            trees = trees_of(sequences, batch_tokens, cost)
+            for rows in batches_of(trees, batch_tokens, cost, model.device):
+                batches.append(_batch(team, rollouts, (number, j), rows, seen, advantages))
+        weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
+        passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
+        own += batches + [model] * (passes - len(batches))
+    real = [batch for batch in own if isinstance(batch, AgentBatch)]
+    messages, tokens = sum(len(b.advantage) for b in real), sum(len(b.pair) for b in real)
+    pulled = ranks.any(any(batch.pulls for batch in real))
+    return Batches(own, len(rollouts.messages), weights, ranks.total(messages), ranks.total(tokens), pulled)
+
+
+def _batch(
+    team: Team,
+    rollouts: Rollouts,
+    agent: tuple[int, int],
+    rows: list[Tree],
+    seen: dict[int, Rendered],
+    advantages: Tensor,
+) -> AgentBatch:
+    number, j = agent
+    model = team.agents[j].model
+    packed = pack(rows, model.device)
+    pair, message, sampled_logp, rollout, turns = [], [], [], [], []
+    pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
+    for r, path in packed.paths.items():
+        own = [(turn, m) for turn, m in enumerate(rollouts.messages[r]) if m.agent == j]
+        for (start, stop), (turn, m) in zip(seen[r].spans, own):
+            for t, token in zip(path[start - 1 : stop - 1], m.tokens):
+                pair.append(pairs.setdefault((t, token), len(pairs)))
+            message += [len(rollout)] * len(m.tokens)
+            sampled_logp += m.logprobs
+            rollout.append(r)
+            turns.append(turn)
+    where, targets = zip(*pairs)
+    advantage = advantages[rollout]
+    weight = None if rollouts.weights is None else rollouts.weights[rollout]
+
+    def tensor(values) -> Tensor:
+        return torch.as_tensor(values, device=model.device)
+
+    return AgentBatch(
+        model=model,
+        agent=number,
+        tokens=packed.tokens,
+        positions=packed.positions,
+        end=packed.end,
+        where=tensor(where),
+        targets=tensor(targets),
+        pair=tensor(pair),
+        message=tensor(message),
+        sampled_logp=tensor(sampled_logp),
+        advantage=tensor(advantage),
+        weight=None if weight is None else tensor(weight),
+        rollout=tensor(rollout),
+        turn=tensor(turns),
+        pulls=bool(advantage.any()),
+        total_weight=float(len(rollout)) if weight is None else weight.double().sum().item(),
+    )
 
 
 def collect(
-    team: Team,
-    task,
-    problems: list[Problem],
-    group: int,
-    path: rng.RngPath,
-    prefixes: list[Prefix] | None = None,
-    label: str = "sampling",
-    compact: bool = False,
+    team: Team, problems: list[Problem], group: int, path: rng.RngPath, label: str = "sampling"
 ) -> Rollouts:
-    """Let the team as it now is work `group` times on every problem, and grade what came out.
+    """Let the team as it now is work `group` times on every problem, and grade the results.
 
-    Each draw is a function of the rng path, rollout, turn and position alone, so batching changes nothing.
-    `prefixes`: how each rollout begins, where that is kept (`--resample suffix`). `label` stands before the
-    bar on the terminal. `compact`: hold what was written in a tenth of the memory, to be looked at only.
-    Of several ranks each works on its share of the problems; then all have everything.
+    A draw is a function of the rng path, the rollout, the turn and the position alone, so batching changes
+    no law and, to rounding, no token. Several processes work on a share of the problems each; then all have
+    all rollouts. `label` names the phase on the terminal.
     """
     begin = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
-    prefixes = prefixes or [Prefix([])] * len(repeated)
-    messages: list[list[Message]] = []
-    returns: list[float] = []
-    reused = [len(prefix.messages) for prefix in prefixes]
     share = team.ranks.share(len(problems))
     start, stop = share.start * group, share.stop * group
-    expected = (stop - start) * team.turns - sum(reused[start:stop])
-    with SamplingBar(label, stop - start, expected) as bar:
-        most = team.ranks.largest_share(len(problems)) * group
-        # An agent with turns to come keeps its cache for these rollouts, and only then takes others.
-        at_once = team.batch_rows if team.caches_stay else max(most, 1)
-        for offset in range(0, most, at_once):
-            first = min(start + offset, stop)  # where other ranks have one batch more, there are no rows
-            rows = slice(first, min(first + at_once, stop))
-            written = _take_turns(team, repeated[rows], prefixes[rows], first, path, bar, compact)
-            for problem, row in zip(repeated[rows], written):  # arrays of compact messages as lists again
-                returns.append(float(task.grade(problem, [m.copy() for m in row] if compact else row)))
-            messages += written
-    if team.ranks.size > 1:
-        messages, returns = _gathered(team.ranks, messages, returns, compact)
-    returns = torch.tensor(returns)
-    if not returns.isfinite().all():
-        raise FloatingPointError("the task graded a rollout with NaN or infinity")
-    return Rollouts(team, repeated, messages, returns, group, reused, time.perf_counter() - begin)
+    most = max(team.ranks.gather(stop - start))
+    messages: list[list[Message]] = []
+    with tqdm(
+        total=(stop - start) * team.turns, desc=label, unit="message", delay=1, leave=False, disable=None
+    ) as bar:
+        for first in range(start, start + most, team.batch_rows):  # a process with fewer rows keeps company
+            rows = slice(min(first, stop), min(first + team.batch_rows, stop))
+            messages += team.take_turns(repeated[rows], path, rows.start, bar.update)
+    returns = [team.task.grade(problem, row) for problem, row in zip(repeated[start:stop], messages)]
+    messages, returns = _gathered(team.ranks, messages, returns)
+    return Rollouts(repeated, messages, torch.tensor(returns), group, time.perf_counter() - begin)
 
 
 def _gathered(
-    ranks: Ranks, messages: list[list[Message]], returns: list[float], compact: bool
+    ranks: Ranks, messages: list[list[Message]], returns: list[float]
 ) -> tuple[list[list[Message]], list[float]]:
-    """The messages and returns of all ranks' rollouts, in order, from those of this rank's."""
-    fields = [[[m.agent, [*m.tokens], m.text, [*m.logprobs], m.stopped] for m in row] for row in messages]
+    """The messages and returns of all processes' rollouts, in order, from those of this one."""
+    if ranks.size == 1:
+        return messages, returns
+    fields = [[[m.agent, m.tokens, m.text, m.logprobs, m.stopped] for m in row] for row in messages]
     parts = ranks.gather([fields, returns])
     rows = [[Message(*values) for values in row] for fields, _ in parts for row in fields]
-    if compact:
-        rows = [[m.compact() for m in row] for row in rows]
     return rows, [value for _, part in parts for value in part]
-
-
-def _take_turns(
-    team: Team,
-    problems: list[Problem],
-    prefixes: list[Prefix],
-    first: int,
-    path: rng.RngPath,
-    bar: SamplingBar,
-    compact: bool,
-) -> list[list[Message]]:
-    """All turns of some rollouts, the first of which is number `first` of the whole collection."""
-    transcripts = [list(prefix.messages) for prefix in prefixes]
-    samplers: dict[int, Sampler] = {}
-    for turn in range(team.turns):
-        turn_of = {}  # row -> agent
-        for r, (transcript, prefix) in enumerate(zip(transcripts, prefixes)):
-            if turn == len(prefix.messages) and prefix.next_agent is not None:
-                turn_of[r] = prefix.next_agent
-            elif turn == len(transcript):
-                turn_of[r] = team.route(turn, transcript, path.key("route", first + r, turn) / 2**64)
-        for j, agent in enumerate(team.agents):
-            rows = [r for r, chosen in turn_of.items() if chosen == j]
-            prompts = [
-                team.render(j, problems[r].text, transcripts[r], add_generation_prompt=True).ids for r in rows
-            ]
-            keys = [path.key("rollout", first + r, turn) for r in rows]
-            stop = [agent.chat.end_of_message]
-            with agent.model.in_step():
-                if not rows:
-                    continue
-                if j not in samplers:
-                    samplers[j] = Sampler(agent.model, len(problems), team.batch_rows)
-                bar.begin(len(rows), last_turn=turn + 1 == team.turns)
-                completions = samplers[j].generate(
-                    rows, prompts, keys, team.max_new_tokens, team.temperature, stop, bar.step
-                )
-            bar.end(sum(len(c.tokens) for c in completions))
-            texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in completions])
-            for r, c, text in zip(rows, completions, texts):
-                message = Message(j, c.tokens, text, c.logprobs, c.stopped)
-                transcripts[r].append(message.compact() if compact else message)
-            if team.writes_last(j, turn):
-                del samplers[j]  # the memory of its cache serves the next agent
-    return transcripts

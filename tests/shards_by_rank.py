@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import torch
+from teamtr_min.engine.shards import Shards
 from tiny import FAMILIES, random_model, random_tokens
 
 from teamtr_min.engine.distributed import ALONE, join
-from teamtr_min.engine.shards import Shards
 from teamtr_min.learner import Learner
 
 

@@ -316,6 +316,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.checkpointing = False  # keep each layer's input alone for the way back, compute the rest again
+        self.sharded = False
         self.shards = None  # `Shards` where the weights are spread over ranks
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

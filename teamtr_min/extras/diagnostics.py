@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
+from teamtr_min.engine.model import Transformer
 from teamtr_min.extras import certificate
 from teamtr_min.extras.certificate import GAMMA, before_turn, bootstrap
-from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.rollout import Rollouts, agent_batches, collect
 from teamtr_min.team import Team
 
 
@@ -30,10 +32,10 @@ class Diagnostics:
     before it. Its problems are not those that are trained on.
     """
 
-    def __init__(self, config: Config, task, team: Team, stage: int):
-        self.config, self.task, self.team, self.stage = config, task, team, stage
+    def __init__(self, config: Config, team: Team, stage: int):
+        self.config, self.team, self.stage = config, team, stage
         problems = rng.generator(config.seed, "diagnostics", stage)
-        self.problems = task.sample_problems(config.problems, problems)
+        self.problems = team.task.sample_problems(config.problems, problems)
         self.start = [agent.model.copy() for agent in team.agents]
         self.updated: list[int] = []
         self.first: Rollouts | None = None  # of team^0
@@ -42,7 +44,7 @@ class Diagnostics:
         """Call just before update number i of the stage, which moves `agents`."""
         path = rng.RngPath(self.config.seed, "diagnostics", self.stage, i)
         group = self.config.group
-        self.rollouts = collect(self.team, self.task, self.problems, group, path, label="diagnosing")
+        self.rollouts = collect(self.team, self.problems, group, path, label="diagnosing")
         self.first = self.first or self.rollouts
         self.agents = agents
         self.old = {j: self.team.agents[j].model.copy() for j in agents}
@@ -95,6 +97,18 @@ class Diagnostics:
             len(rollouts.messages), self.team.turns, dtype=torch.double
         )  # exp never overflows
         for j, model in old.items():
-            table += rollouts.message_logps(j, self.team.agents[j].model, self.config.batch_tokens)
-            table -= rollouts.message_logps(j, model, self.config.batch_tokens)
+            table += message_logps(self.team, rollouts, j, self.team.agents[j].model, self.config)
+            table -= message_logps(self.team, rollouts, j, model, self.config)
         return table
+
+
+@torch.no_grad()
+def message_logps(team: Team, rollouts: Rollouts, j: int, model: Transformer, config: Config) -> Tensor:
+    """(R, turns) log-probs of the messages of agent j under `model`, 0 at others' turns."""
+    table = torch.zeros(len(rollouts.messages), team.turns)
+    none = torch.zeros_like(rollouts.returns)
+    for batch in agent_batches(team, rollouts, [j], none, config.batch_tokens).own:
+        logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
+        table[batch.rollout.cpu(), batch.turn.cpu()] = batch.per_message(logp[batch.pair]).cpu()
+    team.ranks.sum([table])
+    return table

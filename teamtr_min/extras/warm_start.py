@@ -13,9 +13,10 @@ import torch
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
+from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError, plain_file
-from teamtr_min.learner import Diverged, Learner
-from teamtr_min.rollout import AgentBatch, Rollouts
+from teamtr_min.learner import Diverged, Learner, keep_company
+from teamtr_min.rollout import Batches, Rollouts, agent_batches
 from teamtr_min.tasks import Demonstration, Problem, Task
 from teamtr_min.team import Message, Team
 
@@ -25,38 +26,47 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
     if not config.warm_start:
         return
     source = Demonstrations(config, task)
-    for step in run.warm_start_steps():
+    run.evaluate("untrained")
+    for step in range(run.warm_steps_done, config.warm_start):
         lr = config.warm_start_lr * (1 - step / config.warm_start)
         shown = as_rollouts(team, source.draw(config.problems, step))
         for learner in learners:
             begin = time.perf_counter()
-            batches = shown.batches(learner.agents, torch.zeros(len(shown.returns)), config.batch_tokens)
-            line = imitate(learner, batches, lr) if team.ranks.any(bool(batches)) else {"tokens": 0}
+            batches = agent_batches(
+                team, shown, learner.agents, torch.zeros(len(shown.returns)), config.batch_tokens
+            )
+            line = imitate(learner, batches, lr) if batches.messages else {"tokens": 0}
             seconds = time.perf_counter() - begin
-            run.record_warm_start({"step": step, "agents": learner.agents, "lr": lr, **line}, seconds)
+            run.log_warm_start({"step": step, "agents": learner.agents, "lr": lr, **line}, seconds)
 
 
-def imitate(learner: Learner, batches: list[AgentBatch], lr: float) -> dict[str, float]:
-    """One step on the mean of -log p over all trainable tokens of the batches of all ranks.
+def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
+    """One step on the mean of -log p over all trainable tokens.
 
     Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the count of `tokens`.
-    Raises Diverged when one is not finite; the weights are those from before then.
+    An error, Diverged or Ctrl-C included, leaves the weights of before.
     """
-    tokens, loss = learner.ranks.total(sum(len(batch.pair) for batch in batches)), 0.0
+    loss = 0.0
     learner.onload()
+    before = learner.snapshot()
     try:
-        with learner.models[0].in_step(grad=True):
-            for batch in batches:
-                hidden = batch.hidden(batch.model)  # (pairs, H)
-                logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
-                part = -logp.sum() / tokens
-                part.backward()
-                learner.add_gradients()
-                loss += part.item()
+        for batch in batches.own:
+            if isinstance(batch, Transformer):
+                keep_company(batch, backward=True)
+                continue
+            hidden = batch.hidden(batch.model)  # (pairs, H)
+            logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
+            part = -logp.sum() / batches.tokens
+            part.backward()
+            learner.add_gradients()
+            loss += part.item()
         loss = learner.ranks.total(loss)
         if not loss < float("inf"):
             raise Diverged(f"the loss of the warm start is {loss}")
-        return {"loss": loss, "grad_norm": learner.step(lr), "tokens": tokens}
+        return {"loss": loss, "grad_norm": learner.step(lr), "tokens": batches.tokens}
+    except BaseException:
+        learner.restore(before)
+        raise
     finally:
         learner.offload()
 
@@ -127,4 +137,4 @@ def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:
         transcripts.append(messages)
     count = len(transcripts)
     problems = [shown.problem for shown in demonstrations]
-    return Rollouts(team, problems, transcripts, torch.ones(count), 1, [0] * count, 0.0)
+    return Rollouts(problems, transcripts, torch.ones(count), 1)

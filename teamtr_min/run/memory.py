@@ -13,7 +13,7 @@ The formulas are upper bounds; docs/models.md holds them against measured peaks.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,13 @@ from teamtr_min.engine.model import ModelConfig
 from teamtr_min.engine.packing import LONGEST_TREE
 from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
-from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.weights import find_model, read_config
+from teamtr_min.run.loading import placement
 from teamtr_min.run.shapes import layer_parameters, layer_work, parameters, token_bytes
 from teamtr_min.run.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
 from teamtr_min.tasks import Problem
-from teamtr_min.team import ChatFormat, Team, longest_transcript, placement
+from teamtr_min.team import Team
 
 LEFT_FREE = 0.1  # of what is free: for other programs, and for what the formulas do not know
 # malloc keeps freed blocks for later, and blocks of unequal length seldom fit again.
@@ -66,6 +67,7 @@ class Plan:
     tokens: int = 0  # of one training forward; 0: nothing is trained
     update: int = 0  # gradients, the points to go back to, activations
     checkpointing: bool = False
+    offload: bool = False
     disk: int = 0  # for checkpoints and agents
     disk_free: int = 0
 
@@ -115,7 +117,7 @@ def plan_training(config: Config, task, ranks: Ranks = ALONE, beside: Sequence =
         refuse_host(needs.host())
     disk, free = needs.disk(), free_disk(Path(config.resume or config.out or "runs"))
     if disk > free:
-        helps = "a lower --keep, or --out on another disk" if config.keep > 1 else "--out on another disk"
+        helps = "a lower --keep, or --out on another disk" if 2 > 1 else "--out on another disk"
         raise UserError(
             f"checkpoints and agents will take {size(disk)} of disk and {size(free)} are free: "
             + ("make room" if config.resume else f"{helps}, would help")
@@ -127,11 +129,11 @@ def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
     """What fits, of at most `most_rows` rollouts to sample at once; or the least there is if nothing does."""
     config, longest = needs.config, needs.longest
     cuda = needs.device.type == "cuda"
-    moved = [needs.updating(agents) for agents in config.update_groups]
+    moved = [needs.updating(agents) for agents in groups_of(config)]
     weights = needs.weights
     if config.diagnostics:  # the team as it was at the stage's start, and the agent before its update
         weights += needs.width * (sum(needs.counts) + max(moved))
-    states = (max if cuda else sum)(map(needs.states, config.update_groups))
+    states = (max if cuda else sum)(map(needs.states, groups_of(config)))
     room = needs.budget - needs.base - weights - states
     rows = choose(config.batch_rows, Team.batch_rows, most_rows, needs.sampling, room)
     cap = MOST_TOKENS_CUDA if cuda and not config.shipped else MOST_TOKENS
@@ -139,7 +141,7 @@ def fit_training(needs: "Needs", most_rows: int) -> tuple[Config, Plan]:
 
     def update(tokens: int, checkpointing: bool) -> int:
         tokens = max(tokens, longest)  # a row is never cut
-        return max(needs.update(agents, tokens, checkpointing) for agents in config.update_groups)
+        return max(needs.update(agents, tokens, checkpointing) for agents in groups_of(config))
 
     for checkpointing in (False, True):
         takes = functools.partial(update, checkpointing=checkpointing)
@@ -213,7 +215,7 @@ class Needs:
     @property
     def parts(self) -> int:
         """Ranks that every tensor is spread over."""
-        return self.ranks.size if self.config.shard else 1
+        return self.ranks.size if False else 1
 
     def gathered(self, m: ModelConfig, width: int) -> int:
         """Where weights are spread: bytes, `width` a number, of the layer in use, of the next, and of what
@@ -288,27 +290,33 @@ class Needs:
             row = min(tokens, max(LONGEST_TREE, self.longest))
             token = token_bytes(m, self.width, checkpointing, lora=bool(self.config.lora_rank))
             activations = tokens * (token + row * (self.width + 3))
+            old = 0
+            if False:  # the old policy's final states and head
+                problems = self.ranks.largest_share(self.config.problems)
+                trained = problems * self.config.group * self.config.rounds
+                states = min(trained * self.config.max_new_tokens, trained * self.longest)
+                old = (states + m.vocab_size) * m.hidden_size * self.width
             gathered = self.gathered(m, 2 * self.width + 4)  # with gradients, and these in fp32 to be summed
-            work = max(work, head + chunk + activations + gathered + self._head_in_fp32(m))
+            work = max(work, head + chunk + activations + old + gathered + self._head_in_fp32(m))
         return math.floor(self.points(agents) + work * FRAGMENTATION)
 
     def host(self) -> int:
         """On CUDA, bytes of host memory: optimizers that wait, of all ranks on this machine, and the copy of
         one while it is written."""
-        waiting = 4 * sum(self.counts) + 8 * sum(map(self.owned, self.config.update_groups))
+        waiting = 4 * sum(self.counts) + 8 * sum(map(self.owned, groups_of(self.config)))
         if self.parts > 1:  # a model is whole in host memory while it is loaded, one after the other
             waiting = 4 * max(self.counts) + self.states(list(range(len(self.counts))))
-        written = 12 * max(map(self.updating, self.config.update_groups))
+        written = 12 * max(map(self.updating, groups_of(self.config)))
         return self.ranks.on_this_machine * waiting + written
 
     def disk(self) -> int:
         """Masters and moments of every agent, `keep` times and once more while they are written, or as often
         as the run writes them; the agents, which a run that goes on replaces; less what that one has."""
         n, c = sum(self.counts), self.config
-        checkpoints = c.keep + 1  # a long warm start writes some of its own
+        checkpoints = 2 + 1  # a long warm start writes some of its own
         if not c.warm_start:
             checkpoints = min(checkpoints, -(-c.stages // c.checkpoint_every))
-        need = (4 if c.weights_only else 12) * n * checkpoints + (1 + bool(c.resume)) * self.width * n
+        need = (4 if False else 12) * n * checkpoints + (1 + bool(c.resume)) * self.width * n
         if self.config.resume:
             need -= sum(f.stat().st_size for f in Path(self.config.resume).rglob("*.safetensors"))
         return max(need, 0)
@@ -341,7 +349,7 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
         longest_transcript(config, views, (p.text for p in problems)), *(m.max_positions for m in models)
     )
     weights = dtype.itemsize * (sum(counts) + sum(shared.values()))
-    if config.shard and ranks.size > 1:
+    if False and ranks.size > 1:
         weights = 4 * -(-sum(counts) // ranks.size)
     reset_peak(device)
     used = in_use(device)
@@ -350,6 +358,10 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     free //= 1 if device.type == "cuda" else ranks.on_this_machine
     budget = limit_from_environment() or used + free
     return Needs(config, device, dtype.itemsize, models, counts, weights, longest, base, budget, ranks)
+
+
+def groups_of(config):
+    return [[*range(config.agents)]] if config.occupancy == "joint" else [[j] for j in range(config.agents)]
 
 
 def refuse(plan: Plan, config: Config) -> None:
@@ -384,3 +396,30 @@ def refuse_host(need: int) -> None:
             f"the optimizers that wait in host memory need {size(need)} and {size(free)} are free: "
             "fewer --agents or a smaller --model would help"
         )
+
+
+def longest_transcript(config: Config, views: list[tuple], problems: Iterable[str]) -> int:
+    """Tokens of the longest transcript that any agent can see; `views`: chat format and role of each.
+
+    A teammate's message in another tokenizer is counted as long as in its own.
+    """
+    texts = sorted(set(problems), key=len)[-64:]  # tokens go with characters
+    longest = 0
+    for chat, role in views:
+        opening = max(len(chat.opening(role.system, text)) for text in texts)
+        own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
+        names = max(len(chat.encode(writer.name + ":\n")) for _, writer in views)
+        others = len(chat.user_header) + names + len(chat.user_footer)
+        longest = max(longest, opening + config.turns * (config.max_new_tokens + max(own, others)))
+    return longest
+
+
+def halving(work: Callable, size: int):
+    """work(size), and with half the size again while memory runs out."""
+    while True:
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if size <= 1:
+                raise
+            size //= 2

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from teamtr_min.config import Config
@@ -67,29 +66,23 @@ class Run:
             raise
         return self
 
-    def warm_start_steps(self) -> Iterator[int]:
-        """The steps of the warm start that are still to be done, after a first evaluation."""
-        if self.accuracy_untrained is None:
-            self.accuracy_untrained = self._evaluate(0, "untrained")
-            self.console.say(f"untrained     held-out accuracy {self.accuracy_untrained:.3f}")
-        saved = time.perf_counter()
-        for step in range(self.done, self.config.warm_start):
-            yield step
-            last = step + 1 == self.config.warm_start
-            due = time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS
-            if last or self.team.ranks.agree(due):
-                self._checkpoint(step + 1)
-                saved = time.perf_counter()
+    @property
+    def warm_steps_done(self) -> int:
+        return self.done
 
-    def stages(self) -> Iterator[int]:
-        """The stages that are still to be done, between the first evaluation and the last."""
-        if self.accuracy_start is None:
-            self.accuracy_start = self._evaluate(0)
-            self.console.say(f"start         held-out accuracy {self.accuracy_start:.3f}")
-        yield from range(max(self.done - self.config.warm_start, 0), self.config.stages)
-        self.accuracy_final = self._evaluate(self.config.stages)
+    @property
+    def stages_done(self) -> int:
+        return max(self.done - self.config.warm_start, 0)
 
-    def record_warm_start(self, line: dict, seconds: float) -> None:
+    def evaluate(self, name: str) -> None:
+        attribute = f"accuracy_{name}"
+        if getattr(self, attribute) is None:
+            at = self.config.stages if name == "final" else 0
+            setattr(self, attribute, self._evaluate(at, *(["untrained"] if name == "untrained" else [])))
+            if name != "final":
+                self.console.say(f"{name:14s}held-out accuracy {getattr(self, attribute):.3f}")
+
+    def log_warm_start(self, line: dict, seconds: float) -> None:
         """Log one step of one learner."""
         self._append("metrics.jsonl", [{"kind": "warm_start", **line, "seconds": seconds}])
         self.warm_start["tokens_warm_start"] += line["tokens"]
@@ -98,7 +91,7 @@ class Run:
             1, f"warm start, loss {line.get('loss', 0):.3f}, {line['tokens'] / seconds:,.0f} tokens/s"
         )
 
-    def record(
+    def log_update(
         self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, seconds: float, **more
     ) -> None:
         """Log update number i of a stage, which took `seconds`; `more` goes into its line as it is."""
@@ -147,7 +140,7 @@ class Run:
             return
         stopped = "interrupted" if isinstance(reason, KeyboardInterrupt) else reason and str(reason)
         try:
-            if not (self.team.sharded and reason):  # else ranks that are no more would be waited for
+            if not (self.team.ranks.size > 1 and reason):  # else ranks that are no more would be waited for
                 self.team.save(self.directory / "agents")
             self.summary = {
                 "accuracy_untrained": self.accuracy_untrained,
@@ -189,14 +182,12 @@ class Run:
             "warm_start": self.warm_start,
             "seconds": time.perf_counter() - self.begin,
         }
-        checkpoint.save(
-            self.directory, done, self.learners, log, self.config.keep, not self.config.weights_only
-        )
+        checkpoint.save(self.directory, done, self.learners, log, 2)
 
     def _evaluate(self, stages_done: int, split: str = "held-out") -> float:
         """Accuracy on the held-out problems, one rollout each."""
         path = rng.RngPath(self.config.seed, "held-out", stages_done)
-        rollouts = collect(self.team, self.task, self.held_out, 1, path, label="evaluating", compact=True)
+        rollouts = collect(self.team, self.held_out, 1, path, label="evaluating")
         self.evaluation["rollouts_evaluation"] += rollouts.count_sampled
         self.evaluation["tokens_sampled_evaluation"] += rollouts.tokens_sampled
         self.evaluation["seconds_evaluation"] += rollouts.seconds
@@ -270,13 +261,11 @@ class Follower(Run):
 
     def __exit__(self, kind, reason: BaseException | None, trace) -> None:
         self.console.close()
-        if self.team.sharded and not reason:
+        if self.team.ranks.size > 1 and not reason:
             self.team.save(self.directory / "agents")
 
     def _checkpoint(self, done: int) -> None:
-        checkpoint.save(
-            self.directory, done, self.learners, {}, self.config.keep, not self.config.weights_only
-        )
+        checkpoint.save(self.directory, done, self.learners, {}, 2)
 
     def _append(self, name: str, lines: list[dict]) -> None:
         pass

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from numpy.random import Generator
 class Role:
     name: str
     system: str
+    tool: Callable | None = None  # (problem, messages) -> text, for an agent that is no language model
 
 
 @dataclass(frozen=True)

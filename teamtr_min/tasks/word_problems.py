@@ -23,7 +23,7 @@ class WordProblems:
     """
 
     def __init__(self, config: Config):
-        self.fields = config.question_field, config.answer_field
+        self.fields = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
         self.grader = grader()
         if not config.data:
@@ -46,14 +46,7 @@ class WordProblems:
             self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
 
     def roles(self, agents: int) -> list[Role]:
-        """A solver, checkers, and a finisher who gives the answer."""
-        team = "of a team that solves a maths problem together."
-        final = "End with the final answer in \\boxed{}."
-        first = f"You are the first {team} Work it out step by step. {final}"
-        check = f"You are one {team} Check the work so far; correct it. {final}"
-        last = f"You are the last {team} Decide what is right. {final}"
-        systems = [first] + [check] * (agents - 2) + [last] * (agents > 1)
-        return [Role(f"Agent {j + 1}", system) for j, system in enumerate(systems)]
+        return solver_roles(agents)
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
@@ -72,6 +65,17 @@ class WordProblems:
         """The team's answer, such that equal ones are equal texts."""
         stated = extract_answer(last_statement(messages))
         return None if stated is None else canonical(stated)
+
+
+def solver_roles(agents: int) -> list[Role]:
+    """A solver, checkers, and a finisher who gives the answer."""
+    team = "of a team that solves a maths problem together."
+    final = "End with the final answer in \\boxed{}."
+    first = f"You are the first {team} Work it out step by step. {final}"
+    check = f"You are one {team} Check the work so far; correct it. {final}"
+    last = f"You are the last {team} Decide what is right. {final}"
+    systems = [first] + [check] * (agents - 2) + [last] * (agents > 1)
+    return [Role(f"Agent {j + 1}", system) for j, system in enumerate(systems)]
 
 
 def last_statement(messages: list[Message]) -> str:

@@ -1,0 +1,145 @@
+"""Models and roles -> a Team: from a Config, from the directory of a run, or from a list of models."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import kernels
+from teamtr_min.config import Config
+from teamtr_min.engine.distributed import ALONE, Ranks, shard
+from teamtr_min.engine.lora import load_models
+from teamtr_min.engine.sampler import Sampler
+from teamtr_min.files import UserError
+from teamtr_min.hf.chat import ChatFormat, load_tokenizer
+from teamtr_min.hf.weights import DTYPES, find_model
+from teamtr_min.tasks import extract_answer, load_task
+from teamtr_min.tasks.task import Message, Role, Task
+from teamtr_min.tasks.word_problems import last_statement, solver_roles
+from teamtr_min.team import Agent, Team, load_router
+
+
+class Questions:
+    """The task of a team that only answers questions: roles, and where its answer stands."""
+
+    def __init__(self, roles: list[Role]):
+        self.given = roles
+
+    def roles(self, agents: int) -> list[Role]:
+        return self.given
+
+    def answer(self, messages: list[Message]) -> str | None:
+        return extract_answer(last_statement(messages))
+
+
+def load_team(
+    source: str | Path | Sequence[str | Path],
+    roles: Sequence[Role | dict | str] | None = None,
+    **knobs,
+) -> Team:
+    """A team to talk to: of a run (its directory), or of a list of model directories, one per agent.
+
+    `roles`: a Role, {"name", "system"} or system prompt per agent (default: those of the run's task, or a
+    solver, checkers and a finisher). `knobs` are Config's, such as device, dtype, temperature, rounds.
+    """
+    if isinstance(source, str | Path):
+        config = Config.load(Path(source) / "config.json", **knobs)
+        task = load_task(config)
+        sources = [Path(source) / "agents" / str(j) for j in range(config.agents)]
+    else:
+        sources = list(source)
+        config = Config(**{"agents": len(sources), "task": "jsonl", "model": str(sources[0])} | knobs)
+        task = Questions(solver_roles(len(sources)))
+    if roles is not None:
+        task.roles = lambda agents: [as_role(j, role) for j, role in enumerate(roles)]
+    return build_team(config, task, sources=sources)
+
+
+def as_role(j: int, given: Role | dict | str) -> Role:
+    if isinstance(given, str):
+        return Role(f"Agent {j + 1}", given)
+    return Role(**given) if isinstance(given, dict) else given
+
+
+def roles_of(config: Config, task: Task) -> list[Role]:
+    """One role per agent: the task's, or those of the file that --roles names. Raises UserError."""
+    roles = task.roles(config.agents)
+    if config.roles:
+        try:
+            roles = [
+                as_role(j, role) for j, role in enumerate(json.loads(Path(config.roles).read_text("utf-8")))
+            ]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f'--roles {config.roles}: not a JSON list of {{"name", "system"}}: {error}'
+            ) from None
+    if len(roles) != config.agents:
+        raise UserError(f"{config.roles or config.task} has {len(roles)} roles for {config.agents} agents")
+    return roles
+
+
+def build_team(
+    config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence[str | Path] | None = None
+) -> Team:
+    """Load a model, or adapter, per agent; `sources` replace `config.model_of_each`. Raises UserError."""
+    device, dtype = placement(config)
+    roles = roles_of(config, task)
+    sources = sources or config.model_of_each
+    speakers = [j for j, role in enumerate(roles) if role.tool is None]
+    chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(sources[j]) for j in speakers}}
+    agents = [Agent(role) for role in roles]
+    to = ("cpu", torch.float32) if ranks.size > 1 else (device, dtype)
+    loaded = load_models(
+        [sources[j] for j in speakers], *to, config.lora_rank, 2.0 * config.lora_rank, config.seed
+    )
+    for j, (model, adapter) in zip(speakers, loaded):
+        chat = chats[find_model(sources[j])]
+        if config.max_new_tokens >= model.config.max_positions:
+            raise UserError(
+                f"--max-new-tokens {config.max_new_tokens} leaves no room in "
+                f"the {model.config.max_positions} positions of {sources[j]}"
+            )
+        if chat.tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{sources[j]}: the tokenizer has {chat.tokenizer.vocab_size} tokens, "
+                f"but the model only {model.config.vocab_size}"
+            )
+        if ranks.size > 1:
+            shard(model, ranks, device, dtype)
+        agents[j] = Agent(roles[j], model, chat.tokenizer, chat, adapter, KeptSampler(model))
+    rows = config.batch_rows or Team.batch_rows
+    router = load_router(config.router)
+    return Team(agents, task, router, config.rounds, config.temperature, config.max_new_tokens, rows, ranks)
+
+
+def placement(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Device and compute dtype; auto: a GPU and bf16 where there are. Raises UserError."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        kernels.use_triton(torch.empty(0, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device, DTYPES[
+        config.dtype
+    ] if config.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
+
+
+class KeptSampler:
+    def __init__(self, model):
+        self.model, self.inner = model, None
+
+    def start(self, rows):
+        self.inner = Sampler(self.model, rows)
+
+    def generate(self, rows, prompts, keys, most, temperature, stop_ids, progress):
+        done = self.inner.generate(rows, prompts, keys, most, temperature, list(stop_ids))
+        progress(len(rows))
+        return done
+
+    def finish(self):
+        self.inner = None
