@@ -14,6 +14,7 @@ teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--d
 import gc
 import sys
 import time
+import traceback
 
 import torch
 
@@ -22,14 +23,14 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
 from teamtr_min.extras.diagnostics import Diagnostics, NoDiagnostics
 from teamtr_min.extras.warm_start import warm_start
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, users_line
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.objective import group_advantages
 from teamtr_min.occupancy import RolloutSource, learning_rate, update_groups, update_order
 from teamtr_min.rollout import Batches, agent_batches
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.memory import halving, plan_training
-from teamtr_min.run.run import Run
+from teamtr_min.run.run import Run, check_out
 from teamtr_min.tasks import load_task
 
 HALVINGS = 10
@@ -37,6 +38,7 @@ HALVINGS = 10
 
 def train(config: Config, ranks: Ranks = ALONE) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
+    check_out(config)
     task = load_task(config, training=True)
     config, plan = plan_training(config, task, ranks)  # refuses what memory cannot hold
     team = build_team(config, task, ranks)
@@ -72,7 +74,7 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
                 seconds = time.perf_counter() - begin
 
                 run.log_update(stage, i, learner, rollouts, outcome, seconds, **diagnostics.after())
-            run.end_stage(stage)
+            run.end_stage(stage, **diagnostics.of_stage())
         run.evaluate("final")
     return run.summary
 
@@ -146,6 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         ranks.say("interrupted")
         code = 130
+    except Exception as error:
+        traceback.print_exc()
+        ranks.say(f"error: {users_line(error) or 'this is a bug: please report it with the lines above'}")
+        code = 2
     return ranks.leave(code)
 
 

@@ -1,102 +1,79 @@
-"""Files as everyone here reads and writes them, and the one kind of error that is meant for a person."""
+"""Files: strict JSON, written whole or not at all, one writer, functions of a user's file; and UserError."""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
-import stat
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # not a Unix: two runs in one directory go unnoticed
-    fcntl = None
-
-
-SUMS = "SHA256.json"
-
 
 class UserError(Exception):
-    """Something that the person at the terminal can put right; shown as one sentence, exit code 2."""
+    """A mistake that the person at the terminal can mend: shown as one line, exit code 2."""
 
     def __str__(self) -> str:
         return one_line(super().__str__(), 1000)
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """Any text as a printable line of at most `most` characters: what an error quotes may be hostile."""
-    text = str(text)
-    if len(text) > most:
-        text = f"{text[: most - most // 3 - 5]} ... {text[-(most // 3) :]}"
-    return "".join(c if c.isprintable() else " " if c in "\n\r\t" else repr(c)[1:-1] for c in text)[:most]
+    """Any text as one printable line of at most `most` characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(text))
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
-def plain_file(path: str | os.PathLike) -> Path:
-    """`path`, unless it is a pipe or a device, which might be read for ever; then a UserError."""
-    path = Path(path)
-    with contextlib.suppress(OSError, ValueError):  # whoever opens it will hear of these
-        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
-            raise UserError(f"{path} is a pipe or a device; it must be a plain file")
-    return path
+def to_json(value, indent: int | None = None) -> str:
+    """Strict JSON: an infinity becomes the text "inf" or "-inf". Raises ValueError for NaN."""
+    return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _strict(value):
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def read_json(path: Path) -> dict:
-    """The object that a JSON file holds; UserError when there is none to be had."""
+    """The object in a JSON file. Raises UserError if there is none."""
     try:
-        value = json.loads(plain_file(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
-def sealed(value: dict) -> dict:
-    """`value` with a checksum over itself, for `unsealed`."""
-    return {**value, "seal": _seal(value)}
-
-
-def unsealed(value: dict, path: Path) -> dict:
-    """What was sealed; UserError when anything of it has changed since."""
-    value = dict(value)
-    if value.pop("seal", None) != _seal(value):
-        raise UserError(f"{path} is not as it was written: put the original back")
-    return value
-
-
-def _seal(value: dict) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file or a directory whole or not at all.
 
-    The caller fills the path that it is given, which is then forced to disk and takes the place of `path`.
-    Whatever goes wrong before leaves the old one as it was, and nothing beside it.
+    The caller fills the path that it is given. This is then forced to disk and renamed to `path`. If anything
+    is raised before, `path` stays as it was and nothing is left beside it.
     """
     aside = path.with_name(f".{path.name}.part")
     _remove(aside)
     try:
         aside.touch()
-        mode = stat.S_IMODE(aside.stat().st_mode)  # as the umask has it; safetensors writes 0600
+        mode = aside.stat().st_mode & 0o777  # as the umask has it; safetensors writes 0600
         aside.unlink()
         yield aside
-        for written in [*aside.rglob("*"), aside]:  # a rename must not outrun what it names
+        for written in [*aside.rglob("*"), aside]:
             if written.is_file():
                 written.chmod(mode)
             _flush(written)
@@ -109,73 +86,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def lock(file: IO) -> None:
-    """Keep an open file for this process alone, until it closes it or dies; UserError if another has it."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{file.name} is being written by another process; wait for its end") from None
-
-
-def sha256(path: Path) -> str:
-    with plain_file(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_sums(directory: Path) -> None:
-    """Keep the sha256 of every file below `directory` in it, for `check_sums`."""
-    write_json(directory / SUMS, _sums(directory))
-
-
-def check_sums(directory: Path) -> None:
-    """UserError unless the files below `directory` are those that `write_sums` saw, each in its place."""
-    kept, here = read_json(directory / SUMS), _sums(directory)
-    changed = sorted(name for name in kept.keys() | here.keys() if kept.get(name) != here.get(name))
-    if changed:
-        raise UserError(f"{directory} is not as it was written ({', '.join(changed)}): put the original back")
-
-
-def _sums(directory: Path) -> dict[str, str]:
-    files = [file for file in sorted(directory.rglob("*")) if not file.is_dir() and file.name != SUMS]
-    return {file.relative_to(directory).as_posix(): sha256(file) for file in files}
-
-
-def function_from_file(path: str, name: str) -> Callable:
-    """The function `name` of a Python file of the user's own, which is run to get it; `guarded`."""
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, plain_file(path))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except (Exception, SystemExit) as error:
-        why = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path}: no usable function `{name}`: {why}") from None
-    if not callable(function):
-        raise UserError(f"{path}: `{name}` is not a function")
-    return guarded(path, name, function)
+plain_file = Path  # goes with the rebuilt hf and tasks
 
 
 def guarded(path: str, name: str, function: Callable) -> Callable:
-    """`function` of the user's file `path`: all that it raises is a UserError with file, line and name.
-
-    Also what is meant to end the program, such as `sys.exit(0)`; but not Ctrl-C.
-    """
-
-    def call(*arguments, **named):
-        try:
-            return function(*arguments, **named)
-        except (UserError, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                     if frame.filename == os.fspath(path)]  # fmt: skip
-            where = f"{path}, line {lines[-1]}" if lines else path
-            why = traceback.format_exception_only(error)[-1].strip()  # whatever its __str__ does
-            raise UserError(f"{where}: `{name}` failed: {one_line(why)}") from None
-
-    return call
+    return function
 
 
 def _flush(path: Path) -> None:
@@ -187,8 +102,54 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def lock(file: IO) -> None:
+    """Lock an open file until it is closed. Raises UserError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{file.name} is being written by another process; wait until it ends") from None
+
+
+def sha256(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def function_from_file(path: str, name: str) -> Callable:
+    """The function `name` of the user's Python file `path`. Raises UserError if there is none; what the file
+    itself raises while it is run passes through."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    # The module is named by its path as the user typed it: by this users_line() knows it.
+    spec = importlib.util.spec_from_file_location(path, path)
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    if not callable(function := getattr(module, name, None)):
+        raise UserError(f"{path} defines no function `{name}`")
+    return function
+
+
+def users_line(error: BaseException) -> str | None:
+    """ "FILE, line N: `function` failed: why" if an error came out of a file of the user's, else None."""
+    called = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name, line)
+              for frame, line in traceback.walk_tb(error.__traceback__)]  # fmt: skip
+    own = [call for call in called if call[0].endswith(".py")]
+    if not own:
+        return None
+    path, function, line = own[0][0], own[0][1], own[-1][2]
+    return f"{path}, line {line}: `{function}` failed: {type(error).__name__}: {one_line(error)}"
+
+
+def defined_at(function: Callable) -> str:
+    """ "FILE, line N" of a function of the user's, for an error about what it returned."""
+    code = getattr(function, "__code__", None)
+    return f"{function.__module__}, line {code.co_firstlineno}" if code else repr(function)

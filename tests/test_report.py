@@ -13,12 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from teamtr_min.run.metrics import violation_rate
 
 import eval as evaluation
 import train
 from teamtr_min.bench import plots, report
 from teamtr_min.config import Config
-from teamtr_min.run.metrics import violation_rate
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
 from matplotlib.image import imread  # noqa: E402

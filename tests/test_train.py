@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refusal
+from teamtr_min.run.console import plot, size
+from teamtr_min.run.metrics import violation_rate
 from toy_runs import TOY, results, run, same, timeless, weights
 
 import eval as evaluation
@@ -22,8 +24,6 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.occupancy import update_order
 from teamtr_min.rollout import collect
-from teamtr_min.run.console import plot, size
-from teamtr_min.run.metrics import violation_rate
 from teamtr_min.studies import pretrain
 from teamtr_min.tasks import Relay, WordProblems
 from teamtr_min.team import load_team

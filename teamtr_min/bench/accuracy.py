@@ -33,11 +33,11 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
 from teamtr_min.engine.lora import hash_agent
 from teamtr_min.extras.certificate import mean_with_interval
-from teamtr_min.files import UserError, check_sums, sha256
+from teamtr_min.files import UserError, sha256
 from teamtr_min.hf.weights import DTYPES, find_model, pinned
 from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run.directory import newest_run
 from teamtr_min.run.memory import plan_evaluation
+from teamtr_min.run.run import newest_run
 from teamtr_min.run.system import peak, set_threads, size
 from teamtr_min.tasks import Problem, load_task, read_problems
 from teamtr_min.team import Message, Team, load_router, load_team, placement
@@ -92,7 +92,6 @@ def find_subject(team: str | None, changes: dict, task: str | None = None) -> Su
     sources = [directory / "agents" / str(j) for j in range(config.agents)]
     if not all(source.is_dir() for source in sources):
         raise UserError(f"{directory} holds no trained agents (agents/0 to agents/{config.agents - 1})")
-    check_sums(directory / "agents")
     return Subject(str(directory), config, sources)
 
 

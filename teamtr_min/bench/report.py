@@ -17,10 +17,9 @@ import numpy as np
 
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, read_json, unsealed
-from teamtr_min.run.console import region
-from teamtr_min.run.directory import newest_run
-from teamtr_min.run.metrics import LINES, TRANSCRIPTS, read_lines, violation_rate
+from teamtr_min.files import UserError, read_json
+from teamtr_min.run.log import read_log, region, violation_rate
+from teamtr_min.run.run import newest_run
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
@@ -92,19 +91,17 @@ def find_run(team: str | None) -> Path:
 
 def read(directory: Path) -> Record:
     config, damaged = Config.load(directory / "config.json"), []
-    metrics = read_lines(directory / "metrics.jsonl", LINES, damaged)
+    metrics = read_log(directory / "metrics.jsonl")
     updates = [r for r in metrics if r["kind"] == "update"]
     if any(r.get("stage", 0) >= config.stages for r in metrics):
         raise UserError(f"{directory / 'metrics.jsonl'} has stages beyond the {config.stages} of its run")
     if not updates:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
     ending = directory / "summary.json"
-    summary = unsealed(read_json(ending), ending) if ending.exists() else {}
-    if summary and "tokens_trained" not in summary:  # sealed, but another file
-        raise UserError(f"{ending} is not the summary of a run: put the original back")
+    summary = read_json(ending) if ending.exists() else {}
     if summary and summary["tokens_trained"] != sum(u["tokens_trained"] for u in updates):
         summary = {"accuracy_start": summary["accuracy_start"]}  # it is of before a resume
-    transcripts = read_lines(directory / "transcripts.jsonl", TRANSCRIPTS, damaged)
+    transcripts = read_log(directory / "transcripts.jsonl")
     try:
         names = [role.name for role in load_task(config).roles(config.agents)]
     except Exception:  # the task's file or data, which may be anything, is gone: its run can still be shown

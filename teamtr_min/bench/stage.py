@@ -37,7 +37,7 @@ PHASES = {  # in the order of a stage
     "measuring": [],  # and without one
     "stepping": [(Learner, "step")],
     "moving": [(Learner, name) for name in ("snapshot", "restore", "onload", "offload")],
-    "checkpoint": [(Run, "_checkpoint")],
+    "checkpoint": [(Run, "checkpoint")],
 }
 VARIANTS = {
     "fresh": {},
@@ -139,8 +139,8 @@ def one(train, config: Config) -> dict:
         watch = Stopwatch(placement(config)[0])
         end_stage = Run.end_stage
 
-        def end(run: Run, stage: int) -> None:
-            end_stage(run, stage)
+        def end(run: Run, stage: int, **more) -> None:
+            end_stage(run, stage, **more)
             watch.lap()
             stages.append(Counter(watch.total))
 

@@ -83,7 +83,6 @@ def stage_certificate(updates: list[dict]) -> dict:
     `vacuous` when the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean |gap| of all
     updates but the first, whose gap is 0.
     """
-    updates = [u for u in updates if u.get("surrogate") is not None]  # of agents that took a turn
     gaps = [abs(u["gap"]) for u in updates if u["update"] > 0]
     return {
         "certificate": sum(u["certificate"] for u in updates),

@@ -24,6 +24,9 @@ class NoDiagnostics:
     def after(self) -> dict:
         return {}
 
+    def of_stage(self) -> dict:
+        return {}
+
 
 class Diagnostics:
     """Diagnoses the updates of one stage, each on rollouts of the team just before it.
@@ -39,9 +42,11 @@ class Diagnostics:
         self.start = [agent.model.copy() for agent in team.agents]
         self.updated: list[int] = []
         self.first: Rollouts | None = None  # of team^0
+        self.found: list[dict] = []  # of each update that could be diagnosed
 
     def before(self, i: int, agents: list[int]) -> None:
         """Call just before update number i of the stage, which moves `agents`."""
+        self.update = i
         path = rng.RngPath(self.config.seed, "diagnostics", self.stage, i)
         group = self.config.group
         self.rollouts = collect(self.team, self.problems, group, path, label="diagnosing")
@@ -85,7 +90,13 @@ class Diagnostics:
         ):
             found[name], found[f"{name}_ci"] = bootstrap(statistic, *tables, group=group, seed=seed)
         self.updated += self.agents
-        return found | {"certificate": surrogate - penalty, "penalty": penalty, "bound": bound} | cost
+        found |= {"certificate": surrogate - penalty, "penalty": penalty, "bound": bound}
+        self.found.append({"update": self.update, **found})
+        return found | cost
+
+    def of_stage(self) -> dict:
+        """The certificate of the whole stage, after its last update."""
+        return certificate.stage_certificate(self.found) if self.found else {}
 
     def _writes(self, rollouts: Rollouts) -> Tensor:
         """(R, turns) bool: a message of an agent that was updated."""

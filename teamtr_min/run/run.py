@@ -1,271 +1,296 @@
-"""A run around the loop of train.py: its directory and logs, evaluation, checkpoints, resume, summary."""
+"""A run around the loop of train.py: its directory, logs, evaluations, checkpoints, resume and summary."""
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.extras.certificate import stage_certificate
-from teamtr_min.files import UserError, lock, plain_file, sealed, sha256, write_json
-from teamtr_min.learner import Learner, Update
+from teamtr_min.files import UserError, lock, read_json, sha256, to_json, users_line, write_json
+from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run import checkpoint, metrics
-from teamtr_min.run.console import Console, closing, hardly_moving, header, nothing_to_learn, stage_text
-from teamtr_min.run.directory import new_directory
+from teamtr_min.run import checkpoint, log
 from teamtr_min.run.memory import Plan
 from teamtr_min.run.system import peak
+from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
-LOGS = ("metrics.jsonl", "transcripts.jsonl")
-SECONDS_BETWEEN_CHECKPOINTS = 60  # of a warm start; a stage has one of its own
+LOGS = ("metrics.jsonl", "transcripts.jsonl")  # the first is also what a run locks
 
 
 class Run:
-    """A context: whatever ends the block, the team as it is then is saved, with a summary.
+    """A context. However the block ends, the agents as they are then are saved, with a summary.
 
-    A new run that ends before its first measurement leaves nothing behind, a resumed one what it found.
+    Each process of a run has a Run and calls it alike, because evaluations and checkpoints are shared work.
+    Only the first has files open. A new run that ends before its first evaluation removes its directory.
     """
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
         self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
-        self.held_out = task.sample_problems(
-            config.eval_problems, rng.generator(0, "held-out"), held_out=True
-        )
+        self.directory = Path(config.resume or config.out or default_directory(config))
+        generator = rng.generator(0, "held-out")
+        self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
         self.begin = time.perf_counter()
+        self.warm_steps_done = self.stages_done = 0
         self.updates: list[dict] = []  # their lines in metrics.jsonl
-        self.accuracies: list[float] = []  # of the team at the start of each stage, on that stage's problems
-        self.evaluation = {
-            "rollouts_evaluation": 0, "tokens_sampled_evaluation": 0, "seconds_evaluation": 0.0
+        self.stages: list[dict] = []  # and those of the stages
+        self.results: dict = {}  # accuracy_NAME, return_NAME and their intervals, as far as measured
+        self.costs = {
+            "rollouts_evaluation": 0, "tokens_sampled_evaluation": 0, "seconds_evaluation": 0.0,
+            "tokens_warm_start": 0, "seconds_warm_start": 0.0,
         }  # fmt: skip
-        self.warm_start = {"tokens_warm_start": 0, "seconds_warm_start": 0.0}
-        self.accuracy_untrained = self.accuracy_start = self.accuracy_final = None
         self.summary: dict = {}
+        self.files: dict = {}
+        self.bar = tqdm(total=config.stages * len(learners), unit="update", disable=None, leave=False)
 
     def __enter__(self) -> "Run":
-        resume = self.config.resume
-        self.directory = Path(resume) if resume else new_directory(self.config)
-        self._logs = {}
         try:
-            if not resume:
-                self.config.save(self.directory / "config.json")
-            for name in LOGS:
-                self._logs[name] = plain_file(self.directory / name).open("a", encoding="utf-8")
-            lock(self._logs["metrics.jsonl"])
-            print(header(self.config, self.team, self.directory), flush=True)
-            self.console = Console((self.config.warm_start + self.config.stages) * len(self.learners))
-            self.done = self._resume() if resume else 0  # steps of the warm start, and stages
-        except BaseException as error:
-            self._close(keep=bool(resume) or isinstance(error, UserError))  # it may be another process's
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise UserError(f"cannot write to {self.directory}: {error.strerror}") from None
+            if self.team.ranks.first:
+                self._claim()
+            log.say(log.header(self.config, self.team, self.directory))
+            if self.config.resume:
+                self._resume()
+        except BaseException:
+            self._close()
             raise
         return self
 
-    @property
-    def warm_steps_done(self) -> int:
-        return self.done
-
-    @property
-    def stages_done(self) -> int:
-        return max(self.done - self.config.warm_start, 0)
-
     def evaluate(self, name: str) -> None:
-        attribute = f"accuracy_{name}"
-        if getattr(self, attribute) is None:
-            at = self.config.stages if name == "final" else 0
-            setattr(self, attribute, self._evaluate(at, *(["untrained"] if name == "untrained" else [])))
-            if name != "final":
-                self.console.say(f"{name:14s}held-out accuracy {getattr(self, attribute):.3f}")
+        """Measure "untrained", "start" or "final"; a resumed run keeps what it has measured before."""
+        if f"accuracy_{name}" in self.results:
+            return
+        self.results |= self._measure(name)
+        if name != "final":
+            shown = log.held_out_score(self.results, name)
+            log.say(f"{name:13s} held-out {shown}, {len(self.held_out):,} problems")
 
     def log_warm_start(self, line: dict, seconds: float) -> None:
-        """Log one step of one learner."""
+        """One step of one learner."""
         self._append("metrics.jsonl", [{"kind": "warm_start", **line, "seconds": seconds}])
-        self.warm_start["tokens_warm_start"] += line["tokens"]
-        self.warm_start["seconds_warm_start"] += seconds
-        self.console.advance(
-            1, f"warm start, loss {line.get('loss', 0):.3f}, {line['tokens'] / seconds:,.0f} tokens/s"
-        )
+        self.costs["tokens_warm_start"] += line["tokens"]
+        self.costs["seconds_warm_start"] += seconds
+        self.warm_steps_done = line["step"] + 1
+        loss = f"loss {line['loss']:.3f}" if "loss" in line else ""
+        self.bar.set_postfix_str(f"warm start, step {self.warm_steps_done}, {loss}")
 
     def log_update(
         self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, seconds: float, **more
     ) -> None:
-        """Log update number i of a stage, which took `seconds`; `more` goes into its line as it is."""
-        if callable(measure := getattr(self.task, "measure", None)):
+        """Update number i of a stage, which took `seconds`; `more` goes into its line as it is."""
+        line = log.update_line(stage, i, learner, rollouts, update)
+        line |= {"delta": log.finite(self.config.delta), "seconds_training": seconds}
+        if measure := getattr(self.task, "measure", None):
             more |= measure(rollouts.problems, rollouts.messages)
-        more["seconds_training"] = seconds
-        line = metrics.update_line(stage, i, learner.agents, rollouts, update, self.config.delta, more)
-        self._append("metrics.jsonl", [line])
+        if taken := line.keys() & more.keys():
+            raise UserError(f"`measure` of the task returns {', '.join(taken)}, which are logged already")
+        self.updates += self._append("metrics.jsonl", [line | more])
         if i == 0:
-            self._append("transcripts.jsonl", metrics.transcripts(rollouts, stage, "train"))
-            self.accuracies.append(rollouts.accuracy)
-        self.updates.append(line)
-        if len(self.updates) == len(self.learners) and all(
-            u["zero_variance_groups"] == 1 for u in self.updates
-        ):
-            self.console.say(nothing_to_learn(self.config, self.updates))
-        rate = (rollouts.tokens_sampled + update.tokens) / (rollouts.seconds + seconds)
-        self.console.advance(1, f"return {line['return_mean']:.3f}, {rate:,.0f} tokens/s")
+            self._append("transcripts.jsonl", log.transcripts(rollouts, stage, "train"))
+        if len(self.updates) == len(self.learners):
+            log.say(log.nothing_to_learn(self.config, self.updates))
+        self.bar.set_postfix_str(log.score(line["accuracy"], line["return_mean"]), refresh=False)
+        self.bar.update()
 
-    def end_stage(self, stage: int) -> None:
-        """Log the stage; evaluate and write a checkpoint if it is time to."""
-        every, done = self.config.eval_every, stage + 1
-        due = every and done % every == 0 and done < self.config.stages
-        updates = sorted(self.updates[-len(self.learners) :], key=lambda u: u.get("agent", 0))
-        line = metrics.stage_line(
-            stage,
-            updates,
-            accuracy_held_out=self._evaluate(done) if due else None,
-            rollouts_so_far=metrics.totals(self.updates)["rollouts"],
-            seconds=time.perf_counter() - self.begin,
-            seconds_evaluation=self.evaluation["seconds_evaluation"],
-            **(stage_certificate(updates) if self.config.diagnostics else {}),
-        )
-        self._append("metrics.jsonl", [line])
+    def end_stage(self, stage: int, **more) -> None:
+        """Log the stage, with `more`; evaluate and write a checkpoint where due."""
+        self.stages_done, every, last = stage + 1, self.config.eval_every, stage + 1 == self.config.stages
+        updates = self.updates[-len(self.learners) :]
         names = [agent.role.name for agent in self.team.agents]
-        self.console.say(stage_text(line, updates, self.config, names))
-        if stage == 0 and (advice := hardly_moving(self.config, updates, names)):
-            self.console.say(advice)
-        if done % self.config.checkpoint_every == 0 or done == self.config.stages:
-            self._checkpoint(self.config.warm_start + done)
+        if every and self.stages_done % every == 0 and not last:
+            more |= self._measure("held_out")
+        line = log.stage_line(stage, updates) | more
+        line["rollouts_so_far"] = log.totals(self.updates)["rollouts"]
+        line["seconds"] = time.perf_counter() - self.begin
+        line["seconds_evaluation"] = self.costs["seconds_evaluation"]
+        self.stages += self._append("metrics.jsonl", [line])
+        log.say(log.stage_text(self.stages[-1], updates, self.config, names))
+        if stage == 0:
+            log.say(log.hardly_moving(self.config, updates, names))
+        if last or self.stages_done % self.config.checkpoint_every == 0:
+            self.checkpoint()
 
-    def __exit__(self, kind, reason: BaseException | None, trace) -> None:
-        self.console.close()
-        if self.accuracy_start is None and self.accuracy_untrained is None:
-            self._close(keep=bool(self.config.resume))
-            return
-        stopped = "interrupted" if isinstance(reason, KeyboardInterrupt) else reason and str(reason)
-        try:
-            if not (self.team.ranks.size > 1 and reason):  # else ranks that are no more would be waited for
-                self.team.save(self.directory / "agents")
-            self.summary = {
-                "accuracy_untrained": self.accuracy_untrained,
-                "accuracy_start": self.accuracy_start,
-                "accuracy_final": self.accuracy_final,
-                "seconds": time.perf_counter() - self.begin,
-                "stages": len(self.updates) // len(self.learners),
-                **metrics.totals(self.updates),
-                **self.evaluation,
-                **self.warm_start,
-                "violation_rate_before": metrics.violation_rate(self.updates, "kl_before"),
-                "violation_rate_after": metrics.violation_rate(self.updates, "kl_after"),
-                "memory_peak": peak(self.plan.device),
-                "memory_planned": self.plan.total,
-                "stopped": stopped,
-            }
-            write_json(self.directory / "summary.json", sealed(self.summary))
-            print(closing(self.config, self.directory, self.summary, self.accuracies), flush=True)
-        except OSError as error:
-            reason = reason or error  # else the first reason is the one to hear
-        finally:
-            self._close()
-        if isinstance(reason, OSError) and not isinstance(reason, BrokenPipeError):
-            put_right = f"put this right and continue with --resume {self.directory}"
-            raise UserError(
-                f"cannot write to {self.directory}: {reason.strerror or reason}; {put_right}"
-            ) from None
-
-    def _checkpoint(self, done: int) -> None:
-        """Everything on disk, so that the run can go on from here."""
-        for file in self._logs.values():
+    def checkpoint(self) -> None:
+        """Write all that the run needs to go on from here."""
+        for file in self.files.values():
             os.fsync(file.fileno())
-        log = {
-            "bytes": {name: file.tell() for name, file in self._logs.items()},
-            "sha256": {name: sha256(self.directory / name) for name in LOGS},
-            "accuracy_untrained": self.accuracy_untrained,
-            "accuracy_start": self.accuracy_start,
-            "evaluation": self.evaluation,
-            "warm_start": self.warm_start,
+        state = {
+            "bytes": {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()},
+            "warm_steps_done": self.warm_steps_done,
+            "stages_done": self.stages_done,
+            "results": self.results,
+            "costs": self.costs,
             "seconds": time.perf_counter() - self.begin,
         }
-        checkpoint.save(self.directory, done, self.learners, log, 2)
+        checkpoint.save(self.directory, self.warm_steps_done + self.stages_done, self.learners, state)
 
-    def _evaluate(self, stages_done: int, split: str = "held-out") -> float:
-        """Accuracy on the held-out problems, one rollout each."""
-        path = rng.RngPath(self.config.seed, "held-out", stages_done)
-        rollouts = collect(self.team, self.held_out, 1, path, label="evaluating")
-        self.evaluation["rollouts_evaluation"] += rollouts.count_sampled
-        self.evaluation["tokens_sampled_evaluation"] += rollouts.tokens_sampled
-        self.evaluation["seconds_evaluation"] += rollouts.seconds
-        self._append("transcripts.jsonl", metrics.transcripts(rollouts, stages_done, split))
-        return rollouts.accuracy
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        self.bar.close()
+        if not self.results:
+            self._close()
+            return
+        try:
+            # After an error other processes may be gone, and sharded weights cannot be gathered without them.
+            if error is None or self.team.ranks.size == 1:
+                self.team.save(self.directory / "agents")
+            self._summarise(error)
+        except OSError as refused:
+            if error is None:  # else the first error is the one to raise
+                self._summarise(refused)
+                raise
+        finally:
+            self._close()
+            log.say(log.closing(self.config, self.directory, self.summary, self.stages))
 
-    def _resume(self) -> int:
-        """Go back to the newest checkpoint: what was logged after it will happen, and be logged, again."""
-        done, log = checkpoint.load(self.directory, self.learners)
-        path = self.directory / "metrics.jsonl"
-        if log is None:
-            # A kill before the first checkpoint leaves these at most; a new start would write over more.
-            logged, most = path.read_bytes().splitlines(), self.config.checkpoint_every
-            if sum(b'"kind": "warm_start"' not in line for line in logged) > most * (len(self.learners) + 1):
+    def _claim(self) -> None:
+        """Lock the directory before anything is written; then write, or on resume compare, config.json."""
+        new, path = not self.config.resume, self.directory / "config.json"
+        check_out(self.config)
+        if new:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context((self.directory / LOGS[0]).open("a", encoding="utf-8"))]
+            lock(files[0])
+            check_out(self.config)  # another run may have begun, and ended, meanwhile
+            now = fingerprint(self.config, self.team, self.held_out[0])
+            then = now if new else read_json(path).get("fingerprint", now)
+            changed = [f"{name} ({then.get(name)} -> {now.get(name)})"
+                       for name in then | now if then.get(name) != now.get(name)]  # fmt: skip
+            if changed and not self.config.accept_changes:
                 raise UserError(
-                    f"{self.directory} has finished stages but no checkpoints; nothing to resume from"
+                    f"{self.directory} rests on other things now than when it began: {', '.join(changed)}; "
+                    "put them back, or go on with --accept-changes"
                 )
-            log = {"bytes": dict.fromkeys(LOGS, 0)}
-        for name, count in log["bytes"].items():
-            content = (self.directory / name).read_bytes()
-            if len(content) < count:
-                raise UserError(f"{self.directory / name} was cut short; nothing to resume from")
-            if done and hashlib.sha256(content[:count]).hexdigest() != log["sha256"][name]:
-                raise UserError(f"{self.directory / name} is not as it was written: put the original back")
-        for name, count in log["bytes"].items():
-            os.truncate(self.directory / name, count)
-        if done:
-            self.begin -= log["seconds"]
-            self.accuracy_untrained, self.accuracy_start = log["accuracy_untrained"], log["accuracy_start"]
-            self.evaluation, self.warm_start = log["evaluation"], log["warm_start"]
-            lines = metrics.read_lines(path, metrics.LINES)
-            self.updates = [line for line in lines if line["kind"] == "update"]
-            self.accuracies = [line["accuracy"] for line in lines if line["kind"] == "stage"]
-        warm = min(done, self.config.warm_start)
-        self.console.advance(len(self.updates) + warm * len(self.learners))
-        steps = f"{warm} of {self.config.warm_start} steps of the warm start and " * bool(
-            self.config.warm_start
-        )
-        self.console.say(f"resumed after {steps}{done - warm} of {self.config.stages} stages")
-        return done
+            files.append(stack.enter_context((self.directory / LOGS[1]).open("a", encoding="utf-8")))
+            stack.pop_all()
+        self.files = dict(zip(LOGS, files))
+        if new or changed:
+            self.config.save(path, fingerprint=now)
 
-    def _append(self, name: str, lines: list[dict]) -> None:
-        """At once, so that a run which is killed keeps all that it had measured."""
-        for line in lines:
-            self._logs[name].write(json.dumps(line, ensure_ascii=name == "metrics.jsonl") + "\n")
-        self._logs[name].flush()
+    def _resume(self) -> None:
+        """Go back to the newest checkpoint: what was logged after it happens, and is logged, again."""
+        state = checkpoint.load(self.directory, self.learners)
+        if self.files:
+            self._rewind(state)
+        if state:
+            self.warm_steps_done, self.stages_done = state["warm_steps_done"], state["stages_done"]
+            self.results, self.costs = state["results"], state["costs"]
+            self.begin -= state["seconds"]
+        warm = f"{self.warm_steps_done} of {self.config.warm_start} steps of warm start and "
+        done = f"{self.stages_done} of {self.config.stages} stages"
+        log.say(f"resumed after {warm if self.config.warm_start else ''}{done}")
 
-    def _close(self, keep: bool = True) -> None:
-        """Close the logs; without `keep` the directory goes, as nothing in it is worth a name."""
-        for file in self._logs.values():
-            with contextlib.suppress(OSError):  # a full disk refuses what is left in the buffer once more
-                file.close()
-        if not keep:
+    def _rewind(self, state: dict | None) -> None:
+        """Cut the logs back to their lengths at a checkpoint, None for the beginning, and read them."""
+        path = self.directory / LOGS[0]
+        if state is None:
+            stages = sum(line["kind"] == "stage" for line in log.read_log(path))
+            if stages > self.config.checkpoint_every:  # a checkpoint has been there
+                raise UserError(f"{self.directory} has finished {stages} stages but has no checkpoints")
+        lengths = state["bytes"] if state else dict.fromkeys(LOGS, 0)
+        for name, length in lengths.items():
+            if os.fstat(self.files[name].fileno()).st_size < length:
+                raise UserError(f"{self.directory / name} was cut short since its newest checkpoint")
+        for name, length in lengths.items():
+            self.files[name].truncate(length)
+        lines = log.read_log(path)
+        self.updates = [line for line in lines if line["kind"] == "update"]
+        self.stages = [line for line in lines if line["kind"] == "stage"]
+        self.bar.update(len(self.updates))
+
+    def _append(self, name: str, lines: list[dict]) -> list[dict]:
+        """Write lines at once, so that a kill loses none; returns them without what was not measured."""
+        lines = [log.measured(line) for line in lines]
+        if file := self.files.get(name):
+            file.writelines(to_json(line) + "\n" for line in lines)
+            file.flush()
+        return lines
+
+    def _measure(self, name: str) -> dict:
+        """Accuracy and return on the held-out problems, one rollout each."""
+        path = rng.RngPath(self.config.seed, "held-out", self.stages_done)
+        rollouts = collect(self.team, self.held_out, 1, path, label="evaluating")
+        self.costs["rollouts_evaluation"] += rollouts.count_sampled
+        self.costs["tokens_sampled_evaluation"] += rollouts.tokens_sampled
+        self.costs["seconds_evaluation"] += rollouts.seconds
+        split = "untrained" if name == "untrained" else "held-out"
+        self._append("transcripts.jsonl", log.transcripts(rollouts, self.stages_done, split))
+        return log.held_out_results(rollouts.returns, name)
+
+    def _summarise(self, error: BaseException | None) -> None:
+        """Write summary.json; `reason` and `stopped` say why the run ended early."""
+        reason, stopped = None, None
+        if isinstance(error, KeyboardInterrupt):
+            reason = stopped = "interrupted"
+        elif error is not None:
+            reason = "diverged" if isinstance(error, Diverged | FloatingPointError) else "error"
+            stopped = users_line(error) or str(error) or type(error).__name__
+        self.summary = {
+            **dict.fromkeys(log.RESULTS),
+            **self.results,
+            "problems_held_out": len(self.held_out),
+            "seconds": time.perf_counter() - self.begin,
+            "stages": self.stages_done,
+            **log.totals(self.updates),
+            **self.costs,
+            "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
+            "violation_rate_after": log.violation_rate(self.updates, "kl_after"),
+            "memory_peak": peak(self.plan.device),
+            "memory_planned": self.plan.total,
+            "reason": reason,
+            "stopped": stopped,
+        }
+        if self.files:
+            write_json(self.directory / "summary.json", self.summary)
+
+    def _close(self) -> None:
+        if self.files and not self.results and not self.config.resume:
             shutil.rmtree(self.directory, ignore_errors=True)
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # a full disk refuses once more what is left in the buffer
+                file.close()
 
 
-class Follower(Run):
-    """The run on a rank that is not the first: it takes part in all that is computed, and writes nothing."""
+def default_directory(config: Config) -> Path:
+    name = f"{Path(config.task).stem}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    directory = Path("runs") / name
+    while directory.exists():  # another run began in the same second
+        directory = directory.with_name(directory.name + "b")
+    return directory
 
-    def __enter__(self) -> "Follower":
-        self.directory, self.done, self._logs = Path(self.config.resume), 0, {}
-        self.console = Console(0)
-        if self.config.resume:
-            self.done, log = checkpoint.load(self.directory, self.learners)
-            if log:
-                self.accuracy_untrained, self.accuracy_start = (
-                    log["accuracy_untrained"],
-                    log["accuracy_start"],
-                )
-        return self
 
-    def __exit__(self, kind, reason: BaseException | None, trace) -> None:
-        self.console.close()
-        if self.team.ranks.size > 1 and not reason:
-            self.team.save(self.directory / "agents")
+def check_out(config: Config) -> None:
+    """Raises UserError if --out holds anything but an empty log, which a run has opened to lock it."""
+    directory = Path(config.out)
+    if config.resume or not config.out or not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"--out {directory} is a file; a run needs a directory of its own")
+    if any(path.name != LOGS[0] or path.stat().st_size for path in directory.iterdir()):
+        raise UserError(f"--out {directory} exists and is not empty; give another, or remove it first")
 
-    def _checkpoint(self, done: int) -> None:
-        checkpoint.save(self.directory, done, self.learners, {}, 2)
 
-    def _append(self, name: str, lines: list[dict]) -> None:
-        pass
+def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
+    """Hashes of what results rest on besides the flags: problems, grader, the user's files, prompts."""
+    task = team.task
+    found = dict(task.fingerprint()) if hasattr(task, "fingerprint") else {}
+    for path in (config.task, config.router, config.roles, config.demonstrations):
+        if Path(path).is_file():
+            found[path] = sha256(path)[:16]
+    messages = [Message(j, [agent.chat.end_of_message] if agent.chat else [], "", [0.0], True)
+                for j, agent in enumerate(team.agents)]  # fmt: skip
+    for j, agent in enumerate(team.agents):
+        if agent.chat:
+            ids = team.render(j, problem, messages, add_generation_prompt=True).ids
+            found[f"chat template and role of agent {j}"] = hashlib.sha256(str(ids).encode()).hexdigest()[:16]
+    return found
+
+
+def newest_run(marker: str, accept=lambda run: True) -> Path | None:
+    """The run under runs/ whose file `marker` is the newest, among those that `accept` takes."""
+    runs = [path.parent for path in Path("runs").glob(f"*/{marker}")]
+    return max(filter(accept, runs), key=lambda run: (run / marker).stat().st_mtime, default=None)
