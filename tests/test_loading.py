@@ -1,0 +1,121 @@
+"""A team from a run or from models: to talk to, to look into, with roles, tools and private views."""
+
+import json
+
+import pytest
+import torch
+from ready import play, team_of
+from tiny import write_tokenizer
+
+import teamtr_min
+from teamtr_min.engine import rng
+from teamtr_min.files import UserError
+from teamtr_min.hf.weights import RELAY
+from teamtr_min.run.loading import build_team
+from teamtr_min.tasks import Relay
+from teamtr_min.tasks.task import Problem, Role
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a run's agents and configuration, without any training."""
+    directory = tmp_path_factory.mktemp("runs") / "one"
+    config, team = team_of(agents=2, rounds=2, temperature=0.9)
+    with torch.no_grad():
+        for p in team.agents[1].model.parameters():
+            p.mul_(0.9)
+    directory.mkdir()
+    config.save(directory / "config.json")
+    team.save(directory / "agents")
+    return directory
+
+
+def test_a_run_comes_back_as_the_team_that_it_was(run):
+    team = teamtr_min.load_team(run)
+    _, fresh = team_of(agents=2, rounds=2)
+    assert (team.turns, team.temperature, [a.role.name for a in team.agents]) == (4, 0.9, ["A", "B"])
+    weights = [agent.model.head for agent in team.agents]
+    assert torch.equal(weights[0], fresh.agents[0].model.head)
+    assert torch.equal(weights[1], 0.9 * fresh.agents[1].model.head)
+
+
+def test_solve_is_repeatable_and_says_who_said_what(run):
+    team = teamtr_min.load_team(run)
+    answers = team.solve("7+8*3-4+1", samples=3, seed=1)
+    assert answers == team.solve("7+8*3-4+1", samples=3, seed=1) != team.solve("7+8*3-4+1", samples=3, seed=2)
+    assert [(m.agent, m.name) for m in answers[0].messages] == [(0, "A"), (1, "B")] * 2
+    assert all(answer.answer == answer.messages[-1].text.strip() for answer in answers)
+    greedy = team.solve("7+8*3-4+1", samples=2, temperature=0.0)
+    assert greedy[0] == greedy[1] and team.temperature == 0.9
+
+
+def test_prompt_is_what_the_agent_is_given_to_read():
+    team, rollouts = play(agents=3, group=2)
+    for problem, messages in zip(rollouts.problems, rollouts.messages):
+        said = [(m.agent, m.text) for m in messages]
+        for turn in range(3):
+            seen = team.render(turn, problem, messages[:turn], add_generation_prompt=True).ids
+            if all(m.stopped for m in messages[:turn]):
+                assert team.prompt(turn, problem.text, said[:turn]) == seen
+
+
+def test_a_list_of_models_is_a_team_with_given_roles_or_word_problem_roles():
+    team = teamtr_min.load_team([RELAY, RELAY], roles=["Add.", {"name": "Zoe", "system": "Check."}])
+    assert [(a.role.name, a.role.system) for a in team.agents] == [("Agent 1", "Add."), ("Zoe", "Check.")]
+    assert len(teamtr_min.load_team([RELAY] * 3, max_new_tokens=5).solve("1+2", samples=2)[0].messages) == 3
+
+
+def test_roles_come_from_a_file(tmp_path):
+    file = tmp_path / "roles.json"
+    file.write_text(json.dumps([{"name": "X", "system": "Go."}, {"name": "Y", "system": "Stop."}]))
+    _, team = team_of(agents=2, roles=str(file))
+    assert [a.role for a in team.agents] == [Role("X", "Go."), Role("Y", "Stop.")]
+    with pytest.raises(UserError, match="has 2 roles for 3 agents"):
+        team_of(agents=3, roles=str(file))
+    file.write_text('[{"nome": "X"}]')
+    with pytest.raises(UserError, match="not a JSON list"):
+        team_of(agents=1, roles=str(file))
+
+
+class WithTool(Relay):
+    """The second of three agents is a tool, which puts brackets around the message before."""
+
+    def roles(self, agents: int) -> list[Role]:
+        roles = super().roles(agents)
+        roles[1] = Role("B", "", tool=lambda problem, messages: f"{messages[-1].text}+{problem.text}")
+        return roles
+
+
+def test_a_tool_takes_turns_and_is_read_but_has_no_model():
+    config, plain = team_of(agents=3)
+    team, problem = build_team(config, WithTool(config)), Problem("", "1+2+3+4", "")
+    messages, others = (t.take_turns([problem] * 4, rng.RngPath(0, "x")) for t in (team, plain))
+    assert team.agents[1].model is None
+    assert [row[0] for row in others] == [row[0] for row in messages]
+    for row in messages:
+        assert [m.agent for m in row] == [0, 1, 2] and not row[1].tokens
+        assert row[1].text == f"{row[0].text}+{problem.text}"
+        seen = team.agents[2].tokenizer.decode(team.render(2, problem, row[:2], True).ids)
+        assert f"B:\n{row[1].text}" in seen
+
+
+class Secretive(Relay):
+    """Only the first agent sees the problem."""
+
+    def view(self, problem: Problem, agent: int) -> str:
+        return problem.text if agent == 0 else "0"
+
+
+def test_an_agent_sees_its_own_view_of_the_problem():
+    config, plain = team_of(agents=2)
+    team, problem = build_team(config, Secretive(config)), Problem("", "7*8-5", "")
+    ids = [t.render(j, problem, [], True).ids for t in (team, plain) for j in (0, 1)]
+    assert ids[0] == ids[2] == ids[3] != ids[1]
+    assert ids[1] == plain.render(1, Problem("", "0", ""), [], True).ids
+
+
+def test_a_model_with_fewer_embeddings_than_its_tokenizer_has_tokens_is_refused(tmp_path):
+    teamtr_min.save_model(teamtr_min.load_model(RELAY), tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has [0-9]+ tokens, but the model only"):
+        team_of(model=str(tmp_path), task="relay")
