@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = join()
         train(parse(argv, __doc__), ranks)
-    except (UserError, OSError) as error:
+    except UserError as error:
         ranks.say(f"error: {error}")
         code = 2
     except (Diverged, FloatingPointError, torch.OutOfMemoryError, Lost) as error:
@@ -149,8 +149,10 @@ def main(argv: list[str] | None = None) -> int:
         ranks.say("interrupted")
         code = 130
     except Exception as error:
-        traceback.print_exc()
-        ranks.say(f"error: {users_line(error) or 'this is a bug: please report it with the lines above'}")
+        line = users_line(error)  # of the user's task or router
+        if line or not isinstance(error, OSError):
+            traceback.print_exc()
+        ranks.say(f"error: {line or error}")
         code = 2
     return ranks.leave(code)
 

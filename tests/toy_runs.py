@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 import train
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.learner import Learner
+from teamtr_min.learner import Learner, Update
 from teamtr_min.objective import group_advantages
-from teamtr_min.rollout import AgentBatch, Rollouts, collect
+from teamtr_min.rollout import Batches, Rollouts, agent_batches, collect
+from teamtr_min.run.loading import build_team
 from teamtr_min.tasks import Relay
-from teamtr_min.team import load_team
+from teamtr_min.team import Team
 
 # 3 agents, 2 stages, 12 rollouts per collection; steps large enough that every agent changes its messages.
 TOY = ["--agents", "3", "--stages", "2", "--problems", "3", "--group", "4", "--inner-steps", "2",
@@ -30,29 +31,34 @@ class Prepared(NamedTuple):
     """A team of two with rollouts, ready for an update."""
 
     config: Config
+    team: Team
     learner: Learner
     rollouts: Rollouts
-    batches: list[AgentBatch]
 
     @property
     def model(self):
         return self.learner.models[0]
 
-    def update(self, lr: float | None = None) -> train.Update:
+    @property
+    def batches(self) -> Batches:
+        """New ones each time: a batch keeps pi_old of its first pass."""
+        returns, weights = self.rollouts.grouped_returns, self.rollouts.grouped_weights
+        advantages = group_advantages(returns, self.config.advantage_clip, weight=weights).flatten()
+        tokens = self.config.batch_tokens or 4096
+        return agent_batches(self.team, self.rollouts, self.learner.agents, advantages, tokens)
+
+    def update(self, lr: float | None = None) -> Update:
         return train.update(self.learner, self.batches, self.config, self.config.lr if lr is None else lr)
 
 
 def prepared(updated: list[int] | None = None, **changes) -> Prepared:
     """For an update of these agents, by default agent 0; `changes` are fields of Config."""
     defaults = {"agents": 2, "problems": 12, "group": 6, "inner_steps": 4, "device": "cpu"}
-    config, updated = Config(**defaults | changes), updated or [0]
-    task = Relay(config)
-    team = load_team(config, task.roles(config.agents))
-    problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems"))
-    rollouts = collect(team, task, problems, config.group, rng.RngPath(config.seed, "train", 0, 0))
-    advantages = group_advantages(rollouts.grouped_returns, config.advantage_clip, config.eps_norm).flatten()
-    batches = rollouts.batches(updated, advantages, config.batch_tokens or 4096)
-    return Prepared(config, Learner(team, updated, config.beta), rollouts, batches)
+    config = Config(**defaults | changes)
+    team = build_team(config, Relay(config))
+    problems = team.task.sample_problems(config.problems, rng.generator(config.seed, "problems"))
+    rollouts = collect(team, problems, config.group, rng.RngPath(config.seed, "train", 0, 0))
+    return Prepared(config, team, Learner(team, updated or [0], config.first_beta), rollouts)
 
 
 def run(out: Path, *flags: str) -> tuple[dict, list[dict], list[dict]]:
@@ -68,8 +74,9 @@ def results(out: Path) -> tuple[dict, list[dict], list[dict]]:
 
 
 def timeless(records: list[dict]) -> list[dict]:
-    measured = "seconds", "memory", "seal"
-    return [{k: v for k, v in record.items() if not k.startswith(measured)} for record in records]
+    """Without what two equal runs differ in."""
+    varying = "seconds", "memory"
+    return [{k: v for k, v in record.items() if not k.startswith(varying)} for record in records]
 
 
 def weights(out: Path) -> list[dict]:
