@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import kernels
 from teamtr_min.config import Config
-from teamtr_min.engine.distributed import local, offset, whole
+from teamtr_min.engine.distributed import local, offset, unsharded, whole
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.objective import trust_region_loss
@@ -99,12 +99,13 @@ class Learner:
         exactly 1; it also measures the entropy, and how far the sampler's log-probs are from the trainer's.
         Raises Diverged if a measured number is not finite.
         """
-        with torch.no_grad():
+        with torch.no_grad(), unsharded(*self.models):
             return self._forward(batches, config, backward=False)
 
     def backward(self, batches: Batches, config: Config) -> Measured:
         """The same; it also adds the gradient of the loss, minus Eq. 10, to the masters' gradients."""
-        return self._forward(batches, config, backward=True)
+        with unsharded(*self.models):
+            return self._forward(batches, config, backward=True)
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far. Returns their norm before clipping."""
@@ -166,7 +167,8 @@ class Learner:
         log_ratio = torch.zeros(batches.rollouts, device=self.models[0].device)
         for batch in tqdm(batches.own, desc="training", unit="batch", delay=1, leave=False, disable=None):
             if isinstance(batch, Transformer):
-                keep_company(batch, backward)
+                if backward:
+                    keep_company(batch)
                 continue
             first = batch.old_logp is None
             # Without advantages only the penalty has a gradient, which is 0 at pi_old. Where agents step
@@ -238,10 +240,7 @@ class Learner:
             state |= {name: value.to(device) for name, value in state.items() if name != "step"}
 
 
-def keep_company(model: Transformer, backward: bool) -> None:
-    """One token through sharded weights, without effect: another process has one more batch."""
+def keep_company(model: Transformer) -> None:
+    """A backward pass of one token without effect: another process has one more batch, see `unsharded`."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.set_grad_enabled(backward):
-        nothing = 0.0 * (model.hidden(token).float().sum() + model.head.float().sum())
-        if backward:
-            nothing.backward()
+    (0.0 * (model.hidden(token).float().sum() + model.head.float().sum())).backward()

@@ -32,7 +32,7 @@ class Decode:
     def __init__(self, model: Transformer, cache: KVCache):
         self.model, self.cache, self.graphs, self.fused = model, cache, None, False
         self.reach = 0  # positions of `table`
-        if model.shards is not None:
+        if model.sharded:
             return
         self.fused = use_triton(model.head)
         self.layers = [_layer(block, self.fused) for block in model.model.layers]
@@ -55,7 +55,7 @@ class Decode:
 
     def hidden(self, token: Tensor) -> Tensor:
         """Final hidden states (B, H)."""
-        if self.model.shards is not None:  # what gathers spread weights is called by the whole model alone
+        if self.model.sharded:
             return self.model.hidden(token[:, None], self.cache, slice(0, len(token)))[:, 0]
         attend = self._by_kernels(len(token)) if self.fused else self._by_torch(len(token))
         x = self.model.model.embed_tokens(token)  # (B, H)

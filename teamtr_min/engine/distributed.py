@@ -1,35 +1,38 @@
-"""Processes that share one run, as torchrun starts them; one alone is the ordinary case and pays nothing.
+"""Processes that share one run, as torchrun starts them; a single process is the ordinary case.
 
     torchrun --nproc-per-node 4 train.py ...
 
-Every rank makes the same decisions from the same numbers, and does its share of what costs time: rollouts of
-some problems, the gradient of those, Adam's steps for some parameters. So what one of them measures is told
-to all before anything is decided on it. The first rank alone writes, to files and to the terminal.
+Each process, a rank, samples the rollouts of its share of the problems and computes their gradients. Numbers
+that decide what happens next are gathered first, so all ranks take the same branch. The first rank writes
+all files and prints.
 
-If a process ends, its connections break, and torchrun ends the others: all are gone within seconds, and
-whoever noticed first says so in one sentence.
+torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its gradient and of Adam's
+moments, in fp32. These tensors are DTensors, which most of torch treats like others. A rank gathers the
+weights of one model, in the compute dtype, for a turn of sampling or for a pass over its batches
+(`unsharded`). In a backward pass each layer's gradients are summed over the ranks, straight into their parts.
+
+When a process dies, its connections break. Others that wait for it raise `Lost`; torchrun ends the rest.
 """
 
-import collections
 import contextlib
 import datetime
+import functools
 import json
 import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from teamtr_min.files import UserError, one_line
+from teamtr_min.engine.model import Transformer
+from teamtr_min.files import UserError
 
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
-ENDED = (
-    "a process of this run has ended, and so do all; training goes on from its last checkpoint with --resume"
-)
+ENDED = "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
 
 
 class Lost(Exception):
@@ -37,144 +40,80 @@ class Lost(Exception):
 
 
 class Ranks:
-    """This process among `size`, as number `rank`. Each method is called by all ranks alike."""
+    """This process, number `rank` of `size`. Where a method communicates, all ranks must call it."""
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1, store=None):
         self.rank, self.size, self.on_this_machine, self.store = rank, size, on_this_machine, store
-        self.payload = collections.Counter()  # bytes handed to each kind of collective
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` things, such as problems, are this rank's: a run of them, as even as can be."""
+        """This rank's part of `count` things, such as problems: neighbours, split as evenly as possible."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def largest_share(self, count: int) -> int:
-        """How many of them a rank has at most."""
         return -(-count // self.size)
 
-    def owners(self, sizes: list[int]) -> list[int]:
-        """A rank for each of things of these sizes: the largest comes first, and goes to who has least."""
-        loads, owners = [0] * self.size, [0] * len(sizes)
-        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            owners[i] = loads.index(min(loads))
-            loads[owners[i]] += sizes[i]
-        return owners
-
     def gather(self, value) -> list:
-        """The value of each rank, at all of them. It must be JSON's: floats come through exactly."""
+        """The value of each rank, at all ranks. It goes through JSON, which keeps floats exactly."""
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._collective("gather", own):
-            torch.distributed.all_gather(counts, torch.tensor([len(own)]))
-            padded = torch.zeros(int(max(counts)), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with connected():
+            dist.all_gather(lengths, torch.tensor([len(own)]))
+            padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
             padded[: len(own)] = own
-            parts = [torch.empty_like(padded) for _ in counts]
-            torch.distributed.all_gather(parts, padded)
-        return [json.loads(bytes(part[:count].numpy())) for part, count in zip(parts, counts)]
+            parts = [torch.empty_like(padded) for _ in lengths]
+            dist.all_gather(parts, padded)
+        return [json.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths)]
 
     def agree(self, value):
-        """The first rank's value, at all of them."""
+        """The first rank's value, at all ranks."""
         return self.gather(value if self.first else None)[0]
 
     def total(self, number: float) -> float:
-        return number if self.size == 1 else sum(self.gather(number))
+        return sum(self.gather(number))
+
+    def largest(self, number: float) -> float:
+        return max(self.gather(number))
 
     def any(self, value: bool) -> bool:
         return any(self.gather(value))
 
-    def any_of(self, value: bool) -> bool:
-        """As `any`, for where it is asked at every step: one number goes around."""
-        flag = torch.tensor([int(value)])
-        with self._collective("any_of", flag):
-            torch.distributed.all_reduce(flag)
-        return bool(flag)
-
     def sum(self, tensors: list[Tensor]) -> None:
-        """Add up each tensor over all ranks, in place."""
+        """Add up each tensor over the ranks, in place."""
         if self.size > 1:
-            with self._collective("sum", *tensors):
-                waiting = [torch.distributed.all_reduce(x, async_op=True) for x in tensors]
-                for work in waiting:
-                    work.wait()
-
-    def broadcast(self, tensors: list[Tensor], owners: list[int]) -> None:
-        """Give each tensor, in place, the value that it has at its owner."""
-        if self.size > 1:
-            with self._collective("broadcast", *tensors):
-                waiting = [
-                    torch.distributed.broadcast(x, owner, async_op=True) for x, owner in zip(tensors, owners)
-                ]
-                for work in waiting:
-                    work.wait()
-
-    def to_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all ranks, fp32 on the host, at the first; the others keep their own."""
-        found = dict(tensors)
-        shapes = self.gather({name: list(x.shape) for name, x in tensors.items()})
-        with self._collective("to_first", *(() if self.first else tensors.values())):
-            for rank, named in enumerate(shapes[1:], start=1):
-                for name, shape in named.items():
-                    if self.first:
-                        found[name] = torch.empty(shape)
-                        torch.distributed.recv(found[name], rank)
-                    elif rank == self.rank:
-                        torch.distributed.send(tensors[name].contiguous(), 0)
-        return found
+            with connected():
+                for x in tensors:
+                    dist.all_reduce(x)
 
     def say(self, sentence: str) -> None:
-        """Why the run ends, on stderr: only from the rank that says it first."""
-        try:
-            heard = self.store is not None and self.store.add("said", 1) > 1
-        except (RuntimeError, OSError):  # torchrun, which keeps the store, is gone
-            heard = False
-        if not heard:
-            with contextlib.suppress(OSError):  # stderr may be full; the exit code says it too
-                print(sentence, file=sys.stderr, flush=True)
+        """Print why the run ends, on stderr; only the rank that comes first does."""
+        with contextlib.suppress(RuntimeError, OSError):  # torchrun, which keeps the store, may be gone
+            if self.store is not None and self.store.add("said", 1) > 1:
+                return
+        print(sentence, file=sys.stderr, flush=True)
 
     def leave(self, code: int) -> int:
-        """The exit code of this process, which after a failure ends here: nobody shall wait for it."""
+        """The exit code. After a failure the process ends here, as the others wait in vain for it."""
         if self.size > 1:
             if code:
                 sys.stdout.flush()
                 os._exit(code)
-            torch.distributed.destroy_process_group()
+            dist.destroy_process_group()
         return code
-
-    @contextlib.contextmanager
-    def _collective(self, kind: str, *tensors: Tensor) -> Iterator[None]:
-        self.payload[kind] += sum(x.nbytes for x in tensors)
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise Lost(f"{ENDED} ({one_line(error)})") from error
-
-    @contextlib.contextmanager
-    def connected(self) -> Iterator[None]:
-        """Around other code that may talk to ranks: a connection that breaks there is a rank that is Lost."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
-                raise
-            raise Lost(f"{ENDED} ({one_line(error)})") from error
 
 
 ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """The ranks that torchrun has started, this one among them; without torchrun this process alone."""
+    """The ranks that torchrun has started, with this process among them; ALONE without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE
-    import torch.distributed as dist
-
     here, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if cuda and here < torch.cuda.device_count():
         torch.cuda.set_device(here)
@@ -185,53 +124,109 @@ def join() -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run cannot reach each other: {error}") from None
-    ranks = Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), store)
-    _heed_signals(ranks)
-    if not ranks.first:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the program's whole life
-        sys.stderr.isatty = lambda: False  # so no bars
-    return ranks
+        sys.stderr.isatty = lambda: False  # tqdm draws no bar then
+    return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), store)
 
 
-def _heed_signals(ranks: Ranks) -> None:
-    """SIGTERM, which torchrun sends when another rank has ended, ends this one even while it waits for that
-    rank. Ctrl-C comes twice, from the terminal and from torchrun: the second shall not disturb the last
-    writing."""
-
-    def interrupt(*_) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    def watch() -> None:
-        while os.read(reader, 1)[0] != signal.SIGTERM:
-            pass
-        ranks.say(f"stopped: {ENDED}")
-        os._exit(128 + signal.SIGTERM)
-
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to whatever the main thread does
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, interrupt)
-    threading.Thread(target=watch, daemon=True).start()
+def _end(number: int, frame) -> None:
+    """Ctrl-C, or torchrun's SIGTERM after another rank has died. Ctrl-C comes twice: torchrun repeats it."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else Lost(ENDED)
 
 
 @contextlib.contextmanager
-def unsharded(model):
-    yield
+def connected() -> Iterator[None]:
+    """Around code that communicates: raises Lost where a connection breaks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE):
+            raise
+        raise Lost(ENDED) from error
 
 
-def local(x):
-    return x
+def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
+    """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices.
+
+    From then on they are fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen
+    parameters, such as the base of LoRA adapters, stay whole, in `dtype`; agents may share them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # these imports take a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for p in frozen:
+        p.data = p.data.to(device, dtype)
+    for part in (*model.model.layers, model):
+        for p in set(part.parameters()) - frozen:
+            if p.dtype != torch.float32:
+                p.data = p.data.float()
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
+        part.set_gradient_divide_factor(1.0)  # gradients are summed: losses are shares of all ranks'
+        part.set_force_sum_reduction_for_comms(True)
+    model.set_reshard_after_backward(False)
+    register_fsdp_forward_method(model, "hidden")
+    model.hidden = functools.partial(_checked, model, model.hidden)
+    model.sharded, model.compute_dtype = True, dtype
 
 
-def whole(x):
-    return x
+def _checked(model: Transformer, hidden: Callable, *args, **kwargs) -> Tensor:
+    if any(hasattr(p, "to_local") for p in model.model.layers[-1].parameters()):
+        raise RuntimeError("the weights are sharded: call this within `unsharded(model)`")
+    return hidden(*args, **kwargs)
 
 
-def offset(p) -> int:
-    return 0
+@contextlib.contextmanager
+def unsharded(*models: Transformer) -> Iterator[None]:
+    """Whole weights within, gathered once, on entering; without effect where models are not sharded.
+
+    All ranks must enter. Within, sampling and forward passes involve no other rank, so each may make any
+    number of them. A backward pass sums gradients over the ranks, so all must make equally many. What is
+    trained are the parameters that the model has outside.
+    """
+    parts = [part for model in models for part in model.modules() if hasattr(part, "unshard")]
+    with connected():
+        with torch.inference_mode(False), torch.no_grad():
+            for part in parts:
+                part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
 
 
-def shard(model, ranks, device, dtype):
-    raise NotImplementedError
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a DTensor, at all ranks, which must all ask for it; any other tensor as it is."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    with connected():
+        return x.full_tensor()
+
+
+def like(x: Tensor, p: Tensor) -> Tensor:
+    """x, whole at each rank, on the device of p and sharded as p is; x itself where its shape is another."""
+    if x.shape != p.shape or not hasattr(p, "device_mesh"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def offset(p: Tensor) -> int:
+    """Number of the first element of this rank's part, in the whole of p."""
+    if not hasattr(p, "device_mesh"):
+        return 0
+    rows = -(-p.shape[0] // p.device_mesh.size())  # of each part but the last ones
+    return min(p.device_mesh.get_local_rank() * rows, p.shape[0]) * p.shape[1:].numel()

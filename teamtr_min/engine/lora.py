@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from teamtr_min.config import SHIPPED
 from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import whole
 from teamtr_min.engine.model import FUSED, Transformer, split_fused
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf.weights import (
@@ -119,7 +120,7 @@ def adapter_tensors(model: Transformer, targets: tuple[str, ...] = TARGETS) -> d
     """The adapter's matrices as PEFT holds them: views of what is trained, for each of the `targets`."""
     parts = {}
     for name, p in trained(model).items():
-        parts |= split_fused(name, p.detach(), model.config)
+        parts |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
     return {name: part for name, part in parts.items() if name.split(".")[-2] in targets}
 
 

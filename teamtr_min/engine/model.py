@@ -14,7 +14,6 @@ Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden
 key/value heads, D head size, V vocabulary. `span` counts the cached positions that a row may attend to.
 """
 
-import contextlib
 import copy
 import functools
 import math
@@ -316,8 +315,10 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.checkpointing = False  # keep each layer's input alone for the way back, compute the rest again
-        self.sharded = False
-        self.shards = None  # `Shards` where the weights are spread over ranks
+        self.sharded = (
+            False  # over several processes, see distributed.py; it then computes in `compute_dtype`
+        )
+        self.compute_dtype: torch.dtype | None = None
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -333,11 +334,7 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """That it computes in."""
-        return self.head.dtype if self.shards is None else self.shards.dtype
-
-    def in_step(self, grad: bool = False) -> contextlib.AbstractContextManager:
-        """Around calls of `hidden` whose number may differ between ranks; see shards.py."""
-        return contextlib.nullcontext() if self.shards is None else self.shards.in_step(grad)
+        return self.compute_dtype or self.head.dtype
 
     def copy(self) -> "Transformer":
         """A model that training this one leaves alone; what is frozen in both is shared."""

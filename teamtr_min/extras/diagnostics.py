@@ -1,6 +1,8 @@
 """`--diagnostics`: what each update of a run was worth, estimated on rollouts of its own."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,10 +10,11 @@ from torch import Tensor
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
 from teamtr_min.extras import certificate
 from teamtr_min.extras.certificate import GAMMA, before_turn, bootstrap
-from teamtr_min.rollout import Rollouts, agent_batches, collect
+from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
 from teamtr_min.team import Team
 
 
@@ -31,15 +34,15 @@ class NoDiagnostics:
 class Diagnostics:
     """Diagnoses the updates of one stage, each on rollouts of the team just before it.
 
-    Keeps a copy of all models as they were at the start of the stage, and of those in an update as they were
-    before it. Its problems are not those that are trained on.
+    Keeps the weights of all agents at the start of the stage, and of those in an update just before it. Its
+    problems are not those that are trained on.
     """
 
     def __init__(self, config: Config, team: Team, stage: int):
         self.config, self.team, self.stage = config, team, stage
         problems = rng.generator(config.seed, "diagnostics", stage)
         self.problems = team.task.sample_problems(config.problems, problems)
-        self.start = [agent.model.copy() for agent in team.agents]
+        self.start = [weights_of(agent.model) if agent.model else [] for agent in team.agents]
         self.updated: list[int] = []
         self.first: Rollouts | None = None  # of team^0
         self.found: list[dict] = []  # of each update that could be diagnosed
@@ -52,7 +55,7 @@ class Diagnostics:
         self.rollouts = collect(self.team, self.problems, group, path, label="diagnosing")
         self.first = self.first or self.rollouts
         self.agents = agents
-        self.old = {j: self.team.agents[j].model.copy() for j in agents}
+        self.old = {j: weights_of(self.team.agents[j].model) for j in agents}
 
     @torch.no_grad()
     def after(self) -> dict:
@@ -103,23 +106,50 @@ class Diagnostics:
         return torch.tensor([[m.agent in self.agents for m in messages] for messages in rollouts.messages])
 
     def _log_ratio(self, rollouts: Rollouts, old: dict) -> Tensor:
-        """(R, turns): log-prob of each message of the agents in `old` as they are now, minus as they were."""
+        """(R, turns): log-prob of each message of agents as they are now, minus with their `old` weights."""
         table = torch.zeros(
             len(rollouts.messages), self.team.turns, dtype=torch.double
         )  # exp never overflows
-        for j, model in old.items():
-            table += message_logps(self.team, rollouts, j, self.team.agents[j].model, self.config)
-            table -= message_logps(self.team, rollouts, j, model, self.config)
+        for j, weights in old.items():
+            table += message_logps(self.team, rollouts, j, self.config)
+            with replaced_weights(self.team.agents[j].model, weights):
+                table -= message_logps(self.team, rollouts, j, self.config)
         return table
 
 
+def weights_of(model: Transformer) -> list[Tensor]:
+    """A copy of all weights that are trained."""
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def replaced_weights(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
+    """Within, the model has these weights in place of its own."""
+    trained, own = [p for p in model.parameters() if p.requires_grad], weights_of(model)
+
+    def set_to(values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(trained, values):
+                p.copy_(value)
+
+    try:
+        set_to(weights)
+        yield
+    finally:
+        set_to(own)
+
+
 @torch.no_grad()
-def message_logps(team: Team, rollouts: Rollouts, j: int, model: Transformer, config: Config) -> Tensor:
-    """(R, turns) log-probs of the messages of agent j under `model`, 0 at others' turns."""
+def message_logps(team: Team, rollouts: Rollouts, j: int, config: Config) -> Tensor:
+    """(R, turns) log-probs of the messages of agent j, 0 at others' turns."""
     table = torch.zeros(len(rollouts.messages), team.turns)
     none = torch.zeros_like(rollouts.returns)
-    for batch in agent_batches(team, rollouts, [j], none, config.batch_tokens).own:
-        logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
-        table[batch.rollout.cpu(), batch.turn.cpu()] = batch.per_message(logp[batch.pair]).cpu()
+    model, batches = team.agents[j].model, agent_batches(team, rollouts, [j], none, config.batch_tokens)
+    with unsharded(model):
+        for batch in (b for b in batches.own if isinstance(b, AgentBatch)):
+            logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
+            rows = batch.rollout.unique_consecutive().tolist()  # messages of a rollout stand in turn order
+            turns = [t for r in rows for t, m in enumerate(rollouts.messages[r]) if m.agent == j]
+            table[batch.rollout.cpu(), turns] = batch.per_message(logp[batch.pair]).cpu()
     team.ranks.sum([table])
     return table

@@ -13,6 +13,7 @@ import torch
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError, plain_file
 from teamtr_min.learner import Diverged, Learner, keep_company
@@ -50,16 +51,17 @@ def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
     learner.onload()
     before = learner.snapshot()
     try:
-        for batch in batches.own:
-            if isinstance(batch, Transformer):
-                keep_company(batch, backward=True)
-                continue
-            hidden = batch.hidden(batch.model)  # (pairs, H)
-            logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
-            part = -logp.sum() / batches.tokens
-            part.backward()
-            learner.add_gradients()
-            loss += part.item()
+        with unsharded(*learner.models):
+            for batch in batches.own:
+                if isinstance(batch, Transformer):
+                    keep_company(batch)
+                    continue
+                hidden = batch.hidden(batch.model)  # (pairs, H)
+                logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
+                part = -logp.sum() / batches.tokens
+                part.backward()
+                learner.add_gradients()
+                loss += part.item()
         loss = learner.ranks.total(loss)
         if not loss < float("inf"):
             raise Diverged(f"the loss of the warm start is {loss}")

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
+from teamtr_min.engine.distributed import whole
 from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors, split_fused
 from teamtr_min.files import UserError, one_line, plain_file, read_json, replacing, sha256, write_json
 from teamtr_min.hf import hub
@@ -117,11 +118,10 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    named = model.shards.weights() if model.shards else model.named_parameters()
     tensors = {
         part: rows.cpu().contiguous()
-        for name, p in named
-        for part, rows in split_fused(name, p.detach(), model.config).items()
+        for name, p in model.named_parameters()
+        for part, rows in split_fused(name, whole(p.detach()).to(model.dtype), model.config).items()
     }
     save_tensors(tensors, directory / hub.SINGLE)
     write_json(directory / "config.json", config_json(model.config, model.dtype))

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from teamtr_min.engine.distributed import whole
+from teamtr_min.engine.distributed import like, whole
 from teamtr_min.files import UserError, read_json, replacing, sha256, write_json
 from teamtr_min.learner import Diverged, Learner, Snapshot
 
@@ -93,9 +93,9 @@ def _restore(learner: Learner, path: Path) -> None:
     masters, states = [], []
     with safe_open(path, "pt") as stored:
         keys = [key.split(".", 2) for key in stored.keys() if key.startswith("adam.")]
-        for name in learner.names:
-            masters.append(stored.get_tensor(f"master.{name}"))
+        for name, p in zip(learner.names, learner.masters):
+            masters.append(like(stored.get_tensor(f"master.{name}"), p))
             own = [key for _, key, owner in keys if owner == name]
-            states.append({key: stored.get_tensor(f"adam.{key}.{name}") for key in own})
+            states.append({key: like(stored.get_tensor(f"adam.{key}.{name}"), p) for key in own})
     learner.restore(Snapshot(masters, states))
     learner.offload()

@@ -89,9 +89,9 @@ def build_team(
     speakers = [j for j, role in enumerate(roles) if role.tool is None]
     chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(sources[j]) for j in speakers}}
     agents = [Agent(role) for role in roles]
-    to = ("cpu", torch.float32) if ranks.size > 1 else (device, dtype)
+    first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
     loaded = load_models(
-        [sources[j] for j in speakers], *to, config.lora_rank, 2.0 * config.lora_rank, config.seed
+        [sources[j] for j in speakers], first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed
     )
     for j, (model, adapter) in zip(speakers, loaded):
         chat = chats[find_model(sources[j])]
