@@ -315,9 +315,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.checkpointing = False  # keep each layer's input alone for the way back, compute the rest again
-        self.sharded = (
-            False  # over several processes, see distributed.py; it then computes in `compute_dtype`
-        )
+        self.sharded = False  # over processes, by distributed.py; it then computes in `compute_dtype`
         self.compute_dtype: torch.dtype | None = None
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
