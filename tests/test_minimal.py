@@ -1,0 +1,48 @@
+"""docs/minimal.py and train.py compute the same update."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from ready import Prepared
+
+from teamtr_min.engine import rng
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "minimal.py"
+
+
+@pytest.fixture(scope="module")
+def minimal():
+    spec = importlib.util.spec_from_file_location("minimal", PAGE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("delta", [0.02, 2e-5])
+def test_the_first_update_is_the_same(minimal, delta):
+    """Rollouts, KL and weights, with steps inside the radius and with backtracking."""
+    ready = Prepared(agents=2, rounds=2, problems=6, group=4, lr=2e-5, delta=delta, temperature=0.8)
+    team = minimal.Minimal(ready.config)
+    problems = [p for p in ready.rollouts.problems[:: ready.config.group]]
+    rollouts, returns = team.collect(problems, rng.RngPath(0, "train", 0, 0))
+    assert [[(m.tokens, m.text, m.stopped) for m in row] for row in rollouts] == [
+        [(m.tokens, m.text, m.stopped) for m in row] for row in ready.rollouts.messages
+    ]
+    assert torch.equal(returns, ready.rollouts.returns)
+    advantages = minimal.group_advantages(returns.view(-1, ready.config.group)).flatten()
+    assert torch.allclose(advantages, ready.advantages, atol=1e-6)
+    before = [p.clone() for p in team.models[0].parameters()]
+    outcome, update = team.update(0, problems, rollouts, advantages), ready.update()
+    assert (outcome["steps"], outcome["halvings"]) == (update.steps, update.halvings)
+    assert (update.halvings > 0) == (delta == 2e-5)
+    assert outcome["kl"] == pytest.approx(update.kept["kl"], abs=1e-5)
+    ours, theirs = (torch.cat([p.flatten() for p in m.parameters()]) for m in (team.models[0], ready.model))
+    moved = (theirs - torch.cat([p.flatten() for p in before])).norm()
+    assert (ours - theirs).abs().max() < 1e-5 and (ours - theirs).norm() < 1e-3 * moved
+    assert team.betas[0] == ready.learner.beta
+
+
+def test_it_is_small():
+    assert len(PAGE.read_text().splitlines()) <= 200
