@@ -17,54 +17,21 @@ from teamtr_min.files import UserError, write_json
 SHIPPED = ("relay", "convention")  # tasks that bring a small model of the same name
 LORA_LR = 10  # LoRA needs about ten times the learning rate that suits all weights
 PRESETS = {
-    # fmt: off
     "shipped": dict(
-        task="relay",
-        stages=50,
-        inner_steps=6,
-        problems=64,
-        group=8,
-        temperature=1.0,
-        max_new_tokens=16,
-        lr=5e-4,
-        lr_end=0.0,
-        delta=0.02,
-        eval_problems=2048,
-        warm_start=0,
-        warm_start_lr=1e-3,
+        task="relay", stages=50, inner_steps=6, problems=64, group=8, temperature=1.0, max_new_tokens=16,
+        lr=5e-4, lr_end=0.0, delta=0.02, eval_problems=2048, warm_start=0, warm_start_lr=1e-3,
         checkpoint_every=1,
     ),
     "pretrained": dict(
-        task="gsm8k",
-        stages=50,
-        inner_steps=6,
-        problems=32,
-        group=8,
-        temperature=0.8,
-        max_new_tokens=256,
-        lr=1e-6,
-        lr_end=0.0,
-        delta=0.01,
-        eval_problems=128,
-        warm_start=0,
-        warm_start_lr=1e-4,
+        task="gsm8k", stages=50, inner_steps=6, problems=32, group=8, temperature=0.8, max_new_tokens=256,
+        lr=1e-6, lr_end=0.0, delta=0.01, eval_problems=128, warm_start=0, warm_start_lr=1e-4,
         checkpoint_every=1,
     ),
-    "sums": dict(  # a small pretrained model on a CPU
-        stages=32,
-        inner_steps=1,
-        problems=8,
-        temperature=1.0,
-        max_new_tokens=24,
-        lr=2e-5,
-        lr_end=0.3,
-        delta=0.05,
-        eval_problems=192,
-        warm_start=15,
-        checkpoint_every=4,
+    "sums": dict(  # pretrained on this task: a small model on a CPU
+        stages=32, inner_steps=1, problems=8, temperature=1.0, max_new_tokens=24, lr=2e-5, lr_end=0.3,
+        delta=0.05, eval_problems=192, warm_start=15, checkpoint_every=4,
     ),
-    # fmt: on
-}
+}  # fmt: skip
 
 
 def knob(default, help: str, *choices: str, least: float = -math.inf, most: float = 2**63 - 1):
@@ -147,35 +114,22 @@ class Config:
         default("min_ess", {"fresh": 1.0, "corrected": 0.5}.get(self.occupancy, 0.0))
         for f in dataclasses.fields(self):
             check(f, getattr(self, f.name))
-        rules = [  # (what cannot be, why)
-            (
-                self.beta and not 1e-4 <= self.beta <= 1,
-                "--beta lies between 1e-4 and 1, or is 0 for no penalty",
-            ),
+        # fmt: off
+        one_rate = "--occupancy joint makes one step for all agents, at one rate: leave out --lr-scale"
+        for broken, why in (
+            (self.beta and not 1e-4 <= self.beta <= 1, "--beta lies between 1e-4 and 1, or is 0 for no penalty"),
             (self.lr_end > 1, "--lr-end is a fraction of --lr, from 0 to 1"),
             (self.delta == 0, "--delta 0 allows no change at all; give a positive radius, or inf for none"),
             (self.min_ess > 1, "--min-ess is a share, from 0 to 1"),
             (self.min_ess != 1 and self.occupancy == "fresh", "--occupancy fresh means --min-ess 1"),
-            (
-                self.min_ess and self.occupancy in ("stale", "joint"),
-                f"--min-ess is about --occupancy corrected; {self.occupancy} rollouts are collected once a stage",
-            ),
-            (
-                self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)),
-                "--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to",
-            ),
-            (
-                len(self.models) not in (1, self.agents),
-                f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent",
-            ),
-            (
-                len(set(self.lr_scales)) > 1 and self.occupancy == "joint",
-                "--occupancy joint makes one step for all agents, so they have one rate: leave out --lr-scale",
-            ),
-        ]
-        for broken, why in rules:
+            (self.min_ess and self.occupancy in ("stale", "joint"), f"--min-ess is about --occupancy corrected; {self.occupancy} rollouts are collected once a stage"),
+            (self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)), "--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to"),
+            (len(self.models) not in (1, self.agents), f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent"),
+            (len(set(self.lr_scales)) > 1 and self.occupancy == "joint", one_rate),
+        ):
             if broken:
                 raise UserError(why)
+        # fmt: on
 
     @property
     def models(self) -> list[str]:
