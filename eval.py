@@ -1,175 +1,162 @@
-"""Benchmarks: how often a team is right, and how fast the kernels are.
+"""How often a team is right, what it says, how fast the code is, and what a run did.
 
-python eval.py relay                    the newest run under runs/, or without one the shipped team
-python eval.py relay --team runs/NAME   a trained team
-python eval.py relay --agents 5 --k 8   an untrained team of five, eight rollouts per problem
+python eval.py relay                    the newest run under runs/, or without one the untrained team
+python eval.py relay --team runs/NAME --k 8     a run by name; eight rollouts per problem
+python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table
+python eval.py relay --agents 5         an untrained team of five
 python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
-python eval.py convention --agents 2    the other shipped task, its untrained team
-python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table; --again measures anew
-python eval.py math500 --team runs/NAME   a published test set, on the agents of any run
-python eval.py jsonl --model DIR --data FILE   word problems of one's own
-python eval.py kernels                  the log-prob kernel beside its peers, on this machine
-python eval.py sampling training stage  tokens per second, an update's step, both beside transformers, and
-                                        where a stage's seconds go; --model DIR for another model
-python eval.py gpu                      a GPU's tests and all speed benchmarks, into runs/gpu.json
+python eval.py mine.py --samples F      your task; every transcript and its return go to F, as JSONL
+python eval.py jsonl --model DIR --data FILE    your own word problems
+python eval.py ask "12*7?" --team runs/NAME     the messages of the team, and its answer
+python eval.py report --team runs/NAME  figures, and a page with the transcripts
+python eval.py export --team runs/NAME --merge  its agents; LoRA adapters become whole checkpoints
+python eval.py kernels sampling training stage  how fast, beside other libraries and the machine's limits
+python eval.py gpu                      all of these on a GPU, into runs/gpu.json
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
-python eval.py report --team runs/NAME  what a run did: figures, and a page with its transcripts
-torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME   the same by eight processes, a GPU each
-python eval.py export --team runs/NAME --merge   a run's agents, LoRA's adapters merged into checkpoints
+torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eight processes, a GPU each
 """
 
-import argparse
-import functools
 import gc
 import json
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from teamtr_min.cli import add_flags, open_streams
+import torch
 
-import train
-from teamtr_min.bench import accuracy, export, gpu, kernels, report, sampling, stage, training
-from teamtr_min.bench.board import Board
-from teamtr_min.engine.distributed import ALONE, Lost, join
-from teamtr_min.files import UserError, one_line
-from teamtr_min.learner import OutOfMemory
-from teamtr_min.studies import occupancy
-from teamtr_min.tasks import TASKS
+from teamtr_min.bench import accuracy, export, report
+from teamtr_min.config import Parser, add_flags
+from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
+from teamtr_min.files import UserError
+from teamtr_min.run.loading import build_team
+from teamtr_min.tasks import TASKS, load_task
 
-TEAMLESS = ("kernels", "sampling", "training", "stage", "gpu", "occupancy")
-BENCHMARKS = [*TASKS, *TEAMLESS, "report", "export"]
-SPEED = {
-    "sampling": (sampling.run, sampling.table),
-    "training": (training.run, training.table),
-    "stage": (functools.partial(stage.run, train), stage.table),
-}
+SPEED = ("kernels", "sampling", "training", "stage", "gpu")
+OTHERS = (*SPEED, "occupancy", "report", "export")  # benchmarks that are no task
 TEAM_FLAGS = (
-    "model agents rounds router temperature max_new_tokens seed device dtype batch_rows shard "
-    "question_field answer_field"
+    "model agents rounds router roles temperature max_new_tokens seed device dtype batch_rows fields".split()
 )
+Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
+    ranks, failures = ALONE, []
+    try:
+        args, flags = parse(argv)
+        ranks = join()
+        jobs = plan(args, flags, ranks)  # refuses wrong names before anything is loaded
+    except (UserError, OSError) as error:
+        ranks.say(f"error: {error}")
+        return ranks.leave(2)
+    for name, job in jobs:
+        try:
+            for result, text in job():
+                if ranks.first:
+                    print(json.dumps(result) if args.json else text, flush=True)
+        except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError, Lost) as error:
+            failures.append(f"{name}: {error}" if len(jobs) > 1 else str(error))
+            if ranks.size > 1:
+                break  # the other processes may not have failed
+        except KeyboardInterrupt:
+            ranks.say("interrupted")
+            return ranks.leave(130)
+    for sentence in failures:
+        ranks.say(f"error: {sentence}")
+    return ranks.leave(2 if failures else 0)
+
+
+def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
+    """All flags, and those of them that are fields of Config. Raises UserError for what cannot be."""
+    parser = Parser(__doc__)
+    names, add = ", ".join([*TASKS, *OTHERS]), parser.add_argument
+    add(
         "benchmarks",
         nargs="*",
         metavar="benchmark",
-        help=f"what to measure: {', '.join(BENCHMARKS)}, or FILE.py with a task (default: the team's task)",
+        help=f"{names}, FILE.py with a task, or ask and a question (default: the task of the run)",
     )
-    parser.add_argument(
-        "--team",
-        default="",
-        help="directory of a run, or A,B,... of several (default: the newest under runs/)",
-    )
-    parser.add_argument(
+    add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
+    add(
         "--mode",
         choices=accuracy.MODES,
         default="team",
-        help="team; solo: its first agent takes every turn, compared with the team at equal tokens; "
-        "best_of: the likeliest of k rollouts; vote: the answer of most of k (default team)",
+        help="team; solo: its first agent takes every turn, compared with the team at equal tokens; best_of: "
+        "the likeliest of k rollouts; vote: the answer of most of k (default team)",
     )
-    parser.add_argument("--k", type=int, default=1, help="rollouts per problem (default 1)")
-    parser.add_argument(
-        "--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)"
-    )
-    parser.add_argument("--data", help="JSONL of problems to take instead of the held-out ones")
-    parser.add_argument(
-        "--again", action="store_true", help="measure also what was measured before and is kept"
-    )
-    parser.add_argument("--show", type=int, help="transcripts to print (default 3; of several results 0)")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per benchmark, nothing else"
-    )
-    parser.add_argument(
-        "--short",
-        action="store_true",
-        help="sampling, training, stage, occupancy: at toy sizes, for the tables' form and not for results",
-    )
-    study = parser.add_argument_group("occupancy and gpu")
-    study.add_argument("--only", help=f"some of {','.join(occupancy.STUDIES)}; or steps of gpu")
-    study.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
-    study.add_argument(
-        "--out", help="where its runs and figures go (default runs/occupancy; gpu: runs/gpu.json)"
-    )
-    parser.add_argument("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
-    add_flags(parser, TEAM_FLAGS.split())
+    add("--k", type=int, default=1, help="rollouts per problem (default 1)")
+    add("--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)")
+    add("--data", help="JSONL of problems to take instead of the held-out ones")
+    add("--json", action="store_true", help="print one JSON object per result, nothing else")
+    add("--samples", help="file for every transcript with its return, as JSONL")
+    add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
+    add("--out", help="export: directory for the agents; gpu: file; occupancy: directory")
+    add("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
+    add("--only", help="occupancy: some of its studies, comma-separated")
+    add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
+    add_flags(parser, TEAM_FLAGS)
     args = parser.parse_args(argv)
-    flags = {name: value for name, value in vars(args).items() if name in TEAM_FLAGS.split()}
-    try:
-        unknown = sorted(n for n in args.benchmarks if n not in BENCHMARKS and not n.endswith(".py"))
-        if unknown:
-            raise UserError(f"no benchmark {', '.join(unknown)}; there is: {', '.join(BENCHMARKS)}, FILE.py")
-        if args.k < 1 or (args.problems or 1) < 1 or (args.show or 0) < 0:
-            raise UserError("--k and --problems must be at least 1, --show at least 0")
-        teams = [team for team in args.team.split(",") if team] or [None]
-        jobs = [  # team by team, so that each is loaded once
-            (name, team)
-            for team in teams
-            for name in args.benchmarks or [None]
-            if team == teams[0] or name not in TEAMLESS
-        ]
-        places = [job for job in jobs if job[0] not in (*TEAMLESS, "report", "export")]
-        ranks = join()
-        board = Board(places, args.mode, args.k, args.problems, args.data, args.again, args.show, ranks)
-    except UserError as error:
-        ALONE.say(f"error: {error}")
-        return 2
-    failures = []
-    for name, team in jobs:
-        if not ranks.first and (name, team) not in places:
-            continue  # what is no evaluation the first does alone
-        try:
-            result, text = measure(name, team, args, flags, board)
-            print(json.dumps(result) if args.json else text, flush=True)
-        except (UserError, OSError, FloatingPointError, OutOfMemory, Lost) as error:
-            where = ", ".join(filter(None, (name, team)))
-            sentence = one_line(error, 1000)
-            failures.append(f"{where}: {sentence}" if len(jobs) > 1 else sentence)
-            if ranks.size > 1:
-                break  # the others may not have failed
-        except KeyboardInterrupt:
-            failures.append(None)
-            break
-    for sentence in failures:
-        ranks.say(f"error: {sentence}" if sentence else "interrupted")
-    return ranks.leave(130 if None in failures else 2 if failures else 0)
+    if args.k < 1 or (args.problems or 1) < 1:
+        raise UserError("--k and --problems must be at least 1")
+    return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 
 
-def measure(
-    name: str | None, team: str | None, args: argparse.Namespace, flags: dict, board: Board
-) -> tuple[dict, str]:
-    """One benchmark of one team: what `--json` prints, and the same for people."""
-    if name == "kernels":
-        result = kernels.run()
-        return result, kernels.table(result)
-    if name in SPEED:
-        if wrong := sorted(flags.keys() - {"model", "device", "dtype"}):
-            raise UserError(f"--{wrong[0].replace('_', '-')} says nothing to {name}")
-        run, table = SPEED[name]
-        result = run(flags, args.short)
-        return result, table(result)
-    if name == "gpu":
-        result = gpu.run(Path(args.out or "runs/gpu.json"), args.only)
-        return result, gpu.table(result)
-    if name == "occupancy":
-        studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
-        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)
-        return result, occupancy.table(result)
+def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable[[], Results]]]:
+    """Each benchmark with its name, team by team, so that each team is loaded once. Raises UserError."""
+    words, teams = args.benchmarks, [team for team in args.team.split(",") if team] or [None]
+    if words[:1] == ["ask"]:
+        return [("ask", partial(ask, words[1:], args, flags))] if ranks.first else []
+    unknown = [name for name in words if name not in (*TASKS, *OTHERS) and not Path(name).is_file()]
+    if unknown:
+        known = ", ".join([*TASKS, *OTHERS])
+        raise UserError(f"no benchmark {', '.join(unknown)}: give {known}, ask, or FILE.py with a task")
+    others = [
+        (name, partial(other, name, team, args, flags))
+        for team in teams
+        for name in words
+        if name in OTHERS and ranks.first and (team == teams[0] or name in ("report", "export"))
+    ]
+    evaluator, exams = accuracy.Evaluator(args.mode, args.k, ranks), []
+    for team in teams:
+        for name in [name for name in words if name not in OTHERS] or [None] * (not words):
+            subject = accuracy.find_subject(team, flags, name)
+            exams.append(accuracy.prepare(subject, name, args.problems, args.data))
+    table, file = accuracy.Table(exams), open(args.samples, "w", encoding="utf-8") if args.samples else None
+    return [(exam.name, partial(evaluate, exam, evaluator, table, file)) for exam in exams] + others
+
+
+def evaluate(exam: accuracy.Exam, evaluator: accuracy.Evaluator, table: accuracy.Table, file) -> Results:
+    result, rollouts = evaluator.evaluate(exam)
+    if file and evaluator.ranks.first:
+        file.writelines(json.dumps(line) + "\n" for line in accuracy.samples(result, rollouts))
+        file.flush()
+    yield result, table.add(result, rollouts)
+
+
+def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
+    """The team's messages and answer to each question; without any, to each line of the standard input."""
+    subject = accuracy.find_subject(args.team or None, flags)
+    team = build_team(subject.config, load_task(subject.config), sources=subject.sources)
+    for question in questions or map(str.strip, sys.stdin):
+        for answer in team.solve(question, samples=args.k, seed=subject.config.seed):
+            messages = [message._asdict() for message in answer.messages]
+            lines = [accuracy.said(m.name, m.agent, m.text) for m in answer.messages]
+            result = {"question": question, "messages": messages, "answer": answer.answer}
+            yield result, "\n".join([*lines, f"answer: {answer.answer}"])
+
+
+def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
     if name == "report":
         result = report.run(team)
-        return result, report.table(result)
-    if name == "export":
+        yield result, report.table(result)
+    elif name == "export":
         result = export.run(team, args.merge, args.out)
-        return result, export.table(result)
-    return board.measure(name, team, flags)
+        yield result, export.table(result)
 
 
 if __name__ == "__main__":
-    open_streams()
     gc.freeze()  # of 300,000 objects that stay, a collection need not look at any
     sys.exit(main())

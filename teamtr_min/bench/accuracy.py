@@ -1,344 +1,363 @@
-"""How often a team is right: avg@k and unbiased pass@k over problems it was never trained on.
+"""How often a team is right, or what its mean return is, on problems that it was never trained on.
 
-Every problem gets k rollouts at the team's own temperature. avg@k is the mean return 1 over all of them;
-pass@j is the chance that at least one of j rollouts is right, estimated without bias from the k that were
-drawn [Chen et al. 2021]: 1 - C(k - c, j) / C(k, j) for c right ones. Intervals are 95% bootstrap percentiles
-over problems.
+Every problem gets k rollouts at the team's own temperature. avg@k is the share of all rollouts with a return
+of 1. pass@j is the chance that the best of j rollouts has, estimated without bias from the k that were drawn.
+Where a task gives partial credit, returns other than 0 and 1, the mean return and the expected best return
+of j rollouts are shown, and the accuracy beside them. All intervals are 95%, over problems.
 
-    team       the team as it is
+    team       all rollouts of the team count
     vote       the answer that most of k rollouts give
     best_of    of k rollouts the one that the team itself finds likeliest, per token
-    solo       one agent takes every turn; beside the team on the same problems, both at equal tokens
+    solo       one agent takes every turn; compared with the team on the same problems at equal tokens
 """
 
 import collections
 import dataclasses
 import gc
 import hashlib
-import itertools
-import json
 import math
 import os
 import sys
+import textwrap
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from teamtr_min.bench import kept
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.engine.lora import hash_agent
-from teamtr_min.extras.certificate import mean_with_interval
-from teamtr_min.files import UserError, sha256
-from teamtr_min.hf.weights import DTYPES, find_model, pinned
+from teamtr_min.files import UserError
 from teamtr_min.rollout import Rollouts, collect
+from teamtr_min.run.loading import build_team, roles_of
+from teamtr_min.run.log import mean_interval
 from teamtr_min.run.memory import plan_evaluation
 from teamtr_min.run.run import newest_run
-from teamtr_min.run.system import peak, set_threads, size
-from teamtr_min.tasks import Problem, load_task, read_problems
-from teamtr_min.team import Message, Team, load_router, load_team, placement
+from teamtr_min.run.system import peak
+from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
+from teamtr_min.tasks.task import Message, Task
+from teamtr_min.team import Team, load_router
 
 HELD_OUT = 2048  # problems, unless a count is asked for
 MODES = ("team", "solo", "best_of", "vote")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The team to evaluate: a run's agents, or fresh copies of a model."""
+class Subject(NamedTuple):
+    """A team to evaluate: the agents of a run, or copies of a model."""
 
     name: str
     config: Config
-    sources: list[Path] | None  # the run's agents
+    sources: list[Path] | None = None  # agents/0..n-1 of the run; None: the models of `config`
 
     @property
-    def hash(self) -> str:
-        """Of all agents' weights in turn order: what was evaluated, whatever its directory is called."""
-        directories = [find_model(source) for source in self.sources or self.config.models]
-        one = {directory: hash_agent(directory) for directory in set(directories)}
-        return hashlib.sha256("".join(one[d] for d in directories).encode()).hexdigest()[:16]
-
-    @property
-    def kept_in(self) -> Path:
-        return (Path(self.name) if self.sources else Path("runs")) / "eval.jsonl"
-
-    @property
-    def solo(self) -> "Subject":
-        """Its first agent alone, taking as many turns as the team."""
-        config = self.config.of_one(self.config.models[0], rounds=self.config.turns, router="round-robin")
-        return Subject(f"{self.name}, first agent alone", config, self.sources and self.sources[:1])
+    def alone(self) -> "Subject":
+        """Its first agent, which takes as many turns as the team."""
+        c = self.config
+        changes = {"agents": 1, "model": c.models[0], "rounds": c.turns, "router": "round-robin"}
+        config = dataclasses.replace(c, roles="", lr_scale="", **changes)
+        return Subject(self.name, config, self.sources and self.sources[:1])
 
 
-def find_subject(team: str | None, changes: dict, task: str | None = None) -> Subject:
-    """The run `team`; without one the newest run here; without any, the shipped team.
+def find_subject(team: str | None, flags: dict, task: str | None = None) -> Subject:
+    """The run `team`; without one the newest run of `task`; without any, copies of the model of `task`.
 
-    `changes` are Config fields from the command line; naming a model or a team size asks for an untrained
-    team, of the model that comes with `task` if none is named.
+    `flags` are fields of Config from the command line. --model or --agents ask for an untrained team. Raises
+    UserError for a directory that is no run, or that holds no agents.
     """
-    fresh = {"model", "agents"} & set(changes)
-    if team and fresh:
-        raise UserError(
-            "--team is a trained team with its own agents and models; leave out --agents and --model"
-        )
-    if not team and not fresh:
-        team = newest_run("summary.json", lambda run: (run / "agents").is_dir() and is_of(run, task))
+    untrained = sorted({"model", "agents"} & flags.keys())
+    if team and untrained:
+        raise UserError(f"--team names trained agents with their models: leave out --{untrained[0]}")
+    if not team and not untrained:
+        team = newest_run("summary.json", lambda run: is_of(run, task))
     if not team:
-        return Subject("untrained team", pinned(Config(**({"task": task} if task else {}) | changes)), None)
-    directory = Path(team)
-    config = Config.load(directory / "config.json", {"batch_rows": 0} | changes)  # 0: as many as fit here
-    sources = [directory / "agents" / str(j) for j in range(config.agents)]
-    if not all(source.is_dir() for source in sources):
-        raise UserError(f"{directory} holds no trained agents (agents/0 to agents/{config.agents - 1})")
-    return Subject(str(directory), config, sources)
+        return Subject("untrained team", Config(**{"task": task, **flags}))
+    run = Path(team)
+    config = Config.load(run / "config.json", **{"batch_rows": 0, **flags})  # 0: as many as fit here
+    if not (run / "agents").is_dir():
+        raise UserError(f"{run} holds no trained agents yet")
+    return Subject(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
 
 
 def is_of(run: Path, task: str | None) -> bool:
-    """Whether this is a run of `task`, or with None of any; one that cannot be read is of none."""
+    """Whether a directory is a run of `task`, or of any with None."""
     try:
-        return Config.load(run / "config.json").task == task or task is None
+        return (run / "agents").is_dir() and task in (None, Config.load(run / "config.json").task)
     except UserError:
         return False
 
 
-class Evaluation(NamedTuple):
-    """What `--json` prints, and the rollouts it was read from, unless it had been measured before."""
+class Exam(NamedTuple):
+    """A team, a task, and the problems of the task that are put to it."""
 
-    result: dict
-    rollouts: Rollouts | None
-
-
-class Loader:
-    """Holds the team that was loaded last: for its next benchmark, and for its first agent alone."""
-
-    def __init__(self, ranks: Ranks = ALONE):
-        self.ranks, self.team, self.key, self.plan = ranks, None, None, None
-
-    def load(self, exam: "Exam", k: int, sources: list[Path] | None) -> Team:
-        """The team for k rollouts of each problem, after its plan of memory is on the terminal."""
-        config, roles = exam.config, exam.task.roles(exam.config.agents)
-        models = list(map(str, sources or config.model_of_each))
-        key = config.device, config.dtype, models
-        if not self.team or self.key[:2] != key[:2] or self.key[2][: len(models)] != models:
-            self.team = None
-            gc.collect()  # its memory serves the next, also of spread weights, which refer in circles
-        config, self.plan = plan_evaluation(
-            config, exam.task, exam.problems, k, models, bool(self.team), self.ranks
-        )
-        if self.ranks.first:
-            print(self.plan, file=sys.stderr, flush=True)  # a result goes to stdout
-        set_threads(config.shipped)
-        if not self.team:
-            self.team, self.key = load_team(config, roles, sources, self.ranks), key
-        agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
-        how = config.temperature, config.max_new_tokens, config.batch_rows
-        return Team(agents, load_router(config.router), config.rounds, *how, self.ranks)
-
-
-@dataclass(frozen=True)
-class Exam:
-    """A task and those of its problems that are put to a team."""
-
-    config: Config  # the team's, with this task
-    task: object
+    subject: Subject  # its config names the task
+    task: Task
     problems: list[Problem]
 
     @property
-    def hash(self) -> str:
-        """Of what the team is told and asked, of the answers, and of one's own files that take part."""
-        roles = [(role.name, role.system) for role in self.task.roles(self.config.agents)]
-        files = [sha256(Path(f)) for f in (self.config.task, self.config.router) if f.endswith(".py")]
-        content = roles, [(p.text, p.answer) for p in self.problems], files
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    def name(self) -> str:
+        return f"{self.subject.config.task}, {self.subject.name}"
+
+    @property
+    def alone(self) -> "Exam":
+        alone = self.subject.alone
+        return Exam(alone, load_task(alone.config), self.problems)
 
 
-def run(
-    subject: Subject,
-    task_name: str,
-    mode: str,
-    loader: Loader,
-    *,
-    k: int,
-    count: int | None,
-    data: str | None,
-    again: bool = False,
-) -> Evaluation:
-    """Evaluate `subject` in one of MODES, k rollouts per problem, and keep the result.
-
-    The problems are the first `count` of the file `data`, all without a count; or that many held-out ones.
-    What was measured before, with the same weights, problems and settings, is not measured `again`.
-    """
-    if mode in ("best_of", "vote") and k < 2:
-        raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
-    start = time.perf_counter()
-    exam = prepare(subject, task_name, count, data)
-    task = exam.task
-    if (mode == "vote" or mode == "solo" and k > 1) and not callable(getattr(task, "answer", None)):
-        raise UserError("to vote, a task needs a method answer(messages) -> str | None")
-    who = subject.solo if mode == "solo" else subject
-    result = {
-        "benchmark": task_name,
-        "team": subject.name,
-        "model": who.config.model,
-        "mode": mode,
-        "agents": who.config.agents,
-        "rounds": who.config.rounds,
-        "router": subject.config.router,
-        "k": k,
-        "problems": len(exam.problems),
-        "temperature": subject.config.temperature,
-        "max_new_tokens": subject.config.max_new_tokens,
-        "seed": subject.config.seed,
-        "dtype": next(name for name, dtype in DTYPES.items() if dtype == placement(subject.config)[1]),
-        "data": data,
-        "grader": getattr(task, "grader", "exact" if task_name in SHIPPED else "own"),
-        "team_hash": subject.hash,
-        "model_hash": who.hash,
-        "task_hash": exam.hash,
-    }
-    if not again and (before := loader.ranks.agree(kept.find(result, subject.kept_in))):
-        names = {name: result[name] for name in kept.NAMES}
-        return Evaluation(before | names | {"kept": True}, None)
-    rollouts = sample(subject, exam, k, loader)
-    if mode == "solo":
-        alone = prepare(who, task_name, count, data)
-        both = [(subject, exam, rollouts), (who, alone, sample(who, alone, k, loader))]
-        most = max(r.tokens_sampled for _, _, r in both)
-        for i, (player, its, drawn) in enumerate(both):  # whoever says less gets as many more rollouts
-            affordable = k * most // max(drawn.tokens_sampled, 1)
-            if affordable > k and callable(getattr(task, "answer", None)):
-                both[i] = player, its, sample(player, its, affordable, loader)
-        together, rollouts = both[0][2], both[1][2]
-        result["equal_tokens"] = at_equal_tokens(together, rollouts, task, subject.config.seed)
-    drawn = rollouts.group_size
-    right = (rollouts.grouped_returns == 1).sum(1)  # (P,)
-    chosen = right / drawn if mode in ("team", "solo") else pick(rollouts, mode, task)
-    for name, values in {"avg_at_k": chosen, "pass_at_k": pass_at(right, drawn, k)}.items():
-        result[name], result[f"{name}_ci"] = mean_with_interval(values, subject.config.seed)
-    result["pass_at"], result["pass_at_ci"] = {}, {}
-    for j in sorted({2**i for i in range(drawn.bit_length())} | {drawn}):
-        values = pass_at(right, drawn, j)
-        result["pass_at"][str(j)], result["pass_at_ci"][str(j)] = mean_with_interval(
-            values, subject.config.seed
-        )
-    result |= {"memory_peak": peak(loader.plan.device), "memory_planned": loader.plan.total}
-    result |= {"tokens_sampled": rollouts.tokens_sampled, "seconds": time.perf_counter() - start}
-    if loader.ranks.first:
-        result = kept.append(result, subject.kept_in)
-    return Evaluation(result, rollouts)
-
-
-def prepare(subject: Subject, task_name: str, count: int | None, data: str | None) -> Exam:
-    own_data = subject.config.data if subject.config.task == task_name else ""
-    task_data = "" if task_name in SHIPPED else data or own_data
-    config = dataclasses.replace(subject.config, task=task_name, data=task_data)
-    task = load_task(config)
+def prepare(subject: Subject, name: str | None, count: int | None, data: str | None) -> Exam:
+    """The task `name`, or the team's own: `count` problems, or all, of `data`; without it held-out ones."""
+    name = name or subject.config.task
+    own = subject.config.data if subject.config.task == name else ""
+    config = dataclasses.replace(subject.config, task=name, data="" if name in SHIPPED else data or own)
+    task, exam = load_task(config), subject._replace(config=config)
     if data and hasattr(task, "fields") and not Path(data).is_dir():
-        problems = read_problems(data, *task.fields)[:count]
-    else:
-        problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
-    return Exam(config, task, problems)
+        return Exam(exam, task, read_problems(data, *task.fields)[:count])
+    if data and name in TASKS and not hasattr(task, "fields"):
+        raise UserError(f"{name} makes its own problems: leave out --data")
+    held_out = rng.generator(0, "held-out")
+    return Exam(exam, task, task.sample_problems(count or HELD_OUT, held_out, held_out=True))
 
 
-def sample(subject: Subject, exam: Exam, k: int, loader: Loader) -> Rollouts:
-    """k rollouts of the subject on every problem."""
-    config, task = exam.config, exam.task
-    team = loader.load(exam, k, subject.sources)
-    path, label = rng.RngPath(config.seed, "eval"), f"evaluating {Path(config.task).stem}"
-    return collect(team, task, exam.problems, k, path, label=label, compact=True)
+class Evaluator:
+    """Evaluates teams, and keeps the one that it loaded last: for the next benchmark, and for `solo`."""
+
+    def __init__(self, mode: str = "team", k: int = 1, ranks: Ranks = ALONE):
+        if mode in ("best_of", "vote") and k < 2:
+            raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
+        self.mode, self.k, self.ranks = mode, k, ranks
+        self.team: Team | None = None
+        self.loaded: tuple = ((), [])  # of this team: device, dtype and which agents are tools; sources
+        self.planned = 0  # bytes of memory
+
+    def evaluate(self, exam: Exam) -> tuple[dict, dict[str, Rollouts]]:
+        """What `--json` prints, and the rollouts behind it by who wrote them: "team", "solo"."""
+        begin, task, solo = time.perf_counter(), exam.task, self.mode == "solo"
+        votes = callable(getattr(task, "answer", None))
+        if not votes and (self.mode == "vote" or solo and self.k > 1):
+            raise UserError("to vote, a task needs a method answer(messages) -> str | None")
+        result = {"benchmark": exam.subject.config.task, "mode": self.mode, "k": self.k} | setting(exam)
+        exams = {"team": exam, "solo": exam.alone} if solo else {"team": exam}
+        rollouts = {who: self.sample(its, self.k) for who, its in exams.items()}
+        if solo:
+            most = max(drawn.tokens_sampled for drawn in rollouts.values())
+            for who, its in exams.items():  # who writes less gets as many more rollouts
+                k = self.k * most // max(rollouts[who].tokens_sampled, 1)
+                if k > self.k and votes:
+                    rollouts[who] = self.sample(its, k)
+            result["equal_tokens"] = at_equal_tokens(*rollouts.values(), task)
+        result |= scores([*rollouts.values()][-1], self.mode, self.k, task)
+        result |= {"memory_peak": peak(self.team.agents[0].model.device), "memory_planned": self.planned}
+        return result | {"seconds": time.perf_counter() - begin}, rollouts
+
+    def sample(self, exam: Exam, k: int) -> Rollouts:
+        """k rollouts of the subject on every problem."""
+        subject, config, task = exam.subject, exam.subject.config, exam.task
+        sources = [str(source) for source in subject.sources or config.model_of_each]
+        roles = roles_of(config, task)
+        key = config.device, config.dtype, [role.tool is None for role in roles]
+        known = self.team is not None and self.loaded[0] == key and self.loaded[1][: len(sources)] == sources
+        if not known:
+            self.team = None
+            gc.collect()  # its memory serves the next team
+        config, plan = plan_evaluation(config, task, exam.problems, k, sources, known, self.ranks)
+        self.planned = plan.total
+        if not known:
+            self.team, self.loaded = build_team(config, task, self.ranks, sources), (key, sources)
+        agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
+        router, how = load_router(config.router), (config.temperature, config.max_new_tokens)
+        team = Team(agents, task, router, config.rounds, *how, config.batch_rows, self.ranks)
+        path = rng.RngPath(config.seed, "eval")
+        return collect(team, exam.problems, k, path, label=f"evaluating {Path(config.task).stem}")
 
 
-def pick(rollouts: Rollouts, mode: str, task) -> Tensor:
-    """(P,) whether the rollout that `mode` chooses for each problem is right; no choice looks at returns."""
-    right, k = rollouts.grouped_returns == 1, rollouts.group_size
-    groups = [rollouts.messages[p : p + k] for p in range(0, len(rollouts.messages), k)]
-    if mode == "best_of":
-        best = [max(range(k), key=lambda g, group=group: confidence(group[g])) for group in groups]
-    else:
-        best = []
-        for group in groups:
-            answers = [task.answer(messages) for messages in group]
-            votes = collections.Counter(a for a in answers if a is not None)
-            best.append(answers.index(votes.most_common(1)[0][0]) if votes else 0)
-    return right[range(len(groups)), best].double()
+def setting(exam: Exam) -> dict:
+    """What a result rests on besides weights."""
+    c, roles = exam.subject.config, roles_of(exam.subject.config, exam.task)
+    prompts = "\0".join(text for role in roles for text in (role.name, role.system))
+    names = ("model", "agents", "router", "rounds", "max_new_tokens", "temperature", "seed", "data")
+    return {
+        "team": exam.subject.name,
+        **{name: getattr(c, name) for name in names},
+        "roles": [role.name for role in roles],
+        "prompts": f"{hashlib.sha256(prompts.encode()).hexdigest()[:8]} of {c.roles or 'the task'}",
+        "grader": getattr(exam.task, "grader", "the task's own"),
+        "problems": len(exam.problems),
+    }
+
+
+# Statistics
+
+
+def difference_interval(values: Tensor) -> tuple[float, list[float]]:
+    """Mean of paired differences (P,) in [-1, 1] and its 95% interval [Agresti and Min 2005].
+
+    Two problems are added, with half a win and half a loss each: without any difference it is not [0, 0].
+    """
+    n, values = len(values) + 2, values.double()
+    mean = values.sum().item() / n
+    half = 1.96 * math.sqrt(((values.square().sum().item() + 1) / n - mean * mean) / n)
+    return values.mean().item(), [max(-1.0, mean - half), min(1.0, mean + half)]
+
+
+def best_of(values: Tensor, j: int) -> Tensor:
+    """(P,) expected largest of j values, without bias from the k of each problem (P, k).
+
+    Of zeros and ones it is pass@j: 1 - C(k - c, j) / C(k, j) for c ones [Chen et al. 2021].
+    """
+    k = values.shape[1]
+    # The i-th smallest is the largest of C(i, j - 1) choices of j.
+    chances = torch.tensor([math.comb(i, j - 1) / math.comb(k, j) for i in range(k)], dtype=torch.float64)
+    return values.double().sort(1).values @ chances
+
+
+def scores(rollouts: Rollouts, mode: str, k: int, task: Task) -> dict:
+    """Accuracy and return of what `mode` chooses, pass@j and best return of j rollouts, with intervals."""
+    returns = rollouts.grouped_returns  # (P, k), or more at equal tokens
+    right, drawn = (returns == 1).double(), rollouts.group_size
+    chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
+    found = {"rollouts_per_problem": drawn, "partial": bool(((returns != 0) & (returns != 1)).any())}
+    each = {"avg_at_k": (chosen == 1).double().mean(1), "return_at_k": chosen.double().mean(1)}
+    each["pass_at_k"] = best_of(right, k)
+    for name, values in each.items():
+        found[name], found[f"{name}_ci"] = mean_interval(values)
+    for name, values in (("pass_at", right), ("best_at", returns)):
+        found[name], found[f"{name}_ci"] = {}, {}
+        for j in sorted({2**i for i in range(drawn.bit_length())} | {drawn}):
+            found[name][str(j)], found[f"{name}_ci"][str(j)] = mean_interval(best_of(values, j))
+    return found | {"tokens_sampled": rollouts.tokens_sampled}
+
+
+def pick(rollouts: Rollouts, mode: str, task: Task) -> Tensor:
+    """(P, 1) return of the rollout that `mode` chooses for each problem; no choice looks at returns."""
+    k = rollouts.group_size
+    groups = [rollouts.messages[r : r + k] for r in range(0, len(rollouts.messages), k)]
+    best = []
+    for group in groups:
+        if mode == "best_of":
+            best.append(max(range(k), key=lambda g, group=group: confidence(group[g])))
+            continue
+        answers = [task.answer(messages) for messages in group]
+        votes = collections.Counter(answer for answer in answers if answer is not None)
+        best.append(answers.index(votes.most_common(1)[0][0]) if votes else 0)
+    return rollouts.grouped_returns.gather(1, torch.tensor(best)[:, None])
 
 
 def confidence(messages: list[Message]) -> float:
-    """Mean log-prob of a rollout's sampled tokens, under those who wrote them."""
+    """Mean log-prob of a rollout's sampled tokens, under the agents that wrote them."""
     logprobs = [value for message in messages for value in message.logprobs]
     return sum(logprobs) / max(len(logprobs), 1)
 
 
-def at_equal_tokens(team: Rollouts, solo: Rollouts, task, seed: int) -> dict:
+def at_equal_tokens(team: Rollouts, solo: Rollouts, task: Task) -> dict:
     """Team and soloist on the same problems for equal tokens; each votes where it has several rollouts."""
-    both = [pick(r, "vote", task) if r.group_size > 1 else (r.grouped_returns == 1)[:, 0].double()
-            for r in (team, solo)]  # fmt: skip
-    difference, interval = mean_with_interval(both[0] - both[1], seed)  # paired
-    problems = len(both[0])
+    both = [pick(r, "vote", task) if r.group_size > 1 else r.grouped_returns for r in (team, solo)]  # (P, 1)
+    difference, interval = difference_interval((both[0] - both[1]).flatten())
     return {
         "team": both[0].mean().item(),
         "solo": both[1].mean().item(),
         "difference": difference,
         "difference_ci": interval,
         "rollouts_per_problem": [team.group_size, solo.group_size],
-        "tokens_per_problem": [team.tokens_sampled / problems, solo.tokens_sampled / problems],
+        "tokens_per_problem": [r.tokens_sampled / len(both[0]) for r in (team, solo)],
     }
 
 
-def pass_at(right: Tensor, drawn: int, j: int) -> Tensor:
-    """Unbiased chance that one of j rollouts is right, from the `right` (P,) ones among `drawn`."""
-    total = math.comb(drawn, j)
-    return right.new_tensor([1 - math.comb(drawn - c, j) / total for c in right.tolist()], dtype=float)
+# What a person sees
 
 
-def table(result: dict) -> str:
-    """The result in words: avg@k, pass@j for j = 1, 2, 4, ... up to k, and what the mode adds."""
-    drawn = max(map(int, result["pass_at"]))  # rollouts per problem: k, or more at equal tokens
-    players = "first agent alone" if result["mode"] == "solo" else f"{result['agents']} agents"
-    lines = [
-        f"{result['benchmark']}: {result['team']}, {players}, {result['problems']:,} problems x {drawn}, "
-        f"temperature {result['temperature']:g}, graded: {result['grader']}, {result['seconds']:.1f} s"
+def heading(result: dict) -> str:
+    """What a result rests on, in lines of at most 80 characters."""
+    r = result
+    counted = (f"{r[name]:,} {name}" if r[name] > 1 else f"1 {name[:-1]}" for name in ("agents", "rounds"))
+    parts = [f"{next(counted)} of {r['model']}", next(counted), f"router {r['router']}", f"mode {r['mode']}"]
+    parts += [f"at most {r['max_new_tokens']} tokens a message", f"temperature {r['temperature']:g}"]
+    parts += [f"prompts {r['prompts']}", f"grader {r['grader']}", f"seed {r['seed']}"]
+    parts += [f"{r['problems']:,} problems x {r['rollouts_per_problem']}"]
+    return textwrap.fill(", ".join(parts), 80, initial_indent="  ", subsequent_indent="  ")
+
+
+def rows(result: dict) -> list[tuple[str, str]]:
+    """(name, value with interval): avg@k, then pass@j for j = 2, 4, ... up to k; or the same of returns."""
+    r, drawn = result, result["rollouts_per_problem"]
+    kind, key = ("best", "return_at_k") if r["partial"] else ("pass", "avg_at_k")
+
+    def cell(name: str, j: str = "") -> str:
+        value, (low, high) = (r[n][j] if j else r[n] for n in (name, f"{name}_ci"))
+        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+    found = [(f"return@{drawn}" if r["partial"] else f"avg@{drawn}", cell(f"{kind}_at", "1"))]
+    found += [(f"{kind}@{j}", cell(f"{kind}_at", j)) for j in r[f"{kind}_at"] if j != "1"]
+    if r["mode"] in ("vote", "best_of"):
+        found.append((f"{r['mode']} of {drawn}", cell(key)))
+    return found + ([("accuracy", cell("pass_at", "1"))] if r["partial"] else [])
+
+
+def equal_tokens(result: dict) -> list[str]:
+    if not (equal := result.get("equal_tokens")):
+        return []
+    each = zip(("team", "solo"), equal["rollouts_per_problem"], equal["tokens_per_problem"])
+    low, high = equal["difference_ci"]
+    lines = [f"{who} {equal[who]:.3f} ({k} x, {tokens:,.1f} tokens a problem)" for who, k, tokens in each]
+    return [
+        f"at equal tokens {', '.join(lines)}",
+        f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
     ]
-    for name, j in [(f"avg@{drawn}", "1"), *((f"pass@{j}", j) for j in result["pass_at"])]:
-        low, high = result["pass_at_ci"][j]
-        lines.append(f"  {name:8s} {result['pass_at'][j]:.3f}  [{low:.3f}, {high:.3f}]")
-    if result["mode"] in ("vote", "best_of"):
-        low, high = result["avg_at_k_ci"]
-        lines.append(f"  {result['mode']:8s} {result['avg_at_k']:.3f}  [{low:.3f}, {high:.3f}]  of {drawn}")
-    if equal := result.get("equal_tokens"):
-        (k, m), (t, s), (low, high) = (
-            equal[name] for name in ("rollouts_per_problem", "tokens_per_problem", "difference_ci")
-        )
-        lines.append(
-            f"  at equal tokens: team {equal['team']:.3f} ({k} x, {t:.1f} tokens a problem), "
-            f"solo {equal['solo']:.3f} ({m} x, {s:.1f}); "
-            f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
-    if "memory_peak" in result:
-        used, planned = size(result["memory_peak"]), size(result["memory_planned"])
-        lines.append(f"  memory peak {used} of {planned} planned")
-    if result.get("kept"):
-        lines.append(f"  {kept.when(result)}")
-    return "\n".join(lines)
 
 
-def show(rollouts: Rollouts, count: int) -> str:
-    """The first `count` transcripts, one message a line; a terminal gets them in colour."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+class Table:
+    """The results of these exams as they come: one with transcripts, or several in a table."""
 
-    def ink(code: int, text: str) -> str:
-        return f"\033[{code}m{text}\033[0m" if colour else text
+    def __init__(self, exams: list[Exam]):
+        self.several, self.above = len(exams) > 1, ""
+        self.width = max((len(exam.subject.config.task) for exam in exams), default=0)
 
-    agents = itertools.cycle((36, 33, 35, 34, 96, 93, 95, 94))  # neither the green nor the red of the verdict
-    names = [ink(code, agent.role.name) for code, agent in zip(agents, rollouts.team.agents)]
+    def add(self, result: dict, rollouts: dict[str, Rollouts]) -> str:
+        if not self.several:
+            lines = [f"{result['benchmark']}: {result['team']}, {result['seconds']:.1f} s", heading(result)]
+            lines += [f"  {name:14s}{value}" for name, value in rows(result)]
+            lines += [f"  {line}" for line in equal_tokens(result)]
+            return "\n".join([*lines, show([*rollouts.values()][-1], result["roles"])])
+        above, before = heading(result), self.above
+        self.above = above
+        found = rows(result)
+        cells = "".join(f"{f'{value} {name}':32s}" for name, value in found[:1] + found[1:][-1:])
+        lines = [above] if above != before else []  # what results rest on stands where it changes
+        lines.append(f"{result['benchmark']:{self.width}s}  {cells}{result['team']}")
+        return "\n".join([*lines, *(f"{'':{self.width}s}  {line}" for line in equal_tokens(result))])
+
+
+def show(rollouts: Rollouts, roles: list[str], count: int = 3) -> str:
+    """The first rollout of `count` problems, one message a line."""
     lines = []
     for r in range(0, len(rollouts.messages), rollouts.group_size)[:count]:
-        problem, verdict = (
-            rollouts.problems[r],
-            ink(32, "right") if rollouts.returns[r] == 1 else ink(31, "wrong"),
-        )
-        lines.append(f"\n{problem.text}   (answer {problem.answer}; {verdict})")
-        lines += [f"  {names[m.agent]}: {m.text}" for m in rollouts.messages[r]]
+        problem, value = rollouts.problems[r], rollouts.returns[r].item()
+        verdict, colour = {0.0: ("wrong", 31), 1.0: ("right", 32)}.get(value, (f"return {value:.3g}", 33))
+        lines.append(f"\n{problem.text}   (answer {problem.answer}; {ink(colour, verdict)})")
+        lines += [said(roles[m.agent], m.agent, m.text) for m in rollouts.messages[r]]
     return "\n".join(lines)
+
+
+def said(name: str, agent: int, text: str) -> str:
+    """A message, its writer in a colour that means neither right nor wrong."""
+    return f"  {ink((36, 35, 34, 96, 95, 94)[agent % 6], name)}: {text}"
+
+
+def ink(colour: int, text: str) -> str:
+    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+
+
+def samples(result: dict, rollouts: dict[str, Rollouts]) -> Iterator[dict]:
+    """Every transcript with its return, for `--samples`."""
+    for who, drawn in rollouts.items():
+        for r, (problem, messages) in enumerate(zip(drawn.problems, drawn.messages)):
+            yield {
+                "benchmark": result["benchmark"],
+                "team": result["team"],
+                "by": who,
+                "sample": r % drawn.group_size,
+                **dataclasses.asdict(problem),
+                "messages": [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages],
+                "return": drawn.returns[r].item(),
+            }
