@@ -8,7 +8,6 @@ again.
 
 import dataclasses
 import operator
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError, function_from_file, replacing
 from teamtr_min.hf.chat import ChatFormat, Tokenizer
-from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.weights import save_model
 from teamtr_min.tasks.task import Message, Problem, Role, Task
 
@@ -200,12 +198,11 @@ class Team:
 
     def prompt(self, agent: int, question: str, messages: Sequence[tuple[int, str]] = ()) -> list[int]:
         """The ids that an agent sees before its next message; `messages` are (agent, text), in turn order."""
-        said = []
+        chat = self.agents[agent].chat
+        ids = self.render(agent, Problem("", question, ""), [], add_generation_prompt=False).ids
         for j, text in ((m[0], m[-1]) for m in messages):
-            chat = self.agents[j].chat
-            tokens = [*chat.encode(text), chat.end_of_message] if chat else []
-            said.append(Message(j, tokens, text, [0.0] * len(tokens), stopped=True))
-        return self.render(agent, Problem("", question, ""), said, add_generation_prompt=True).ids
+            ids += chat.own(text) if j == agent else chat.teammate(self.agents[j].role.name, text)
+        return [*ids, *chat.assistant_header]
 
     def solve(
         self, question: str, samples: int = 1, temperature: float | None = None, seed: int = 0
@@ -236,6 +233,4 @@ class Team:
                     save_adapter(agent.model, agent.adapter, aside / str(j))
                 else:
                     save_model(agent.model, aside / str(j))
-                for file in TOKENIZER_FILES:
-                    if (agent.tokenizer.directory / file).is_file():
-                        shutil.copyfile(agent.tokenizer.directory / file, aside / str(j) / file)
+                agent.tokenizer.save(aside / str(j))

@@ -8,7 +8,7 @@ import torch
 from teamtr_min.bench.accuracy import find_subject
 from teamtr_min.engine.lora import load_models, merge
 from teamtr_min.files import UserError, replacing
-from teamtr_min.hf.hub import TOKENIZER_FILES
+from teamtr_min.hf.chat import load_tokenizer
 from teamtr_min.hf.weights import ADAPTER_CONFIG, save_model
 
 
@@ -32,9 +32,7 @@ def run(team: str | None, whole: bool, out: str | None) -> dict:
                 continue
             model, _ = next(load_models([source], "cpu", torch.float32))
             save_model(merge(model), aside / str(j))
-            for name in TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, aside / str(j) / name)
+            load_tokenizer(source).save(aside / str(j))
             merged.append(j)
     agents = [str(directory / str(j)) for j in range(len(subject.sources))]
     return {"benchmark": "export", "team": subject.name, "agents": agents, "merged": merged}

@@ -131,7 +131,7 @@ def plain_episode(team: Team, theirs: list, problems: list) -> list[list[Message
     for turn in range(team.turns):
         j = turn % len(team.agents)
         agent = team.agents[j]
-        end = agent.chat.end_of_message
+        ends = agent.chat.end_tokens
         prompts = [
             team.render(j, p.text, messages, add_generation_prompt=True).ids
             for p, messages in zip(problems, transcripts)
@@ -139,11 +139,11 @@ def plain_episode(team: Team, theirs: list, problems: list) -> list[list[Message
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=agent.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=ids.device)
-        options = SAMPLING | {"eos_token_id": end, "temperature": team.temperature}
+        options = SAMPLING | {"eos_token_id": [*ends], "temperature": team.temperature}
         drawn = theirs[j].generate(ids, attention_mask=mask, max_new_tokens=team.max_new_tokens, **options)
         for messages, tokens in zip(transcripts, drawn[:, width:].tolist()):
-            stopped = end in tokens
-            tokens = tokens[: tokens.index(end) + 1] if stopped else tokens
+            length = next((t for t, token in enumerate(tokens, 1) if token in ends), None)
+            stopped, tokens = length is not None, tokens[:length]
             text = agent.tokenizer.decode_batch([tokens[: len(tokens) - stopped]])[0]
             messages.append(Message(j, tokens, text, [], stopped))
     return transcripts

@@ -187,7 +187,7 @@ def in_tokens_of(newcomer: Agent, rollouts: Rollouts, j: int) -> Rollouts:
     """The same rollouts, with agent j's messages as the newcomer would write their text."""
 
     def rewritten(message: Message) -> Message:
-        tokens = newcomer.tokenizer.encode_text(message.text)
+        tokens = newcomer.chat.encode(message.text)
         tokens += [newcomer.chat.end_of_message] * message.stopped
         return dataclasses.replace(message, tokens=tokens, logprobs=[0.0] * len(tokens))
 

@@ -1,236 +1,331 @@
-"""tokenizer.json through tokenizers, and the checkpoint's own chat template (template.py)."""
+"""Text <-> token ids, conversations -> text, and the ids of a team's messages as one agent sees them.
 
+`tokenizers` reads tokenizer.json. Chat templates are programs of strangers, so they run in jinja2's sandbox.
+"""
+
+import datetime
 import functools
+import hashlib
 import json
-import math
 import os
+import re
+import shutil
 from pathlib import Path
 
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from teamtr_min.files import UserError, one_line, plain_file, read_json, sha256
-from teamtr_min.hf import template
+from teamtr_min.files import UserError, one_line, read_json, write_json
+from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.weights import find_model
 
-MOST_GROWTH = 1000  # of a text, by what tokenizer.json does to it before or after
-
-# ChatML, for checkpoints that bring no template of their own.
+# For checkpoints without a template. Where there is no <|im_end|>, a model ends its own messages with its end
+# of text. No other message has that token: to a base model it says that an unrelated text begins.
 CHATML = """\
 {%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + end_of_message + '\\n' }}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}
+{{- (end_of_message if message['role'] == 'assistant' else end_of_input) + '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
+FIRST, OWN, LAST = (f"\N{SECTION SIGN}{letter}\N{SECTION SIGN}" for letter in "FOL")  # stand for contents
 
 
 class Tokenizer:
     """Text <-> token ids, and conversations -> text. Two tokenizers with equal `hash` agree on every id.
 
-    `eos_id` is the end-of-sequence token, for `generate`'s stop_ids; `unk_id` stands for text that the
-    tokenizer cannot write. Either may be None, as may `template_text`, the checkpoint's own chat template.
+    special: bos_token, eos_token, ... as templates know them. special_ids: ids that mere text never becomes.
+    unk_id: id of text that the tokenizer cannot write, or None. start: ids that it puts before a text.
+    end_ids: end tokens of generation_config.json and config.json. template: the checkpoint's own, or None.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
-        path = self.directory / "tokenizer.json"
-        if not plain_file(path).is_file():
+        path, config = self.directory / "tokenizer.json", self._read("tokenizer_config.json")
+        if not path.is_file():
             raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
-        self.backend = self._safely(Backend.from_file, str(path), fault="is not a tokenizer")
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.hash = sha256(path)
-        for part in (self.backend.normalizer, self.backend.decoder):
-            if part is not None and not _growth(json.loads(part.__getstate__())) <= MOST_GROWTH:
-                raise UserError(f"{path}: its {type(part).__name__} makes texts many times as long")
-        config_path, legacy = (
-            self.directory / name for name in ("tokenizer_config.json", "special_tokens_map.json")
-        )
-        config = read_json(config_path) if os.path.lexists(config_path) else {}
-        # Only then transformers reads it too.
-        if "added_tokens_decoder" not in config and os.path.lexists(legacy):
-            config |= read_json(legacy)
-        self.special = _special_tokens(config)
-        self.eos_id, self.unk_id = self._special_id("eos_token"), self._special_id("unk_token")
-        self.template_text = text = _template_text(self.directory, config)
-        if text is None:
-            text = CHATML
+        try:
+            text = path.read_text(encoding="utf-8")
+            self.backend, self.special = self._load(text, config)
+            # "first" puts a space before a text, but not before what follows a special token in it.
+            inside = re.sub(r'("prepend_scheme"\s*:\s*)"first"', r'\1"never"', text)
+            self._inside = self.backend if inside == text else self._load(inside, config)[0]
+            self.template = self._own_template(config)
+            self.unk_id = self.backend.token_to_id(self.special.get("unk_token", ""))
+        except Exception as error:  # the backend raises bare Exceptions
+            raise UserError(f"{self.directory} holds no usable tokenizer: {one_line(error)}") from None
+        added = self.backend.get_added_tokens_decoder()
+        self.special_ids = {i for i, token in added.items() if token.special}
+        self.hash = hashlib.sha256(f"{text}{sorted(map(str, added.items()))}".encode()).hexdigest()
+        around, alone = self.backend.encode("x"), self.backend.encode("x", add_special_tokens=False).ids
+        before = (around.special_tokens_mask + [0]).index(0)
+        self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
+        self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
+        found = [self._read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        self.end_ids = {i for ids in found for i in (ids if isinstance(ids, list) else [ids])} - {None}
+        if self.template is None:
             known = self.backend.token_to_id("<|im_end|>") is not None
             self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
-        self._template = text
-        self._render(None, "does not parse")
+            self.special["end_of_input"] = "<|im_end|>" if known else ""
 
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def is_special(self, token: int) -> bool:
-        """Whether this id is one of the tokenizer's special tokens, which text is never split into."""
-        added = self.backend.get_added_tokens_decoder().get(token)
-        return added is not None and added.special
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; special tokens are those of the tokenizer's own post-processor (Llama's BOS).
+        """Ids of `text`; special tokens are those that the tokenizer puts around every text (Llama's BOS).
 
-        A special token that is written out in `text` becomes its id, as in a rendered template.
+        A special token that is spelled in `text` becomes its id, as in a rendered template.
         """
-        return self._safely(self.backend.encode, text, add_special_tokens=add_special_tokens).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [*self.start, *ids, *self._end] if add_special_tokens else ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of `text` as mere text: a special token written out in it is spelled, piece by piece."""
-        self.backend.encode_special_tokens = True
-        try:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        finally:
-            self.backend.encode_special_tokens = False
+    def between(self, before: str, text: str, after: str = "", mere: tuple[int, int] = (0, 0)) -> list[int]:
+        """Ids of `text` where it stands between `before` and `after`, as if all three were encoded at once.
+
+        Special tokens that are spelled in text[mere[0] : mere[1]] remain mere text. Raises ValueError where a
+        token reaches across an end of `text`.
+        """
+        whole, low, high = before + text + after, len(before), len(before) + len(text)
+        tokens = _encode(self.backend, whole)
+        first, last = low + mere[0], low + mere[1]
+        special = [(start, stop) for i, start, stop in tokens if i in self.special_ids]
+        if any(first <= start < last for start, _ in special):
+            # Encode anew, as mere text, all that stands between the special tokens before and behind.
+            left = max((stop for _, stop in special if stop <= first), default=0)
+            right = min((start for start, _ in special if start >= last), default=len(whole))
+            self._inside.encode_special_tokens = True
+            spelled = _encode(self._inside, whole[left:right])
+            self._inside.encode_special_tokens = False
+            tokens = [
+                *(token for token in tokens if token[2] <= left),
+                *((i, left + start, left + stop) for i, start, stop in spelled),
+                *(token for token in tokens if token[1] >= right),
+            ]
+        if any(start < edge < stop for _, start, stop in tokens for edge in (low, high)):
+            raise ValueError(f"a token reaches across an end of {text!r}")
+        return [i for i, start, _ in tokens if low <= start < high]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self._safely(self.backend.decode, list(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_batch(self, batch: list[list[int]]) -> list[str]:
-        return self._safely(self.backend.decode_batch, batch)
-
-    def _safely(self, function, *given, fault: str = "cannot be used", **named):
-        try:
-            return function(*given, **named)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # the backend raises bare Exceptions, and panics, which are none
-            path = self.directory / "tokenizer.json"
-            raise UserError(f"{path} {fault}: {one_line(error)}") from None
+        return self.backend.decode_batch(batch)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **template_kwargs) -> str:
-        """The conversation as the checkpoint's template writes it; `messages` are {"role", "content"}.
+        """The conversation as the chat template writes it; `messages` are {"role", "content"}.
 
-        As transformers' `apply_chat_template(tokenize=False)`. Raises UserError when the template refuses.
+        As transformers' `apply_chat_template(tokenize=False)`. Raises UserError where the template refuses or
+        does not parse.
         """
         given = [{key: v for key, v in message.items() if v is not None} for message in messages]
         values = {"tools": None, "documents": None, **self.special, **template_kwargs}
         values |= {"messages": given, "add_generation_prompt": add_generation_prompt}
-        return self._render(values, "refuses this conversation")
-
-    def _render(self, values: dict | None, fault: str) -> str:
         try:
-            return template.render(self._template, values)
-        except template.TemplateError as error:
-            why = one_line(error)
-            raise UserError(f"the chat template of {self.directory} {fault}: {why}") from None
+            return _compiled(CHATML if self.template is None else self.template).render(values)
+        except Exception as error:  # a template may raise anything
+            why = one_line(error) or type(error).__name__
+            raise UserError(f"the chat template of {self.directory} fails on a conversation: {why}") from None
 
-    def _special_id(self, name: str) -> int | None:
-        token = self.special.get(name)
-        if token is None:
-            return None
-        return self._safely(
-            self.backend.token_to_id, token, fault=f"cannot look up the {name} that is configured"
-        )
+    def save(self, directory: Path) -> None:
+        """Copy the tokenizer's files; generation_config.json there names every end token."""
+        for name in TOKENIZER_FILES:
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, directory / name)
+        if self.end_ids:
+            generation = self._read("generation_config.json") | {"eos_token_id": sorted(self.end_ids)}
+            write_json(directory / "generation_config.json", generation)
+
+    def _read(self, name: str) -> dict:
+        return read_json(self.directory / name) if (self.directory / name).is_file() else {}
+
+    def _load(self, text: str, config: dict) -> tuple[Backend, dict[str, str]]:
+        """The backend with every token that a file beside tokenizer.json declares, and special ones by name.
+
+        As transformers reads them: without `added_tokens_decoder` the older files count.
+        """
+        backend = Backend.from_str(text)
+        backend.no_truncation()
+        backend.no_padding()
+        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        listed, older = config.get("added_tokens_decoder"), {}
+        if listed is None:
+            config, older = config | self._read("special_tokens_map.json"), self._read("added_tokens.json")
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = {name: token for name, token in config.items() if name.endswith("_token")}
+        named |= extra if isinstance(extra, dict) else dict(enumerate(extra))
+        named = {name: _special(token) for name, token in named.items() if isinstance(token, str | dict)}
+        contents = {token.content for token in named.values()}
+        tokens = [
+            AddedToken(**token) for _, token in sorted((listed or {}).items(), key=lambda item: int(item[0]))
+        ]
+        new = {token.content: token for token in tokens}
+        for content in sorted(older, key=older.get):
+            new.setdefault(content, known.get(content) or AddedToken(content, special=content in contents))
+        for token in named.values():
+            new.setdefault(token.content, known.get(token.content) or token).special = True
+        backend.add_tokens([*new.values()])
+        return backend, {name: token.content for name, token in named.items() if isinstance(name, str)}
+
+    def _own_template(self, config: dict) -> str | None:
+        file, text = self.directory / "chat_template.jinja", config.get("chat_template")
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if isinstance(text, list):  # several, by name
+            text = {one["name"]: one["template"] for one in text}["default"]
+        if not isinstance(text, str | None):
+            raise ValueError(f"its chat_template is a {type(text).__name__}, not a text")
+        return text
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model directory, or of a name that `load_model` knows.
-
-    Raises UserError when a file is missing or damaged, or the chat template does not parse.
-    """
+    """The tokenizer of a model directory, or of a name that `load_model` knows. Raises UserError."""
     return Tokenizer(find_model(name_or_dir))
 
 
-def _special_tokens(config: dict) -> dict[str, str]:
-    """bos_token, eos_token, ... and those of the model's own, as templates expect them: plain strings."""
-    extra = config.get("extra_special_tokens")
-    named = {name: token for name, token in config.items() if name.endswith("_token")}
-    named |= extra if isinstance(extra, dict) else {}
-    plain = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items()}
-    return {name: token for name, token in plain.items() if isinstance(token, str)}
-
-
-def _template_text(directory: Path, config: dict) -> str | None:
-    file = directory / "chat_template.jinja"
-    if os.path.lexists(file):
-        try:
-            return plain_file(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
-    text = config.get("chat_template")
-    if isinstance(text, list):  # several named templates
-        named = {str(one.get("name")): one.get("template") for one in text if isinstance(one, dict)}
-        text = named.get("default", text)
-    if not isinstance(text, str | None):
-        wanted = "neither a text nor a list of named texts with one called default"
-        raise UserError(f"the chat_template of {directory} is {wanted}")
-    return text
-
-
-def _growth(step: dict) -> float:
-    """How many times as long a text may get by a normalizer or decoder of tokenizer.json, at most."""
-    if step.get("type") == "Sequence":
-        return math.prod(map(_growth, step.get("normalizers") or step.get("decoders") or []))
-    if step.get("type") == "Prepend":
-        return 1 + len(step["prepend"])
-    if step.get("type") != "Replace":
-        return 1  # Unicode's own forms do not grow further by repetition
-    length, literal = len(step["content"]), step["pattern"].get("String")
-    return max(1, length / len(literal)) if literal else 1 + length  # a regex may match at every character
-
-
 class ChatFormat:
-    """The ids that stand around messages, taken once from the chat template by rendering sentinels.
+    """The ids of a transcript in the eyes of an agent that has this tokenizer and its chat template.
 
-    Rendering the template anew each turn would not do: sampled ids must survive, and some templates rewrite
-    history. Every part is tokenized by itself; BPE therefore never merges a header with what follows it.
+    A transcript is `opening`, then each message: `teammate`, or where the agent wrote it `assistant_header`,
+    the sampled ids with their end token, `assistant_footer`. All together are the ids of the conversation,
+    rendered and encoded at once; only sampled ids stay as they are. A template that does not treat messages
+    alike wherever they stand is refused with a UserError.
+
+    date: the day that the template is told. end_tokens: the ids that end a message; end_of_message: the one
+    that the template writes.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        user, user2, assistant = (f"\N{SECTION SIGN}{c}\N{SECTION SIGN}" for c in "UVA")
-
-        def gap(left: str, right: str | None, *turns: tuple[str, str], prompt: bool = False) -> str:
-            text = self._render([{"role": role, "content": content} for role, content in turns], prompt)
-            after = text.partition(left)[2]
-            return after if right is None else after.partition(right)[0]
-
-        footer = gap(user, None, ("user", user))
-        header = gap(user, None, ("user", user), prompt=True).removeprefix(footer)
-        user_to_user = gap(user, user2, ("user", user), ("user", user2))
-        user_header = user_to_user.removeprefix(footer)
-        to_user = gap(assistant, user2, ("user", user), ("assistant", assistant), ("user", user2))
-        if not (header and user_to_user.startswith(footer) and to_user.endswith(user_header)):
+    def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
+        self.tokenizer, self.date = tokenizer, datetime.date.fromisoformat(date)
+        behind_first, between = self._behind_first, tokenizer.between
+        self.footer = behind_first()
+        self.header = behind_first(prompt=True).removeprefix(self.footer)
+        self.user_header = behind_first(("user", LAST)).removeprefix(self.footer).partition(LAST)[0]
+        answered = behind_first(("assistant", OWN), ("user", LAST), prompt=True).partition(OWN)[2]
+        self.closing = answered.partition(LAST)[0].removesuffix(self.user_header)
+        last = self.user_header + LAST + self.footer + self.header
+        alike = self.header and answered == self.closing + last
+        alike = alike and behind_first(("user", LAST), prompt=True) == self.footer + last
+        # Behind every message stand these characters, whoever writes the next one.
+        self.next = os.path.commonprefix([self.user_header, self.header])
+        try:
+            headers = [
+                [between("x" + end, header) for header in (self.header, self.user_header + "A:\n")]
+                for end in (self.footer, self.closing)
+            ]
+            self.user_footer = between("x", self.footer, self.next)
+            ends = between("x", self.closing, self.next)
+        except ValueError:
+            alike = False
+        if not alike or headers[0] != headers[1]:
             raise UserError(
                 f"the chat template of {tokenizer.directory} does not treat messages alike wherever they "
                 "stand, so no shared transcript can be built with it"
             )
-        self.user_header, self.user_footer = self.encode(user_header), self.encode(footer)
-        self.assistant_header = self.encode(header)
-        footer_ids = self.encode(to_user.removesuffix(user_header))
-        # What ends a message is sampled, so it must be a token that ordinary text never holds.
-        if not footer_ids or not tokenizer.is_special(footer_ids[0]):
+        # An end token is sampled, so it must be one that ordinary text never holds.
+        if not ends or ends[0] not in tokenizer.special_ids:
             raise UserError(
                 f"the chat template of {tokenizer.directory} does not end an assistant's message "
                 "with a special token"
             )
-        self.end_of_message, *self.assistant_footer = footer_ids
-        self.end_tokens = frozenset([self.end_of_message])
-
-    def teammate_ids(self, name: str, ids: list[int]) -> list[int]:
-        return [*self.user_header, *self.encode(name + ":\n"), *ids, *self.user_footer]
-
-    def teammate(self, name: str, text: str) -> list[int]:
-        return self.teammate_ids(name, self.tokenizer.encode_text(text))
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        self.assistant_header = headers[0][0]
+        self.end_of_message, *self.assistant_footer = ends
+        self.end_tokens = frozenset([self.end_of_message, *tokenizer.end_ids])
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  one format lives as long as its team
     def opening(self, system: str, problem: str) -> tuple[int, ...]:
         """System prompt and problem, up to the end of the problem's message."""
-        sentinel = "\N{SECTION SIGN}U\N{SECTION SIGN}"
-        turns = [{"role": "system", "content": system}] if system else []
-        before = self._render([*turns, {"role": "user", "content": sentinel}], False).partition(sentinel)[0]
-        # A checkpoint's own template writes its BOS; ChatML does not, so there the tokenizer adds it.
-        start = self.tokenizer.encode(before, add_special_tokens=self.tokenizer.template_text is None)
-        text = self.encode(problem)
-        if self.tokenizer.unk_id in text:
+        tokenizer = self.tokenizer
+        if tokenizer.unk_id in tokenizer.encode(problem, add_special_tokens=False):
             raise UserError(
-                f"the model in {self.tokenizer.directory} has no tokens for the problem {problem[:60]!r}"
+                f"the model in {tokenizer.directory} has no tokens for the problem {problem[:60]!r}"
             )
-        return tuple(start + text + self.user_footer)
+        turns = [("system", system)] * bool(system) + [("user", problem)]
+        text = self._render(turns, prompt=True).removesuffix(self.header)
+        # A checkpoint's own template writes its BOS. ChatML does not, so there the tokenizer adds it.
+        start = tokenizer.start if tokenizer.template is None else []
+        return (*start, *tokenizer.between("", text, self.next))
 
-    def _render(self, turns: list[dict], prompt: bool) -> str:
-        # Llama 3.2's template prints today's date unless told one: a run must not change overnight.
-        return self.tokenizer.render(turns, add_generation_prompt=prompt, date_string="26 Jul 2024")
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def teammate(self, name: str, text: str) -> list[int]:
+        """A message of another agent, given as text. It cannot end by spelling a special token."""
+        return self._said("user", f"{name}:\n{text}", len(self.user_header) + len(name) + 2, self.footer)
+
+    def teammate_ids(self, name: str, ids: list[int]) -> list[int]:
+        """A message of another agent, given as the ids that it sampled, without its end token."""
+        return [*self._name(name), *ids, *self.user_footer]
+
+    def own(self, text: str) -> list[int]:
+        """A message of this agent, given as text: header, content, end token and footer."""
+        return self._said("assistant", text, len(self.header), self.closing)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids that this agent would sample to write `text`, without an end token."""
+        mere = (0, len(text))
+        try:
+            return self.tokenizer.between("x" + self.footer + self.header, text, self.closing, mere)
+        except ValueError:  # encoded at once, it would share a token with the header
+            return self.tokenizer.between("x", text, self.closing, mere)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _name(self, name: str) -> list[int]:
+        return self.tokenizer.between("x" + self.footer, f"{self.user_header}{name}:\n")
+
+    def _said(self, role: str, content: str, start: int, end: str) -> list[int]:
+        """A later message, whose content the template may trim; from `start` to `end` it is mere text."""
+        rest = self._behind_first((role, content), ("user", LAST)).removeprefix(self.footer)
+        part = rest.rpartition(LAST)[0].removesuffix(self.user_header)
+        return self.tokenizer.between("x" + self.footer, part, self.next, (start, len(part) - len(end)))
+
+    def _behind_first(self, *turns: tuple[str, str], prompt: bool = False) -> str:
+        """What the template writes behind the content of a first message when `turns` follow it."""
+        return self._render([("user", FIRST), *turns], prompt).partition(FIRST)[2]
+
+    def _render(self, turns: list[tuple[str, str]], prompt: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return self.tokenizer.render(messages, prompt, strftime_now=self.date.strftime)
+
+
+def _encode(backend: Backend, text: str) -> list[tuple[int, int, int]]:
+    """(id, start, stop) of each token, in characters of `text`."""
+    found = backend.encode(text, add_special_tokens=False)
+    return [(i, start, stop) for i, (start, stop) in zip(found.ids, found.offsets)]
+
+
+def _special(token: str | dict) -> AddedToken:
+    fields = {"content": token} if isinstance(token, str) else {k: token[k] for k in token if k != "__type"}
+    return AddedToken(**fields | {"special": True})
+
+
+@functools.cache
+def _compiled(template: str) -> jinja2.Template:
+    """A template with the filters and functions that chat templates rely on."""
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %} marks what an assistant said. It changes no text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    return environment.from_string(template)

@@ -21,8 +21,8 @@ ALIASES = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 PART = ".incomplete"  # what huggingface_hub, too, adds to the name of a blob that is still arriving
 MAKE_ROOM = "make room, or set HF_HOME to a place that has it"

@@ -408,8 +408,7 @@ def longest_transcript(config: Config, views: list[tuple], problems: Iterable[st
     for chat, role in views:
         opening = max(len(chat.opening(role.system, text)) for text in texts)
         own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
-        names = max(len(chat.encode(writer.name + ":\n")) for _, writer in views)
-        others = len(chat.user_header) + names + len(chat.user_footer)
+        others = max(len(chat.teammate_ids(writer.name, [])) for _, writer in views)
         longest = max(longest, opening + config.turns * (config.max_new_tokens + max(own, others)))
     return longest
 
