@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*"}  # nobody listens there
 
 import importlib.metadata  # noqa: E402
+import shutil  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -40,3 +41,36 @@ def launches(monkeypatch):
     launches.clear()
     yield launches
     assert launches, "no kernel was started: this test ran on the torch reference"
+
+
+SHARED = ["--stages", "3", "--eval-every", "1", "--eval-problems", "64"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A toy run of three stages. Tests read it, or copy it."""
+    from toy_runs import run
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(out, *SHARED)
+    return out
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """The same run, ended by Ctrl-C in its third stage: it has two checkpoints."""
+    from commands import interrupt_at
+    from toy_runs import TOY
+
+    import train
+
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(7, patch, train, "group_advantages")
+        assert train.main([*TOY, *SHARED, "--out", str(out)]) == 130
+    return out
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "copy")

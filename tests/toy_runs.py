@@ -85,3 +85,13 @@ def weights(out: Path) -> list[dict]:
 
 def same(a: list[dict], b: list[dict]) -> bool:
     return all(torch.equal(p[name], q[name]) for p, q in zip(a, b) for name in p)
+
+
+def bits(out: Path) -> tuple:
+    """All that two equal runs have in common: logs and summary but for times, agents, the last checkpoint."""
+    logs = [
+        line for records in results(out) for line in ([records] if isinstance(records, dict) else records)
+    ]
+    files = [*out.glob("agents/*/*"), *sorted(out.glob("checkpoints/*"))[-1].glob("*.safetensors")]
+    held = {str(file.relative_to(out)): file.read_bytes() for file in files}
+    return timeless(logs), (out / "transcripts.jsonl").read_bytes(), held

@@ -133,14 +133,16 @@ class Run:
         if not self.results:
             self._close()
             return
+        self.summary = self._summarised(error)
         try:
             # After an error other processes may be gone, and sharded weights cannot be gathered without them.
             if error is None or self.team.ranks.size == 1:
                 self.team.save(self.directory / "agents")
-            self._summarise(error)
+            if self.files:
+                write_json(self.directory / "summary.json", self.summary)
         except OSError as refused:
             if error is None:  # else the first error is the one to raise
-                self._summarise(refused)
+                self.summary = self._summarised(refused)
                 raise
         finally:
             self._close()
@@ -221,15 +223,15 @@ class Run:
         self._append("transcripts.jsonl", log.transcripts(rollouts, self.stages_done, split))
         return log.held_out_results(rollouts.returns, name)
 
-    def _summarise(self, error: BaseException | None) -> None:
-        """Write summary.json; `reason` and `stopped` say why the run ended early."""
+    def _summarised(self, error: BaseException | None) -> dict:
+        """summary.json; `reason` and `stopped` say why the run ended early."""
         reason, stopped = None, None
         if isinstance(error, KeyboardInterrupt):
             reason = stopped = "interrupted"
         elif error is not None:
             reason = "diverged" if isinstance(error, Diverged | FloatingPointError) else "error"
             stopped = users_line(error) or str(error) or type(error).__name__
-        self.summary = {
+        return {
             **dict.fromkeys(log.RESULTS),
             **self.results,
             "problems_held_out": len(self.held_out),
@@ -244,8 +246,6 @@ class Run:
             "reason": reason,
             "stopped": stopped,
         }
-        if self.files:
-            write_json(self.directory / "summary.json", self.summary)
 
     def _close(self) -> None:
         if self.files and not self.results and not self.config.resume:
