@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class Config:
     kl_unit: str = knob("message", "KL is a sum over a message's tokens, or their mean", "message", "token")
     # the run
     seed: int = knob(0, "decides every draw of the run", least=0)
+    date: str = knob(None, "day that chat templates are told (default: the day on which the run begins)")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = knob("auto", "compute dtype over fp32 masters; auto: bf16 on a GPU, else fp32", "auto", "fp32", "bf16")
     batch_tokens: int = knob(0, "tokens per training forward; 0: as many as memory allows", least=0)
@@ -112,6 +114,7 @@ class Config:
             default(name, value * LORA_LR if name in ("lr", "warm_start_lr") and self.lora_rank else value)
         default("occupancy", "fresh" if self.min_ess in (None, 1) else "corrected")
         default("min_ess", {"fresh": 1.0, "corrected": 0.5}.get(self.occupancy, 0.0))
+        default("date", time.strftime("%Y-%m-%d"))
         for f in dataclasses.fields(self):
             check(f, getattr(self, f.name))
         # fmt: off

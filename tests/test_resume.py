@@ -122,7 +122,8 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
         Path("roles.json").write_text(json.dumps([*roles[:2], {"name": "D", "system": ""}]))
     before = content(Path("run"))
     sentence = refusal(capsys, train.main, "--resume", "run")
-    assert f"{'mine.py' if changed == 'task' else 'roles.json'} (" in sentence
+    assert f"{changed} file" in sentence
+    assert ("prompts of agent 0" in sentence) == (changed == "roles")
     assert "--accept-changes" in sentence and content(Path("run")) == before
     assert train.main(["--resume", "run", "--accept-changes"]) == 0
     assert train.main(["--resume", "run"]) == 0, "what was accepted is what the run rests on from then on"
@@ -130,11 +131,10 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
 
 def test_a_chat_template_that_has_changed_is_named(copy, capsys):
     config = json.loads((copy / "config.json").read_text())
-    config["fingerprint"]["chat template and role of agent 1"] = "another"
+    config["fingerprint"]["prompts of agent 1 (chat template, roles, date)"] = "another"
     (copy / "config.json").write_text(json.dumps(config))
-    assert "chat template and role of agent 1 (another -> " in refusal(
-        capsys, train.main, "--resume", str(copy)
-    )
+    sentence = refusal(capsys, train.main, "--resume", str(copy))
+    assert "than when it began: prompts of agent 1 (chat template, roles, date); put them back" in sentence
 
 
 # One writer, and disks that refuse

@@ -87,7 +87,8 @@ def build_team(
     roles = roles_of(config, task)
     sources = sources or config.model_of_each
     speakers = [j for j, role in enumerate(roles) if role.tool is None]
-    chats = {path: ChatFormat(load_tokenizer(path)) for path in {find_model(sources[j]) for j in speakers}}
+    paths = {find_model(sources[j]) for j in speakers}
+    chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in paths}
     agents = [Agent(role) for role in roles]
     first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
     loaded = load_models(

@@ -46,6 +46,7 @@ class Run:
         }  # fmt: skip
         self.summary: dict = {}
         self.files: dict = {}
+        self.removable = False  # a new directory that holds nothing worth keeping yet
         self.bar = tqdm(total=config.stages * len(learners), unit="update", disable=None, leave=False)
 
     def __enter__(self) -> "Run":
@@ -154,24 +155,23 @@ class Run:
         check_out(self.config)
         if new:
             self.directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context((self.directory / LOGS[0]).open("a", encoding="utf-8"))]
-            lock(files[0])
-            check_out(self.config)  # another run may have begun, and ended, meanwhile
-            now = fingerprint(self.config, self.team, self.held_out[0])
-            then = now if new else read_json(path).get("fingerprint", now)
-            changed = [f"{name} ({then.get(name)} -> {now.get(name)})"
-                       for name in then | now if then.get(name) != now.get(name)]  # fmt: skip
-            if changed and not self.config.accept_changes:
-                raise UserError(
-                    f"{self.directory} rests on other things now than when it began: {', '.join(changed)}; "
-                    "put them back, or go on with --accept-changes"
-                )
-            files.append(stack.enter_context((self.directory / LOGS[1]).open("a", encoding="utf-8")))
-            stack.pop_all()
-        self.files = dict(zip(LOGS, files))
-        if new or changed:
+        self.files[LOGS[0]] = (self.directory / LOGS[0]).open("a", encoding="utf-8")
+        lock(self.files[LOGS[0]])
+        check_out(self.config)  # another run may have begun, and ended, meanwhile
+        self.removable = new
+        saved, now = {} if new else read_json(path), fingerprint(self.config, self.team, self.held_out[0])
+        then = saved.get("fingerprint", now)
+        changed = sorted(name for name in then | now if then.get(name) != now.get(name))
+        if changed and not self.config.accept_changes:
+            raise UserError(
+                f"{self.directory} rests on other things now than when it began: {', '.join(changed)}; "
+                "put them back, or go on with --accept-changes"
+            )
+        self.files[LOGS[1]] = (self.directory / LOGS[1]).open("a", encoding="utf-8")
+        if new:
             self.config.save(path, fingerprint=now)
+        elif changed:
+            write_json(path, saved | {"fingerprint": now})
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint: what was logged after it happens, and is logged, again."""
@@ -248,7 +248,7 @@ class Run:
         }
 
     def _close(self) -> None:
-        if self.files and not self.results and not self.config.resume:
+        if self.removable and not self.results:
             shutil.rmtree(self.directory, ignore_errors=True)
         for file in self.files.values():
             with contextlib.suppress(OSError):  # a full disk refuses once more what is left in the buffer
@@ -278,15 +278,17 @@ def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
     """Hashes of what results rest on besides the flags: problems, grader, the user's files, prompts."""
     task = team.task
     found = dict(task.fingerprint()) if hasattr(task, "fingerprint") else {}
-    for path in (config.task, config.router, config.roles, config.demonstrations):
-        if Path(path).is_file():
-            found[path] = sha256(path)[:16]
+    for name in ("task", "router", "roles", "demonstrations"):
+        if Path(path := getattr(config, name)).is_file():
+            found[f"{name} file"] = sha256(path)
     messages = [Message(j, [agent.chat.end_of_message] if agent.chat else [], "", [0.0], True)
                 for j, agent in enumerate(team.agents)]  # fmt: skip
     for j, agent in enumerate(team.agents):
         if agent.chat:
             ids = team.render(j, problem, messages, add_generation_prompt=True).ids
-            found[f"chat template and role of agent {j}"] = hashlib.sha256(str(ids).encode()).hexdigest()[:16]
+            found[f"prompts of agent {j} (chat template, roles, date)"] = hashlib.sha256(
+                str(ids).encode()
+            ).hexdigest()
     return found
 
 
