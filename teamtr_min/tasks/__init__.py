@@ -1,30 +1,33 @@
 """What a team works on: one file a task.
 
-`--task` names an entry of TASKS, or a Python file whose function `task(config)` returns a Task of one's own.
+`--task` names an entry of TASKS, or a Python file of the user's own with a function `task(config)`.
 """
 
-import dataclasses
+import reprlib
+
+from numpy.random import Generator
 
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, function_from_file
+from teamtr_min.files import UserError, function_from_file, sha256
 from teamtr_min.tasks.answers import extract_answer, is_correct, number
 from teamtr_min.tasks.convention import Convention
 from teamtr_min.tasks.datasets import DATASETS
-from teamtr_min.tasks.guard import Guarded
+from teamtr_min.tasks.floors import Floors
 from teamtr_min.tasks.relay import Relay
 from teamtr_min.tasks.sums import Sums
-from teamtr_min.tasks.task import Demonstration, Problem, Task
+from teamtr_min.tasks.task import Demonstration, Message, Problem, Role, Task
 from teamtr_min.tasks.word_problems import WordProblems, read_problems
 
 __all__ = [
-    "Convention", "Demonstration", "Problem", "Relay", "Sums", "TASKS", "Task", "WordProblems",
-    "extract_answer", "is_correct", "load_task", "number", "read_problems",
+    "Convention", "Demonstration", "Floors", "Message", "Problem", "Relay", "Role", "Sums", "TASKS", "Task",
+    "WordProblems", "extract_answer", "is_correct", "load_task", "number", "read_problems",
 ]  # fmt: skip
 
 TASKS = {
     "relay": Relay,
     "convention": Convention,
     "sums": Sums,
+    "floors": Floors,
     **dict.fromkeys(DATASETS, WordProblems),
     "jsonl": WordProblems,
 }
@@ -41,11 +44,52 @@ def load_task(config: Config, training: bool = False) -> Task:
         return TASKS[config.task](config)
     if not config.task.endswith(".py"):
         raise UserError(f"no task {config.task!r}: give {', '.join(TASKS)}, or FILE.py with `task`")
-    task = function_from_file(config.task, "task")(dataclasses.replace(config))
-    if hasattr(task, "draw") and not hasattr(task, "sample_problems"):
-        raise UserError(f"{config.task}: its task's `draw` is called `sample_problems` now: rename it")
-    required = ("roles", "sample_problems", "grade")
-    missing = [name for name in required if not callable(getattr(task, name, None))]
+    task = function_from_file(config.task, "task")(config)
+    missing = [name for name in ("roles", "sample_problems", "grade") if not hasattr(task, name)]
     if missing:
         raise UserError(f"{config.task}: its task has no {', '.join(missing)}")
-    return Guarded(task, config.task)
+    return UserTask(task, config.task)
+
+
+class _Defaults(Task):
+    """What a user's task need not have."""
+
+
+class UserTask:
+    """A task from a user's file. What its methods return is checked here, once: one sentence names the file,
+    the method and what was wrong. What they raise passes through with its traceback."""
+
+    def __init__(self, task, path: str):
+        self._task, self._path = task, path
+
+    def __getattr__(self, name: str):
+        return getattr(self._task if hasattr(self._task, name) else _Defaults(), name)
+
+    def _must_return(self, method: str, wanted: str, returned, right: bool) -> None:
+        if not right:
+            got = reprlib.repr(returned)
+            raise UserError(f"{self._path}: `{method}` must return {wanted}, but returned {got}")
+
+    def roles(self, agents: int) -> list[Role]:
+        roles = self._task.roles(agents)
+        right = isinstance(roles, list) and len(roles) == agents and all(isinstance(r, Role) for r in roles)
+        self._must_return("roles", f"a list of {agents} Roles, one per agent", roles, right)
+        return roles
+
+    def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
+        problems = self._task.sample_problems(count, generator, held_out=held_out)
+        right = isinstance(problems, list) and (1 if held_out else count) <= len(problems) <= count
+        right = right and all(isinstance(p, Problem) and isinstance(p.text, str) for p in problems)
+        wanted = f"a list of {count} Problems (held-out ones may be fewer, but not none)"
+        self._must_return("sample_problems", wanted, problems, right)
+        return problems
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        value = self._task.grade(problem, messages)
+        right = not isinstance(value, str) and hasattr(value, "__float__") and 0 <= float(value) <= 1
+        self._must_return("grade", "a number from 0 to 1", value, right)
+        return float(value)
+
+    def fingerprint(self) -> dict[str, str]:
+        own = self._task.fingerprint() if hasattr(self._task, "fingerprint") else {}
+        return {"task file": sha256(self._path), **own}

@@ -1,4 +1,4 @@
-"""What a task is."""
+"""What a task is: problems, roles, messages, and a return for each rollout."""
 
 import array
 import dataclasses
@@ -10,22 +10,16 @@ from numpy.random import Generator
 
 
 @dataclass(frozen=True)
-class Role:
-    name: str
-    system: str
-    tool: Callable | None = None  # (problem, messages) -> text, for an agent that is no language model
-
-
-@dataclass(frozen=True)
 class Message:
     agent: int
-    tokens: list[int]  # as sampled; the last one is the end-of-message token exactly when `stopped`
+    tokens: list[int]  # as sampled; the last one is an end-of-message token exactly when `stopped`
     text: str
     logprobs: list[float]  # the sampler's own
     stopped: bool  # False: cut off at the length limit
 
     @property
     def content(self) -> list[int]:
+        """The ids without the end-of-message token."""
         return [*self.tokens[:-1]] if self.stopped else [*self.tokens]
 
     def compact(self) -> "Message":
@@ -40,9 +34,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Problem:
-    id: str
+    id: str  # of problems from a file: its name and the line, as messages show it
     text: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Role:
+    name: str
+    system: str
+    tool: Callable[[Problem, list[Message]], str] | None = (
+        None  # writes the messages of an agent without a model
+    )
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,36 @@ class Demonstration:
 
 
 class Task(Protocol):
-    """Any object with these three methods. It may also have
+    """A task has the first three methods; the last four have these defaults. It may also have
 
     answer(messages) -> str | None         the team's answer, which `eval.py --mode vote` counts
     measure(problems, messages) -> dict    more to log about the rollouts of an update
-    demonstrations(count, generator)       a list of `count` Demonstrations to begin with, `--warm-start`
+    demonstrations(count, generator)       a list of `count` Demonstrations, for `--warm-start`
+    all_problems() -> list[Problem]        every problem that a run can draw, if these are finitely many
+    leave_out(ids, why)                    draw these problems no more, and say so in `notes`
     fields                                 question and answer field of a file given to `eval.py --data`
+    grader                                 the name of what decides whether an answer is right
     """
+
+    notes: list[str] = []  # sentences about the data that a run prints before it starts
 
     def roles(self, agents: int) -> list[Role]:
         """One role per agent."""
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
-        """`count` problems to train on, or held-out ones. All randomness comes from `generator`."""
+        """`count` problems to train on, or at most `count` held-out ones. `generator` decides every draw."""
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         """The return of a rollout, in [0, 1]."""
+
+    def view(self, problem: Problem, agent: int) -> str:
+        """The problem as this agent sees it (a private view, SPEC 11). [ours]"""
+        return problem.text
+
+    def is_held_out(self, text: str) -> bool:
+        """Whether the problem with this text is a held-out one: no demonstration may show it."""
+        return False
+
+    def fingerprint(self) -> dict[str, str]:
+        """Everything but the flags that results rest on, by name. A resumed run must find the same."""
+        return {}

@@ -1,5 +1,6 @@
 """Word problems with short answers, from JSONL files such as GSM8K's."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,25 +8,26 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.files import UserError, plain_file
-from teamtr_min.tasks.answers import canonical, extract_answer, is_correct
+from teamtr_min.files import UserError
+from teamtr_min.tasks.answers import RULES, canonical, extract_answer, is_correct
 from teamtr_min.tasks.datasets import DATASETS, local_copy
 from teamtr_min.tasks.equivalence import grader
-from teamtr_min.tasks.task import Message, Problem, Role
+from teamtr_min.tasks.task import Message, Problem, Role, Task
 
 
-class WordProblems:
-    """Questions of a data set that goes by name, or with `--data` from one's own JSONL.
+class WordProblems(Task):
+    """Questions of a data set that goes by name or, with `--data`, of JSONL files of the user's own.
 
     `--data` names a directory with train.jsonl and test.jsonl, or one file, of which every tenth problem, by
-    a hash of its text, is held out. The team's answer is the last one that any message states. The return is
-    1 if it equals the gold answer (`is_correct`), else 0; `grader` says what decided that.
+    a hash of its text, is held out. Training problems whose text is also a held-out one's are left out. The
+    team's answer is the one of the last message that states an answer. The return is 1 if it equals the right
+    answer (`is_correct`), else 0.
     """
 
     def __init__(self, config: Config):
         self.fields = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
-        self.grader = grader()
+        self.grader, self.notes = grader(), []
         if not config.data:
             if config.task not in DATASETS:
                 raise UserError(
@@ -34,9 +36,7 @@ class WordProblems:
                 )
             train, held_out, question = DATASETS[config.task]
             self.held_out = read_problems(local_copy(held_out), question, "answer")
-            tested = {p.text for p in self.held_out}
-            problems = read_problems(local_copy(train), question, "answer") if train else []
-            self.train = [p for p in problems if p.text not in tested]
+            self.train = read_problems(local_copy(train), question, "answer") if train else []
         elif self.path.is_dir():
             self.train = read_problems(self.path / "train.jsonl", *self.fields)
             self.held_out = read_problems(self.path / "test.jsonl", *self.fields)
@@ -44,6 +44,11 @@ class WordProblems:
             problems = read_problems(self.path, *self.fields)
             self.train = [p for p in problems if rng.key(0, p.text) % 10]
             self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
+        content = json.dumps([(p.text, p.answer) for p in self.all_problems()])
+        self._hash = hashlib.sha256(content.encode()).hexdigest()
+        self._held_out_texts = {_same(p.text) for p in self.held_out}
+        both = {p.id for p in self.train if self.is_held_out(p.text)}
+        self.leave_out(both, "they stand among the held-out ones too")
 
     def roles(self, agents: int) -> list[Role]:
         return solver_roles(agents)
@@ -55,8 +60,22 @@ class WordProblems:
                 raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
             return self.held_out[:count]
         if count > len(self.train):
-            raise UserError(f"--problems {count}, but {self.path} has only {len(self.train)} to train on")
+            few = f"--problems {count}, but {self.path} has only {len(self.train)} to train on"
+            raise UserError("; ".join([few, *self.notes]))
         return [self.train[i] for i in generator.choice(len(self.train), count, replace=False)]
+
+    def all_problems(self) -> list[Problem]:
+        return self.train + self.held_out
+
+    def leave_out(self, ids: set[str], why: str) -> None:
+        """Draw the problems with these ids no more; `notes` says how many they are and `why`."""
+        gone = sum(p.id in ids for p in self.all_problems())
+        self.train, self.held_out = ([p for p in ps if p.id not in ids] for ps in (self.train, self.held_out))
+        if gone:
+            self.notes.append(f"{gone:,} problems of {self.path} are left out: {why}")
+
+    def is_held_out(self, text: str) -> bool:
+        return _same(text) in self._held_out_texts
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(is_correct(last_statement(messages), problem.answer))
@@ -65,6 +84,14 @@ class WordProblems:
         """The team's answer, such that equal ones are equal texts."""
         stated = extract_answer(last_statement(messages))
         return None if stated is None else canonical(stated)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"problems": self._hash, "grader": f"{self.grader}, rules {RULES}"}
+
+
+def _same(text: str) -> str:
+    """One text for all that differ in spaces and capitals alone."""
+    return " ".join(text.split()).lower()
 
 
 def solver_roles(agents: int) -> list[Role]:
@@ -84,10 +111,13 @@ def last_statement(messages: list[Message]) -> str:
 
 
 def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
-    """Problems from a JSONL file; "id" is optional. Errors name the file, the line and what is wrong."""
+    """Problems from a JSONL file. A problem's id is the file's name and its line.
+
+    Raises UserError with the file, the line and what is wrong.
+    """
     try:
         # Not splitlines(), which would also cut at the other line separators that a text may hold.
-        lines = plain_file(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     problems = []
@@ -97,20 +127,20 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON {type(record).__name__}, not an object")
         for field in (question_field, answer_field):
             value = record.get(field)
-            if type(value) not in (str, int, float) or value != value or not str(value).strip():
-                has = f"(it has: {', '.join(record) or 'nothing'})"
-                others = "--question-field and --answer-field name others"
-                raise UserError(f'{where}: no text in the field "{field}" {has}; {others}')
+            if type(value) not in (str, int, float) or not str(value).strip():
+                has = ", ".join(record) or "nothing"
+                raise UserError(
+                    f'{where}: no text in the field "{field}" (it has: {has}); '
+                    "--question-field and --answer-field name others"
+                )
         question, gold = str(record[question_field]), str(record[answer_field])
-        if any("\ud800" <= c <= "\udfff" for c in question + gold):
-            raise UserError(f"{where}: half of a surrogate pair is not text")
-        problems.append(Problem(str(record.get("id", number)), question, extract_answer(gold) or gold))
+        problems.append(Problem(f"{Path(path).name}, line {number}", question, extract_answer(gold) or gold))
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems

@@ -1,0 +1,59 @@
+"""What the tasks that make their own problems have in common."""
+
+from numpy.random import Generator
+
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
+from teamtr_min.tasks.task import Message, Problem, Task
+
+
+class Generated(Task):
+    """Problems without end, of which a hash holds out a tenth: the same ones for every seed.
+
+    A subclass has `draw(generator)`, which draws the text of a problem or the numbers behind it,
+    `problem(drawn, generator)`, which makes a Problem of them, `is_held_out(text)` and `answer(messages)`.
+    """
+
+    name: str
+    version = 1  # counts up when the same seed gives other problems or other returns
+    fields = ("problem", "answer")
+    grader = "exact"
+    least_turns, most_turns = 1, 8
+
+    def __init__(self, config: Config):
+        if not self.least_turns <= config.turns <= self.most_turns:
+            raise UserError(
+                f"{self.name} takes {self.least_turns} to {self.most_turns} turns; "
+                f"agents x rounds would give {config.turns}"
+            )
+        if config.data:
+            raise UserError(f"{self.name} makes its own problems; --data goes with --task jsonl")
+        self.agents, self.turns = config.agents, config.turns
+
+    def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
+        """`count` problems from one side of the split, with replacement."""
+        problems = []
+        while len(problems) < count:
+            drawn = self.draw(generator)
+            if self.on_held_out_side(drawn) == held_out:
+                problems.append(self.problem(drawn, generator))
+        return problems
+
+    def on_held_out_side(self, drawn) -> bool:
+        return self.is_held_out(drawn)
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        return float(self.answer(messages) == problem.answer)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"task": f"{self.name}, version {self.version}"}
+
+
+def habits(task, problems: list[Problem], messages: list[list[Message]]) -> dict:
+    """`habits`: each agent's share of messages in code 1, of those in either code (`task.codes`), or None."""
+    seen = [[] for _ in range(task.agents)]
+    for problem, transcript in zip(problems, messages):
+        for message, code in zip(transcript, task.codes(problem, transcript)):
+            if code is not None:
+                seen[message.agent].append(code)
+    return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}
