@@ -27,9 +27,9 @@ _MATHS = re.compile(r"[^A-Za-z]*(?:[\d\\π∞∅]|[A-Za-z](?![A-Za-z]|\s+[a-z]{2
 _NUMBERED = re.compile(r"\d+[.):]\s+[^\W\d]")  # the heading "2. Check"
 _NO_VALUE = set(  # words of sentences such as "the answer is right", and of headings
     "right correct incorrect wrong valid invalid accurate fine good ok okay same above below unchanged "
-    "longer change not verified confirmed checked clear unclear obvious known unknown found shown stated written it "
-    "given boxed this that what missing reasonable consistent complete my your our their check verification "
-    "verify step part case final answer conclusion summary explanation note".split()
+    "longer change not verified confirmed checked clear unclear obvious known unknown found shown stated "
+    "written it given boxed this that what missing reasonable consistent complete my your our their check "
+    "verification verify step part case final answer conclusion summary explanation note".split()
 )
 
 
