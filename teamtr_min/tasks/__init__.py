@@ -8,7 +8,7 @@ import reprlib
 from numpy.random import Generator
 
 from teamtr_min.config import Config
-from teamtr_min.files import UserError, function_from_file, sha256
+from teamtr_min.files import UserError, function_from_file
 from teamtr_min.tasks.answers import extract_answer, is_correct, number
 from teamtr_min.tasks.convention import Convention
 from teamtr_min.tasks.datasets import DATASETS
@@ -89,7 +89,3 @@ class UserTask:
         right = not isinstance(value, str) and hasattr(value, "__float__") and 0 <= float(value) <= 1
         self._must_return("grade", "a number from 0 to 1", value, right)
         return float(value)
-
-    def fingerprint(self) -> dict[str, str]:
-        own = self._task.fingerprint() if hasattr(self._task, "fingerprint") else {}
-        return {"task file": sha256(self._path), **own}

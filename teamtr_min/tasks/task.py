@@ -1,7 +1,5 @@
 """What a task is: problems, roles, messages, and a return for each rollout."""
 
-import array
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,15 +19,6 @@ class Message:
     def content(self) -> list[int]:
         """The ids without the end-of-message token."""
         return [*self.tokens[:-1]] if self.stopped else [*self.tokens]
-
-    def compact(self) -> "Message":
-        """The same message, its numbers in arrays: 8 bytes a token where lists of them take 64 or more."""
-        numbers = {"tokens": array.array("i", self.tokens), "logprobs": array.array("f", self.logprobs)}
-        return dataclasses.replace(self, **numbers)
-
-    def copy(self) -> "Message":
-        """One that shares no list with this one, for code that may change it."""
-        return dataclasses.replace(self, tokens=[*self.tokens], logprobs=[*self.logprobs])
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,7 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
             if type(value) not in (str, int, float) or not str(value).strip():
                 has = ", ".join(record) or "nothing"
                 raise UserError(
-                    f'{where}: no text in the field "{field}" (it has: {has}); '
-                    "--question-field and --answer-field name others"
+                    f'{where}: no text in the field "{field}" (it has: {has}); --fields names others'
                 )
         question, gold = str(record[question_field]), str(record[answer_field])
         problems.append(Problem(f"{Path(path).name}, line {number}", question, extract_answer(gold) or gold))
