@@ -18,7 +18,7 @@ from teamtr_min.engine.distributed import ALONE, Ranks, unsharded, whole
 from teamtr_min.engine.lora import Adapter, save_adapter
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Sampler
-from teamtr_min.files import UserError, function_from_file, replacing
+from teamtr_min.files import UserError, defined_at, function_from_file, replacing
 from teamtr_min.hf.chat import ChatFormat, Tokenizer
 from teamtr_min.hf.weights import save_model
 from teamtr_min.tasks.task import Message, Problem, Role, Task
@@ -107,9 +107,10 @@ class Team:
         except TypeError:
             chosen = -1
         if not 0 <= chosen < n:
-            code = self.router.__code__
-            where = f"{code.co_filename}, line {code.co_firstlineno}: `{self.router.__name__}`"
-            raise UserError(f"{where} returned {choice!r} at turn {turn}; agents are numbered 0 to {n - 1}")
+            raise UserError(
+                f"{defined_at(self.router)}: `router` returned {choice!r} at turn {turn}; "
+                f"agents are numbered 0 to {n - 1}"
+            )
         return chosen
 
     def render(

@@ -94,6 +94,7 @@ def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update
         **{name: update.kept.get(name) for name in ("loss", "clip_fraction", "ratio_mean", "ratio_max")},
         "kl_before": update.attempted.get("kl"),
         **{f"{name}_after": update.kept.get(name) for name in ("kl", "kl_k1", "kl_k3")},
+        **{name: value for name, value in update.kept.items() if name.startswith("kl_agent_")},
         "steps": update.steps,
         "halvings": update.halvings,
         "grad_norm": update.grad_norm,
@@ -278,7 +279,7 @@ def hardly_moving(config: Config, updates: list[dict], names: list[str]) -> str:
         whole = u["steps"] and not u["halvings"] and u["lr"] and "agent" in u
         if whole and abs(u["kl_after"]) < config.delta / 1000 < math.inf:
             used = max(abs(u["kl_after"]) / config.delta, 1e-6)
-            slow.append(f"{names[u['agent']]} (times {math.sqrt(0.25 / used):.1g})")
+            slow.append(f"{names[u['agent']]} (times {float(f'{math.sqrt(0.25 / used):.1g}'):g})")
     if not slow:
         return ""
     return (

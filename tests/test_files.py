@@ -1,0 +1,130 @@
+"""Files are whole and strict JSON, a user's own mistake is named with file and line."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import refusal
+
+from teamtr_min import files
+from teamtr_min.files import UserError, function_from_file, replacing, to_json, users_line, write_json
+
+
+def test_json_is_strict():
+    value = {"radius": math.inf, "low": (-math.inf, 0.5), "text": "Ωμ", "none": None, "yes": True}
+    assert json.loads(to_json(value)) == value | {"radius": "inf", "low": ["-inf", 0.5]}
+    assert float("inf") == math.inf and "Ωμ" in to_json(value)
+    with pytest.raises(ValueError):
+        to_json({"x": [math.nan]})
+
+
+def test_what_is_no_json_object_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    for text, words in [("{", "is not valid JSON"), ("[1]", "holds a JSON list"), (None, "No such file")]:
+        path.unlink(missing_ok=True)
+        if text:
+            path.write_text(text)
+        sentence = refusal(files.read_json, path)
+        assert sentence.startswith(str(path)) and words in sentence
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_or_directory_is_replaced_whole_or_not_at_all(tmp_path, error):
+    file, directory = tmp_path / "file", tmp_path / "directory"
+    file.write_text("old")
+    directory.mkdir()
+    (directory / "old").touch()
+    for path in (file, directory):
+        with pytest.raises(error), replacing(path) as aside:
+            aside.write_text("half") if path == file else aside.mkdir()
+            raise error
+    assert file.read_text() == "old" and [p.name for p in directory.iterdir()] == ["old"]
+    write_json(file, {"new": 1})
+    with replacing(directory) as aside:
+        aside.mkdir()
+        (aside / "new").touch()
+    assert json.loads(file.read_text()) == {"new": 1} and [p.name for p in directory.iterdir()] == ["new"]
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "directory"}
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "x") as aside:
+            aside.mkdir()
+            save_file({"x": torch.zeros(1)}, aside / "x.safetensors")  # by itself 0600
+        write_json(tmp_path / "y", {})
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()} == {0o640}
+
+
+def test_a_lock_is_held_by_one_process_until_it_ends(tmp_path):
+    code = "import sys; from teamtr_min.files import lock; f = open(sys.argv[1], 'a'); lock(f); input()"
+    words = [sys.executable, "-c", code, str(tmp_path / "log")]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(__file__).parents[1]}
+    with (tmp_path / "log").open("a") as file:
+        files.lock(file)
+        second = subprocess.run(words, input=b"\n", stderr=subprocess.PIPE, cwd=pipes["cwd"])
+        assert b"log is being written by another process" in second.stderr
+    assert subprocess.run(words, input=b"\n", cwd=pipes["cwd"]).returncode == 0
+
+
+def test_an_error_is_one_printable_line():
+    assert str(UserError("a\nb\033[2J")) == "a b [2J" and len(str(UserError("x" * 10**6))) == 1000
+
+
+OWN = """
+from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Entry:
+    number: int
+
+def helper(x):
+    return 1 / x
+
+def grade(x):
+    if x == "deep":
+        return helper(0)
+    return Entry(x).number
+"""
+
+
+def test_a_users_file_is_named_by_the_line_in_which_it_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    for path in ("mine.py", str(tmp_path / "mine.py")):  # relative paths as they were typed
+        grade = function_from_file(path, "grade")
+        assert grade(3) == 3
+        with pytest.raises(ZeroDivisionError) as caught:
+            grade("deep")
+        words = f"{path}, line 10: `grade` failed: ZeroDivisionError: division by zero"
+        assert users_line(caught.value) == words
+        assert files.defined_at(grade) == f"{path}, line 12"
+    with pytest.raises(TypeError) as caught:
+        len(3)
+    assert users_line(caught.value) is None
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "mine.py does not exist"),
+        ("x = 1", "mine.py defines no function `grade`"),
+        ("grade = 1", "mine.py defines no function `grade`"),
+        ("\n\ngrade = = 1", "mine.py, line 3: invalid syntax"),
+    ],
+)
+def test_a_users_file_without_the_function_is_a_sentence(tmp_path, text, words):
+    if text:
+        (tmp_path / "mine.py").write_text(text)
+    assert words in refusal(function_from_file, str(tmp_path / "mine.py"), "grade")

@@ -1,0 +1,112 @@
+"""The figures that a run shows: intervals, partial credit, advice, the curve."""
+
+import math
+
+import pytest
+import torch
+from tiny import refusal
+
+from teamtr_min.config import Config
+from teamtr_min.files import to_json
+from teamtr_min.run import log
+
+
+def wilson(right: int, n: int) -> list[float]:
+    """The roots of |p - right / n| = 1.96 sqrt(p (1 - p) / n), found by bisection."""
+
+    def root(inside: float, outside: float) -> float:
+        for _ in range(80):
+            p = (inside + outside) / 2
+            far = abs(p - right / n) > 1.96 * math.sqrt(p * (1 - p) / n)
+            inside, outside = (inside, p) if far else (p, outside)
+        return inside
+
+    return [root(right / n, 0.0), root(right / n, 1.0)]
+
+
+@pytest.mark.parametrize("right, n", [(0, 16), (16, 16), (1, 16), (7, 9), (300, 2048)])
+def test_an_accuracys_interval_is_wilsons(right, n):
+    values = torch.tensor([1.0] * right + [0.0] * (n - right))
+    mean, interval = log.mean_interval(values)
+    assert mean == pytest.approx(right / n) and interval == pytest.approx(wilson(right, n), abs=1e-9)
+    assert interval[1] - interval[0] > 0.01, "no certainty from a sample"
+
+
+def test_a_mean_returns_interval_covers_the_mean_as_often_as_it_says():
+    """Grades in [0, 1] of several laws, and means over 4 rollouts of problems that differ."""
+    g = torch.Generator().manual_seed(0)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=g)
+
+    laws = {
+        "mostly half": (lambda n: 0.4 + 0.2 * uniform(n), 0.5),
+        "skewed": (lambda n: uniform(n) ** 4, 0.2),
+        "some of 4": (lambda n: (uniform(n, 4) < uniform(n, 1)).double().mean(1), 0.5),
+    }
+    for name, (draw, truth) in laws.items():
+        found = [log.mean_interval(draw(100))[1] for _ in range(1000)]
+        covered = sum(low <= truth <= high for low, high in found) / 1000
+        assert 0.93 < covered < 0.97, (name, covered)
+
+
+def test_partial_credit_is_what_is_shown_and_accuracy_stands_beside_it():
+    assert log.score(0.25, 0.25) == "accuracy 0.250"
+    assert log.score(0.0, 0.612) == "return 0.612 (accuracy 0.000)"
+    results = log.held_out_results(torch.tensor([0.5, 0.7]), "start")
+    results |= log.held_out_results(torch.tensor([0.9, 1.0]), "final")
+    assert results["return_final"] == pytest.approx(0.95) and results["accuracy_final"] == 0.5
+    shown = log.held_out_score(results, "final", since="start")
+    assert shown.startswith("return 0.600 -> 0.950 [") and shown.endswith("] (accuracy 0.000 -> 0.500)")
+    right = log.held_out_results(torch.tensor([0.0, 1.0, 1.0, 0.0]), "final")
+    assert log.held_out_score(right, "final") == "accuracy 0.500 [0.150, 0.850]"
+
+
+def test_violation_rates_count_what_exceeded_its_radius():
+    updates = [{"delta": 0.02, "kl": kl} for kl in (0.01, 0.03, 0.02, 0.5)]
+    assert log.violation_rate([*updates, {"kl": 9.0}, {"delta": 0.02}], "kl") == 0.5
+    assert log.violation_rate([{"kl": 9.0}], "kl") is None  # no radius to exceed
+
+
+def test_a_line_holds_only_what_was_measured():
+    assert log.measured({"a": None, "b": math.nan, "c": 0, "d": [], "e": False}) == {
+        "c": 0,
+        "d": [],
+        "e": False,
+    }
+
+
+def test_a_log_is_read_without_a_line_that_a_kill_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"text": "a\u2028b"}, {"x": 1}]
+    path.write_text("".join(to_json(line) + "\n" for line in lines) + '{"x": 2')
+    assert log.read_log(path) == lines
+    path.write_text('{"x": 1}\nnonsense\n')
+    assert "metrics.jsonl, line 2: " in refusal(log.read_log, path)
+
+
+def update(agent: int, kl: float, **more) -> dict:
+    line = {"agent": agent, "kl_after": kl, "steps": 6, "halvings": 0, "lr": 1e-6}
+    return line | {"zero_variance_groups": 0.5, "return_mean": 0.2, **more}
+
+
+def test_a_run_that_cannot_learn_says_why_and_what_helps():
+    config, idle = Config(), {"zero_variance_groups": 1.0}
+    assert not log.nothing_to_learn(config, [update(0, 0.01, **idle), update(1, 0.01)])
+    wrong = log.nothing_to_learn(config, [update(0, 0.01, **idle, return_mean=0.0)])
+    assert "on average 0.00" in wrong and "--warm-start STEPS" in wrong and "--group larger than 8" in wrong
+    assert "harder problems" in log.nothing_to_learn(config, [update(0, 0.01, **idle, return_mean=1.0)])
+
+
+def test_agents_that_hardly_move_are_named_with_a_rate_that_would_use_the_radius():
+    updates = [update(0, 0.02e-4), update(1, 0.01), update(2, 0.02e-4, halvings=1)]
+    advice = log.hardly_moving(Config(), updates, ["A", "B", "C"])
+    assert "radius of 0.02 nats: A (times 50). " in advice  # sqrt(1/4 / 1e-4)
+    assert not log.hardly_moving(Config(), updates[1:], ["A", "B", "C"])
+    assert not log.hardly_moving(Config(delta=math.inf), updates, ["A", "B", "C"])
+
+
+def test_the_plot_reads_well():
+    lines = log.plot([0.0, 0.5, 1.0], height=4, width=3).splitlines()
+    assert lines[0] == " 1.0 │  █" and lines[3].endswith("│ ██") and len(lines) == 5
+    assert len(log.plot([0.3] * 500, width=60).splitlines()[0]) == 66
