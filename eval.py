@@ -12,7 +12,7 @@ python eval.py ask "12*7?" --team runs/NAME     the messages of the team, and it
 python eval.py report --team runs/NAME  figures, and a page with the transcripts
 python eval.py export --team runs/NAME --merge  its agents; LoRA adapters become whole checkpoints
 python eval.py kernels sampling training stage  how fast, beside other libraries and the machine's limits
-python eval.py gpu                      all of these on a GPU, into runs/gpu.json
+python eval.py gpu                      these four on a GPU
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eight processes, a GPU each
 """
@@ -28,15 +28,15 @@ from pathlib import Path
 
 import torch
 
-from teamtr_min.bench import accuracy, export, report
+from teamtr_min.bench import accuracy, export, report, speed
 from teamtr_min.config import Parser, add_flags
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
 from teamtr_min.files import UserError
 from teamtr_min.run.loading import build_team
 from teamtr_min.tasks import TASKS, load_task
 
-SPEED = ("kernels", "sampling", "training", "stage", "gpu")
-OTHERS = (*SPEED, "occupancy", "report", "export")  # benchmarks that are no task
+SPEED = ("kernels", "sampling", "training", "stage")
+OTHERS = (*SPEED, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
 TEAM_FLAGS = (
     "model agents rounds router roles temperature max_new_tokens seed device dtype batch_rows fields".split()
 )
@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--json", action="store_true", help="print one JSON object per result, nothing else")
     add("--samples", help="file for every transcript with its return, as JSONL")
     add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
-    add("--out", help="export: directory for the agents; gpu: file; occupancy: directory")
+    add("--out", help="export, occupancy: directory for what they write")
     add("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
     add("--only", help="occupancy: some of its studies, comma-separated")
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
@@ -155,6 +155,18 @@ def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
     elif name == "export":
         result = export.run(team, args.merge, args.out)
         yield result, export.table(result)
+    elif name == "occupancy":
+        from teamtr_min.studies import occupancy
+
+        studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
+        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)
+        yield result, occupancy.table(result)
+    else:
+        if name == "gpu" and not torch.cuda.is_available():
+            raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
+        for benchmark in SPEED if name == "gpu" else [name]:
+            result = speed.run(benchmark, flags, args.short)
+            yield result, speed.table(result)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""What a run did, to look at: four figures, and one page with them, the configuration and the transcripts.
+"""What a run did, to look at: three figures, and one page with them, the transcripts and the configuration.
 
-Everything is read from the run's directory, so a run that was stopped, or is still under way, has a report
-too. report.html stands alone: images, style and script are inside, and its policy forbids any request.
+Everything is read from the run's directory, so a run that was stopped, or still goes on, has a report too.
+report.html stands alone: images, style and script are inside, and its policy forbids any request.
 """
 
 import base64
 import dataclasses
 import html
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, read_json
-from teamtr_min.run.log import read_log, region, violation_rate
+from teamtr_min.run.loading import roles_of
+from teamtr_min.run.log import held_out_score, read_log, region, totals, violation_rate
 from teamtr_min.run.run import newest_run
 from teamtr_min.tasks import load_task
 
@@ -33,106 +31,140 @@ class Record:
     config: Config
     updates: list[dict]
     stages: list[dict]
-    summary: dict  # what only summary.json knows; empty while it does not match the metrics
+    summary: dict  # without what it says of the end, while the run goes on
     transcripts: list[dict]
-    names: list[str]
-    damaged: list[str]  # files whose last line was cut off
+    names: list[str]  # of the agents
 
-    def numbers(self, key: str, records: list[dict] | None = None) -> np.ndarray:
-        """One value of each update, or of each of `records`; NaN where it was not measured."""
-        return np.array([r.get(key) for r in (self.updates if records is None else records)], dtype=float)
+    @property
+    def score(self) -> str:
+        """The measure that is shown: the return where any rollout got another one than 0 or 1."""
+        partial = any(u["return_mean"] > u["accuracy"] for u in self.updates)
+        return "return" if partial else "accuracy"
+
+    def of_stages(self, key: str) -> list[float]:
+        """Of the rollouts that each stage began with."""
+        return [u[key] for u in self.updates if u["update"] == 0]
+
+    @property
+    def held_out(self) -> dict[int, tuple[float, list[float]]]:
+        """Score on held-out problems and its 95% interval, by the stages done before."""
+        lines = [(0, self.summary, "start"), *((s["stage"] + 1, s, "held_out") for s in self.stages)]
+        lines.append((len(self.stages), self.summary, "final"))
+        named = [(at, line, f"{self.score}_{name}") for at, line, name in lines]
+        return {at: (line[key], line[f"{key}_ci"]) for at, line, key in named if line.get(key) is not None}
+
+    @property
+    def spent(self) -> list[dict[str, float]]:
+        """Seconds of each finished stage by purpose; what was before the first stage counts there."""
+        found, seconds, evaluation = [], 0.0, 0.0
+        for s in self.stages:
+            own = totals([u for u in self.updates if u["stage"] == s["stage"]])
+            parts = {name: own[f"seconds_{name}"] for name in ("sampling", "training", "diagnostics")}
+            parts["evaluation"] = s["seconds_evaluation"] - evaluation
+            parts["the rest"] = max(0.0, s["seconds"] - seconds - sum(parts.values()))
+            seconds, evaluation = s["seconds"], s["seconds_evaluation"]
+            found.append(parts)
+        return found
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, as far as is known."""
-        last = self.stages[-1]["seconds"] if self.stages else 0.0
-        spent = (self.numbers("seconds_sampling") + self.numbers("seconds_training")).sum()
-        return self.summary.get("seconds", max(last, float(spent)))
-
-
-def run(team: str | None) -> dict:
-    """Write runs/NAME/report/*.png and runs/NAME/report.html; returns what `--json` prints."""
-    record = read(find_run(team))
-    directory, counts = record.directory, ("rollouts", "tokens_sampled", "tokens_trained")
-    headline = {
-        "benchmark": "report",
-        "team": str(directory),
-        "report": str(directory / "report.html"),
-        "figures": [str(directory / "report" / f"{draw.__name__}.png") for draw in FIGURES],
-        "accuracy_start": record.summary.get("accuracy_start"),
-        "accuracy_final": record.summary.get("accuracy_final"),
-        "accuracy_last_stage": [u["accuracy"] for u in record.updates if u["update"] == 0][-1],
-        "seconds": record.seconds,
-        "stages": len(record.stages),
-        **{name: int(record.numbers(name).sum()) for name in counts},
-        "enforced": record.config.kl == "hard",
-        "delta": None if math.isinf(record.config.delta) else record.config.delta,
-        "violation_rate_before": violation_rate(record.updates, "kl_before"),
-        "violation_rate_after": violation_rate(record.updates, "kl_after"),
-        "stopped": record.summary.get("stopped", "still under way, or killed"),
-        "transcripts": len(record.transcripts),
-        "damaged": record.damaged,
-    }
-    images = [[render(draw, record, paper) for paper in ("light", "dark")] for draw in FIGURES]
-    (directory / "report").mkdir(exist_ok=True)
-    for path, (light, _) in zip(headline["figures"], images):
-        Path(path).write_bytes(light)
-    Path(headline["report"]).write_text(page(record, headline, images), encoding="utf-8")
-    return headline
-
-
-def find_run(team: str | None) -> Path:
-    """The run `team`; without one the newest under runs/, finished or not."""
-    team = team or newest_run("metrics.jsonl")
-    if not team:
-        raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
-    return Path(team)
+        return self.summary.get("seconds") or (self.stages[-1]["seconds"] if self.stages else 0.0)
 
 
 def read(directory: Path) -> Record:
-    config, damaged = Config.load(directory / "config.json"), []
-    metrics = read_log(directory / "metrics.jsonl")
-    updates = [r for r in metrics if r["kind"] == "update"]
-    if any(r.get("stage", 0) >= config.stages for r in metrics):
-        raise UserError(f"{directory / 'metrics.jsonl'} has stages beyond the {config.stages} of its run")
+    """Raises UserError for a directory that is no run, or a run without an update."""
+    config, metrics = Config.load(directory / "config.json"), read_log(directory / "metrics.jsonl")
+    updates, stages = ([line for line in metrics if line["kind"] == kind] for kind in ("update", "stage"))
     if not updates:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
-    ending = directory / "summary.json"
-    summary = read_json(ending) if ending.exists() else {}
-    if summary and summary["tokens_trained"] != sum(u["tokens_trained"] for u in updates):
-        summary = {"accuracy_start": summary["accuracy_start"]}  # it is of before a resume
-    transcripts = read_log(directory / "transcripts.jsonl")
+    path = directory / "summary.json"
+    summary = read_json(path) if path.exists() else {}
+    if summary and summary["tokens_trained"] != totals(updates)["tokens_trained"]:  # it is of before a resume
+        summary = {key: value for key, value in summary.items() if "_start" in key or "_untrained" in key}
     try:
-        names = [role.name for role in load_task(config).roles(config.agents)]
-    except Exception:  # the task's file or data, which may be anything, is gone: its run can still be shown
+        names = [role.name for role in roles_of(config, load_task(config))]
+    except Exception:  # the file or data of the task is gone, which may raise anything
         names = [f"Agent {j + 1}" for j in range(config.agents)]
-    stages = [r for r in metrics if r["kind"] == "stage"]
-    return Record(directory, config, updates, stages, summary, transcripts, names, damaged)
+    transcripts = read_log(directory / "transcripts.jsonl")
+    return Record(directory, config, updates, stages, summary, transcripts, names)
 
 
-def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
+def run(team: str | None) -> dict:
+    """Write report/*.png and report.html of a run, None for the newest; returns what `--json` prints."""
+    directory = Path(team) if team else newest_run("metrics.jsonl")
+    if not directory:
+        raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
+    record = read(directory)
+    images = [render(draw, record) for draw in FIGURES]
+    (directory / "report").mkdir(exist_ok=True)
+    figures = [directory / "report" / f"{draw.__name__}.png" for draw in FIGURES]
+    for path, image in zip(figures, images):
+        path.write_bytes(image)
+    path = directory / "report.html"
+    path.write_text(page(record, images), encoding="utf-8")
+    named = ("accuracy", "return")
+    keys = [f"{name}_{when}{ci}" for name in named for when in ("start", "final") for ci in ("", "_ci")]
+    return {
+        "benchmark": "report", "team": str(directory), "report": str(path), "figures": [*map(str, figures)],
+        "headline": headline(record), **{key: record.summary.get(key) for key in keys},
+        **totals(record.updates),
+        "violation_rate_before": violation_rate(record.updates, "kl_before"),
+        "violation_rate_after": violation_rate(record.updates, "kl_after"),
+        "seconds": record.seconds, "stages": len(record.stages), "state": state(record),
+        "transcripts": len(record.transcripts),
+    }  # fmt: skip
+
+
+def state(record: Record) -> str:
+    stopped = record.summary.get("stopped", "the run goes on, or was killed")
+    done = f"{len(record.stages)} of {record.config.stages} stages"
+    return f"{done}; not finished: {stopped}" if stopped else f"{done}; finished"
+
+
+def headline(record: Record) -> dict[str, str]:
+    """The numbers on top, as far as they are known."""
+    summary, updates = record.summary, record.updates
+    before, after = (violation_rate(updates, f"kl_{when}") for when in ("before", "after"))
+    texts = {}
+    for name, label in (("start", "held out, at the start"), ("final", "held out, at the end")):
+        if summary.get(f"accuracy_{name}") is not None:
+            texts[label] = held_out_score(summary, name)
+    if len(texts) < 2:
+        texts["on the last stage's problems"] = f"{record.score} {record.of_stages('return_mean')[-1]:.3f}"
+    texts["time"], texts["rollouts"] = duration(record.seconds), f"{totals(updates)['rollouts']:,}"
+    if before is not None:
+        texts["updates that exceeded the radius"] = f"{before:.0%}"
+        if record.config.kl == "hard":
+            texts["outside it after enforcement"] = f"{after:.0%}"
+    return texts
+
+
+def preset(config: Config) -> dict:
+    """The knobs of a run that asks for nothing but this model, task, team size, adapters and occupancy."""
+    asked = {name: getattr(config, name) for name in ("model", "task", "agents", "lora_rank", "occupancy")}
+    bare = Config(model=config.model)
+    found = dataclasses.asdict(Config(**asked)) | {name: getattr(bare, name) for name in asked}
+    found |= {name: getattr(config, name) for name in ("batch_rows", "batch_tokens")}  # by the memory plan
+    return found | {"model": Config(task=config.task).model}
+
+
+def page(record: Record, images: list[bytes]) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
-    knobs, figures, config = [], [], record.config
-    fitting = Config(
-        task=config.task, model=config.model, agents=config.agents
-    )  # other models, other defaults
-    defaults = dataclasses.asdict(fitting) | {"task": Config.task, "model": "relay", "agents": Config.agents}
+    config, usual, knobs, figures = record.config, preset(record.config), [], []
     for name, value in dataclasses.asdict(config).items():
-        tag = "span" if value == defaults[name] else "b"
+        tag = "span" if value == usual[name] else "b"
         text = html.escape(str(value)) if value != "" else "none"
         knobs.append(f'<li><span class="soft">{name}</span> <{tag}>{text}</{tag}>')
-    for draw, both in zip(FIGURES, images):
-        light, dark = ("data:image/png;base64," + base64.b64encode(image).decode() for image in both)
-        figures.append(
-            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{html.escape(draw.__doc__)}"></picture></figure>'
-        )
-    tile = "<div><dt>{}</dt><dd>{}</dd></div>"
+    for draw, image in zip(FIGURES, images):
+        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        figures.append(f'<img src="{source}" alt="{html.escape(draw.__doc__)}">')
+    tiles = (map(html.escape, pair) for pair in headline(record).items())
+    what = f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
     data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
     parts = {
         "title": html.escape(record.directory.resolve().name),
-        "subtitle": html.escape(subtitle(record, headline)),
-        "tiles": "".join(tile.format(*map(html.escape, pair)) for pair in tiles(headline).items()),
+        "subtitle": html.escape(f"{what}, {region(config)}; {state(record)}"),
+        "tiles": "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in tiles),
         "figures": "\n".join(figures),
         "knobs": "\n".join(knobs),
         "data": json.dumps(data).replace("<", "\\u003c"),
@@ -140,45 +172,9 @@ def page(record: Record, headline: dict, images: list[list[bytes]]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def subtitle(record: Record, headline: dict) -> str:
-    """What ran, and how it ended."""
-    config = record.config
-    return "; ".join([
-        f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
-        f"{f' before every {config.every} updates' * (config.every > 1)}, "
-        f"{region(config)}",
-        f"{headline['stages']} of {config.stages} stages",
-        f"not finished: {headline['stopped']}" if headline["stopped"] else "finished",
-        *cut_off(headline),
-    ])  # fmt: skip
-
-
-def cut_off(headline: dict) -> list[str]:
-    return [f"the last line of {name} was cut off, and is left out" for name in headline["damaged"]]
-
-
-def tiles(headline: dict) -> dict[str, str]:
-    """The headline numbers by what they are, as far as they are known."""
-    start, final = headline["accuracy_start"], headline["accuracy_final"]
-    before, after = headline["violation_rate_before"], headline["violation_rate_after"]
-    texts = {
-        "held-out accuracy": final is not None and f"{start:.3f} → {final:.3f}",
-        "held-out accuracy at the start": final is None and start is not None and f"{start:.3f}",
-        "accuracy on the last stage's problems": final is None and f"{headline['accuracy_last_stage']:.3f}",
-        "time": duration(headline["seconds"]),
-        "rollouts": f"{headline['rollouts']:,}",
-        "updates that exceeded the radius": before is not None and f"{before:.0%}",
-        "outside it after enforcement": before is not None and headline["enforced"] and f"{after:.0%}",
-    }
-    return {name: text for name, text in texts.items() if text}
-
-
-def table(headline: dict) -> str:
-    """For the terminal: the headline and where everything is."""
-    lines = [f"{headline['team']}: " + ", ".join(f"{name} {text}" for name, text in tiles(headline).items())]
-    if headline["stopped"]:
-        lines.append(f"not finished, {headline['stages']} stages done: {headline['stopped']}")
-    lines += cut_off(headline)
-    lines += [f"figures  {path}" for path in headline["figures"]]
-    lines.append(f"report   {headline['report']}   ({headline['transcripts']} transcripts to leaf through)")
-    return "\n".join(lines)
+def table(result: dict) -> str:
+    """For the terminal: the headline, and where everything is."""
+    lines = [f"{result['team']}: {result['state']}"]
+    lines += [f"  {text:32s}{name}" for name, text in result["headline"].items()]
+    lines += [f"  figure   {path}" for path in result["figures"]]
+    return "\n".join([*lines, f"  report   {result['report']}   ({result['transcripts']} transcripts)"])
