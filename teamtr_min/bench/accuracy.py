@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teamtr_min.config import SHIPPED, Config
+from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
 from teamtr_min.files import UserError
@@ -38,6 +38,7 @@ from teamtr_min.run.memory import plan_evaluation
 from teamtr_min.run.run import newest_run
 from teamtr_min.run.system import peak
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
+from teamtr_min.tasks.generated import Generated
 from teamtr_min.tasks.task import Message, Task
 from teamtr_min.team import Team, load_router
 
@@ -110,14 +111,14 @@ def prepare(subject: Subject, name: str | None, count: int | None, data: str | N
     """The task `name`, or the team's own: `count` problems, or all, of `data`; without it held-out ones."""
     name = name or subject.config.task
     own = subject.config.data if subject.config.task == name else ""
-    config = dataclasses.replace(subject.config, task=name, data="" if name in SHIPPED else data or own)
-    task, exam = load_task(config), subject._replace(config=config)
+    generated = issubclass(TASKS.get(name, object), Generated)  # such a task reads no data for itself
+    config = dataclasses.replace(subject.config, task=name, data="" if generated else data or own)
+    task = load_task(config)
     if data and hasattr(task, "fields") and not Path(data).is_dir():
-        return Exam(exam, task, read_problems(data, *task.fields)[:count])
-    if data and name in TASKS and not hasattr(task, "fields"):
-        raise UserError(f"{name} makes its own problems: leave out --data")
-    held_out = rng.generator(0, "held-out")
-    return Exam(exam, task, task.sample_problems(count or HELD_OUT, held_out, held_out=True))
+        problems = read_problems(data, *task.fields)[:count]
+    else:
+        problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
+    return Exam(subject._replace(config=config), task, problems)
 
 
 class Evaluator:
@@ -183,6 +184,7 @@ def setting(exam: Exam) -> dict:
         "roles": [role.name for role in roles],
         "prompts": f"{hashlib.sha256(prompts.encode()).hexdigest()[:8]} of {c.roles or 'the task'}",
         "grader": getattr(exam.task, "grader", "the task's own"),
+        "fingerprint": exam.task.fingerprint(),
         "problems": len(exam.problems),
     }
 
@@ -275,7 +277,8 @@ def heading(result: dict) -> str:
     parts += [f"at most {r['max_new_tokens']} tokens a message", f"temperature {r['temperature']:g}"]
     parts += [f"prompts {r['prompts']}", f"grader {r['grader']}", f"seed {r['seed']}"]
     parts += [f"{r['problems']:,} problems x {r['rollouts_per_problem']}"]
-    return textwrap.fill(", ".join(parts), 80, initial_indent="  ", subsequent_indent="  ")
+    text = ", ".join(part.replace(" ", "\xa0") for part in parts)  # a part is not broken
+    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="  ").replace("\xa0", " ")
 
 
 def rows(result: dict) -> list[tuple[str, str]]:
