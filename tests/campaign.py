@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,10 +37,12 @@ def flip_a_bit(file: Path) -> None:
 
 def start_or_resume(out: Path, flags: list[str]) -> None:
     import torch
+    from tqdm import tqdm
 
     import train
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leak
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     new = not (out / "config.json").exists()
     sys.exit(train.main([*flags, "--out", str(out)] if new else ["--resume", str(out)]))
