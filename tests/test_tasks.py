@@ -1,23 +1,72 @@
-"""Tasks: right answers, a held-out split that no training problem crosses, and faults that are located."""
+"""Tasks that make their own problems: right answers, a held-out split, draws that stay as they are."""
 
-import json
+import hashlib
+import itertools
 import time
 
+import numpy as np
 import pytest
+from tiny import real_model
 
+from teamtr_min import load_tokenizer
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError
-from teamtr_min.tasks import Relay, load_task, read_problems
-from teamtr_min.team import Message
+from teamtr_min.rollout import collect
+from teamtr_min.run.loading import build_team
+from teamtr_min.tasks import Convention, Floors, Message, Relay, Sums, load_task
 
 
-def relay(turns: int) -> Relay:
-    return Relay(Config(agents=turns))
+def task(name: str, agents: int, **flags):
+    return load_task(Config(task=name, agents=agents, **flags))
 
 
 def said(*texts: str) -> list[Message]:
-    return [Message(0, [], text, [], True) for text in texts]
+    return [Message(j, [], text, [], True) for j, text in enumerate(texts)]
+
+
+def problems(game, count: int, *path, **how):
+    return game.sample_problems(count, rng.generator(*path), **how)
+
+
+@pytest.mark.parametrize("name, agents", [
+    ("relay", 1), ("relay", 2), ("relay", 5), ("convention", 3), ("sums", 1), ("sums", 3), ("floors", 3)
+])  # fmt: skip
+def test_the_held_out_split_never_overlaps_training_or_demonstrations(name, agents):
+    game = task(name, agents)
+    trained = {p.text for seed in range(5) for p in problems(game, 500, seed, "problems", 0)}
+    trained |= {d.problem.text for d in game.demonstrations(300, rng.generator(0))}
+    held_out = {p.text for p in problems(game, 500, 0, "held-out", held_out=True)}
+    assert trained and held_out and not trained & held_out
+    assert all(map(game.is_held_out, held_out)) and not any(map(game.is_held_out, trained))
+
+
+def test_draws_stay_as_they_are():
+    """The shipped models and the published results rest on these."""
+    seen = []
+    for name, agents in itertools.product(("relay", "convention", "sums"), (2, 3)):
+        game, generator = task(name, agents), rng.generator(0, "problems", agents)
+        drawn = game.sample_problems(200, generator) + game.sample_problems(100, generator, held_out=True)
+        seen += [(p.id, p.text, p.answer) for p in drawn]
+        seen += [(d.problem.text, d.messages) for d in game.demonstrations(50, generator)]
+        seen += [(role.name, role.system) for role in game.roles(agents)]
+    assert hashlib.sha256(repr(seen).encode()).hexdigest()[:16] == "d126a160bcbb3574"
+
+
+@pytest.mark.parametrize("given, fault", [
+    ({"agents": 9}, "relay takes 1 to 8 turns.* would give 9"),
+    ({"task": "convention", "agents": 1}, "convention takes 2 to 4 turns.* would give 1"),
+    ({"task": "sums", "agents": 4, "rounds": 2}, "sums takes 1 to 6 turns.* would give 8"),
+    ({"task": "floors", "agents": 2, "rounds": 2}, "floors takes one turn per agent"),
+    ({"task": "chess"}, "no task 'chess': give relay, convention, sums, floors, .*, jsonl, or FILE.py"),
+    ({"data": "x.jsonl"}, "relay makes its own problems"),
+])  # fmt: skip
+def test_impossible_choices_are_refused(given, fault):
+    with pytest.raises(UserError, match=fault):
+        load_task(Config(**given))
+
+
+# ---- relay
 
 
 def by_hand(chain: str) -> str:
@@ -28,143 +77,175 @@ def by_hand(chain: str) -> str:
     return str(value % 10)
 
 
-def test_one_step_carries_out_the_first_operation():
-    assert [Relay.step(chain) for chain in ("7+8*3-4", "5*3-4", "2-7")] == ["5*3-4", "5-4", "5"]
-
-
-def test_a_sum_is_read_from_the_end_in_linear_time():
-    task = load_task(Config(task="sums"))
-    texts = {"9" * 10**6 + "x": None, "1!" * 10**6 + "x": None, "12-34.\n": "-34", "it is 7": "7", "": None}
-    begin = time.process_time()
-    assert [task.answer(said(text)) for text in texts] == list(texts.values())
-    assert time.process_time() - begin < 2
-
-
 @pytest.mark.parametrize("turns", [1, 2, 3, 8])
-def test_answers_are_right_and_chains_have_one_operation_per_turn(turns):
-    for problem in relay(turns).sample_problems(200, rng.generator(0, turns)):
+def test_relay_chains_have_one_operation_per_turn_and_each_step_carries_out_the_first(turns):
+    assert [Relay.step(chain) for chain in ("7+8*3-4", "5*3-4", "2-7")] == ["5*3-4", "5-4", "5"]
+    for problem in problems(task("relay", turns), 200, 0, turns):
         assert len(problem.text) == 2 * turns + 1 and problem.answer == by_hand(problem.text)
 
 
-@pytest.mark.parametrize(
-    "task, turns", [("relay", 1), ("relay", 2), ("relay", 3), ("relay", 5), ("convention", 3)]
-)
-def test_the_held_out_split_never_overlaps_training(task, turns):
-    sample = load_task(Config(task=task, agents=turns)).sample_problems
-    trained = {p.text for seed in range(5) for p in sample(500, rng.generator(seed, "problems", 0))}
-    held_out = {p.text for p in sample(2048, rng.generator(0, "held-out"), held_out=True)}
-    assert trained and held_out and not trained & held_out
-
-
-def test_about_a_tenth_of_all_chains_is_held_out():
-    chains = [f"{a}{sign}{b}" for a in range(10) for sign in "+-*" for b in range(10)]
-    assert 15 < sum(map(Relay.is_held_out, chains)) < 45
-
-
-def test_only_the_last_message_counts():
-    (problem,) = relay(2).sample_problems(1, rng.generator(0))
+def test_in_relay_only_the_last_message_counts():
+    game = task("relay", 2)
+    (problem,) = problems(game, 1, 0)
     right, wrong = problem.answer, str((int(problem.answer) + 1) % 10)
-    assert relay(2).grade(problem, said("nonsense", right)) == 1
-    for last in (wrong, "", right * 2):
-        assert relay(2).grade(problem, said(right, last)) == 0
+    assert game.grade(problem, said("nonsense", f" {right}\n")) == 1
+    assert [game.grade(problem, said(right, last)) for last in (wrong, "", right * 2)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "given, fault",
-    [
-        ({"agents": 9}, "relay .* at most 8 operations.* 9 turns"),
-        ({"task": "convention", "agents": 1}, "convention .* at least 2 .* 1 turns"),
-        ({"task": "convention", "agents": 5}, "convention .* at most 4 operations.* 5 turns"),
-        (
-            {"task": "chess"},
-            "no task 'chess': give relay, convention, sums, gsm8k, .*, jsonl, or FILE.py",
-        ),
-        ({"data": "x.jsonl"}, "relay makes its own problems"),
-        ({"task": "jsonl"}, "jsonl needs --data"),
-    ],
-)
-def test_impossible_choices_are_refused(given, fault):
-    with pytest.raises(UserError, match=fault):
-        load_task(Config(**given))
+# ---- sums
 
 
-def test_problem_files_are_read(tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"q": "7+8", "a": 5}\n\n{"q": "1*1", "a": "so #### 1", "id": "x"}\n')
-    problems = read_problems(file, "q", "a")
-    assert [(p.id, p.text, p.answer) for p in problems] == [("1", "7+8", "5"), ("x", "1*1", "1")]
+@pytest.mark.parametrize("agents", range(1, 7))
+def test_a_story_of_sums_tells_its_numbers_and_each_step_goes_on_from_the_one_before(agents):
+    game = task("sums", agents)
+    for shown in game.demonstrations(100, rng.generator(0, agents)):
+        told = [int(word.strip(".")) for word in shown.problem.text.split() if word.strip(".").isdigit()]
+        assert len(told) == agents + 1 and len(shown.messages) == agents
+        total = told[0]
+        for line, count in zip(shown.messages, told[1:]):
+            a, sign, b, equals, result = line.split()
+            assert int(a) == total and int(b) == count and equals == "="
+            total += count if sign == "+" else -count
+            assert int(result) == total and 1 <= total <= 15
+        assert shown.problem.answer == str(total) and game.grade(shown.problem, said(*shown.messages)) == 1
+        assert Sums.numbers(shown.problem.text) == [int(n) for n in shown.problem.id.split()]
 
 
-@pytest.mark.parametrize(
-    "line, fault",
-    [
-        ('{"q": "1"', "not JSON"),
-        ('{"q": "1", "b": 2}', r'no text in the field "a" \(it has: q, b\); --question-field'),
-        ('{"q": null, "a": 1}', 'no text in the field "q"'),
-        ("[1]", "a JSON list, not an object"),
-    ],
-)
-def test_a_fault_in_a_problem_file_is_located(tmp_path, line, fault):
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"q": "7+8", "a": "5"}\n' + line + "\n")
-    with pytest.raises(UserError, match=f"p.jsonl, line 2: {fault}"):
-        read_problems(file, "q", "a")
+def test_in_sums_the_number_that_the_last_message_ends_with_is_the_answer():
+    game = task("sums", 2)
+    (problem,) = problems(game, 1, 3)
+    right = problem.answer
+    for last in (right, f"9 + 1 = {right}", f"So it is {right}.", f"**{right}**\n"):
+        assert game.grade(problem, said("?", last)) == 1, last
+    for last in ("", "none", f"{right} or so", f"1{right}", f"{right}0", f"-{right}", f"{right} = x"):
+        assert game.grade(problem, said(right, last)) == 0, last
+    begin = time.process_time()
+    assert game.answer(said("9" * 10**6 + "x")) is None and game.answer(said("1!" * 10**6 + "x")) is None
+    assert time.process_time() - begin < 2
 
 
-def test_a_problem_file_that_is_absent_or_empty_is_refused(tmp_path):
-    file = tmp_path / "p.jsonl"
-    with pytest.raises(UserError, match="cannot read"):
-        read_problems(file, "q", "a")
-    file.write_text("\n")
-    with pytest.raises(UserError, match="no problems"):
-        read_problems(file, "q", "a")
+# ---- convention
 
 
-@pytest.fixture
-def word_problems(tmp_path):
-    lines = [json.dumps({"question": f"What is {i}?", "answer": str(i)}) for i in range(200)]
-    (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    return load_task(Config(task="jsonl", data=str(tmp_path / "p.jsonl")))
+def played(problem, codes: tuple[int, ...]) -> list[Message]:
+    """The messages of agents that make no mistake, one code each. By the rules, not by Convention.step."""
+    digit, rest, texts = int(problem.text[0]), problem.text[1:], []
+    for turn, code in enumerate(codes):
+        value = ((3 - digit if code and turn else digit) + int(rest[1])) % 4
+        rest = rest[2:]
+        digit = 3 - value if code and rest else value
+        texts.append(f"{digit}{rest}")
+    return said(*texts)
 
 
-def test_word_problems_are_split_and_sampled_without_repetition(word_problems):
-    held_out, sample = word_problems.held_out, word_problems.sample_problems
-    assert len(word_problems.train) + len(held_out) == 200 and 8 <= len(held_out) <= 35
-    first, second = ([p.id for p in sample(50, rng.generator(0, "problems", stage))] for stage in (0, 1))
-    assert len(set(first)) == 50 and not set(first) & {p.id for p in held_out} and first != second
-    with pytest.raises(UserError, match="only .* to train on"):
-        sample(500, rng.generator(0))
+@pytest.mark.parametrize("agents", [2, 3, 4])
+def test_the_return_of_convention_is_the_share_of_handovers_in_one_code(agents):
+    game = task("convention", agents)
+    for problem in problems(game, 50, 0, agents):
+        for codes in itertools.product((0, 1), repeat=agents):
+            messages = played(problem, codes)
+            agree = [a == b for a, b in itertools.pairwise(codes)]
+            assert game.codes(problem, messages) == list(codes)
+            assert game.grade(problem, messages) == sum(agree) / len(agree)
+            if all(agree):
+                assert messages[-1].text == problem.answer, "one code, whichever, reaches the answer"
+            elif agents < 4:  # in longer chains two misreadings may cancel
+                assert messages[-1].text != problem.answer
 
 
-def test_the_last_answer_that_any_message_states_is_the_teams(word_problems):
-    problem = word_problems.train[0]
-    right = f"\\boxed{{{problem.answer}}}"
-    assert word_problems.grade(problem, said(right, "I agree")) == 1
-    assert word_problems.grade(problem, said(right, "no: \\boxed{-7}")) == 0
-    assert word_problems.grade(problem, said("hm", "hm")) == 0
+def test_a_message_of_convention_tells_nothing_about_its_code():
+    """Given the operation, every digit is as likely in one code as in the other."""
+    for operand, code in itertools.product("0123", (0, 1)):
+        written = [Convention.step(f"{a}+{operand}+1", 0, code)[0] for a in range(4)]
+        assert sorted(written) == list("0123")
 
 
-def test_word_problems_have_a_role_for_each_agent(word_problems):
-    assert [role.name for role in word_problems.roles(3)] == ["Agent 1", "Agent 2", "Agent 3"]
-    assert [len(word_problems.roles(agents)) for agents in (1, 2)] == [1, 2]
+def test_a_message_of_convention_that_is_no_step_has_no_code():
+    game = task("convention", 2)
+    (problem,) = problems(game, 1, 2)
+    first, last = played(problem, (1, 1))
+    for wrong in ("", "12", problem.text, "x", last.text):
+        (spoilt,) = said(wrong)
+        assert game.codes(problem, [spoilt, last])[0] is None and game.grade(problem, [spoilt, last]) == 0
+    assert game.measure([problem], [[first, last]]) == {"habits": [1.0, 1.0]}
+    assert game.measure([problem], [[spoilt, last]])["habits"][0] is None
 
 
-@pytest.mark.parametrize(
-    "source, fault",
-    [
-        ("task = lambda config: object()", "has no roles, sample_problems, grade"),
-        ("class task:\n    def __init__(self, config): ...\n    def draw(self): ...", "rename it"),
-        ("task = 3", "`task` is not a function"),
-        ("", "no usable function `task`"),
-    ],
-)
-def test_a_faulty_task_of_ones_own_is_refused(tmp_path, source, fault):
-    file = tmp_path / "mine.py"
-    file.write_text(source)
-    with pytest.raises(UserError, match=fault):
-        load_task(Config(task=str(file)))
+@pytest.mark.parametrize("agents", [2, 3])
+def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agents):
+    config = Config(task="convention", agents=agents)
+    assert config.model == "convention" and config.temperature == 1.0
+    game = load_task(config)
+    team = build_team(config, game)
+    rollouts = collect(team, problems(game, 512, 3), 1, rng.RngPath(config.seed, "test"))
+    codes = [game.codes(p, m) for p, m in zip(rollouts.problems, rollouts.messages)]
+    for turn in range(agents):
+        known = [row[turn] for row in codes if row[turn] is not None]
+        assert len(known) > 0.95 * len(codes)
+        assert np.mean(known) == pytest.approx(Convention.starting_habits[turn % 2], abs=0.08)
+    # The reader does not look through the code: what it does hardly depends on what the writer did.
+    by_writer = [[row[1] for row in codes if row[0] == code and row[1] is not None] for code in (0, 1)]
+    assert abs(np.mean(by_writer[0]) - np.mean(by_writer[1])) < 0.12
 
 
-def test_an_absent_task_of_ones_own_is_refused():
-    with pytest.raises(UserError, match="no usable function `task`"):
-        load_task(Config(task="absent.py"))
+# ---- floors
+
+
+def handed_on(n: int, codes: tuple[int, ...]) -> list[Message]:
+    """The messages of agents with these codes, by the rules of the docstring."""
+    *before, last = codes
+    floors = list(itertools.accumulate(before, initial=n))[1:]
+    return said(*(f"floor {floor}" for floor in floors), f"{floors[-1] - last} flights")
+
+
+@pytest.mark.parametrize("agents", [2, 3, 4])
+def test_floors_is_right_exactly_when_the_codes_cancel(agents):
+    game = task("floors", agents)
+    for problem in problems(game, 20, 0, held_out=True):
+        n = int(problem.answer)
+        for codes in itertools.product((0, 1), repeat=agents):
+            messages = handed_on(n, codes)
+            assert game.codes(problem, messages) == list(codes)
+            assert game.grade(problem, messages) == (sum(codes[:-1]) == codes[-1])
+    first, *rest = handed_on(n, (1,) * agents)
+    for wrong in ("", "floor", "4 or 5", f"floor {n + 2}", f"floor {n - 1}"):
+        assert game.codes(problem, said(wrong, *(m.text for m in rest)))[0] is None
+    assert game.codes(problem, said("?", *(m.text for m in rest)))[:2] == [None, None]
+    assert game.measure([problem] * 2, [handed_on(n, c + (0,) * (agents - 2)) for c in ((0, 1), (1, 1))]) == {
+        "habits": [0.5, 1.0, *[0.0] * (agents - 2)]
+    }
+
+
+def test_only_the_first_agent_of_floors_can_know_the_number():
+    game = task("floors", 3)
+    seen: dict[str, set[str]] = {}
+    drawn = problems(game, 4000, 0) + problems(game, 200, 0, held_out=True)
+    for problem in drawn:
+        assert game.view(problem, 0) == problem.text and problem.answer in problem.text
+        hidden = game.view(problem, 1)
+        assert game.view(problem, 2) == hidden and not any(c.isdigit() for c in hidden)
+        seen.setdefault(hidden, set()).add(problem.answer)
+    assert len(seen) > 500 and sum(len(numbers) > 3 for numbers in seen.values()) > 0.7 * len(seen)
+    counts = np.bincount([int(p.answer) for p in drawn])[Floors.fewest :]
+    assert len(counts) == 7 and counts.min() > 500 and counts.max() < 700
+    for problem in drawn[-20:] + drawn[:20]:  # the split, too, is the same for every number
+        others = [problem.text.replace(problem.answer, str(n)) for n in range(Floors.fewest, Floors.most + 1)]
+        assert len(set(map(game.is_held_out, others))) == 1
+
+
+@pytest.mark.parametrize("agents", [2, 3])
+def test_demonstrations_of_floors_begin_with_opposite_habits(agents):
+    game = task("floors", agents)
+    shown = game.demonstrations(3000, rng.generator(0))
+    messages = [said(*d.messages) for d in shown]
+    habits = game.measure([d.problem for d in shown], messages)["habits"]
+    assert habits == pytest.approx([0.3] * (agents - 1) + [0.7], abs=0.03)
+    codes = np.array([game.codes(d.problem, m) for d, m in zip(shown, messages)], dtype=float)
+    assert abs(np.corrcoef(codes.T)[0, -1]) < 0.06, "each agent draws for itself"
+
+
+def test_messages_are_short_for_a_real_tokenizer():
+    tokenizer = load_tokenizer(real_model())
+    for name, most in (("sums", 24), ("floors", 4)):
+        shown = task(name, 3).demonstrations(50, rng.generator(0))
+        assert max(len(tokenizer.encode(text)) for d in shown for text in d.messages) < most

@@ -1,0 +1,213 @@
+"""Word problems from files and data sets, and tasks of a user's own: what is read, left out and refused."""
+
+import hashlib
+import json
+
+import pytest
+
+from teamtr_min.config import Config
+from teamtr_min.engine import rng
+from teamtr_min.files import UserError
+from teamtr_min.tasks import TASKS, Message, Problem, load_task, read_problems
+from teamtr_min.tasks.datasets import DATASETS, FILES, local_copy
+
+
+def said(*texts: str) -> list[Message]:
+    return [Message(j, [], text, [], True) for j, text in enumerate(texts)]
+
+
+def write(path, *questions, answer="7", field="question"):
+    path.write_text("".join(json.dumps({field: q, "answer": answer}) + "\n" for q in questions))
+    return path
+
+
+def jsonl(path, **flags):
+    return load_task(Config(task="jsonl", data=str(path), **flags))
+
+
+@pytest.fixture
+def task(tmp_path):
+    return jsonl(write(tmp_path / "p.jsonl", *(f"What is {i}?" for i in range(200))))
+
+
+def test_problem_files_are_read_and_each_problem_names_its_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"q": "7+8", "a": 5}\n\n{"q": "1*1", "a": "so #### 1", "id": "x"}\n')
+    problems = [Problem("p.jsonl, line 1", "7+8", "5"), Problem("p.jsonl, line 3", "1*1", "1")]
+    assert read_problems(tmp_path / "p.jsonl", "q", "a") == problems
+
+
+@pytest.mark.parametrize("line, fault", [
+    ('{"q": "1"', "p.jsonl, line 2: not JSON"), ("[1]", "p.jsonl, line 2: a JSON list, not an object"),
+    ('{"q": "1", "b": 2}', r'line 2: no text in the field "a" \(it has: q, b\); --fields'),
+    ('{"q": null, "a": 1}', 'p.jsonl, line 2: no text in the field "q"'), 
+   (None, "cannot read"), ("", "no problems"),
+])  # fmt: skip
+def test_a_fault_in_a_problem_file_is_located(tmp_path, line, fault):
+    if line is not None:
+        (tmp_path / "p.jsonl").write_text(('{"q": "7+8", "a": "5"}\n' if line else "\n") + line + "\n")
+    with pytest.raises(UserError, match=fault):
+        read_problems(tmp_path / "p.jsonl", "q", "a")
+    with pytest.raises(UserError, match="jsonl needs --data"):
+        load_task(Config(task="jsonl"))
+
+
+def test_problems_are_split_and_sampled_without_repetition(task):
+    assert len(task.train) + len(task.held_out) == 200 and 8 <= len(task.held_out) <= 35
+    assert {p.id for p in task.all_problems()} == {f"p.jsonl, line {i}" for i in range(1, 201)}
+    first, second = (
+        [p.id for p in task.sample_problems(50, rng.generator(0, "problems", stage))] for stage in (0, 1)
+    )
+    assert len(set(first)) == 50 and not set(first) & {p.id for p in task.held_out} and first != second
+    assert task.sample_problems(3, rng.generator(0), held_out=True) == task.held_out[:3]
+    with pytest.raises(UserError, match="only .* to train on"):
+        task.sample_problems(500, rng.generator(0))
+    assert [len(task.roles(agents)) for agents in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_the_last_answer_that_any_message_states_is_the_teams(task):
+    problem = Problem("", "", "18")
+    for last in ("I agree.", "#### Check\n9 * 2 = 18, fine", "The answer is already right.", "\\boxed{}"):
+        assert (
+            task.grade(problem, said("\\boxed{18}", last)) == 1 and task.grade(problem, said("hm", last)) == 0
+        )
+    for last in ("no: \\boxed{17}", "The answer is 17.", "#### 17"):
+        assert task.grade(problem, said("\\boxed{18}", last)) == 0 and task.answer(said("18", last)) == "17"
+    assert task.answer(said("\\boxed{36/2}", "I agree.")) == "18" and task.answer(said("18")) is None
+
+
+def test_held_out_problems_among_the_training_ones_are_left_out_with_a_count(tmp_path):
+    write(tmp_path / "train.jsonl", *(f"What is {i}?" for i in range(10)))
+    write(tmp_path / "test.jsonl", "What is 3?", " what  is 4?\n", "What else?")
+    task = jsonl(tmp_path)
+    assert [p.id for p in task.train] == [f"train.jsonl, line {i + 1}" for i in range(10) if i not in (3, 4)]
+    assert task.notes == [f"2 problems of {tmp_path} are left out: they stand among the held-out ones too"]
+    assert len(task.held_out) == 3 and task.is_held_out("What is 3?") and not task.is_held_out("What is 5?")
+    task.leave_out({"train.jsonl, line 1", "test.jsonl, line 3", "no such"}, "they are too long")
+    assert len(task.train) == 7 and len(task.held_out) == 2 and task.notes[1].startswith("2 problems")
+    write(tmp_path / "test.jsonl", *(f"What is {i}?" for i in range(10)))
+    with pytest.raises(
+        UserError, match="only 0 to train on; 10 problems of .* stand among the held-out ones"
+    ):
+        jsonl(tmp_path).sample_problems(1, rng.generator(0))
+
+
+def test_the_fingerprint_changes_with_the_problems_their_answers_and_the_grader(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", *(f"What is {i}?" for i in range(30)))
+    before = jsonl(path).fingerprint()
+    assert before == jsonl(path).fingerprint() and before.keys() == {"problems", "grader"}
+    path.write_text(path.read_text().replace('"7"', '"8"', 1))
+    assert jsonl(path).fingerprint()["problems"] != before["problems"]
+    monkeypatch.setattr("teamtr_min.tasks.word_problems.grader", lambda: "another")
+    assert jsonl(path).fingerprint()["grader"] != before["grader"]
+    assert load_task(Config()).fingerprint() == {"task": "relay, version 1"}
+
+
+# ---- data sets by name
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Publishes problems under a name of FILES, with the right hash. The cache is empty at first."""
+    monkeypatch.setenv("TEAMTR_CACHE", str(tmp_path / "cache"))
+
+    def put(name: str, *texts: str, field: str = "problem"):
+        file = write(tmp_path / f"{name}-published", *texts, field=field)
+        monkeypatch.setitem(FILES, name, (file.as_uri(), hashlib.sha256(file.read_bytes()).hexdigest()))
+        return file
+
+    return put
+
+
+def test_every_name_is_a_task_and_every_file_is_pinned():
+    files = {file for *names, _ in DATASETS.values() for file in names if file}
+    assert set(FILES) == files and set(DATASETS) < set(TASKS)
+    assert all(url.startswith("https://") and len(sha256) == 64 for url, sha256 in FILES.values())
+    for name in ("math500", "aime24", "aime25", "amc23"):
+        with pytest.raises(UserError, match=f"{name} is there to evaluate on: train on math"):
+            load_task(Config(task=name), training=True)
+
+
+def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500(publish):
+    files = [publish("math-train", "a", "b", "c"), publish("math500", "b", "d")]
+    for _ in range(2):
+        task = load_task(Config(task="math"), training=True)
+        assert [p.text for p in task.train] == ["a", "c"] and [p.text for p in task.held_out] == ["b", "d"]
+        for file in files:
+            file.unlink(missing_ok=True)
+    assert load_task(Config(task="math500")).held_out == task.held_out
+    assert task.train[1].id == "math-train.jsonl, line 3"
+
+
+def test_what_cannot_be_had_or_is_another_file_is_one_sentence_with_a_way_out(publish, tmp_path):
+    file = publish("math500", "a")
+    file.write_text("another")
+    for why in ("invalid hash", "No such file"):
+        with pytest.raises(UserError, match=why) as error:
+            local_copy("math500")
+        assert FILES["math500"][0] in str(error.value) and "give a copy with --data" in str(error.value)
+        assert not [*(tmp_path / "cache").iterdir()]
+        file.unlink(missing_ok=True)
+
+
+# ---- a user's own task
+
+TASK = """
+from teamtr_min.tasks import Problem, Role
+
+class Own:
+    def roles(self, agents): return [Role(str(j), "") for j in range(agents)]
+    def sample_problems(self, count, generator, held_out=False): return [Problem("1", "1+1", "2")] * count
+    def grade(self, problem, messages): return 1
+
+def task(config): return Own()
+"""
+
+
+def own(tmp_path, old: str = "", new: str = ""):
+    (tmp_path / "mine.py").write_text(TASK.replace(old, new) if old else TASK)
+    return load_task(Config(task=str(tmp_path / "mine.py")))
+
+
+def test_a_users_task_has_the_defaults_and_whatever_else_it_defines(tmp_path):
+    task = own(tmp_path)
+    (problem,) = task.sample_problems(1, rng.generator(0))
+    assert task.grade(problem, []) == 1.0 and type(task.grade(problem, [])) is float
+    assert task.view(problem, 1) == "1+1" and task.fingerprint() == {} and not task.is_held_out("1+1")
+    assert not hasattr(task, "demonstrations") and not hasattr(task, "answer")
+    task = own(
+        tmp_path,
+        "class Own:",
+        "class Own:\n    notes = ['seen']\n    def view(self, p, agent): return f'{agent}: {p.text}'",
+    )
+    assert task.view(problem, 1) == "1: 1+1" and task.notes == ["seen"]
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("return 1\n", "return float('nan')\n", "`grade` must return a number from 0 to 1, but returned nan"),
+    ("return 1\n", "return 2\n", "`grade` must return .*returned 2"),
+    ("return 1\n", "return '1'\n", "`grade` must return .*returned '1'"),
+    ("return 1\n", "pass\n", "`grade` .*None"),
+    ("range(agents)]", "range(agents - 1)]", "`roles` must return a list of 3 Roles, one per agent"),
+    ("Role(str(j), '')".replace("'", '"'), "str(j)", "`roles` must return a list of 3 Roles"),
+    ("* count", "* (count - 1)", "`sample_problems` must return a list of 4 Problems"),
+    ('[Problem("1", "1+1", "2")]', '["1+1"]', "`sample_problems` must return a list of 4 Problems"),
+])  # fmt: skip
+def test_what_a_users_task_returns_is_checked_in_one_sentence(tmp_path, old, new, fault):
+    task = own(tmp_path, old, new)
+    with pytest.raises(UserError, match=rf"mine.py: {fault}"):
+        task.roles(3)
+        task.grade(*task.sample_problems(4, rng.generator(0))[:1], [])
+
+
+def test_an_error_of_a_users_task_keeps_its_traceback(tmp_path):
+    task = own(tmp_path, "return 1\n", "return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as error:
+        task.grade(None, [])
+    assert error.traceback[-1].path.name == "mine.py"
+
+
+def test_a_users_task_that_lacks_a_method_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mine.py: its task has no grade"):
+        own(tmp_path, "def grade", "def great")
+    with pytest.raises(UserError, match="absent.py"):
+        load_task(Config(task="absent.py"))
