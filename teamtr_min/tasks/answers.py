@@ -14,7 +14,7 @@ from teamtr_min.tasks.equivalence import equivalent
 RULES = 2  # counts up when a verdict may change; part of a run's fingerprint
 
 # Which answer a text states. A second + never goes back, so a search is linear in the length of the text.
-_BRACES = re.compile(r"(\\f?boxed\s*+\{)|\\[{}]|(\{)|(\})")
+_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*+\{)|\\[{}]|(\{)|(\})")
 _TAKES_BACK = re.compile(r"(?i)\b(?:no|not|wait|actually|instead|wrong|mistake|sorry)\b")
 _HASHES = re.compile(r"(?i)(?<!#)####(?!#)[ \t*]*+(?:(?:the )?(?:final )?answer(?: is)?\b[ :*]*)?([^\n]*+)")
 _SAYS = re.compile(r"(?i)\banswer\s++is\b\s*+:?\s*+((?:[^\n.]|\.(?=\d))++)")
@@ -109,6 +109,7 @@ _UNITS = re.compile(
     rf"{_WORD}(?:[ /-]+{_WORD})*\.?$"
 )
 _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
+_DEPTH = dict.fromkeys("([{", 1) | dict.fromkeys(")]}", -1)
 
 
 def is_correct(response: str, answer: str) -> bool:
@@ -130,7 +131,7 @@ def _listed_boxes(text: str) -> list[str]:
 
 
 def _is_list(answer: str) -> bool:
-    return number(answer) is None and len(_items(_plain(answer))) > 1
+    return "\\pm" in answer or number(answer) is None and len(_items(_plain(answer))) > 1
 
 
 def _equal(given: str, wanted: str) -> bool:
@@ -142,8 +143,9 @@ def _equal(given: str, wanted: str) -> bool:
     if max(len(given), len(wanted)) > LONGEST:
         return False
     values = closed_form(given), closed_form(wanted)
-    if values != (math.inf, math.inf) and (None not in values or math.inf in values):
-        return False
+    both_huge = values == (math.inf, math.inf)
+    if not both_huge and (None not in values or math.inf in values):
+        return False  # two exact values that differ, or one too large to work out
     same_brackets = given.startswith(r"\{") == wanted.startswith(r"\{") or "(" not in (given[:1], wanted[:1])
     return same_brackets and _is_maths(given) and _is_maths(wanted) and equivalent(given, wanted)
 
@@ -194,7 +196,7 @@ def _items(text: str) -> list[str]:
         text = inside.group(1)
     depth, items = 0, [""]
     for piece in re.split(r"([,()\[\]{}])", text):
-        depth += (piece in "([{") - (piece in ")]}") if piece else 0
+        depth += _DEPTH.get(piece, 0)
         if piece == "," and depth == 0:
             items.append("")
         else:
