@@ -1,10 +1,17 @@
-"""What only a decode step does: heads go into the cache and attend to it, and a token is drawn.
+"""What only a decode step does: new tokens enter the cache and attend to it, and the next ones are drawn.
 
-Letters as in teamtr_min/model.py; B rows, one new token each. `at` (B,) int64 is the position of each row's
-new token, so a row sees positions 0..at. No tile depends on the number of rows, and a program adds up what it
-has in a fixed order: a row's results have the same bits in every batch. Nor does a launch depend on how long
-rows are, so that a step can be a CUDA graph. Each function is the kernel alone; what it computes is defined
-by the `_reference` behind it, in torch, or for `draw` by `sample_token`. engine/decode.py chooses.
+    attention   y = softmax(q k^T / sqrt(D)) v over positions 0..at of a row, q and k after norm and rotation
+    draw        the first token whose cumulative probability exceeds u, u uniform in [0, 1)
+
+B rows with one new token each, Q query heads, K key and value heads, D head size, V vocabulary; the cache is
+(rows, K, capacity, D) for keys and for values, and `at` (B,) int64 the position of each row's new token.
+
+All is bound by memory. A layer reads each live cache entry once, 4 K D bytes a position in bf16, with Q / K
+FLOPs a byte: 256 rows at 1,024 positions of Qwen2.5-1.5B are 268 MB, 89 microseconds at 3 TB/s. A draw
+reads its 4 V bytes of logits twice: 0.31 GB for 256 rows, 104 microseconds.
+
+No tile and no order of sums depends on the number of rows: a row's results have the same bits in every batch.
+No launch depends on how long rows are, so a step can be a CUDA graph.
 """
 
 import math
@@ -13,254 +20,212 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, jit, power_of_two, start, tl
-from kernels.layer import norm_reference
+from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
+from kernels.layer import norm_reference, rotate_reference
 
 SPLIT = 128  # positions that one program of decode_attend reads
 TILE = 64  # of these at a time
-STRIP = 4096  # logits that one program of decode_strips reads
+STRIP = 4096  # logits that decode_draw reads at a time
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
+
+
+def attend_cached_reference(qkv, cos, sin, at, keys, values, norms=(), eps=0.0) -> Tensor:
+    (B, _), (_, K, capacity, D) = qkv.shape, keys.shape
+    Q = qkv.shape[1] // D - 2 * K
+    q, k, v = qkv.view(B, Q + 2 * K, D).split([Q, K, K], 1)
+    if norms:
+        q, k = (norm_reference(x, w, eps) for x, w in zip((q, k), norms))
+    q, k = (rotate_reference(x, cos[at], sin[at]) for x in (q, k))  # cos[at] is (B, 1, D)
+    rows = torch.arange(B, device=qkv.device)
+    keys[rows, :, at], values[rows, :, at] = k, v
+    k, v = (x[:B].repeat_interleave(Q // K, 1) for x in (keys, values))  # (B, Q, capacity, D)
+    scores = (q[:, :, None] @ k.transpose(2, 3)).float() / math.sqrt(D)  # (B, Q, 1, capacity)
+    unseen = torch.arange(capacity, device=at.device) > at[:, None]  # (B, capacity)
+    p = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(-1)
+    return (p.to(v.dtype) @ v).reshape(B, Q * D)
 
 
 @jit
-def decode_rope_store(
-    qkv, cos, sin, at, q_weight, k_weight, query, keys, values,
-    eps, Q, K, capacity,
-    D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """One head of one row, of qkv (B, Q + 2K, D), turned by its position's angle, to where it belongs."""
-    program, heads = tl.program_id(0).to(tl.int64), Q + 2 * K
-    row, head = program // heads, program % heads
-    d = tl.arange(0, BLOCK)
-    inside, other = d < D, (d + D // 2) % D  # the other of each pair
-    x = tl.load(qkv + program * D + d, mask=inside, other=0.0).to(tl.float32)
-    dtype = query.dtype.element_ty
-    position = tl.load(at + row)
-    if head < Q + K:
-        y = tl.load(qkv + program * D + other, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-            weight = q_weight if head < Q else k_weight
-            x_weight = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-            y_weight = tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
-            x = (x * scale).to(dtype).to(tl.float32) * x_weight
-            y = (y * scale).to(dtype).to(tl.float32) * y_weight
-        c = tl.load(cos + position * D + d, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + position * D + d, mask=inside, other=0.0).to(tl.float32)
-        x = x * c + y * s
-    if head < Q:
-        tl.store(query + (row * Q + head) * D + d, x.to(dtype), mask=inside)
-    elif head < Q + K:
-        entry = (row * K + head - Q) * capacity + position
-        tl.store(keys + entry * D + d, x.to(dtype), mask=inside)
-    else:
-        entry = (row * K + head - Q - K) * capacity + position
-        tl.store(values + entry * D + d, x.to(dtype), mask=inside)
-
-
-def rope_store(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    at: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    heads: int,
-    norms: Sequence[Tensor] = (),
-    eps: float = 0.0,
-) -> Tensor:
-    """Rotary embedding, behind a norm per head where there are `norms`, of what a layer's projections give.
-
-    qkv (B, (Q + 2K) * D), `heads` is Q; cos and sin (positions, D) as model.rope_table has them, the first
-    half of sin negative; norms: weights of queries' and keys' norm, (D,) each. Writes the new keys and values
-    to position `at` of the first B rows of keys and values (rows, K, capacity, D). Returns the queries
-    (B, Q, D).
-    """
-    B, (_, K, capacity, D) = len(qkv), keys.shape
-    query = qkv.new_empty(B, heads, D)
-    q_weight, k_weight = norms or (cos, cos)  # not read
-    start(
-        decode_rope_store, B * (heads + 2 * K), qkv, cos, sin, at, q_weight, k_weight, query, keys, values,
-        eps, heads, K, capacity, D=D, BLOCK=power_of_two(D), NORM=bool(norms), num_warps=1,
-    )  # fmt: skip
-    return query
-
-
-def rope_store_reference(qkv, cos, sin, at, keys, values, heads, norms=(), eps=0.0) -> Tensor:
-    B, (_, K, _, D) = len(qkv), keys.shape
-    q, k, v = qkv.view(B, heads + 2 * K, D).split([heads, K, K], 1)
-    if norms:
-        q, k = (norm_reference(x, w, eps)[0] for x, w in zip((q, k), norms))
-    cos, sin = cos[at][:, None], sin[at][:, None]  # (B, 1, D)
-    q, k = (x * cos + x.roll(D // 2, -1) * sin for x in (q, k))
-    rows = torch.arange(B, device=qkv.device)
-    keys[rows, :, at], values[rows, :, at] = k, v
-    return q
+def _turned(x, g, count, cos, sin, weight, eps, D: tl.constexpr, WIDE: tl.constexpr):
+    """Heads g < count at x, D numbers each, normed if there is a weight, turned by the angle at cos and sin:
+    (len(g), WIDE) as x has them."""
+    d = tl.arange(0, WIDE)[None, :]
+    here, other = (g[:, None] < count) & (d < D), (d + D // 2) % D  # the other of each pair
+    a = tl.load(x + g[:, None] * D + d, mask=here, other=0.0).to(tl.float32)
+    b = tl.load(x + g[:, None] * D + other, mask=here, other=0.0).to(tl.float32)
+    dtype = x.dtype.element_ty
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight + other).to(tl.float32)
+    c = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32)
+    s = tl.load(sin + d, mask=d < D, other=0.0).to(tl.float32)
+    return (a * c + b * s).to(dtype)
 
 
 @jit
 def decode_attend(
-    query, keys, values, at, partial, most, total,
-    K, capacity, splits, scale,
+    qkv, cos, sin, at, q_norm, k_norm,  # (B, Q + 2K, D), (positions, D) twice, (B,), (D,) or None twice
+    keys, values,  # in and out: (rows, K, capacity, D)
+    partial, most, total,  # out: (B, K, splits, GROUP, D), (B, K, splits, GROUP) twice, fp32
+    eps, K, capacity, splits, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One split of the positions that one row sees through one key head: GROUP queries' shares of attention.
-
-    partial (B, K, splits, GROUP, D): sums of values weighted by 2^(score - most); total: of the weights.
-    """
+    """One split of the positions that a row sees through one key head, for the GROUP queries that share it:
+    the largest score, and sums of the weights 2^(score - most) and of values with these weights."""
     program = tl.program_id(0).to(tl.int64)
-    pair, split = program // splits, program % splits  # pair: (row, key head)
-    end = tl.load(at + pair // K) + 1
-    if split * SPLIT < end:
-        g, d = tl.arange(0, HEADS), tl.arange(0, WIDE)
-        here = (g[:, None] < GROUP) & (d[None, :] < D)
-        q = tl.load(query + (pair * GROUP + g[:, None]) * D + d[None, :], mask=here, other=0.0)
+    pair, split = program // splits, program % splits
+    row, head = pair // K, pair % K
+    position = tl.load(at + row)
+    if split * SPLIT <= position:
+        g, one, d = tl.arange(0, HEADS), tl.arange(0, 1), tl.arange(0, WIDE)
+        new, cos, sin = qkv + row * (GROUP + 2) * K * D, cos + position * D, sin + position * D
+        q = _turned(new + head * GROUP * D, g, GROUP, cos, sin, q_norm, eps, D, WIDE)  # (HEADS, WIDE)
         if UPCAST:
             q = q.to(tl.float32)
+        if split == position // SPLIT:  # the new token is this program's, and goes into the cache
+            new_k = _turned(new + (GROUP * K + head) * D, one, 1, cos, sin, k_norm, eps, D, WIDE)  # (1, WIDE)
+            new_v = tl.load(new + ((GROUP + 1) * K + head) * D + d, mask=d < D, other=0.0)[None, :]
+            place = (pair * capacity + position) * D + d[None, :]
+            tl.store(keys + place, new_k, mask=d[None, :] < D)
+            tl.store(values + place, new_v, mask=d[None, :] < D)
+            tl.debug_barrier()  # all threads of the program read it below
         m = tl.full((HEADS,), float("-inf"), tl.float32)
         weights = tl.zeros((HEADS,), tl.float32)
         sums = tl.zeros((HEADS, WIDE), tl.float32)
         for first in range(0, SPLIT, TILE):
             t = split * SPLIT + first + tl.arange(0, TILE)
-            seen = t < end
-            if split * SPLIT + first < end:
+            if split * SPLIT + first <= position:
                 entry = (pair * capacity + t[:, None]) * D + d[None, :]
-                there = seen[:, None] & (d[None, :] < D)
+                there = (t <= position)[:, None] & (d[None, :] < D)
                 k = tl.load(keys + entry, mask=there, other=0.0)
                 v = tl.load(values + entry, mask=there, other=0.0)
                 if UPCAST:
                     k, v = k.to(tl.float32), v.to(tl.float32)
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (HEADS, TILE)
-                score = tl.where(seen[None, :], score, float("-inf"))
-                new = tl.maximum(m, tl.max(score, 1))
-                p = tl.exp2(score - new[:, None])
-                shrink = tl.exp2(m - new)
-                weights = weights * shrink + tl.sum(p, 1)
-                sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-                m = new
+                score = tl.where((t <= position)[None, :], score, float("-inf"))
+                larger = tl.maximum(m, tl.max(score, 1))
+                p, keep = tl.exp2(score - larger[:, None]), tl.exp2(m - larger)
+                weights = weights * keep + tl.sum(p, 1)
+                sums = sums * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+                m = larger
         slot = program * GROUP + g
         tl.store(most + slot, m, mask=g < GROUP)
         tl.store(total + slot, weights, mask=g < GROUP)
-        tl.store(partial + slot[:, None] * D + d[None, :], sums, mask=here)
+        tl.store(partial + slot[:, None] * D + d[None, :], sums, mask=(g[:, None] < GROUP) & (d[None, :] < D))
 
 
 @jit
 def decode_merge(
-    partial, most, total, at, out, splits,
-    GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    partial, most, total, at,  # as above
+    out,  # out: (B, Q, D)
+    K, splits,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row: its splits, in order."""
-    program = tl.program_id(0).to(tl.int64)  # of (B, K, GROUP)
+    program = tl.program_id(0).to(tl.int64)
     pair, g = program // GROUP, program % GROUP
-    end = tl.load(at + pair // K) + 1
-    d = tl.arange(0, WIDE)
-    m = tl.full((1,), float("-inf"), tl.float32)
-    weights = tl.zeros((1,), tl.float32)
+    d, one = tl.arange(0, WIDE), tl.arange(0, 1)
+    m, weights = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
     sums = tl.zeros((WIDE,), tl.float32)
-    for split in range(0, tl.cdiv(end, SPLIT)):
+    for split in range(0, tl.load(at + pair // K) // SPLIT + 1):
         slot = (pair * splits + split) * GROUP + g
-        other = tl.load(most + slot + tl.arange(0, 1))
-        new = tl.maximum(m, other)
-        keep, join = tl.exp2(m - new), tl.exp2(other - new)
-        weights = weights * keep + tl.load(total + slot + tl.arange(0, 1)) * join
+        other = tl.load(most + slot + one)
+        larger = tl.maximum(m, other)
+        keep, join = tl.exp2(m - larger), tl.exp2(other - larger)
+        weights = weights * keep + tl.load(total + slot + one) * join
         sums = sums * keep + tl.load(partial + slot * D + d, mask=d < D, other=0.0) * join
-        m = new
+        m = larger
     tl.store(out + program * D + d, (sums / weights).to(out.dtype.element_ty), mask=d < D)
 
 
-def attend_cached(query: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    """Attention of one query per row and head -> (B, Q * D).
+def attend_cached(
+    qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor, keys: Tensor, values: Tensor,
+    norms: Sequence[Tensor] = (), eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """One new token a row goes into the cache and attends to positions 0..at of its row -> (B, Q * D).
 
-    query (B, Q, D), keys and values (rows, K, capacity, D), of which row b sees positions 0..at[b].
+    qkv (B, (Q + 2K) * D), what a layer's projection gives; cos and sin (positions, 1, D) as model.rope_table
+    has them, the first half of sin negative; keys and values (rows, K, capacity, D), of which the first B
+    rows are written at `at` (B,) int64; norms: weights of the queries' and the keys' norm, (D,) each, with
+    `eps`. The kernels alone: engine/decode.py takes another way where Triton cannot run.
     """
-    (B, Q, D), (_, K, capacity, _) = query.shape, keys.shape
-    group, splits = Q // K, -(-capacity // SPLIT)
-    partial = query.new_empty(B * K * splits * group, D, dtype=torch.float32)
-    most, total = (query.new_empty(len(partial), dtype=torch.float32) for _ in range(2))
-    out = query.new_empty(B, Q * D)
-    sizes = {"GROUP": group, "D": D, "WIDE": max(16, power_of_two(D)), "SPLIT": SPLIT}
+    (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
+    heads, splits = width // D - 2 * K, triton.cdiv(capacity, SPLIT)
+    partial = qkv.new_empty(B * heads * splits, D, dtype=torch.float32)
+    most, total = torch.empty_like(partial[:, 0]), torch.empty_like(partial[:, 0])
+    out = qkv.new_empty(B, heads * D)
+    sizes = {"GROUP": heads // K, "D": D, "WIDE": max(16, triton.next_power_of_2(D)), "SPLIT": SPLIT}
     start(
-        decode_attend, B * K * splits, query, keys, values, at, partial, most, total,
-        K, capacity, splits, math.log2(math.e) / math.sqrt(D), **sizes,
-        HEADS=max(16, power_of_two(group)), TILE=TILE, UPCAST=INTERPRETED, num_warps=4, num_stages=2,
+        decode_attend, B * K * splits, qkv.contiguous(), cos, sin, at, *(norms or (None, None)), keys, values,
+        partial, most, total, eps, K, capacity, splits, math.log2(math.e) / math.sqrt(D), **sizes,
+        HEADS=max(16, triton.next_power_of_2(heads // K)), TILE=TILE, num_warps=4, num_stages=2,
     )  # fmt: skip
-    start(decode_merge, B * Q, partial, most, total, at, out, splits, **sizes, K=K, num_warps=1)
+    start(decode_merge, B * heads, partial, most, total, at, out, K, splits, **sizes, num_warps=1)
     return out
 
 
-def attend_cached_reference(query: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    B, Q, D = query.shape
-    k, v = (x[:B].repeat_interleave(Q // keys.shape[1], 1) for x in (keys, values))  # (B, Q, capacity, D)
-    scores = (query[:, :, None] @ k.transpose(2, 3)).float() / math.sqrt(D)  # (B, Q, 1, capacity)
-    hidden = torch.arange(k.shape[2], device=at.device) > at[:, None]  # (B, capacity)
-    p = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)
-    return (p.to(v.dtype) @ v).reshape(B, Q * D)
-
-
-@jit
-def decode_strips(logits, most, total, best, V, strips, scale, STRIP: tl.constexpr):
-    """Of one strip of one row's logits the largest, its first place, and the sum of e^(logit - largest)."""
-    program = tl.program_id(0).to(tl.int64)
-    v = program % strips * STRIP + tl.arange(0, STRIP)
-    z = tl.load(logits + program // strips * V + v, mask=v < V, other=float("-inf")) * scale
-    m = tl.max(z, 0)
-    e = tl.where(z == float("-inf"), 0.0, tl.exp(z - m))  # also where all are
-    tl.store(most + program, m)
-    tl.store(total + program, tl.sum(e, 0))
-    tl.store(best + program, tl.min(tl.where(z == m, v, V), 0))
+def draw_reference(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    p = logits.softmax(-1)  # (B, V)
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)  # (B, 1)
+    else:
+        cumulative = p.cumsum(-1)  # (B, V)
+        target = uniform[:, None] * cumulative[:, -1:]  # rounding leaves the last entry near 1, not at it
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 @jit
 def decode_draw(
-    logits, uniform, most, total, best, token, logprob, V, strips, scale,
-    STRIPS: tl.constexpr, STRIP: tl.constexpr, GREEDY: tl.constexpr,
+    logits, uniform,  # (B, V) and (B,) fp32
+    token, logprob,  # out: (B,) int64 and fp32
+    V, scale, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """One row: the strip in which the draw falls, then the token in it."""
+    """One row: the largest logit and the sum of e^(logit - largest), then the token at which as much of that
+    sum has passed as the draw says."""
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, STRIPS)
-    there = i < strips
-    m = tl.load(most + row * strips + i, mask=there, other=float("-inf"))
-    top = tl.max(m, 0)
-    mass = tl.load(total + row * strips + i, mask=there, other=0.0)
-    mass = tl.where(there & (mass != 0.0), mass * tl.exp(m - top), 0.0)
-    whole = tl.sum(mass, 0)
-    if GREEDY:
-        place = tl.load(best + row * strips + i, mask=there & (m == top), other=V)
-        chosen = tl.minimum(tl.min(place, 0), V - 1)  # NaN equals nothing
-        z = tl.load(logits + row * V + chosen) * scale
-    else:
-        target = tl.load(uniform + row) * whole
-        passed = tl.cumsum(mass, 0)
-        last = tl.max(tl.where(mass > 0.0, i, 0), 0)
-        strip = tl.minimum(tl.sum((there & (passed <= target)).to(tl.int32), 0), last)
-        before = tl.sum(tl.where(i == strip - 1, passed, 0.0), 0)  # no more than target, to the last bit
-        j = tl.arange(0, STRIP)
-        v = strip * STRIP + j
-        logit = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")) * scale
-        e = tl.where(v < V, tl.exp(logit - top), 0.0)
-        within = before + tl.cumsum(e, 0)
-        last = tl.max(tl.where(e > 0.0, j, 0), 0)
-        inner = tl.minimum(tl.sum((within <= target).to(tl.int32), 0), last)
-        chosen = strip * STRIP + inner
-        z = tl.sum(tl.where(j == inner, logit, 0.0), 0)
+    logits += row * V
+    top, whole = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
+    for first in range(0, V, STRIP):
+        v = first + tl.arange(0, STRIP)
+        z = tl.load(logits + v, mask=v < V, other=float("-inf")) * scale
+        larger = tl.maximum(top, tl.max(z, 0))
+        e = tl.where(z == float("-inf"), 0.0, tl.exp(z - larger))  # also where all so far are
+        whole = tl.where(whole == 0.0, 0.0, whole * tl.exp(top - larger)) + tl.sum(e, 0)
+        top = larger
+    target, passed = tl.load(uniform + row) * whole, tl.zeros((), tl.float32)
+    last = tl.zeros((), tl.int32)
+    chosen = last + V
+    for first in range(0, V, STRIP):
+        v = first + tl.arange(0, STRIP)
+        z = tl.load(logits + v, mask=v < V, other=float("-inf")) * scale
+        e = tl.where(v < V, tl.exp(z - top), 0.0)
+        beyond = (e > 0.0) & (passed + tl.cumsum(e, 0) > target)
+        chosen = tl.minimum(chosen, tl.min(tl.where(beyond, v, V), 0))
+        last = tl.maximum(last, tl.max(tl.where(e > 0.0, v, 0), 0))
+        passed += tl.sum(e, 0)
+    chosen = tl.minimum(chosen, last)  # rounding may leave the draw past all
     tl.store(token + row, chosen.to(tl.int64))
-    tl.store(logprob + row, z - top - tl.log(whole))
+    tl.store(logprob + row, tl.load(logits + chosen) * scale - top - tl.log(whole))
+
+
+def draw_triton(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    (B, V), logits, uniform = logits.shape, logits.contiguous(), uniform.contiguous()
+    token, logprob = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B)
+    start(decode_draw, B, logits, uniform, token, logprob, V, 1 / temperature, STRIP=STRIP, num_warps=8)
+    return token, logprob
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What `sample_token` computes, by kernels that read each logit once, and those of one
-    strip again.
+    """One token per row by inverting the cumulative distribution, and its log-prob.
 
-    logits (B, V) fp32, uniform (B,) -> tokens (B,) int64, log-probs (B,) fp32.
+    logits (B, V) fp32, uniform (B,) fp32 in [0, 1) -> tokens (B,) int64, log-probs (B,) fp32. Temperature 0
+    is the argmax, with its log-prob at temperature 1. Triton or the torch reference, as `use_triton` says;
+    the argmax is torch's.
     """
-    B, V = logits.shape
-    strips, scale = -(-V // STRIP), 1.0 / (temperature or 1.0)
-    most, total = (logits.new_empty(B * strips) for _ in range(2))
-    best = logits.new_empty(B * strips, dtype=torch.int32)
-    token, logprob = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B)
-    start(decode_strips, B * strips, logits, most, total, best, V, strips, scale, STRIP=STRIP, num_warps=8)
-    start(
-        decode_draw, B, logits, uniform, most, total, best, token, logprob, V, strips, scale,
-        STRIPS=power_of_two(strips), STRIP=STRIP, GREEDY=temperature == 0, num_warps=8,
-    )  # fmt: skip
-    return token, logprob
+    by_triton = temperature != 0 and use_triton(logits)
+    return (draw_triton if by_triton else draw_reference)(logits, uniform, temperature)

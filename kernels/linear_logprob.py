@@ -2,19 +2,21 @@
 
     z = hidden @ weight^T / temperature                          (N, V), in fp32, only ever a piece at a time
     logp[t] = z[t, target[t]] - lse[t],  lse[t] = log sum_v exp z[t, v]
+    entropy[t] = lse[t] - sum_v z[t, v] exp(z[t, v] - lse[t])
     dL/dz[t, v] = g[t] (1[v = target[t]] - exp(z[t, v] - lse[t])),  g = dL/dlogp
 
-hidden (N, H) and weight (V, H) are bf16 or fp32, all after their product fp32: bf16 logits are off by 2e-2.
+hidden (N, H) and weight (V, H) are bf16 or fp32; z comes from fp32 accumulators: bf16 logits are off by 2e-2,
+which over a message of 256 tokens is more than a trust region.
 
-Work: F = 2 N H V FLOPs forward. Backward makes z again (F) and from it dX = dZ W and dW = dZ^T X (2F), so
-both ways take 4F. At N 16,384, H 1,536, V 151,936, F is 7.65 TFLOP: at 790 TFLOP/s of dense bf16 the floor is
-9.7 ms forward and 38.7 ms both ways. Bytes are no bound: reading the weight takes 0.16 ms at 3 TB/s.
+Work: F = 2 N H V FLOPs forward; backward makes z again, and from it dX = dZ W and dW = dZ^T X: 4F both ways.
+At N 16,384, H 1,536, V 151,936, F is 7.65 TFLOP: at 790 TFLOP/s of dense bf16 the floor is 9.7 ms forward and
+38.7 ms both ways. Bytes are no bound: reading the weight takes 0.16 ms at 3 TB/s.
 
-Forward: one program holds a block of rows and walks a strip of the vocabulary with a running (max, sum), then
-a second kernel merges the strips of each row in order. Nothing is shared between rows and no atomic is used,
-so a log-prob is the same bits in every run and in every batch. Backward: for one chunk of the vocabulary at
-a time a kernel writes dZ, which the vendor's matrix product turns into dW, written once, and dX, summed in
-fp32. Gradients repeat from run to run; they may round differently in another batch.
+Forward: one program holds a block of rows and walks one strip of the vocabulary with a running maximum and
+sum; the strips of a row are merged in order. Rows share nothing and there are no atomics, so a log-prob has
+the same bits in every run and in every batch. Backward: for one chunk of the vocabulary at a time a kernel
+writes dZ; the vendor's matrix products turn it into dW, written once, and dX, summed in fp32. Gradients
+repeat from run to run; they may round differently in another batch.
 """
 
 import math
@@ -24,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import INTERPRETED, blocks, capability, jit, operands, start, tl, use_triton
+from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
-GROUP = 16  # row blocks that share a strip of the weight while it is in L2
-MERGE_ROWS = 128
+GROUP = tl.constexpr(16)  # row blocks that share a tile of the weight while it is in L2
 NEVER = tl.constexpr(-1e30)  # the logit of a column past V; finite, so that 0 probability times it is 0
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
 
 
 class TokenStats(NamedTuple):
@@ -38,50 +40,46 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None  # (N,) fp32, nats, no gradient
 
 
-def _forward_reference(hidden, weight, targets, temperature, entropy):
-    """-> logp, lse, entropy or None, each (N,) fp32; then every log-prob if one chunk held all.
-
-    By the chain rule a token is its chunk, then the token within the chunk; log_share is the first.
-    """
+def logprob_reference(hidden, weight, targets, temperature, entropy):
+    """-> logp, lse, entropy or None, each (N,) fp32; then the logits, if one chunk held them all."""
     chosen = torch.full(targets.shape, math.nan, device=hidden.device)  # stays NaN where no chunk has it
-    parts = _chunks(len(hidden), len(weight), 4)
-    lse, spread = [], []  # one (N,) per chunk
+    parts, lse, mean_z = _chunks(len(hidden), len(weight), 4), [], []
     for part in parts:
         z = _logits(hidden, weight[part], temperature)  # (N, chunk)
-        logp = z.log_softmax(1)
         here, at = _column(targets, part)
-        z_at, logp_at = z.gather(1, at)[:, 0], logp.gather(1, at)[:, 0]
-        lse.append(z_at - logp_at)
-        chosen = torch.where(here, logp_at, chosen)
+        chosen = torch.where(here, z.gather(1, at)[:, 0], chosen)
+        lse.append(z.logsumexp(1))
         if entropy:
-            spread.append(-torch.exp(logp, out=z).mul_(logp).sum(1))
-    if len(parts) == 1:  # its log-probs spare backward making them again
-        return chosen, lse[0], spread[0] if entropy else None, logp
-    log_share = torch.stack(lse).log_softmax(0)  # (chunks, N)
-    home = (targets // parts[0].stop).clamp(0, len(parts) - 1)
-    whole = chosen + log_share.gather(0, home[None])[0]
-    if entropy:
-        spread = (log_share.exp() * (torch.stack(spread) - log_share)).sum(0)
-    return whole, lse[0] - log_share[0], spread if entropy else None
+            mean_z.append((z.softmax(1) * z).sum(1))
+    mean_z = torch.stack(mean_z) if entropy else None
+    return *_merge(chosen, torch.stack(lse), mean_z), *([z] if len(parts) == 1 else [])
 
 
-def _dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, logp=None):
+def _merge(chosen, lse, mean_z):
+    """Target's logit (N,), each part's log-sum-exp and mean logit (parts, N) -> logp, lse, entropy."""
+    most = lse.amax(0)
+    share = lse.sub_(most).exp_()
+    mass = share.cumsum(0)[-1]  # from part to part, in the same order for any N
+    total = most + mass.log()
+    spread = None if mean_z is None else total - mean_z.mul_(share).cumsum(0)[-1] / mass
+    return chosen - total, total, spread
+
+
+def dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, z=None):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) fp32."""
-    p = _logits(hidden, weight[part], temperature).sub_(lse[:, None]).exp_() if logp is None else logp.exp()
+    z = _logits(hidden, weight[part], temperature) if z is None else z
     scale, (here, at) = (grad / temperature)[:, None], _column(targets, part)  # (N, 1), (N,), (N, 1)
-    return p.mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
+    return (z - lse[:, None]).exp_().mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
 
 
 def _logits(hidden, weight, temperature):
-    z = hidden.float() @ weight.float().t()
-    return z if temperature == 1 else z.div_(temperature)
+    return (hidden.float() / temperature) @ weight.float().t()
 
 
 def _column(targets, part):
     """Whether each target lies in the chunk `part` (N,), and a column of the chunk to look at (N, 1)."""
-    at = targets - part.start
-    last = part.stop - part.start - 1
-    return (at >= 0) & (at <= last), at.clamp(0, last)[:, None]
+    at = targets.clamp(part.start, part.stop - 1)
+    return at == targets, (at - part.start)[:, None]
 
 
 def _chunks(N: int, V: int, itemsize: int) -> list[slice]:
@@ -93,8 +91,7 @@ def _chunks(N: int, V: int, itemsize: int) -> list[slice]:
 @jit
 def _product(
     x, w, row, column, N, V,
-    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    TMA: tl.constexpr, UP: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The (ROWS, COLUMNS) tile of x (N, H) w (V, H)^T at (row, column), fp32; arbitrary past N and V."""
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -108,58 +105,40 @@ def _product(
             inside = (k + ks < H)[None, :]
             a = tl.load(x + rows[:, None] * H + k + ks[None, :], mask=inside, other=0.0)
             b = tl.load(w + columns[:, None] * H + k + ks[None, :], mask=inside, other=0.0)
-        if UP:  # the interpreter's bf16 product is wrong
+        if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         tile = tl.dot(a, b.T, tile, input_precision="ieee")
     return tile
 
 
 @jit
-def _fold(m, s, z):
-    """Take the columns of z into a running maximum m and sum s of exponentials; also exp(z - new m), and the
-    factor by which what was summed under the old m shrinks."""
-    m_new = tl.maximum(m, tl.max(z, 1))
-    p, keep = tl.exp(z - m_new[:, None]), tl.exp(m - m_new)
-    return m_new, s * keep + tl.sum(p, 1), p, keep
-
-
-@jit
-def _tile_of(program, down, across, GROUP: tl.constexpr):
-    """Number of this program's row block, of `down`, and of its strip, of `across`; GROUP row blocks share
-    a strip at a time."""
-    first = program // (GROUP * across) * GROUP
-    height = tl.minimum(down - first, GROUP)
-    inside = program % (GROUP * across)
-    return first + inside % height, inside // height
-
-
-@jit
 def logprob_strips(
-    hidden, weight, targets,  # descriptors; (N,) int64
-    chosen, lse, mean_z,  # (N,) and (strips, N) fp32; the last or None
-    N, V, strips, scale,
-    H: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    TMA: tl.constexpr, UP: tl.constexpr,
+    hidden, weight, targets,  # (N, H) and (V, H), descriptors with TMA; (N,) int64
+    chosen, lse, mean_z,  # out: (N,), (strips, N), and (strips, N) or None, fp32
+    N, V, scale, STRIP: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of one strip for a block of rows, the target's logit where it lies in the strip, and for
-    the entropy the strip's mean of z."""
-    block, strip = _tile_of(tl.program_id(0), tl.cdiv(N, ROWS), strips, GROUP)
-    row = block * ROWS
+    """Log-sum-exp of one strip for a block of rows, the target's logit where it lies in the strip, and the
+    mean of z under the strip's softmax."""
+    program, down = tl.program_id(0), tl.cdiv(N, ROWS)
+    row, strip = program % down * ROWS, program // down
     rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     lo, hi = strip * STRIP, tl.minimum(strip * STRIP + STRIP, V)
-    none, zero = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    m, s, z_target, e = none, zero, zero, zero
+    m, zero = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    s, e, z_target = zero, zero, zero
     for column in tl.range(lo, hi, COLUMNS, num_stages=1):  # the loop over H is the one to pipeline
-        z = scale * _product(hidden, weight, row, column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP)
+        z = scale * _product(hidden, weight, row, column, N, V, H, ROWS, COLUMNS, DEPTH, TMA)
         columns = column + tl.arange(0, COLUMNS)
         # Columns past V leave before the maximum: their zeros would outweigh a row of negative logits.
         z = tl.where((columns < V)[None, :], z, NEVER)
         z_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-        m, s, p, keep = _fold(m, s, z)
+        new = tl.maximum(m, tl.max(z, 1))
+        p, keep = tl.exp(z - new[:, None]), tl.exp(m - new)
+        s = s * keep + tl.sum(p, 1)
         if mean_z is not None:
             e = e * keep + tl.sum(p * z, 1)
+        m = new
     at = strip.to(tl.int64) * N + rows
     tl.store(lse + at, m + tl.log(s), mask=rows < N)
     tl.store(chosen + rows, z_target, mask=(rows < N) & (target >= lo) & (target < hi))
@@ -168,124 +147,106 @@ def logprob_strips(
 
 
 @jit
-def _merge(lse, mean, rows, N, strips, BLOCK: tl.constexpr):
-    """Log-sum-exp over all strips, first to last, and the mean of `mean` under each strip's share."""
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    s = tl.zeros((BLOCK,), tl.float32)
-    e = tl.zeros((BLOCK,), tl.float32)
-    for strip in range(strips):
-        at = tl.cast(strip, tl.int64) * N + rows
-        x = tl.load(lse + at, mask=rows < N, other=0.0)
-        m_new = tl.maximum(m, x)
-        p, keep = tl.exp(x - m_new), tl.exp(m - m_new)
-        s = s * keep + p
-        if mean is not None:
-            e = e * keep + p * tl.load(mean + at, mask=rows < N, other=0.0)
-        m = m_new
-    return m + tl.log(s), e / s
-
-
-@jit
-def logprob_merge(
-    chosen, lse, mean_z,  # what logprob_strips wrote
-    logp, total, entropy,  # (N,) fp32; the last or None
-    N, strips, BLOCK: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    whole, mean = _merge(lse, mean_z, rows, N, strips, BLOCK)
-    tl.store(total + rows, whole, mask=rows < N)
-    tl.store(logp + rows, tl.load(chosen + rows, mask=rows < N, other=0.0) - whole, mask=rows < N)
-    if entropy is not None:
-        tl.store(entropy + rows, whole - mean, mask=rows < N)
-
-
-@jit
 def logprob_dlogits(
-    hidden, weight, targets, lse, grad,  # as above; the last three (N,)
-    dz,  # (N, width of the chunk), its rows `stride` apart
+    hidden, weight, targets, lse, grad,  # as above; the last two (N,)
+    dz,  # out: (N, width of the chunk), its rows `stride` apart
     N, V, first, width, stride, scale,
-    H: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    TMA: tl.constexpr, UP: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of dL / d(logits before the temperature), for the chunk of the vocabulary at `first`."""
-    across = tl.cdiv(width, COLUMNS)
-    block, tile = _tile_of(tl.program_id(0), tl.cdiv(N, ROWS), across, GROUP)
-    row, column = block * ROWS, tile * COLUMNS
-    z = scale * _product(hidden, weight, row, first + column, N, V, H, ROWS, COLUMNS, DEPTH, TMA, UP)
-    rows = row + tl.arange(0, ROWS)
-    columns = first + column + tl.arange(0, COLUMNS)
+    program, down, across = tl.program_id(0), tl.cdiv(N, ROWS), tl.cdiv(width, COLUMNS)
+    first_row, inside = program // (GROUP * across) * GROUP, program % (GROUP * across)
+    height = tl.minimum(down - first_row, GROUP)  # GROUP row blocks share a tile of the weight at a time
+    row, column = (first_row + inside % height) * ROWS, inside // height * COLUMNS
+    z = scale * _product(hidden, weight, row, first + column, N, V, H, ROWS, COLUMNS, DEPTH, TMA)
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     target = tl.load(targets + rows, mask=rows < N, other=-1)
     total = tl.load(lse + rows, mask=rows < N, other=0.0)
     g = tl.load(grad + rows, mask=rows < N, other=0.0) * scale
-    hit = tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
+    hit = tl.where((first + columns)[None, :] == target[:, None], 1.0, 0.0)
     d = (hit - tl.exp(z - total[:, None])) * g[:, None]
-    at = rows.to(tl.int64)[:, None] * stride + (column + tl.arange(0, COLUMNS))[None, :]
-    inside = (rows < N)[:, None] & (columns < first + width)[None, :]
-    tl.store(dz + at, d.to(dz.dtype.element_ty), mask=inside)
+    at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(dz + at, d.to(dz.dtype.element_ty), mask=(rows < N)[:, None] & (columns < width)[None, :])
 
 
-def _forward_triton(hidden, weight, targets, temperature, entropy):
-    """-> logp, lse, entropy or None; each (N,) fp32."""
-    N, V = len(hidden), len(weight)
-    strips = -(-V // STRIP)
-    tile = blocks(hidden.dtype, capability(hidden.device), hidden.shape[1])
+def capability(device: torch.device) -> int:
+    """Major compute capability: 8 is A100, 9 H100, 10 B200. Elsewhere 9, whose code the interpreter runs."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
-    def empty(wanted, *shape):
-        return torch.empty(*shape, N, device=hidden.device) if wanted else None
 
+def operands(hidden: Tensor, weight: Tensor) -> tuple[tuple, dict]:
+    """hidden and weight as `_product` reads them, and the pinned options of a kernel that calls it: never
+    chosen by N, so that a row's sums are added in the same order in every batch. fp32 is exact, without
+    tensor cores."""
+    major, H = capability(hidden.device), hidden.shape[1]
+    tma = (
+        major in (9, 10)
+        and len(hidden) > 0
+        and all(  # it reads rows that begin at multiples of 16 bytes
+            x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == x.data_ptr() % 16 == 0 and x.stride(0) >= H
+            for x in (hidden, weight)
+        )
+    )
+    # The compiler unrolls a loop of one step over H (on sm_100, of three), and a full tile would then spill.
+    short = H <= (192 if major == 10 else 64)
+    rows, columns, depth, stages = 64 if short else 128, 256 if tma else 128, 64, 4 if tma else 3
+    if hidden.dtype == torch.float32:
+        rows, columns, depth, stages = 64, 64, 32, 2
+    sizes = {"H": H, "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "TMA": tma}
+    if tma:
+        describe = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor
+        pair = describe(hidden, [rows, depth]), describe(weight, [columns, depth])
+    else:
+        pair = hidden.contiguous(), weight.contiguous()
+    return pair, sizes | {"num_warps": 8, "num_stages": stages}
+
+
+def logprob_triton(hidden, weight, targets, temperature, entropy):
+    """-> logp, lse, entropy or None, each (N,) fp32."""
+    N, V, strips = len(hidden), len(weight), triton.cdiv(len(weight), STRIP)
     chosen = torch.full((N,), math.nan, device=hidden.device)  # stays NaN where no strip has the target
-    lse, mean_z = empty(True, strips), empty(entropy, strips)
-    logp, total, spread = empty(True), empty(True), empty(entropy)
-    if N == 0:
-        return logp, total, spread
+    lse = chosen.new_empty(strips, N)
+    mean_z = torch.empty_like(lse) if entropy else None
+    pair, tile = operands(hidden, weight)
     start(
-        logprob_strips, -(-N // tile["ROWS"]) * strips,
-        *operands(tile, hidden, weight), targets, chosen, lse, mean_z, N, V, strips, 1 / temperature,
-        H=hidden.shape[1], STRIP=STRIP, GROUP=GROUP, UP=INTERPRETED, **tile,
+        logprob_strips, triton.cdiv(N, tile["ROWS"]) * strips, *pair, targets, chosen, lse, mean_z,
+        N, V, 1 / temperature, STRIP=STRIP, **tile,
     )  # fmt: skip
-    start(
-        logprob_merge, -(-N // MERGE_ROWS), chosen, lse, mean_z, logp, total, spread,
-        N, strips, BLOCK=MERGE_ROWS,
-    )  # fmt: skip
-    return logp, total, spread
+    return _merge(chosen, lse, mean_z)
 
 
-def _dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
+def dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) in hidden's dtype."""
     N, V, width = len(hidden), len(weight), part.stop - part.start
-    tile = blocks(hidden.dtype, capability(hidden.device), hidden.shape[1])
     dtype = torch.float32 if INTERPRETED else hidden.dtype  # the interpreter truncates what it stores as bf16
     dz = torch.empty(N, -(-width // 64) * 64, dtype=dtype, device=hidden.device)[:, :width]  # aligned rows
-    if N:
-        start(
-            logprob_dlogits, -(-N // tile["ROWS"]) * -(-width // tile["COLUMNS"]),
-            *operands(tile, hidden, weight), targets, lse, grad.contiguous(), dz,
-            N, V, part.start, width, dz.stride(0), 1 / temperature,
-            H=hidden.shape[1], GROUP=GROUP, UP=INTERPRETED, **tile,
-        )  # fmt: skip
+    pair, tile = operands(hidden, weight)
+    start(
+        logprob_dlogits, triton.cdiv(N, tile["ROWS"]) * triton.cdiv(width, tile["COLUMNS"]), *pair,
+        targets, lse, grad.contiguous(), dz, N, V, part.start, width, dz.stride(0), 1 / temperature, **tile,
+    )  # fmt: skip
     return dz
 
 
 class _Logprob(torch.autograd.Function):
-    """The chunks, the recomputation and the two gradient products are the same whoever makes the logits."""
+    """The chunks, the recomputation and the two gradient products are the same by Triton and by torch."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, by_triton):
-        forward = _forward_triton if by_triton else _forward_reference
-        logp, lse, entropy, *kept = forward(hidden, weight, targets, temperature, entropy)
+        forward = logprob_triton if by_triton else logprob_reference
+        logp, lse, spread, *kept = forward(hidden, weight, targets, temperature, entropy)
         ctx.save_for_backward(hidden, weight, targets, lse, *kept)
         ctx.temperature, ctx.by_triton = temperature, by_triton
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        if entropy:
+            ctx.mark_non_differentiable(spread)
+        return logp, spread
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, _):
         hidden, weight, targets, lse, *kept = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dlogits = _dlogits_triton if ctx.by_triton else _dlogits_reference
+        dlogits = dlogits_triton if ctx.by_triton else dlogits_reference
         dx = torch.zeros(hidden.shape, device=hidden.device) if need_hidden else None  # fp32 for all chunks
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
         for part in _chunks(len(hidden), len(weight), hidden.itemsize if ctx.by_triton else 4):
@@ -303,9 +264,9 @@ class _Logprob(torch.autograd.Function):
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """hidden (N, H), weight (V, H), targets (N,) integers -> log-probs (N,) fp32 at `temperature`.
 
-    hidden and weight are both bf16 or both fp32, in any layout (Triton copies what is not in aligned rows).
-    N may be 0. A target outside 0..V-1 raises ValueError on a CPU; on CUDA, where looking would stall the
-    stream, its log-prob is NaN. Anything else that does not fit raises ValueError or TypeError.
+    hidden and weight are both bf16 or both fp32, in any layout; N may be 0. What does not fit raises
+    ValueError or TypeError, but on CUDA, where looking would stall the stream, a target outside 0..V-1 has
+    the log-prob NaN.
     """
     return linear_logprob_stats(hidden, weight, targets, temperature).logp
 
@@ -314,23 +275,18 @@ def linear_logprob_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = False
 ) -> TokenStats:
     """`linear_logprob` and, if wanted, the entropy from the same logits; only logp carries a gradient."""
-    shapes, dtypes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}", f"{hidden.dtype} and {weight.dtype}"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.numel() == 0:
-        raise ValueError(f"hidden must be (N, H) and weight (V, H), V and H at least 1; they are {shapes}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be ({len(hidden)},), one per row; they are {tuple(targets.shape)}")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"hidden and weight must both be bfloat16 or both float32; they are {dtypes}")
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"targets must be integers, not {targets.dtype}")
+    x, w, t = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (hidden, weight, targets))
+    matrices = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and weight.numel()
+    if not matrices or targets.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden must be (N, H), weight (V, H), targets (N,); they are {x}, {w}, {t}")
+    if not (hidden.device == weight.device == targets.device):
+        raise ValueError(f"hidden, weight and targets are on different devices: {x}, {w}, {t}")
+    integers = not (targets.is_floating_point() or targets.dtype == torch.bool)
+    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float32) or not integers:
+        raise TypeError(f"hidden and weight must be bfloat16 or float32, targets integers; not {x}, {w}, {t}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-    for name, x in (("weight", weight), ("targets", targets)):
-        if x.device != hidden.device:
-            raise ValueError(f"hidden is on {hidden.device}, but {name} is on {x.device}")
-    targets = targets.long().contiguous()
-    if not targets.is_cuda and len(targets) and not (0 <= targets.min() and targets.max() < len(weight)):
-        t = int(((targets < 0) | (targets >= len(weight))).nonzero()[0])
-        raise ValueError(f"target {t} is {targets[t]}; it must be within 0..{len(weight) - 1}")
-    temperature = float(temperature)
+    targets, temperature = targets.long().contiguous(), float(temperature)
+    if not targets.is_cuda and ((targets < 0) | (targets >= len(weight))).any():
+        raise ValueError(f"a target is outside 0..{len(weight) - 1}")
     return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, use_triton(hidden)))

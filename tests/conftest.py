@@ -43,6 +43,20 @@ def launches(monkeypatch):
     assert launches, "no kernel was started: this test ran on the torch reference"
 
 
+@pytest.fixture(params=["triton", "torch"])
+def path(request, monkeypatch):
+    """The test runs once by the kernels and once by the torch references, and takes no other way."""
+    from kernels.launch import launches
+
+    if request.param == "triton":
+        request.getfixturevalue("launches")
+    else:
+        monkeypatch.setenv("TEAMTR_KERNELS", "torch")
+        launches.clear()
+    yield request.param
+    assert request.param == "triton" or not launches, "a kernel was started: this test is for the reference"
+
+
 SHARED = ["--stages", "3", "--eval-every", "1", "--eval-problems", "64"]
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny import random_model
 
+from kernels.decode import draw as sample_token
 from teamtr_min import load_model
 from teamtr_min.engine import rng
-from teamtr_min.engine.decode import Decode, sample_token, sample_token_reference
+from teamtr_min.engine.decode import Decode, sample_token_reference
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Sampler, generate
 from teamtr_min.files import UserError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from kernels import decode as decode_kernels
 from kernels import use_triton
-from kernels.layer import norm_forward, rotate_reference, silu_mul, silu_mul_reference
+from kernels.decode import draw
+from kernels.layer import rms_norm, rotate_reference, swiglu, swiglu_reference
 from teamtr_min.engine.attention import attend_one
 from teamtr_min.engine.model import (
     Block,
@@ -37,12 +38,12 @@ class Decode:
         self.fused = use_triton(model.head)
         self.layers = [_layer(block, self.fused) for block in model.model.layers]
         self.norm = _norm(model.model.norm, self.fused)
-        self.silu_mul = silu_mul if self.fused else silu_mul_reference
+        self.swiglu = swiglu if self.fused else swiglu_reference
         if self.fused and model.device.type == "cuda":
             self.graphs = Graphs(len(cache.length), model.device)
 
     def next(self, token: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> as `sample_token`.
+        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> as `draw`.
 
         The first B rows of the cache grow by one; it must have been told to reserve it.
         """
@@ -50,7 +51,6 @@ class Decode:
             return self.graphs.next(self, token, uniform, temperature)
         hidden = self.hidden(token)
         self.cache.length[: len(token)] += 1
-        draw = decode_kernels.draw if self.fused else sample_token
         return draw(self.model.logits(hidden), uniform, temperature)
 
     def hidden(self, token: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Decode:
         for number, layer in enumerate(self.layers):
             y = attend(number, layer, layer.qkv(layer.norm(x)))  # (B, Q * D)
             x = layer.add_o(x, y)
-            x = layer.add_down(x, self.silu_mul(*layer.gate_up(layer.other_norm(x)).chunk(2, 1)))
+            x = layer.add_down(x, self.swiglu(layer.gate_up(layer.other_norm(x))))
         return self.norm(x)
 
     def _by_torch(self, B: int) -> Callable:
@@ -96,32 +96,13 @@ class Decode:
         def attend(number: int, layer, qkv: Tensor) -> Tensor:
             keys, values = cache.keys[number], cache.values[number]
             norms = [norm.weight for norm in layer.head_norms]
-            q = decode_kernels.rope_store(qkv, *self.table, at, keys, values, c.heads, norms, c.norm_eps)
-            return decode_kernels.attend_cached(q, keys, values, at)
+            return decode_kernels.attend_cached(qkv, *self.table, at, keys, values, norms, c.norm_eps)
 
         return attend
 
 
-def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the cumulative distribution, and its log-prob.
-
-    logits (B, V) fp32, uniform (B,) in [0, 1) -> tokens (B,) int64, logprobs (B,) fp32. Temperature 0: the
-    argmax.
-    """
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    p = logits.softmax(-1)  # (B, V)
-    if temperature == 0:
-        token = logits.argmax(-1, keepdim=True)  # (B, 1)
-    else:
-        cumulative = p.cumsum(-1)  # (B, V)
-        target = uniform[:, None] * cumulative[:, -1:]  # rounding leaves the last entry near 1, not at it
-        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
-    return token[:, 0], p.gather(1, token)[:, 0].log()
-
-
 def sample_token_reference(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What `sample_token` computes, one row and one token at a time, in float64."""
+    """What `kernels.decode.draw` computes, one row and one token at a time, in float64."""
     tokens, logprobs = [], []
     for row, u in zip(logits.double(), uniform.double()):
         logp = (row / (temperature or 1.0)).log_softmax(0)  # (V,)
@@ -157,7 +138,7 @@ class Graphs:
         def step() -> tuple[Tensor, Tensor]:
             hidden = decode.hidden(self.token[:rows])
             cache.length[:rows] += 1
-            return decode_kernels.draw(decode.model.logits(hidden), self.uniform[:rows], temperature)
+            return draw(decode.model.logits(hidden), self.uniform[:rows], temperature)
 
         with torch.cuda.device(token.device if token.is_cuda else -1):
             self.token[:live], self.uniform[:live] = token, uniform
@@ -225,7 +206,7 @@ def _norm(norm: RMSNorm, fused: bool) -> Callable[[Tensor], Tensor]:
     """On x (B, H)."""
     weight = norm.weight.detach()
     if fused:
-        return lambda x: norm_forward(x, weight, norm.eps)
+        return lambda x: rms_norm(x, weight, norm.eps)
     if weight.dtype != torch.float32:
         return norm
     eps, share = torch.full((1, 1), norm.eps, device=weight.device), 1 / len(weight)

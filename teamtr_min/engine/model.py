@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.layer import rms_norm, rotate, swiglu, swiglu_product
+from kernels.layer import rms_norm, rotate, swiglu
 from teamtr_min.engine.attention import attend
 from teamtr_min.engine.packing import PackedStep
 
@@ -255,6 +255,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)  # (B, T, Q, D), (B, T, K, D) twice
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            v = v.contiguous()  # a view would keep all of qkv for the way back, as the norms do
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T, D)
         if step is not None:
@@ -273,10 +275,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)  # (..., I) each
+        gate_up = self.gate_up_proj(x)  # (..., 2I)
         if type(self.down_proj) is nn.Linear:
-            return swiglu_product(gate, up, self.down_proj.weight)
-        return self.down_proj(swiglu(gate, up))  # LoRA
+            return swiglu(gate_up, self.down_proj.weight)
+        return self.down_proj(swiglu(gate_up))  # LoRA
 
 
 class Block(nn.Module):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.decode import draw
 from teamtr_min.engine import rng
-from teamtr_min.engine.decode import Decode, sample_token
+from teamtr_min.engine.decode import Decode
 from teamtr_min.engine.model import KVCache, PrefillStep, Transformer
 from teamtr_min.engine.packing import batches_of, pack, trees_of
 from teamtr_min.files import UserError
@@ -249,7 +250,7 @@ class _Turn:
         logits = sampler._prefill(slots, [self.prompts[i] for i in coming], self.prefill_tokens)  # (new, V)
         keys = [self.keys[i] for i in coming]
         uniforms = rng.uniforms(keys, self.max_new_tokens, logits.device)  # (new, max_new_tokens)
-        first = sample_token(logits, uniforms[:, 0], self.temperature)
+        first = draw(logits, uniforms[:, 0], self.temperature)
         self.uniforms[:, slots.start : slots.stop] = uniforms.roll(self.step - 1, 1).t()
         self.last = torch.cat([self.last, first[0]])
         self.live, self.came = self.live + coming, self.came + [self.step] * len(coming)
