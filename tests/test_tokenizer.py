@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from tiny import LLAMA3_STYLE, ODD_TEXTS, refusal, shared, write_tokenizer
+from tiny import LLAMA3_STYLE, ODD_TEXTS, refusal, shared, write_sentencepiece, write_tokenizer
 
 from teamtr_min import load_tokenizer
 
@@ -78,16 +78,19 @@ def test_any_text_survives_encoding_and_decoding(tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode_batch([tokenizer.encode(text) for text in texts[-9:]]) == texts[-9:]
     ids = tokenizer.encode("1<|im_end|>2")
-    assert [tokenizer.is_special(i) for i in ids] == [False, True, False]
-    assert tokenizer.decode(ids) == "12"
-    assert tokenizer.eos_id == tokenizer.encode("</s>")[0] and tokenizer.unk_id is None
+    assert [i in tokenizer.special_ids for i in ids] == [False, True, False]
+    assert tokenizer.decode(ids) == "12" and tokenizer.unk_id is None
 
 
-def test_the_tokenizers_own_special_tokens_can_be_left_out(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, bos=True))
-    plain = tokenizer.encode("x1", add_special_tokens=False)
-    assert tokenizer.encode("x1") == [*tokenizer.encode("<s>", add_special_tokens=False), *plain]
-    assert len(plain) == 2
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_special_tokens_around_a_text_can_be_left_out(tmp_path, add_eos):
+    directory = write_sentencepiece(tmp_path, "normalizer", add_eos=add_eos)
+    tokenizer, theirs = load_tokenizer(directory), in_transformers(directory)
+    for text in ("x1", "", "<s>"):
+        for special in (True, False):
+            expected = theirs.encode(text, add_special_tokens=special)
+            assert tokenizer.encode(text, add_special_tokens=special) == expected
+    assert tokenizer.start == [1] and tokenizer.unk_id == 0
 
 
 def test_qwens_tokenizer_encodes_and_renders_as_in_transformers():
@@ -96,12 +99,61 @@ def test_qwens_tokenizer_encodes_and_renders_as_in_transformers():
     for text in ODD_TEXTS:
         assert mine.encode(text) == theirs(text)["input_ids"]
         assert mine.decode(mine.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
-    assert mine.eos_id == theirs.eos_token_id
     for chat in CHATS:
         for prompt in (True, False):
             text = mine.render(chat, add_generation_prompt=prompt)
             assert text == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
             assert text.endswith("<|im_start|>assistant\n") == prompt
+
+
+NEW = {"content": "<new>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+SPACED = NEW | {"content": "<tool>", "lstrip": True, "rstrip": True, "special": False}
+DECLARED = {  # files beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s> and </s>, ids 258 to 261
+    "in tokenizer_config.json": {"added_tokens_decoder": {"262": NEW | {"special": True}, "263": SPACED}},
+    "as text before": {"added_tokens_decoder": {"256": NEW | {"content": "ab", "special": True}}},
+    "special, which tokenizer.json denies": {
+        "tokenizer": False,
+        "added_tokens_decoder": {"259": NEW | {"content": "<|im_end|>", "special": True}},
+    },
+    "by a name alone": {"eos_token": "<new>", "pad_token": {"content": "<pad>", "__type": "AddedToken"}},
+    "by a name, as text before": {"eos_token": "ab"},
+    "by a name, which tokenizer.json denies": {"tokenizer": False, "eos_token": "<|im_end|>"},
+    "in a list": {"extra_special_tokens": ["<new>", "<newer>"]},
+    "in a list of old": {"additional_special_tokens": ["<new>", {"content": "</s>", "__type": "AddedToken"}]},
+    "in added_tokens.json": {"added_tokens.json": {"<new>": 263, "<tool>": 262, "</s>": 261}},
+    "in both old files": {
+        "added_tokens.json": {"<new>": 262, "<tool>": 263},
+        "special_tokens_map.json": {"eos_token": NEW, "extra_special_tokens": ["<tool>"]},
+    },
+    "in old files that no longer count": {
+        "added_tokens_decoder": {},
+        "added_tokens.json": {"<new>": 262},
+        "special_tokens_map.json": {"eos_token": "<tool>"},
+    },
+}
+
+
+@pytest.mark.parametrize("where", DECLARED)
+def test_tokens_that_only_other_files_declare_count(tmp_path, where):
+    """As transformers reads them, and special where a file says so or they have a name."""
+    declared = dict(DECLARED[where])
+    special = declared.pop("tokenizer", True)
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        if name in declared:
+            (tmp_path / name).write_text(json.dumps(declared.pop(name)))
+    write_tokenizer(tmp_path, **declared)
+    if not special:
+        file = tmp_path / "tokenizer.json"
+        file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    tokenizer, theirs = load_tokenizer(tmp_path), in_transformers(tmp_path)
+    for text in ("a<new>b", "x <tool> ab<newer>", "<pad></s>a<|im_end|>1", " <new>\n"):
+        assert tokenizer.encode(text) == theirs.encode(text)
+    assert tokenizer.special_ids == set(theirs.all_special_ids) | {
+        i for i, token in theirs.added_tokens_decoder.items() if token.special
+    }
+    assert tokenizer.vocab_size == len(theirs)
+    plain = load_tokenizer(write_tokenizer(tmp_path / "plain"))
+    assert (tokenizer.hash == plain.hash) == (where == "in old files that no longer count")
 
 
 def test_a_batch_setting_in_the_file_neither_pads_nor_truncates(tmp_path):
@@ -163,29 +215,11 @@ def test_every_construct_that_templates_rely_on_renders(tmp_path):
         assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=False, extra="é")
 
 
-def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path):
-    template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}"
-    write_tokenizer(tmp_path, template, eos_token="<s>")
-    listing = {"eos_token": {"content": "</s>", "lstrip": False}, "pad_token": "<|im_end|>"}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(listing))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.render(CHATS[0]) == "<s>|</s>|<|im_end|>"
-    assert tokenizer.render(CHATS[0]) == rendered_by_transformers(tmp_path, CHATS[0])
-    write_tokenizer(tmp_path, template, eos_token="<s>", added_tokens_decoder={})
-    tokenizer = load_tokenizer(tmp_path)  # a newer file says everything itself
-    assert tokenizer.render(CHATS[0]) == "<s>|<s>|"
-
-
-def test_a_special_token_that_is_no_text_is_refused(tmp_path):
-    write_tokenizer(tmp_path, "{{ eos_token }}", eos_token="\ud800")  # half of a surrogate pair
-    assert "cannot look up the eos_token" in refusal(load_tokenizer, tmp_path)
-
-
 def test_of_several_named_templates_the_default_counts(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     assert load_tokenizer(write_tokenizer(tmp_path, named)).render(CHATS[0]) == "plain"
     assert rendered_by_transformers(tmp_path, CHATS[0]) == "plain"
-    assert "default" in refusal(load_tokenizer, write_tokenizer(tmp_path, named[:1]))
+    assert "'default'" in refusal(load_tokenizer, write_tokenizer(tmp_path, named[:1]))
 
 
 def test_a_template_file_goes_before_the_configuration(tmp_path):
@@ -209,34 +243,25 @@ def test_without_a_template_it_is_chatml(tmp_path):
     assert tokenizer.render(CHATS[2], add_generation_prompt=False) == expected
 
 
-def test_chatml_ends_messages_with_the_end_of_sequence_of_those_who_have_no_im_end():
-    tokenizer = load_tokenizer(shared("stories260K/hf_llama"))
-    assert tokenizer.render(CHATS[0], False) == "<|im_start|>user\nWhat is 7*8?</s>\n"
+def test_without_a_template_and_im_end_only_an_assistants_message_ends_the_text(tmp_path):
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, "normalizer", template=None))
+    expected = "<|im_start|>user\nB: 3+4\n<|im_start|>assistant\n7</s>\n"
+    assert tokenizer.render(CHATS[2][1:3], add_generation_prompt=False) == expected
 
 
 # Templates are programs of strangers
 
-
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__base__.__subclasses__() }}",
     "{{ raise_exception.__globals__['os'].getcwd() }}",
-    "{{ strftime_now.__globals__.keys() | list }}",
     "{{ strftime_now.__code__.co_consts }}",
     "{{ lipsum.__globals__['os'].popen('id').read() }}",
-    "{{ cycler.__init__.__globals__ }}",
     "{{ (messages | attr('__class__')).mro() }}",
-    "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "{{ '{x.__class__.__mro__}'.format_map({'x': messages}) }}",
-    "{{ dict.mro() }}",
     "{{ dict.__subclasses__() }}",
     "{{ self._TemplateReference__context.environment }}",
-    "{{ messages.append(1) }}{{ 1/0 }}",
     "{{ messages[0].update(content='changed') }}",
-    "{{ [messages] | map(attribute='__class__') | map(attribute='__mro__') | first | first }}",
-    "{% set ns = namespace() %}{% set ns.x = ''.__class__ %}{{ ns.x.mro() }}",
     "{% include 'tokenizer_config.json' %}",
-    "{% import 'os' as os %}{{ os.getcwd() }}",
 ]
 
 
@@ -244,7 +269,7 @@ ESCAPES = [
 def test_templates_cannot_reach_python(tmp_path, template):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
     chat = [{"role": "user", "content": "x"}]
-    assert "refuses this conversation" in refusal(tokenizer.render, chat)
+    assert "fails on a conversation" in refusal(tokenizer.render, chat)
     assert chat == [{"role": "user", "content": "x"}]
 
 
@@ -252,46 +277,30 @@ FAILING = {
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
     "{{ raise_exception('roles must alternate') }}": "roles must alternate",
     "{{ messages[0].content + 1 }}": "str",
-    "{{ 1 / 0 }}": "division by zero",
     "{{ 'x' * 10**15 }}": "MemoryError",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
     "{{ nowhere.attribute }}": "undefined",
+    "{{ messages[0] | nosuchthing }}": "nosuchthing",
+    "{{ unclosed": "unexpected end of template",
+    "{% generation %} never ends": "endgeneration",
 }
 
 
 @pytest.mark.parametrize("template", FAILING)
 def test_a_template_that_fails_gets_a_sentence(tmp_path, template):
     sentence = refusal(load_tokenizer(write_tokenizer(tmp_path, template)).render, CHATS[0])
-    assert f"chat template of {tmp_path} refuses this conversation" in sentence
+    assert f"chat template of {tmp_path} fails on a conversation: " in sentence
     assert FAILING[template] in sentence
 
 
-UNPARSABLE = ["{{ messages[0] | nosuchthing }}", "{% for %}", "{{ unclosed", "{% generation %} never ends"]
-
-
-@pytest.mark.parametrize("template", UNPARSABLE)
-def test_a_template_that_does_not_parse_gets_a_sentence(tmp_path, template):
-    sentence = refusal(load_tokenizer, write_tokenizer(tmp_path, template))
-    assert f"chat template of {tmp_path} does not parse" in sentence
-
-
-# Damaged files
-
-
 def test_missing_and_damaged_files_get_a_sentence(tmp_path):
-    assert "give a directory" in refusal(load_tokenizer, "qwen9")
     assert "tokenizer.json does not exist" in refusal(load_tokenizer, tmp_path)
     write_tokenizer(tmp_path)
     whole = (tmp_path / "tokenizer.json").read_text()
-    for content in ("", "{}", whole[:-20], whole.replace('"BPE"', '"Unheard"'), "[1, 2]"):
+    for content in ("{}", whole[:-20], whole.replace('"BPE"', '"Unheard"')):
         (tmp_path / "tokenizer.json").write_text(content)
-        assert "tokenizer.json is not a tokenizer" in refusal(load_tokenizer, tmp_path)
+        assert f"{tmp_path} holds no usable tokenizer: " in refusal(load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text(whole)
-    for content in (b"{", b"[]", b"\xff"):
-        (tmp_path / "tokenizer_config.json").write_bytes(content)
-        assert "tokenizer_config.json" in refusal(load_tokenizer, tmp_path)
-    for template in (7, {"default": "x"}, ["x"]):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        assert "neither a text nor a list" in refusal(load_tokenizer, tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    assert "chat_template.jinja cannot be read" in refusal(load_tokenizer, tmp_path)
+    for config in ("{", "[]", '{"chat_template": 7}', '{"added_tokens_decoder": {"7": {"odd": 1}}}'):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        assert str(tmp_path) in refusal(load_tokenizer, tmp_path)

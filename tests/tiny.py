@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError
@@ -121,7 +121,12 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 
 
 def write_tokenizer(
-    directory: Path, template: str | None = None, shift: int = 0, bos: bool = False, **config
+    directory: Path,
+    template: str | None = None,
+    shift: int = 0,
+    bos: bool = False,
+    special: bool = True,
+    **config,
 ) -> Path:
     """A byte-level tokenizer of 262 ids, two of them merges; another `shift` gives every byte another id."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -130,7 +135,8 @@ def write_tokenizer(
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("a", "b"), ("1", "2")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    if special:
+        backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     if bos:
         pair = [("<s>", backend.token_to_id("<s>"))]
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
@@ -139,6 +145,53 @@ def write_tokenizer(
     config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **config}
     if template is not None:
         config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+SCHEMES = ["normalizer", "first", "always", "never"]  # how SentencePiece's tokenizers write spaces
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def write_sentencepiece(
+    directory: Path, scheme: str, template: str | None = ZEPHYR, add_eos: bool = False, special: bool = True
+) -> Path:
+    """A tokenizer as Llama 2 has it: spaces are "▁", and one stands before a text; <s> goes before all."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127))]
+    merges = [
+        ("▁", "▁"),
+        ("▁", "a"),
+        ("a", "b"),
+        ("1", "2"),
+        ("▁", "1"),
+        ("▁", "<"),
+        ("\n", "\n"),
+        (":", "\n"),
+        ("|", ">"),
+    ]
+    pieces += ["▁", "\n", *(a + b for a, b in merges)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if scheme == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    replace = decoders.Replace("▁", " ")
+    backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse()])
+    if special:
+        backend.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
+    single = "<s> $A </s>" if add_eos else "<s> $A"
+    pair = [("<s>", 1), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pair)
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_eos_token": add_eos}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"} | (
+        {"chat_template": template} if template else {}
+    )
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 

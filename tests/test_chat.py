@@ -1,0 +1,305 @@
+"""A transcript as each agent sees it: the ids of transformers, growing at the end alone."""
+
+import functools
+import json
+import random
+
+import pytest
+from tiny import (
+    LLAMA3_STYLE,
+    SCHEMES,
+    ZEPHYR,
+    real_model,
+    refusal,
+    shared,
+    write_sentencepiece,
+    write_tokenizer,
+)
+from tokenizers import Tokenizer as Backend
+
+from teamtr_min import load_tokenizer
+from teamtr_min.hf.chat import CHATML, FIRST, LAST, OWN, ChatFormat
+from teamtr_min.tasks.task import Message, Problem, Role
+from teamtr_min.team import Agent, Rendered, Team
+
+# Histories are rewritten: thinking is only shown while it is fresh, as with Qwen3.
+FORGETFUL = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>')[-1] }}
+{%- else %}{{ message.content }}{% endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+
+ALTERNATING = """\
+{%- for message in messages -%}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('roles must alternate') }}{% endif -%}
+<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>
+{% endfor -%}"""
+
+# User and assistant are parted by ordinary text alone, as with Vicuna.
+VICUNA = """\
+{%- for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}
+{%- else %}{{ 'USER: ' + m.content + ' ' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+# How each kind of tokenizer is made: its directory, given an empty one.
+KINDS = {f"{scheme}, Zephyr": lambda d, s=scheme: write_sentencepiece(d, s) for scheme in SCHEMES}
+KINDS |= {f"{scheme}, no template": lambda d, s=scheme: write_sentencepiece(d, s, None) for scheme in SCHEMES}
+KINDS |= {
+    "normalizer, BOS in the template": lambda d: write_sentencepiece(
+        d, "normalizer", "{{ bos_token }}" + ZEPHYR
+    ),
+    "first, an end token is added": lambda d: write_sentencepiece(d, "first", None, add_eos=True),
+    "bytes, Llama 3": lambda d: write_tokenizer(d, LLAMA3_STYLE, bos=True),
+    "bytes, no template": lambda d: write_tokenizer(d, bos=True),
+    "Qwen2.5": lambda d: shared("qwen2.5-tokenizer"),
+    "stories260K": lambda d: shared("stories260K/hf_llama"),
+    "a real model": lambda d: real_model(),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+PIECES = [
+    "a", "ab", "12", "7", "3.5", " ", "  ", "\n", "\n\n", "\t", "\r\n", "é", "日本", "🧮🇨🇭", "e\u0301",
+    "Hello", " world", "?", "!\n", "<", ">", "|", "\u2581", "A:", "user", "\u200b", FIRST, OWN, LAST,
+]  # fmt: skip
+
+
+def random_text(draw: random.Random) -> str:
+    return "".join(draw.choices(PIECES, k=draw.randrange(8)))
+
+
+ROLES = [Role("A", "You are A.\nBe brief."), Role("B", ""), Role("Solver", " hi "), Role("D", "")]
+
+
+def team_of(*tokenizers) -> Team:
+    chats = {tokenizer: ChatFormat(tokenizer) for tokenizer in tokenizers}
+    agents = [
+        Agent(role, object(), tokenizer, chats[tokenizer]) for role, tokenizer in zip(ROLES, tokenizers)
+    ]
+    return Team(agents, task=None)
+
+
+def say(team: Team, j: int, text: str, stopped: bool = True, ids: list[int] | None = None) -> Message:
+    """A message as agent j would have sampled it, by default in the ids that encoding gives."""
+    chat = team.agents[j].chat
+    ids = chat.encode(text) if ids is None else ids
+    tokens = ids + [chat.end_of_message] if stopped else ids
+    return Message(j, tokens, text, [-1.0] * len(tokens), stopped)
+
+
+def seen(team: Team, j: int, messages: list[Message], problem: str = "2+2?", prompt: bool = True) -> Rendered:
+    return team.render(j, Problem("", problem, ""), messages, add_generation_prompt=prompt)
+
+
+@functools.cache
+def in_transformers(directory):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def by_transformers(team: Team, j: int, messages: list[tuple[int, str]], problem: str = "2+2?") -> list[int]:
+    """The ids of the whole conversation, in the eyes of agent j, by transformers' apply_chat_template."""
+    role, tokenizer = team.agents[j].role, team.agents[j].tokenizer
+    theirs = in_transformers(tokenizer.directory)
+    turns = [{"role": "system", "content": role.system}] if role.system else []
+    turns.append({"role": "user", "content": problem})
+    for writer, text in messages:
+        own = {"role": "assistant", "content": text}
+        turns.append(
+            own if writer == j else {"role": "user", "content": f"{team.agents[writer].role.name}:\n{text}"}
+        )
+    more = {"date_string": "2024", "add_generation_prompt": True, "return_dict": False}
+    if tokenizer.template is not None:
+        return theirs.apply_chat_template(turns, **more)
+    more |= {name: tokenizer.special[name] for name in ("end_of_message", "end_of_input")}
+    start = [theirs.bos_token_id] if theirs("")["input_ids"] else []
+    return start + theirs.apply_chat_template(turns, chat_template=CHATML, **more)
+
+
+@each_kind
+def test_a_prompt_has_the_ids_of_transformers(tmp_path, kind):
+    """For any texts: unicode, newlines, spaces in front and behind, digits; by any writers in any order."""
+    team, draw = team_of(*[load_tokenizer(KINDS[kind](tmp_path / "t"))] * 3), random.Random(kind)
+    for _ in range(60):
+        problem, j = random_text(draw), draw.randrange(3)
+        messages = [(draw.randrange(3), random_text(draw)) for _ in range(draw.randrange(6))]
+        assert team.prompt(j, problem, messages) == by_transformers(team, j, messages, problem)
+
+
+@each_kind
+def test_sampled_ids_stand_where_transformers_writes_them(tmp_path, kind):
+    """Also where a reader has another tokenizer, and encodes the text. Texts begin with no space or newline,
+    which encoding would join with what stands in front of it."""
+    ours, other = load_tokenizer(KINDS[kind](tmp_path / "t")), load_tokenizer(write_tokenizer(tmp_path / "o"))
+    team, draw = team_of(ours, other, ours), random.Random(kind)
+    for _ in range(60):
+        problem, j = random_text(draw), draw.choice([0, 2])
+        texts = [random_text(draw).strip() + "." for _ in range(draw.randrange(6))]
+        messages = [say(team, draw.randrange(3), text) for text in texts]
+        expected = by_transformers(team, j, [(m.agent, m.text) for m in messages], problem)
+        assert seen(team, j, messages, problem).ids == expected
+
+
+@pytest.mark.parametrize("kind", ["bytes", *SCHEMES])
+def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
+    """As a tokenizer without special tokens encodes what stands between the template's own."""
+    if kind == "bytes":
+        known, other = write_tokenizer(tmp_path / "t"), write_tokenizer(tmp_path / "u", special=False)
+        header, start, end = "user\nB:\n", "<|im_start|>", "<|im_end|>"
+    else:  # behind a special token, "first" is as "never"
+        other = write_sentencepiece(tmp_path / "u", "never" if kind == "first" else kind, special=False)
+        known, header, start, end = write_sentencepiece(tmp_path / "t", kind), "\n<|user|>\nB:\n", "", "</s>"
+    chat, plain = ChatFormat(load_tokenizer(known)), Backend.from_file(str(other / "tokenizer.json"))
+    for text in (f"no{end}", f"12{end}\n{start}assistant\nab1 ", "<s></s>", f" {end}\n\n"):
+        before = chat.tokenizer.encode(start, add_special_tokens=False) if start else plain.encode("\n").ids
+        section = plain.encode(header + text).ids
+        expected = before + section if start else section[len(before) :]
+        assert chat.teammate("B", text) == expected + chat.user_footer
+        assert not chat.tokenizer.special_ids & {*chat.encode(text)}
+        assert chat.tokenizer.decode(chat.encode("x" + text)).endswith("x" + text)
+
+
+@pytest.mark.parametrize("agents", [1, 2, 3, 4])
+def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
+    """Any order of writers; messages of any ids, cut off or not, some with nothing in them but their end."""
+    tokenizers = [load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i)) for i in range(2)]
+    team, draw = team_of(*(tokenizers[j % 2] for j in range(agents))), random.Random(agents)
+    for _ in range(60):
+        messages = []
+        for _ in range(draw.randrange(9)):
+            j, stopped = draw.randrange(agents), draw.random() < 0.6
+            ids = [draw.randrange(250) for _ in range(draw.randrange(0 if stopped else 1, 6))]
+            messages.append(say(team, j, tokenizers[j % 2].decode(ids), stopped, ids))
+        for j, agent in enumerate(team.agents):
+            final, trained = seen(team, j, messages), seen(team, j, messages, prompt=False)
+            own = [(t, message) for t, message in enumerate(messages) if message.agent == j]
+            assert len(trained.spans) == len(own) and trained.spans == final.spans
+            for (t, message), (start, stop) in zip(own, final.spans):
+                before = seen(team, j, messages[:t])
+                # What was sampled stands right behind what was prefilled, and nothing of either ever changes.
+                assert final.ids[:stop] == before.ids + message.tokens and start == len(before.ids)
+            # Trained on is no context behind the last trainable token.
+            end = final.spans[-1][1] if own else len(agent.chat.opening(agent.role.system, "2+2?"))
+            assert trained.ids == final.ids[:end]
+
+
+def test_histories_are_as_they_were_sampled_though_the_template_rewrites_them(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, FORGETFUL))
+    team = team_of(tokenizer, tokenizer)
+    messages = [say(team, 0, "<think>7*8</think>56"), say(team, 1, "yes")]
+    text = tokenizer.decode(seen(team, 0, messages).ids, skip_special_tokens=False)
+    assert "assistant\n<think>7*8</think>56<|im_end|>\n<|im_start|>user\nB:\nyes<|im_end|>" in text
+
+
+def test_sampled_ids_are_never_encoded_anew(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    spelled = [i for letter in "abab" for i in tokenizer.encode(letter)]
+    assert len(tokenizer.encode("abab")) == 2
+    team = team_of(tokenizer, tokenizer)
+    for j in range(2):
+        ids = seen(team, j, [say(team, 0, "abab", ids=spelled)]).ids
+        assert any(ids[i : i + 4] == spelled for i in range(len(ids)))
+
+
+def test_a_message_cut_off_is_closed_as_context(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    team = team_of(tokenizer, tokenizer)
+    whole, cut = say(team, 0, "12 and"), say(team, 0, "12 and", stopped=False)
+    end = team.agents[0].chat.end_of_message
+    for j in range(2):
+        assert seen(team, j, [cut]).ids == seen(team, j, [whole]).ids
+    both = seen(team, 0, [whole, cut])
+    (start, stop), (start_cut, stop_cut) = both.spans
+    assert both.ids[start:stop] == whole.tokens and both.ids[stop - 1] == end
+    assert both.ids[start_cut:stop_cut] == cut.tokens
+    assert both.ids[stop_cut] == end  # behind the span: never trained
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_without_a_template_a_prompt_begins_once_and_ends_nowhere(tmp_path, add_eos):
+    """A base model takes what follows its end of text for another text."""
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, "normalizer", None, add_eos))
+    assert (tokenizer.encode("Once")[-1] == 2) == add_eos
+    ids = team_of(tokenizer, tokenizer).prompt(0, "Once", [(1, "upon")])
+    assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
+    assert (
+        tokenizer.encode("Once")[:: len(tokenizer.encode("Once")) - 1] == [1, 2 if add_eos else ids[-1]]
+        or not add_eos
+    )
+
+
+@pytest.mark.parametrize(
+    "generation, config, ends",
+    [
+        ([2, 1], None, {1, 2}),
+        (1, [5, 7], {1, 2, 5, 7}),
+        (None, 1, {1, 2}),
+        (None, None, {2}),
+    ],
+)
+def test_every_end_token_that_a_checkpoint_names_ends_a_message(tmp_path, generation, config, ends):
+    source = write_sentencepiece(tmp_path / "t", "normalizer")
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        if value is not None:
+            (source / name).write_text(json.dumps({"eos_token_id": value, "other": 0}))
+    tokenizer = load_tokenizer(source)
+    assert ChatFormat(tokenizer).end_tokens == ends and ChatFormat(tokenizer).end_of_message == 2
+    (tmp_path / "saved").mkdir()  # a run's agents have no such config.json
+    tokenizer.save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert saved.hash == tokenizer.hash and ChatFormat(saved).end_tokens == ends
+    # Sampled with another end than the template's, a message keeps it in its writer's eyes alone.
+    team, message = team_of(tokenizer, tokenizer), Message(0, [300, 1], "x", [0.0, 0.0], stopped=True)
+    chat = team.agents[0].chat
+    for j, expected in ((0, [300, 1, *chat.assistant_footer]), (1, [300, *chat.user_footer])):
+        ids = seen(team, j, [message]).ids
+        assert ids[ids.index(300) : -len(chat.assistant_header)] == expected
+
+
+def test_a_template_is_told_the_day_of_the_run(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
+    for date, year in (("2024-07-26", "2024"), ("1999-01-01", "1999")):
+        ids = ChatFormat(tokenizer, date).opening("", "Hi")
+        assert f"Today: {year}\n" in tokenizer.decode(ids)
+    assert ChatFormat(tokenizer).opening("", "Hi") == ChatFormat(tokenizer, "2024-07-26").opening("", "Hi")
+
+
+@pytest.mark.parametrize("problem", ["", "  ", "\n", "\N{SECTION SIGN}L\N{SECTION SIGN}", "{{ 1 + 1 }}"])
+def test_a_problem_is_taken_literally(tmp_path, problem):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    ids = ChatFormat(tokenizer).opening("", problem)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == f"<|im_start|>user\n{problem}<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (ALTERNATING, "roles must alternate"),
+        ("{{ unclosed", "unexpected end of template"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not treat messages alike"),
+        ("{{ messages[-1].content }}", "does not treat messages alike"),
+        ("nothing at all", "does not treat messages alike"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% else %}{{ m.content }}"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}:{% endif %}",
+            "does not end an assistant's message",
+        ),
+    ],
+)
+def test_a_template_that_cannot_carry_a_team_is_refused(tmp_path, template, reason):
+    sentence = refusal(ChatFormat, load_tokenizer(write_tokenizer(tmp_path, template)))
+    assert reason in sentence and str(tmp_path) in sentence
+
+
+def test_a_template_whose_parts_share_tokens_is_refused(tmp_path):
+    """ " USER" and " ASSISTANT" begin with the space that ends the message before."""
+    directory = write_sentencepiece(tmp_path, "normalizer", VICUNA)
+    file = directory / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["model"]["merges"] += [["\u2581", "U"], ["\u2581", "A"]]
+    raw["model"]["vocab"] |= {"\u2581U": 1000, "\u2581A": 1001}
+    file.write_text(json.dumps(raw))
+    assert "does not treat messages alike" in refusal(ChatFormat, load_tokenizer(directory))
