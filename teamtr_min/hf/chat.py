@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from teamtr_min.files import UserError, one_line, read_json, write_json
 from teamtr_min.hf.hub import TOKENIZER_FILES
-from teamtr_min.hf.weights import find_model
+from teamtr_min.hf.weights import find_base, find_model
 
 # For checkpoints without a template. Where there is no <|im_end|>, a model ends its own messages with its end
 # of text. No other message has that token: to a base model it says that an unrelated text begins.
@@ -41,7 +41,8 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.directory = Path(directory)
+        base, _ = find_base(Path(directory))  # of an adapter, which may come without a tokenizer
+        self.directory = Path(directory) if (Path(directory) / "tokenizer.json").is_file() else base
         path, config = self.directory / "tokenizer.json", self._read("tokenizer_config.json")
         if not path.is_file():
             raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
@@ -62,7 +63,10 @@ class Tokenizer:
         before = (around.special_tokens_mask + [0]).index(0)
         self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
         self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
-        found = [self._read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        files = [
+            at / name for at in {self.directory, base} for name in ("generation_config.json", "config.json")
+        ]
+        found = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
         self.end_ids = {i for ids in found for i in (ids if isinstance(ids, list) else [ids])} - {None}
         if self.template is None:
             known = self.backend.token_to_id("<|im_end|>") is not None

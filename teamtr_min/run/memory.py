@@ -24,13 +24,13 @@ from kernels.linear_logprob import CHUNK_BYTES
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.engine.lora import adapter_size
+from teamtr_min.engine.lora import adapter_in, adapter_parameters
 from teamtr_min.engine.model import ModelConfig
 from teamtr_min.engine.packing import LONGEST_TREE
 from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
-from teamtr_min.hf.weights import find_model, read_config
+from teamtr_min.hf.weights import find_base, find_model, read_config
 from teamtr_min.run.loading import placement
 from teamtr_min.run.shapes import layer_parameters, layer_work, parameters, token_bytes
 from teamtr_min.run.system import free_disk, free_memory, in_use, limit_from_environment, reset_peak, size
@@ -338,10 +338,10 @@ def needs_of(config: Config, task, problems: list[Problem], sources: Sequence, r
     """Reads the models' configurations and tokenizers, and asks the machine."""
     device, dtype = placement(config)
     directories = [find_model(source) for source in sources]
-    adapters = [adapter_size(directory, config.lora_rank) for directory in directories]
-    bases = [a.base if a else directory for a, directory in zip(adapters, directories)]
+    adapters = [adapter_in(directory, config.lora_rank) for directory in directories]
+    bases = [find_base(directory)[0] for directory in directories]
     models = [read_config(base) for base in bases]
-    counts = [a.parameters(m) if a else parameters(m) for a, m in zip(adapters, models)]
+    counts = [adapter_parameters(m, a) if a else parameters(m) for a, m in zip(adapters, models)]
     shared = {base: parameters(m) for base, m, a in zip(bases, models, adapters) if a}
     chats = {directory: ChatFormat(load_tokenizer(directory)) for directory in set(directories)}
     views = list(zip([chats[d] for d in directories], task.roles(config.agents)))

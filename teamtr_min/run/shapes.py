@@ -1,9 +1,6 @@
 """What follows from a model's shape before it is there: parameters, and what a token leaves behind."""
 
-from pathlib import Path
-from typing import NamedTuple
-
-from teamtr_min.engine.model import FUSED, ModelConfig
+from teamtr_min.engine.model import ModelConfig
 
 
 def layer_parameters(m: ModelConfig) -> int:
@@ -16,23 +13,6 @@ def layer_parameters(m: ModelConfig) -> int:
 def parameters(m: ModelConfig) -> int:
     outside = (2 - m.tied) * m.vocab_size * m.hidden_size + m.hidden_size
     return m.layers * layer_parameters(m) + outside
-
-
-class AdapterSize(NamedTuple):
-    """A LoRA adapter before it is loaded."""
-
-    base: Path  # directory of its base
-    rank: int
-    targets: tuple[str, ...]
-
-    def parameters(self, m: ModelConfig) -> int:
-        query, key, hidden = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.hidden_size
-        ends = {name: hidden + m.intermediate_size for name in ("gate_proj", "up_proj", "down_proj")}
-        ends |= {"q_proj": hidden + query, "o_proj": hidden + query}
-        ends |= {"k_proj": hidden + key, "v_proj": hidden + key}
-        groups = [FUSED.get(name, (name,)) for name in (*FUSED, "o_proj", "down_proj")]  # parts come together
-        held = [name for group in groups if not set(group).isdisjoint(self.targets) for name in group]
-        return m.layers * self.rank * sum(ends[name] for name in held)
 
 
 def layer_numbers(m: ModelConfig) -> int:
