@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import (
     CONFIGS,
     LLAMA3,
@@ -24,13 +23,11 @@ from tiny import (
 )
 
 from teamtr_min import load_model, save_model
-from teamtr_min.hf.weights import RELAY, config_json, find_model, read_config
+from teamtr_min.config import Config
+from teamtr_min.hf.weights import RELAY, config_json, find_model, pinned, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-# What loads
 
 
 @each_model
@@ -125,34 +122,19 @@ def test_what_transformers_saves_loads(tmp_path, family, tied):
     assert loaded.config == model.config
 
 
-def test_an_unused_sliding_window_is_no_obstacle(tmp_path):
-    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 1}
-    unused["layer_types"] = ["full_attention"] * 3
-    model = random_model("qwen2")
-    assert_same(load_model(write_checkpoint(tmp_path, model, config=unused)), model)
-
-
-# Saving
-
-
 @each_dtype
 @each_model
-def test_what_is_saved_reads_back_bit_for_bit(tmp_path, family, tied, dtype):
+def test_what_is_saved_loads_here_and_in_transformers(tmp_path, family, tied, dtype):
     model = random_model(family, tied).to(dtype)
-    save_model(model, tmp_path / "new" / "directory")
-    loaded = load_model(tmp_path / "new" / "directory", dtype=dtype)
+    save_model(model, tmp_path / "new")
+    assert sorted(os.listdir(tmp_path / "new")) == ["config.json", "model.safetensors"]
+    loaded = load_model(tmp_path / "new", dtype=dtype)
     assert_same(loaded, model)
     assert loaded.config == model.config
-    assert sorted(os.listdir(tmp_path / "new" / "directory")) == ["config.json", "model.safetensors"]
-
-
-@each_dtype
-@each_model
-def test_what_is_saved_loads_in_transformers(tmp_path, family, tied, dtype):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    model = random_model(family, tied).to(dtype)
-    save_model(model, tmp_path)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == dtype
     model, theirs = model.float(), theirs.float().eval()
@@ -173,31 +155,6 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypat
         save_model(random_model("qwen2", seed=2), tmp_path)
     assert_same(load_model(tmp_path), old)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
-
-
-def test_readers_never_see_half_a_checkpoint(tmp_path):
-    models = [random_model("qwen2", seed=seed) for seed in range(2)]
-    sums = [sum(p.double().sum() for p in model.parameters()) for model in models]
-    save_model(models[0], tmp_path)
-    stop = threading.Event()
-
-    def write():
-        while not stop.is_set():
-            for model in models:
-                save_model(model, tmp_path)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        for _ in range(20):
-            tensors = load_file(tmp_path / "model.safetensors")
-            assert any(abs(sum(t.double().sum() for t in tensors.values()) - s) < 1e-9 for s in sums)
-    finally:
-        stop.set()
-        writer.join()
-
-
-# Memory
 
 
 PEAK = """
@@ -232,6 +189,88 @@ def test_loading_takes_the_model_and_one_tensor_no_more(tmp_path):
         assert size < peak < size + max(stored) + 16
 
 
+# What is refused, by name
+
+FEATURES = {
+    "architecture MixtralForCausalLM": {"architectures": ["MixtralForCausalLM"]},
+    "architecture bert": {"architectures": None, "model_type": "bert"},
+    "quantised weights": {"quantization_config": {"bits": 4}},
+    "mixture of experts": {"num_experts": 8},
+    "use_sliding_window": {"use_sliding_window": True},
+    "(sliding_window)": {"sliding_window": 64},
+    "{'chunked'}": {"layer_types": ["full_attention", "chunked"]},
+    "activation gelu": {"hidden_act": "gelu"},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "rope scaling yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "vocab_size must be a positive number": {"vocab_size": None},
+    "low_freq_factor must be a positive number": {"rope_scaling": {**LLAMA3, "low_freq_factor": "1"}},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_would_be_computed_differently_is_refused(tmp_path, feature):
+    write_checkpoint(tmp_path, random_model("llama"), config=FEATURES[feature])
+    (tmp_path / "model.safetensors").unlink()  # config.json alone says it
+    sentence = refusal(load_model, tmp_path)
+    assert sentence.startswith(f"{tmp_path}/config.json: ") and feature in sentence
+
+
+def test_what_is_not_used_is_no_obstacle(tmp_path):
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 1}
+    unused |= {"layer_types": ["full_attention"] * 3, "attention_bias": False, "num_experts": 0}
+    model = random_model("qwen2")
+    assert_same(load_model(write_checkpoint(tmp_path, model, config=unused)), model)
+
+
+def wrapped(tensors):
+    for name in list(tensors):
+        tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+
+def without_norms(tensors):
+    for name in [name for name in tensors if "norm" in name]:
+        del tensors[name]
+
+
+WRONG_TENSORS = {
+    "named _orig_mod...., as of a model inside a wrapper": wrapped,
+    "7 missing (model.layers.0.input_layernorm.weight, model": without_norms,
+    "1 unexpected (odd)": lambda tensors: tensors.update(odd=torch.ones(1)),
+    "1 misshapen (model.norm.weight [1] in F32, expected [30])": lambda tensors: tensors.update(
+        {"model.norm.weight": torch.ones(1)}
+    ),
+    "[30] in I64, expected [30]": lambda tensors: tensors.update(
+        {"model.norm.weight": torch.ones(30).long()}
+    ),
+    "1 unexpected (lm_head.weight, though tie_word_embeddings is set": lambda tensors: tensors.update(
+        {"lm_head.weight": torch.ones(53, 30)}
+    ),
+    "model.norm.weight holds NaN": lambda tensors: tensors["model.norm.weight"][3:4].fill_(math.nan),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG_TENSORS)
+def test_wrong_tensors_get_one_short_sentence(tmp_path, reason):
+    model = random_model("qwen2")
+    sentence = refusal(load_model, write_checkpoint(tmp_path, model, change=WRONG_TENSORS[reason]))
+    assert sentence.startswith(str(tmp_path)) and reason in sentence and len(sentence) < 350
+
+
+def test_missing_and_damaged_files_get_a_sentence(tmp_path):
+    write_checkpoint(tmp_path, random_model("qwen2"), shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").write_bytes(b"short")
+    assert "model-00002-of-00003.safetensors is damaged" in refusal(load_model, tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "holds no model-00002-of-00003.safetensors" in refusal(load_model, tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "holds no model.safetensors, and *.bin files" in refusal(load_model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "config.json cannot be read: No such file" in refusal(load_model, tmp_path)
+
+
 # Names
 
 
@@ -239,15 +278,16 @@ def test_names_of_models_lead_to_directories(tmp_path, monkeypatch):
     assert find_model("relay") == RELAY and (RELAY / "config.json").is_file()
     assert find_model(tmp_path) == tmp_path and find_model(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "here").mkdir()
-    assert find_model("~/here") == tmp_path / "here"
+    (tmp_path / "here, too").mkdir()
+    assert find_model("~/here, too") == tmp_path / "here, too"
     monkeypatch.chdir(tmp_path)
-    assert find_model("here") == Path("here")
+    assert find_model("here, too") == Path("here, too")
+    config = pinned(Config(model="here, too,relay", agents=2, task="relay"))
+    assert config.models == [str(tmp_path / "here, too"), "relay"]  # from any directory
 
 
 def test_a_name_that_leads_nowhere_gets_a_helpful_sentence(tmp_path):
-    for name in ("", "qwen9", "./nothing/here", "x" * 5000):
+    (tmp_path / "model.safetensors").touch()
+    for name in ("", "qwen9", "./nothing/here", "x" * 5000, str(tmp_path / "model.safetensors")):
         sentence = refusal(find_model, name)
         assert "give a directory" in sentence and "relay" in sentence and "qwen2.5-1.5b" in sentence
-    (tmp_path / "model.safetensors").write_text("")
-    assert "is a file; give the directory" in refusal(find_model, tmp_path / "model.safetensors")

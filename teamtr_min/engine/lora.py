@@ -106,7 +106,7 @@ def draw_adapter(model: Transformer, seed: int, agent: int) -> None:
 @torch.no_grad()
 def merge(model: Transformer) -> Transformer:
     """The same policy without adapters, in fp32: bf16 would round off part of what was trained."""
-    weights = {name: p.float() for name, p in model.named_parameters() if not p.requires_grad}
+    weights = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             weights[f"{name}.weight"] = module.merged()
@@ -213,9 +213,8 @@ def _load_weights(model: Transformer, adapter: Adapter, file: Path) -> None:
     wanted = {_NAME(name): part for name, part in adapter_tensors(model, adapter.targets).items()}
     with open_tensors(file) as f:
         held = {name: f.get_slice(name).get_shape() for name in f.keys()}
-    wrong = [
-        name for name in {**wanted, **held} if name not in wanted or held.get(name) != [*wanted[name].shape]
-    ]
+    expected = {name: [*part.shape] for name, part in wanted.items()}
+    wrong = sorted(name for name in expected | held if expected.get(name) != held.get(name))
     if wrong or not wanted:
         raise UserError(
             f"{file} does not hold the adapter that its {ADAPTER_CONFIG} describes: {len(wrong)} tensors are "

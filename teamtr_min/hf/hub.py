@@ -1,4 +1,4 @@
-"""A name on the Hugging Face hub -> the model's directory in the hub's cache, fetched when it is not there."""
+"""A name on the Hugging Face hub -> the model's directory in the hub's cache, fetched where it is missing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,4 +59,4 @@ def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path
         why = (
             f"{error}; `hf download {repo} --local-dir DIR` on a connected machine makes a directory to give"
         )
-    raise UserError(f"the Hugging Face hub does not give {repo}: {why}")
+    raise UserError(f"{repo} cannot be had from the Hugging Face hub: {why}")

@@ -249,20 +249,16 @@ def _check_names(directory: Path, stored: dict, expected: dict[str, Tensor], tie
             f"{directory} holds tensors named {prefix}..., as of a model inside a wrapper such as "
             "torch.compile's: save the model inside it"
         )
-    wrong = {"missing": [name for name in expected if name not in stored], "unexpected": [], "wrong": []}
+    wrong = {"missing": [name for name in expected if name not in stored], "unexpected": [], "misshapen": []}
     for name, (file, shape, kind) in stored.items():
-        if name == "lm_head.weight" and tied and first in stored:  # it may repeat what is known
+        if name == "lm_head.weight" and tied and first in stored:  # may repeat the embedding
             with open_tensors(file) as head, open_tensors(stored[first][0]) as embedding:
                 if not head.get_tensor(name).equal(embedding.get_tensor(first)):
-                    wrong["wrong"].append(
-                        f"{name} differs from the embedding, though tie_word_embeddings is set"
-                    )
+                    wrong["unexpected"].append(f"{name}, though tie_word_embeddings is set and it differs")
         elif name not in expected:
             wrong["unexpected"] += [name] * (not name.endswith("rotary_emb.inv_freq"))
-        elif shape != list(expected[name].shape) or kind not in ("BF16", "F16", "F32"):
-            wrong["wrong"].append(
-                f"{name} has shape {shape} in {kind}, expected {list(expected[name].shape)}"
-            )
+        elif shape != [*expected[name].shape] or kind not in ("BF16", "F16", "F32"):
+            wrong["misshapen"].append(f"{name} {shape} in {kind}, expected {[*expected[name].shape]}")
     faults = [f"{len(names)} {what} ({listing(names)})" for what, names in wrong.items() if names]
     if faults:
         raise UserError(
