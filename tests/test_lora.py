@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import evaluate
+from commands import refusal as sentence
 from ready import Prepared, team_of
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, refusal, write_tokenizer
+from toy_runs import TOY, bits, results, run
 
+import train
 from teamtr_min import load_model, load_tokenizer, save_model
 from teamtr_min.engine.lora import (
     TARGETS,
@@ -282,3 +286,61 @@ def test_the_radius_holds_on_adapters_and_the_base_stays():
         d = batch.per_message(before - new)  # (M,)
         kls.append(torch.expm1(-d) + d)
     assert torch.cat(kls).mean().item() == pytest.approx(outcome.kept["kl_k3"], rel=1e-3, abs=1e-7)
+
+
+# Whole runs
+
+LORA = ["--agents", "2", "--lora-rank", "3", "--stages", "3", "--temperature", "1", "--task", "relay"]
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A run of three stages, on a base in a directory of its own."""
+    root = tmp_path_factory.mktemp("lora")
+    shutil.copytree(RELAY, root / "base")
+    run(root / "run", *LORA, "--model", str(root / "base"), "--max-new-tokens", "16", "--inner-steps", "2")
+    return root / "run"
+
+
+def test_a_run_leaves_its_base_and_writes_adapters_alone(trained_run):
+    _, updates, _ = results(trained_run)
+    assert any(u["steps"] for u in updates) and all(u["kl_after"] <= u["delta"] for u in updates)
+    base = trained_run.parent / "base"
+    assert (base / "model.safetensors").read_bytes() == (RELAY / "model.safetensors").read_bytes()
+    for j in range(2):
+        agent = trained_run / "agents" / str(j)
+        tensors = load_file(agent / "adapter_model.safetensors")
+        assert not (agent / "model.safetensors").exists() and (agent / "tokenizer.json").is_file()
+        assert any(tensors[name].any() for name in tensors if ".lora_B." in name)
+        facts = json.loads((agent / "adapter_config.json").read_text())
+        assert facts["base_model_name_or_path"] == str(base)
+        assert (facts["r"], facts["lora_alpha"]) == (3, 6.0)
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(trained_run, tmp_path):
+    copy = shutil.copytree(trained_run, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints/000003")
+    shutil.rmtree(copy / "agents")
+    (copy / "summary.json").unlink()
+    assert train.main(["--resume", str(copy)]) == 0
+    assert bits(copy) == bits(trained_run)
+
+
+def test_export_writes_whole_models_of_the_same_policy(trained_run, tmp_path, capsys):
+    flags = ["export", "--team", str(trained_run), "--merge", "--out", str(tmp_path / "whole")]
+    whole, tokens = evaluate(capsys, *flags), random_tokens(load_model(RELAY), 3, 11)
+    for j, (model, _) in enumerate(loaded(*(trained_run / "agents" / str(j) for j in range(2)))):
+        with torch.no_grad():
+            close(load_model(whole["agents"][j])(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+        assert load_tokenizer(whole["agents"][j]).hash == load_tokenizer(RELAY).hash
+
+
+def test_a_trained_adapter_is_itself_a_model_to_start_from(trained_run, tmp_path, capsys):
+    flags = [*LORA, "--model", ",".join(str(trained_run / "agents" / str(j)) for j in range(2))]
+    flags += ["--max-new-tokens", "16", "--lr", "0", "--stages", "1"]
+    run(tmp_path / "run", *flags)
+    for j in range(2):
+        file = Path("agents") / str(j) / "adapter_model.safetensors"
+        assert (trained_run / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    said = sentence(capsys, train.main, *TOY, *flags, "--lora-rank", "2", "--out", str(tmp_path / "no"))
+    assert "--lora-rank is 2, but" in said and "of rank 3" in said

@@ -108,7 +108,7 @@ def test_qwens_tokenizer_encodes_and_renders_as_in_transformers():
 
 NEW = {"content": "<new>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 SPACED = NEW | {"content": "<tool>", "lstrip": True, "rstrip": True, "special": False}
-DECLARED = {  # files beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s> and </s>, ids 258 to 261
+DECLARED = {  # beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s> and </s> as 258 to 261
     "in tokenizer_config.json": {"added_tokens_decoder": {"262": NEW | {"special": True}, "263": SPACED}},
     "as text before": {"added_tokens_decoder": {"256": NEW | {"content": "ab", "special": True}}},
     "special, which tokenizer.json denies": {
@@ -301,6 +301,6 @@ def test_missing_and_damaged_files_get_a_sentence(tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
         assert f"{tmp_path} holds no usable tokenizer: " in refusal(load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text(whole)
-    for config in ("{", "[]", '{"chat_template": 7}', '{"added_tokens_decoder": {"7": {"odd": 1}}}'):
+    for config in ("{", "[]", '{"chat_template": 7}', '{"added_tokens_decoder": {"x": {}}}'):
         (tmp_path / "tokenizer_config.json").write_text(config)
         assert str(tmp_path) in refusal(load_tokenizer, tmp_path)

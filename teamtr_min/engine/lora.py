@@ -41,8 +41,8 @@ _NAME = "base_model.model.{}.weight".format  # our name -> PEFT's
 # Fields of adapter_config.json that change no logit, and those that must have one of these values. In plain
 # LoRA all others are false or empty.
 _INERT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
 }  # fmt: skip
 _UNSET = [None, False, "", [], {}]
 _PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [None, True, False, "gaussian"]}

@@ -27,8 +27,8 @@ def weight_files(directory: Path) -> list[str]:
 def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
     """The directory of `repo` at `revision` (a commit, tag or branch); its name is the commit's hash.
 
-    What the cache holds is not asked for again. `accept` gets the directory before any weights are fetched, and
-    may refuse it by raising. Raises UserError where the hub does not give the model.
+    What the cache holds is not asked for again. `accept` gets the directory before any weights are fetched,
+    and may refuse it by raising. Raises UserError where the hub does not give the model.
     """
     from huggingface_hub import errors, snapshot_download  # late: few runs need it
 

@@ -76,7 +76,7 @@ def pinned(config: Config) -> Config:
 
 
 def find_base(directory: Path) -> tuple[Path, str]:
-    """What `locate` says of the model that the adapter in `directory` changes; other models are their own base."""
+    """What `locate` says of the base of the adapter in `directory`. Any other model is its own base."""
     if not (directory / ADAPTER_CONFIG).is_file():
         return locate(directory)
     raw = read_json(directory / ADAPTER_CONFIG)
