@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from teamtr_min.engine import rng
+from teamtr_min.engine.cache import Step
 from teamtr_min.engine.distributed import Ranks
 from teamtr_min.engine.model import Transformer
-from teamtr_min.engine.packing import PackedStep, Tree, batches_of, pack, trees_of
+from teamtr_min.engine.packing import Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Rendered, Team
 
@@ -101,7 +102,8 @@ class AgentBatch:
 
     def hidden(self, model: Transformer) -> Tensor:
         """(pairs, H): hidden states of `model` that predict the pairs' tokens."""
-        return model.hidden(self.tokens, packed=PackedStep(self.positions, self.end, self.where, model.dtype))
+        step = Step.trees(self.positions, self.end, model.dtype)
+        return model.hidden(self.tokens, step, self.where)
 
     @property
     def agents(self) -> Tensor:

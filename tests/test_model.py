@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from teamtr_min.engine.attention import attend, attend_by_products, attend_reference
 from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.engine.attention import attend, attend_by_products, attend_reference
 from teamtr_min.engine.model import KVCache, checkpoint_tensors, rope_table, rotate, split_fused
 from teamtr_min.engine.sampler import generate
 

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.layer import rms_norm, rotate, swiglu
-from teamtr_min.engine.attention import attend
-from teamtr_min.engine.packing import PackedStep
+from teamtr_min.engine.cache import Step, attend
 
 
 @dataclass(frozen=True)
@@ -131,112 +130,6 @@ def rope_table(config: ModelConfig, positions: int, device: torch.device, dtype:
     return [torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)]
 
 
-class KVCache:
-    """Keys and values of many sequences of different lengths; row b holds its first `length[b]` positions.
-
-    `keys[layer]` is (rows, K, capacity, D). Entries past a row's length are leftovers that no query sees.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, device, dtype):
-        shape = (config.layers, rows, config.kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.span, self.start = capacity, None
-
-    def reserve(self, span: int, start: int | None = None) -> None:
-        """Attend to `span` positions from now on, no less than the longest row will reach.
-
-        `start`: the length of all rows of the next step where they have the same: nothing is masked then.
-        Storage grows by half at least, so that growing is rare.
-        """
-        if start is None and self.keys.is_cuda:  # kernels want aligned masks, and plans are made per shape
-            span = -(-span // 64) * 64
-        self.span, self.start = span, start
-        extra = span - self.keys.shape[3]
-        if extra > 0:
-            extra = max(extra, self.keys.shape[3] // 2)
-            if self.keys.is_cuda:  # kernels are compiled anew for sizes that are less even
-                extra += -(self.keys.shape[3] + extra) % 64
-            self.keys, self.values = _longer(self.keys, extra), _longer(self.values, extra)
-
-    def permute(self, to: Tensor, source: Tensor) -> None:
-        """Row `to[i]` becomes what row `source[i]` was; all reads come before all writes."""
-        self.keys[:, to] = self.keys[:, source]
-        self.values[:, to] = self.values[:, source]
-        self.length[to] = self.length[source]
-
-
-def _longer(x: Tensor, extra: int) -> Tensor:
-    """x (..., capacity, D) with `extra` more positions. On a CPU what is not written takes no memory."""
-    longer = x.new_zeros(*x.shape[:-2], x.shape[-2] + extra, x.shape[-1])
-    longer[..., : x.shape[-2], :] = x
-    return longer
-
-
-class CachedStep:
-    """Where one cached forward pass reads and writes: the same for every layer."""
-
-    def __init__(self, cache: KVCache, rows: slice | Tensor, T: int):
-        """`rows` of the cache that the batch stands for: a slice costs no copy. T new tokens in each."""
-        self.cache, self.rows, self.start, self.span = cache, rows, cache.start, cache.span
-        _, _, K, capacity, _ = cache.keys.shape
-        device, new = cache.keys.device, torch.arange(T, device=cache.keys.device)
-        if self.start is None:
-            self.positions = cache.length[rows][:, None] + new  # (B, T)
-        else:
-            self.positions = (self.start + new)[None]  # (1, T)
-        self.mask = None  # (B or 1, 1, T, span), added to the scores: which cached positions a token sees
-        if self.start is None or T > 1:
-            seen = torch.arange(self.span, device=device) <= self.positions[:, None, :, None]
-            self.mask = torch.full(seen.shape, -math.inf, device=device, dtype=cache.keys.dtype)
-            self.mask.masked_fill_(seen, 0.0)
-        self.index = None  # (B * T * K,) of the new entries in the flattened (rows, K, capacity)
-        if self.start is None or not isinstance(rows, slice):
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=device)
-            first = rows[:, None] * K + torch.arange(K, device=device)  # (B, K)
-            self.index = (first[:, None] * capacity + self.positions[:, :, None]).flatten()
-
-    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, K, T, D) of the new tokens -> (B, K, span, D) of all that they may see."""
-        seen = []
-        for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
-            if self.index is None:
-                kept[self.rows, :, self.start : self.start + new.shape[2]] = new
-            else:
-                entries = new.transpose(1, 2).reshape(-1, new.shape[3])  # (B * T * K, D)
-                kept.view(-1, new.shape[3]).index_copy_(0, self.index, entries)
-            seen.append(kept[self.rows, :, : self.span])
-        return seen[0], seen[1]
-
-
-@dataclass
-class PrefillStep(PackedStep):
-    """A packed pass over sequences that are new: each row of the cache gets those of its sequence."""
-
-    cache: KVCache
-    source: Tensor  # (entries,) int64: the keys and values at this position of the flattened (B * T)
-    to: Tensor  # (entries,) int64: go to this row, at the same position in the sequence
-
-    @functools.cached_property
-    def index(self) -> Tensor:
-        """(entries * K,) int64: where they go in the flattened (rows, K, capacity)."""
-        _, _, K, capacity, _ = self.cache.keys.shape
-        heads = self.to[:, None] * K + torch.arange(K, device=self.to.device)  # (entries, K)
-        return (heads * capacity + self.positions.flatten()[self.source][:, None]).flatten()
-
-    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, K, T, D) of the new tokens -> the same: they are all that there is to see."""
-        for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
-            entries = new.transpose(1, 2).flatten(0, 1)[self.source]  # (entries, K, D)
-            kept.view(-1, kept.shape[3]).index_copy_(0, self.index, entries.flatten(0, 1))
-        return k, v
-
-
-Step = CachedStep | PackedStep | None
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -247,22 +140,18 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: Step, where: Tensor | None
-    ) -> Tensor:
-        B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)  # (B, T, Q, D), (B, T, K, D) twice
+    def forward(self, x: Tensor, rope: list[Tensor], layer: int, step: Step, where: Tensor | None) -> Tensor:
+        (B, T, _), Q, K = x.shape, self.heads, self.kv_heads
+        qkv = self.qkv_proj(x).view(B, T, Q + 2 * K, self.head_dim)
+        q, k, v = qkv.split([Q, K, K], 2)  # (B, T, Q, D), (B, T, K, D), (B, T, K, D)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         else:
             v = v.contiguous()  # a view would keep all of qkv for the way back, as the norms do
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T, D)
-        if step is not None:
-            k, v = step.write_then_read(layer, k, v)  # (B, K, T or span, D)
-        y = attend(q, k, v, None if step is None else step.mask)  # (B, Q, T, D)
-        y = y.transpose(1, 2).reshape(B, T, -1)
+        y = attend(q, *step.exchange(layer, k, v), step.mask)  # (B, Q, T, D)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, Q * D)
         return self.o_proj(y if where is None else y.flatten(0, 1)[where])  # (B, T, H) or (pairs, H)
 
 
@@ -289,11 +178,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: Step, where: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: list[Tensor], layer: int, step: Step, where: Tensor | None) -> Tensor:
         """(B, T, H) -> (B, T, H); with `where` (pairs,) only these of the flattened B * T, (pairs, H)."""
-        y = self.self_attn(self.input_layernorm(x), cos, sin, layer, step, where)
+        y = self.self_attn(self.input_layernorm(x), rope, layer, step, where)
         x = (x if where is None else x.flatten(0, 1)[where]) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -340,40 +227,25 @@ class Transformer(nn.Module):
         """A model that training this one leaves alone; what is frozen in both is shared."""
         return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad})
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        rows: slice | Tensor | None = None,
-        packed: PackedStep | None = None,
-        where: Tensor | None = None,
-    ) -> Tensor:
-        """Final hidden states, tokens (B, T) int64 -> (B, T, H), or (pairs, H): those at `where` (pairs,) of
-        the flattened B * T, which `packed` brings along.
+    def hidden(self, tokens: Tensor, step: Step | None = None, where: Tensor | None = None) -> Tensor:
+        """Final hidden states, tokens (B, T) int64 -> (B, T, H); with `where` (pairs,) only those at these
+        places of the flattened B * T, (pairs, H).
 
-        Without a cache row b starts at position 0; shorter rows are padded on the right with any token, which
-        no earlier position can see. With a cache the tokens continue the sequences `rows` from their current
-        lengths; the caller advances `cache.length` by what was not padding.
+        Without a `step` row b starts at position 0, and shorter rows are padded on the right with any token,
+        which no earlier position can see. Where a step continues a cache, the caller advances `cache.length`.
         """
-        step, where = packed, packed.where if packed else where
-        if cache is not None:
-            step = CachedStep(cache, slice(0, len(tokens)) if rows is None else rows, tokens.shape[1])
-        if step is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
-        else:
-            positions = step.positions  # (B or 1, T)
-        reach = tokens.shape[1] if cache is None else cache.span
-        table = rope_table(self.config, 1 << reach.bit_length(), tokens.device, self.dtype)
-        cos, sin = (x[positions] for x in table)  # (B or 1, T, 1, D)
+        step = step or Step.plain(tokens)
+        table = rope_table(self.config, 1 << step.span.bit_length(), tokens.device, self.dtype)
+        rope = [x[step.positions] for x in table]  # cos and sin, (B or 1, T, 1, D)
         x = self.model.embed_tokens(tokens)  # (B, T, H)
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
             only = where if layer == last else None  # all that later tokens see of it is its K and V
             if self.checkpointing and torch.is_grad_enabled():
                 more = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
-                x = checkpoint(block, x, cos, sin, layer, step, only, **more)
+                x = checkpoint(block, x, rope, layer, step, only, **more)
             else:
-                x = block(x, cos, sin, layer, step, only)
+                x = block(x, rope, layer, step, only)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

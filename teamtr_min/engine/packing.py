@@ -13,8 +13,6 @@ length are chosen so that this sum is least.
 """
 
 import bisect
-import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -162,25 +160,3 @@ def pack(trees: list[Tree], device: torch.device) -> Packed:
         torch.tensor(x, device=device).view(-1, width) for x in (tokens, positions, end)
     )
     return Packed(tokens, positions, end if branched else None, paths)
-
-
-@dataclass
-class PackedStep:
-    """A forward pass over rows of trees: the same for every layer."""
-
-    positions: Tensor  # (B, T) int64, of each token in its sequences
-    end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if each row is a sequence
-    where: Tensor  # (pairs,) int64: positions in the flattened (B * T) whose final hidden states are wanted
-    dtype: torch.dtype  # the model's: a mask of its dtype is not converted, and kept, once a layer
-
-    @functools.cached_property
-    def mask(self) -> Tensor | None:
-        """(B, 1, T, T), added to the scores: 0 where a token sees another, else -inf."""
-        if self.end is None:
-            return None
-        index = torch.arange(self.end.shape[1], device=self.end.device)
-        seen = (index <= index[:, None]) & (index[:, None] < self.end[:, None, None])
-        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)
-
-    def write_then_read(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k, v

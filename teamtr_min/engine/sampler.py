@@ -1,16 +1,12 @@
-"""KV-cached, batched decoding of one model over many sequences of different lengths.
+"""KV-cached, batched sampling from one model: many sequences of different lengths at a time.
 
-A `Sampler` keeps its cache from turn to turn: it is handed whole sequences and computes only what it has not
-yet seen. Live rows occupy the first slots of the cache, so every decode step works on a plain slice; a row
-that has finished trades places with the last live one and leaves the batch. Where there are more rows than
-slots, those that wait take the slots of those that have left, so that the batch stays full. Each token takes
-one uniform that is a function of the row's key and the position alone (rng.py), so a message does not depend
-on its neighbours.
+A `Sampler` lives as long as its model. In a collection of rollouts it is handed whole sequences turn by turn,
+and computes only what its cache does not hold yet. Each token takes one uniform that is a function of the
+row's key and the position alone (rng.py), so a message does not depend on the rest of its batch.
 """
 
-import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +14,14 @@ from torch import Tensor
 
 from kernels.decode import draw
 from teamtr_min.engine import rng
+from teamtr_min.engine.cache import KVCache, Step
 from teamtr_min.engine.decode import Decode
-from teamtr_min.engine.model import KVCache, PrefillStep, Transformer
+from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.packing import batches_of, pack, trees_of
-from teamtr_min.files import UserError
 
 PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
-PREFILL_TREE = 512  # tokens of one prefix tree of them: attention looks at every pair of them
+PREFILL_TREE = 512  # tokens of a prefix tree of prompts: attention looks at every pair of them
+SYNC_STEPS = 16  # on CUDA: decode steps between two looks at which rows have ended
 
 
 @dataclass(frozen=True)
@@ -40,272 +37,173 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    stop_ids: tuple[int, ...] | list[int] = (),
+    stop_ids: Collection[int] = (),
 ) -> list[Completion]:
     """Continue every prompt; temperature 0 is greedy.
 
     A completion depends on the model, the seed, its own prompt and how often that prompt stood in the list
-    before: not on the rest of the batch, its size or its order.
+    before. It does not depend on the rest of the batch, its size or its order.
     """
     seen: dict[tuple, int] = {}
     keys = []
     for prompt in map(tuple, prompts):
         seen[prompt] = seen.get(prompt, -1) + 1
         keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
-    sampler = Sampler(model, len(prompts))
+    sampler = Sampler(model)
+    sampler.start(len(prompts))
     return sampler.generate(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
 
 
 class Sampler:
-    """`rows` sequences, of which up to `slots` are in the cache. Each slot is some row's: `row_at[slot]`."""
+    """`start` begins a collection of some rows, a sequence each; `generate` lets some of them grow; `finish`
+    ends it. Cache and CUDA graphs stay for the next collection, without graphs only until `finish`.
 
-    def __init__(self, model: Transformer, rows: int, slots: int | None = None):
-        slots = rows if slots is None else min(rows, slots)
-        self.model = model
-        self.cache = KVCache(model.config, slots, 0, model.device, model.dtype)
-        self.decode = Decode(model, self.cache)
-        self.row_at = list(range(slots))
-        self.cached = [0] * rows  # tokens of each row that the cache holds
-        self.check_every = 16 if model.device.type == "cuda" else 1  # steps between device syncs
+    Rows that are being written have the first places of the cache, so a decode step works on a plain slice.
+    A row that ends trades places with the last one that goes on.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model, self.prefill_tokens = model, PREFILL_TOKENS
+        self.cache: KVCache | None = None
+        self.decode: Decode | None = None
+        self.row_at = self.held = torch.empty(0, dtype=torch.long)
+
+    def start(self, rows: int) -> None:
+        """Begin a collection of so many sequences, which are empty."""
+        if self.cache is None or len(self.cache.length) < rows:
+            self.cache = self.decode = None  # frees the memory first
+            self.cache = KVCache(self.model, rows)
+            self.decode = Decode(self.model, self.cache)
+        self.cache.length.zero_()
+        self.row_at = torch.arange(rows)  # (rows,) which row each place of the cache holds
+        self.held = torch.zeros(rows, dtype=torch.long)  # (rows,) tokens of each row in the cache
+
+    def finish(self) -> None:
+        if self.decode is None or not self.decode.graphs:
+            self.cache = self.decode = None
 
     @torch.inference_mode()
     def generate(
         self,
-        rows: list[int] | range,
+        rows: Sequence[int],
         prompts: list[list[int]],
         keys: list[int],
         max_new_tokens: int,
         temperature: float,
-        stop_ids: tuple[int, ...] | list[int],
-        progress: Callable[[int, float, int], None] | None = None,
-        prefill_tokens: int = PREFILL_TOKENS,
+        stop_ids: Collection[int],
+        progress: Callable[[int], None] = lambda messages: None,
     ) -> list[Completion]:
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
 
-        Each prompt must extend what the row's cache holds; only the rest of it is computed. `progress` is
-        told now and then how many messages are written, how much of others as a share of the longest length,
-        and tokens in all. Raises FloatingPointError when the model's output is not finite.
+        Each prompt must extend what the cache holds of its row; only the rest is computed. `progress` is told
+        now and then how many more messages are written. Raises ValueError where a sequence is too long for
+        the model, FloatingPointError where the model's output is not finite.
         """
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
-        for row, ids in zip(rows, prompts):
-            if len(ids) <= self.cached[row]:
-                raise ValueError(
-                    f"row {row} holds {self.cached[row]} tokens; a prompt of {len(ids)} adds none"
-                )
-        longest_prompt, most = max(map(len, prompts)), self.model.config.max_positions
-        if longest_prompt + max_new_tokens > most:
-            raise UserError(
-                f"a transcript of {longest_prompt} tokens and a message of up to {max_new_tokens} exceed the "
-                f"{most} positions of the model; lower --max-new-tokens or --rounds"
+        device, count, rows = self.model.device, len(rows), torch.tensor(rows)
+        lengths = torch.tensor([len(ids) for ids in prompts])  # (B,)
+        if not (lengths > self.held[rows]).all():
+            raise ValueError("a prompt adds no token to what the cache holds of its row")
+        longest, most = int(lengths.max()) + max_new_tokens, self.model.config.max_positions
+        if longest > most:
+            raise ValueError(f"a transcript could reach {longest} tokens; the model has {most} positions")
+        # All at once, so that graphs find the cache in its place, with room behind what any row holds.
+        self.cache.reserve(max(longest, int(self.held.max()) + 1))
+        self._to_front(torch.isin(self.row_at, rows))
+        message_of = torch.empty_like(self.row_at)
+        message_of[rows] = torch.arange(count)
+        live = message_of[self.row_at[:count]]  # place -> number of the message that is written there
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        uniforms = rng.uniforms(keys, max_new_tokens, device).t()  # (max_new_tokens, B)
+        tokens = torch.zeros(max_new_tokens, count, dtype=torch.long, device=device)
+        logprobs = torch.zeros(max_new_tokens, count, device=device)
+        check_every = SYNC_STEPS if device.type == "cuda" else 1
+
+        # 1. Prefill: what the cache lacks of each prompt.
+        hidden = self._prefill([prompts[i] for i in live.tolist()])  # (B, H)
+        index = live.to(device)
+        ended = torch.zeros(count, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            if t == 0:
+                # 2. The first token of each message.
+                token, logprob = draw(self.model.logits(hidden), uniforms[0, index], temperature)
+            else:
+                # 3. Decode: feed the last token, draw the next.
+                now = lengths[live] + t  # (live,) tokens of each row that the cache holds after this step
+                span, even = int(now.max()), bool((now == now[0]).all())
+                token, logprob = self.decode.next(token, uniforms[t, index], temperature, span, even)
+            tokens[t, index], logprobs[t, index] = token, logprob
+            ended |= torch.isin(token, stops)
+            if (t + 1) % check_every == 0 and ended.any():
+                # 4. Messages that have ended leave the batch.
+                goes_on = ~ended.cpu()
+                order = self._to_front(goes_on)[: int(goes_on.sum())]
+                progress(len(live) - len(order))
+                live, index = live[order], index[order.to(device)]
+                token, ended = token[order.to(device)], ended[order.to(device)]
+                if not len(live):
+                    break
+        progress(len(live))
+
+        # 5. Cut each message behind its first stop id.
+        stop = torch.isin(tokens, stops)  # (max_new_tokens, B)
+        stopped = stop.any(0)
+        size = torch.where(stopped, stop.int().argmax(0) + 1, max_new_tokens)  # (B,)
+        inside = torch.arange(max_new_tokens, device=device)[:, None] < size
+        if not (logprobs[inside] > -math.inf).all():  # also catches NaN
+            raise FloatingPointError(
+                "the model's output is not finite: its weights hold NaN, or the temperature is too low"
             )
-        # All at once, so that graphs find it in its place: with room behind what any row holds.
-        self.cache.reserve(max(longest_prompt + max_new_tokens, max(self.cached) + 1))
-        turn = _Turn(self, rows, prompts, keys, max_new_tokens, temperature, set(stop_ids), prefill_tokens)
-        while turn.fill() or turn.live:
-            turn.decode()
-            if progress:
-                progress(*turn.progress)
-        completions = [_cut(*drawn, turn.stops) for drawn in zip(turn.tokens, turn.logprobs)]
-        for i, row in enumerate(rows):  # the last token of a message was sampled, not fed
-            self.cached[row] = len(prompts[i]) + len(completions[i].tokens) - 1
-        for row in set(rows).difference(self.row_at):  # another has taken its slot
-            self.cached[row] = 0
-        self.cache.length.copy_(torch.tensor([self.cached[row] for row in self.row_at]))
-        return completions
+        self.held[rows] = lengths + size.cpu() - 1  # the last token of a message was drawn, not fed
+        self.cache.length[: len(self.row_at)] = self.held[self.row_at].to(device)
+        tokens, logprobs = (x.t().flatten().tolist() for x in (tokens, logprobs))
+        starts = range(0, count * max_new_tokens, max_new_tokens)
+        return [
+            Completion(tokens[i : i + n], logprobs[i : i + n], end)
+            for i, n, end in zip(starts, size.tolist(), stopped.tolist())
+        ]
 
-    def _holders(self, rows: list[int] | range) -> list[int]:
-        """Move slots of `rows` to the front; which i have the first slots now, in order."""
-        index_of = {row: i for i, row in enumerate(rows)}
-        wanted = [row in index_of for row in self.row_at]
-        count = wanted.count(True)
-        self._to_front(wanted, count)
-        return [index_of[row] for row in self.row_at[:count]]
+    def _to_front(self, wanted: Tensor) -> Tensor:
+        """Let the wanted ones of the first places come first, by swapping. Returns the old place of each."""
+        count, order = int(wanted.sum()), torch.arange(len(wanted))
+        holes, fillers = (~wanted[:count]).nonzero()[:, 0], wanted[count:].nonzero()[:, 0] + count
+        if len(holes):
+            to, source = torch.cat([holes, fillers]), torch.cat([fillers, holes])
+            order[to] = source
+            self.row_at[: len(wanted)] = self.row_at[order]
+            self.cache.permute(to.to(self.model.device), source.to(self.model.device))
+        return order
 
-    def _to_front(self, wanted: list[bool], count: int) -> list[int]:
-        """Move the wanted slots, `count` of the first len(wanted), to the front by swapping pairs.
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Feed what the cache lacks of each place's prompt; hidden states (B, H) after the last tokens."""
+        model, cache, device = self.model, self.cache, self.model.device
+        last = torch.empty(len(prompts), model.config.hidden_size, device=device, dtype=model.dtype)
+        held = self.held[self.row_at[: len(prompts)]].tolist()
 
-        Returns the permutation: new slot -> old slot.
-        """
-        holes = [slot for slot in range(count) if not wanted[slot]]
-        fillers = [slot for slot in range(count, len(wanted)) if wanted[slot]]
-        source = list(range(len(wanted)))
-        for hole, filler in zip(holes, fillers):
-            source[hole], source[filler] = filler, hole
-            self.row_at[hole], self.row_at[filler] = self.row_at[filler], self.row_at[hole]
-        if holes:
-            device = self.model.device
-            to = torch.tensor(holes + fillers, device=device)
-            self.cache.permute(to, torch.tensor(fillers + holes, device=device))
-        return source
-
-    def _prefill(self, slots: range, sequences: list[list[int]], budget: int) -> Tensor:
-        """Feed what the cache lacks of each slot's sequence; logits (len(slots), V) after the last token.
-
-        A forward pass has at most `budget` tokens, padding included.
-        """
-        H, device = self.model.config.hidden_size, self.model.device
-        last = torch.empty(slots.stop, H, device=device, dtype=self.model.dtype)
-        whole = dict(zip(slots, sequences))
-        self.cache.reserve(max(map(len, sequences)))
-        self._begin([slot for slot in slots if not self.cached[self.row_at[slot]]], whole, budget, last)
-        self._go_on([slot for slot in slots if self.cached[self.row_at[slot]]], whole, budget, last)
-        return self.model.logits(last[slots.start :])
-
-    def _begin(self, slots: list[int], sequences: dict[int, list[int]], budget: int, last: Tensor) -> None:
-        """Slots with an empty cache, as prefix trees: what their sequences have in common, such as the system
-        prompt, a problem and what teammates said alike, is computed once."""
-        device, pairs_per_token = self.model.device, self.model.config.pairs_per_token
-        new = [(slot, sequences[slot]) for slot in slots]
-        trees = trees_of(new, min(budget, PREFILL_TREE), pairs_per_token)
-        for rows in batches_of(trees, budget, pairs_per_token, device):
-            packed = pack(rows, device)
+        # New rows as prefix trees: what prompts have in common is computed once.
+        new, cost = [(p, ids) for p, ids in enumerate(prompts) if not held[p]], model.config.pairs_per_token
+        trees = trees_of(new, min(self.prefill_tokens, PREFILL_TREE), cost)
+        for batch in batches_of(trees, self.prefill_tokens, cost, device):
+            packed = pack(batch, device)
             source = torch.tensor([t for path in packed.paths.values() for t in path], device=device)
-            to = torch.tensor([slot for slot, path in packed.paths.items() for _ in path], device=device)
-            where = torch.tensor([path[-1] for path in packed.paths.values()], device=device)
-            step = PrefillStep(packed.positions, packed.end, where, self.model.dtype, self.cache, source, to)
-            done = torch.tensor(list(packed.paths), device=device)
-            last[done] = self.model.hidden(packed.tokens, packed=step)  # (slots, H)
-            self.cache.length[done] = packed.positions.flatten()[where] + 1
+            rows = torch.tensor([p for p, path in packed.paths.items() for _ in path], device=device)
+            ends = torch.tensor([path[-1] for path in packed.paths.values()], device=device)
+            step = Step.trees(packed.positions, packed.end, model.dtype)
+            step.keep(cache, rows, packed.positions.flatten()[source], source)
+            last[list(packed.paths)] = model.hidden(packed.tokens, step, ends)
 
-    def _go_on(self, slots: list[int], sequences: dict[int, list[int]], budget: int, last: Tensor) -> None:
-        """Slots whose cache holds a start, padded to the most that one of a pass lacks."""
-        device = self.model.device
-        held = {slot: self.cached[self.row_at[slot]] for slot in slots}
-        rest = {slot: sequences[slot][held[slot] :] for slot in slots}
-        slots = sorted(slots, key=lambda slot: len(rest[slot]))
-        while slots:  # the longest come first, so that memory peaks at once or never
-            width = len(rest[slots[-1]])
-            group = slots[-max(1, budget // width) :]
-            slots = slots[: len(slots) - len(group)]
-            padded = torch.tensor(
-                [rest[slot] + [0] * (width - len(rest[slot])) for slot in group], device=device
-            )
-            rows = torch.tensor(group, device=device)
-            lengths = torch.tensor([len(rest[slot]) for slot in group], device=device)
-            starts = {held[slot] for slot in group}
-            self.cache.reserve(max(starts) + width, starts.pop() if len(starts) == 1 else None)
-            ends = torch.arange(len(group), device=device) * width + lengths - 1
-            last[rows] = self.model.hidden(padded, self.cache, rows, where=ends)  # (rows, H)
-            self.cache.length[rows] += lengths
-
-
-class _Turn:
-    """One call of `Sampler.generate`: message i is that of rows[i]. Some are being written, others wait."""
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        rows: list[int] | range,
-        prompts: list[list[int]],
-        keys: list[int],
-        max_new_tokens: int,
-        temperature: float,
-        stops: set[int],
-        prefill_tokens: int,
-    ):
-        self.sampler, self.rows, self.prompts, self.keys = sampler, rows, prompts, keys
-        self.max_new_tokens, self.temperature, self.stops = max_new_tokens, temperature, stops
-        self.prefill_tokens = prefill_tokens
-        slots, device = len(sampler.row_at), sampler.model.device
-        self.tokens: list[list[int]] = [[] for _ in rows]
-        self.logprobs: list[list[float]] = [[] for _ in rows]
-        self.waiting = collections.deque(range(len(rows)))
-        self.live: list[int] = []  # slot -> message
-        self.step = self.written = 0  # decode steps; tokens of messages that are done
-        self.came: list[int] = []  # slot -> the step at which its message began
-        self.last = torch.empty(0, dtype=torch.long, device=device)  # (live,) the last token of each
-        # What each slot draws with at decode step s stands in row s % max_new_tokens.
-        self.uniforms = torch.empty(max_new_tokens, slots, device=device)
-        self.refill = -(-slots // 4)  # they come together, for what they have in common is computed once
-        held = sampler._holders(rows)
-        if held:
-            self.waiting = collections.deque(sorted(set(self.waiting).difference(held)))
-            self.enter(held)
-
-    @property
-    def progress(self) -> tuple[int, float, int]:
-        """Messages written, how much of others as a share of the longest length, and tokens in all."""
-        under_way = len(self.live) * (self.step + 1) - sum(self.came)
-        done = len(self.rows) - len(self.waiting) - len(self.live)
-        return done, under_way / self.max_new_tokens, self.written + under_way
-
-    def fill(self) -> bool:
-        """Give free slots to messages that wait, if there are enough of both; whether it did."""
-        slots, begun = len(self.sampler.row_at), len(self.live)
-        count = min(slots - begun, len(self.waiting))
-        if count == 0 or slots - begun < self.refill:
-            return False
-        coming = [self.waiting.popleft() for _ in range(count)]
-        for slot, i in enumerate(coming, begun):
-            self.sampler.cached[self.sampler.row_at[slot]] = 0
-            self.sampler.row_at[slot] = self.rows[i]
-        self.enter(coming)
-        return True
-
-    def enter(self, coming: list[int]) -> None:
-        """Begin messages whose rows have the slots behind the live ones: feed prompts, draw first tokens."""
-        begun, sampler = len(self.live), self.sampler
-        slots = range(begun, begun + len(coming))
-        logits = sampler._prefill(slots, [self.prompts[i] for i in coming], self.prefill_tokens)  # (new, V)
-        keys = [self.keys[i] for i in coming]
-        uniforms = rng.uniforms(keys, self.max_new_tokens, logits.device)  # (new, max_new_tokens)
-        first = draw(logits, uniforms[:, 0], self.temperature)
-        self.uniforms[:, slots.start : slots.stop] = uniforms.roll(self.step - 1, 1).t()
-        self.last = torch.cat([self.last, first[0]])
-        self.live, self.came = self.live + coming, self.came + [self.step] * len(coming)
-        self._take([first], begun)
-
-    def decode(self) -> None:
-        """As many steps as the host need not look at what was drawn; then messages that have ended leave."""
-        if not self.live:
-            return
-        sampler, live = self.sampler, len(self.live)
-        # Tokens that the cache holds of each slot are this and the step's number.
-        lengths = [len(self.prompts[i]) - came for i, came in zip(self.live, self.came)]
-        longest, even = max(lengths), min(lengths) == max(lengths)  # if even without a mask: all is seen
-        draws = []
-        for _ in range(min(sampler.check_every, self.max_new_tokens - 1 - (self.step - min(self.came)))):
-            start = longest + self.step
-            sampler.cache.reserve(start + 1, start if even else None)
-            uniform = self.uniforms[self.step % self.max_new_tokens, :live]
-            draws.append(sampler.decode.next(self.last, uniform, self.temperature))
-            self.last = draws[-1][0]
-            self.step += 1
-        self._take(draws, 0)
-
-    def _take(self, draws: list[tuple[Tensor, Tensor]], start: int) -> None:
-        """Add what the slots from `start` on have drawn; messages that have ended leave their slots."""
-        tokens, logprobs = (_rows(torch.stack(x, 1)) for x in zip(*draws))  # (slots, steps)
-        goes_on = [True] * start
-        for slot, i in enumerate(self.live[start:], start):
-            drawn = tokens[slot - start]
-            self.tokens[i] += drawn
-            self.logprobs[i] += logprobs[slot - start]
-            full = self.step - self.came[slot] + 1 == self.max_new_tokens
-            goes_on.append(not full and self.stops.isdisjoint(drawn))
-            if not goes_on[slot]:
-                self.written += len(self.tokens[i])
-        count = goes_on.count(True)
-        if count < len(goes_on):
-            source = self.sampler._to_front(goes_on, count)[:count]
-            self.live, self.came = [self.live[s] for s in source], [self.came[s] for s in source]
-            index = torch.tensor(source, device=self.last.device, dtype=torch.long)
-            self.last = self.last[index]
-            self.uniforms[:, :count] = self.uniforms[:, index]
-
-
-def _rows(x: Tensor) -> list[list]:
-    """As `tolist`, which takes its time for each row."""
-    flat, width = x.flatten().tolist(), x.shape[1]
-    return [flat[i : i + width] for i in range(0, len(flat), width)]
-
-
-def _cut(tokens: list[int], logprobs: list[float], stops: set[int]) -> Completion:
-    """The draws of one row, up to its first stop id."""
-    end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
-    if not all(v > -math.inf for v in logprobs[:end]):  # also catches NaN
-        raise FloatingPointError(
-            "the model's output is not finite: its weights hold NaN, or the temperature is too low"
-        )
-    return Completion(tokens[:end], logprobs[:end], end is not None)
+        # Rows that go on, padded to the longest rest of a pass. The longest come first: memory peaks at once.
+        rests = sorted(((len(ids) - held[p], p) for p, ids in enumerate(prompts) if held[p]), reverse=True)
+        while rests:
+            width = rests[0][0]
+            group = rests[: max(1, self.prefill_tokens // width)]
+            rests = rests[len(group) :]
+            padded = [prompts[p][held[p] :] + [0] * (width - n) for n, p in group]
+            ends = torch.tensor([b * width + n - 1 for b, (n, _) in enumerate(group)], device=device)
+            starts = [held[p] for _, p in group]
+            rows = torch.tensor([p for _, p in group], device=device)
+            step = Step.after(cache, rows, width, max(starts) + width, even=min(starts) == max(starts))
+            last[rows] = model.hidden(torch.tensor(padded, device=device), step, ends)
+        cache.length[: len(prompts)] = torch.tensor([len(ids) for ids in prompts], device=device)
+        return last

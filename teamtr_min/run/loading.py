@@ -108,7 +108,7 @@ def build_team(
             )
         if ranks.size > 1:
             shard(model, ranks, device, dtype)
-        agents[j] = Agent(roles[j], model, chat.tokenizer, chat, adapter, KeptSampler(model))
+        agents[j] = Agent(roles[j], model, chat.tokenizer, chat, adapter, Sampler(model))
     rows = config.batch_rows or Team.batch_rows
     router = load_router(config.router)
     return Team(agents, task, router, config.rounds, config.temperature, config.max_new_tokens, rows, ranks)
@@ -128,19 +128,3 @@ def placement(config: Config) -> tuple[torch.device, torch.dtype]:
     return device, DTYPES[
         config.dtype
     ] if config.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
-
-
-class KeptSampler:
-    def __init__(self, model):
-        self.model, self.inner = model, None
-
-    def start(self, rows):
-        self.inner = Sampler(self.model, rows)
-
-    def generate(self, rows, prompts, keys, most, temperature, stop_ids, progress):
-        done = self.inner.generate(rows, prompts, keys, most, temperature, list(stop_ids))
-        progress(len(rows))
-        return done
-
-    def finish(self):
-        self.inner = None

@@ -1,0 +1,172 @@
+"""The KV cache, what the layers of one forward pass have in common, and attention.
+
+Letters as in model.py. S counts the positions that the tokens of a row may attend to.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+PRODUCTS_FROM_ROWS = 32  # measured on a CPU: from here on two batched products beat torch's kernel
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class KVCache:
+    """Keys and values of many sequences of different lengths; row b holds its first `length[b]` positions.
+
+    `keys` and `values` are (layers, rows, K, capacity, D). Entries past a row's length are leftovers, which
+    no query sees.
+    """
+
+    def __init__(self, model, rows: int, capacity: int = 0):
+        """For `model`, a Transformer: with its shapes, on its device, in its dtype."""
+        c = model.config
+        shape = (c.layers, rows, c.kv_heads, capacity, c.head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in "kv")
+        self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a row that there is room for."""
+        return self.keys.shape[3]
+
+    def reserve(self, positions: int) -> None:
+        """Make room for so many in each row. Storage grows by half at least, so that it rarely grows."""
+        if positions > self.capacity:
+            longer = max(positions, self.capacity * 3 // 2)
+            longer = aligned(longer, self.keys.device)
+            self.keys, self.values = (_longer(x, longer) for x in (self.keys, self.values))
+
+    def permute(self, to: Tensor, source: Tensor) -> None:
+        """Row `to[i]` becomes what row `source[i]` was; all reads come before all writes."""
+        for x in (self.keys, self.values):
+            x[:, to] = x[:, source]
+        self.length[to] = self.length[source]
+
+
+def aligned(positions: int, device: torch.device) -> int:
+    """At least so many; on CUDA a multiple of 64, since kernels are chosen for each new shape."""
+    return -(-positions // 64) * 64 if device.type == "cuda" else positions
+
+
+def _longer(x: Tensor, capacity: int) -> Tensor:
+    longer = x.new_zeros(*x.shape[:3], capacity, x.shape[4])  # on a CPU it takes memory only once written to
+    longer[:, :, :, : x.shape[3]] = x
+    return longer
+
+
+class Step:
+    """One forward pass over tokens (B, T), as every layer needs it. There are three kinds:
+
+    `Step.plain`: each row is a sequence from position 0 on, which may be padded on the right.
+    `Step.trees`: each row is a prefix tree (packing.py); the cache can get what its sequences leave.
+    `Step.after`: each row continues a row of the cache.
+    """
+
+    def __init__(self, positions: Tensor, span: int, mask: Tensor | None = None):
+        self.positions = positions  # (B or 1, T) int64, of each token in its sequence
+        self.span = span  # they are all smaller than this; the S of a cached pass
+        self.mask = mask  # (B or 1, 1, T, S), added to the scores; None: causal, and the last token sees all
+        self.cache: KVCache | None = None  # gets the new keys and values
+        self.seen: slice | Tensor | None = None  # its rows to attend to; None: the new tokens of a row alone
+        self.start: int | None = None  # where the new entries of all `seen` rows begin, if it is the same
+        self.source: Tensor | None = None  # (E,) which of the flattened B * T tokens it gets; None: all
+        self.index: Tensor | None = None  # (E * K,) where they go in the flattened (rows * K * capacity)
+
+    @classmethod
+    def plain(cls, tokens: Tensor) -> "Step":
+        return cls(torch.arange(tokens.shape[1], device=tokens.device)[None], tokens.shape[1])
+
+    @classmethod
+    def trees(cls, positions: Tensor, end: Tensor | None, dtype: torch.dtype) -> "Step":
+        """positions and end (B, T) as in packing.Packed: token i sees token k where k <= i < end[k]."""
+        step = cls(positions, positions.shape[1])
+        if end is not None:
+            t = torch.arange(end.shape[1], device=end.device)
+            step.mask = additive((t <= t[:, None]) & (t[:, None] < end[:, None, None]), dtype)
+        return step
+
+    @classmethod
+    def after(cls, cache: KVCache, rows: slice | Tensor, T: int, span: int, even: bool = False) -> "Step":
+        """T new tokens in each of these rows, none of which gets longer than `span`.
+
+        A slice of rows costs no copy. `even`: all rows are equally long, and reach `span`.
+        """
+        new = torch.arange(T, device=cache.keys.device)
+        if even:
+            step = cls((span - T + new)[None], span)  # (1, T)
+        else:
+            span = aligned(span, cache.keys.device)
+            step = cls(cache.length[rows][:, None] + new, span)  # (B, T)
+        cache.reserve(span)
+        step.cache, step.seen = cache, rows
+        if not even or T > 1:
+            seen = torch.arange(span, device=new.device) <= step.positions[:, None, :, None]
+            step.mask = additive(seen, cache.keys.dtype)
+        if even and isinstance(rows, slice):
+            step.start = span - T
+        else:
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=new.device)
+            step.keep(cache, rows.repeat_interleave(T), step.positions.expand(len(rows), T).flatten())
+        return step
+
+    def keep(self, cache: KVCache, rows: Tensor, positions: Tensor, source: Tensor | None = None) -> None:
+        """Let the cache have an entry (E,) at each of these rows and positions: that of the token at `source`
+        in the flattened B * T, or of all in order."""
+        _, _, K, capacity, _ = cache.keys.shape
+        first = (rows[:, None] * K + torch.arange(K, device=rows.device)) * capacity  # (E, K)
+        self.cache, self.source, self.index = cache, source, (first + positions[:, None]).flatten()
+
+    def exchange(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, K, T, D) of the new tokens -> (B, K, S, D) of all that they may attend to."""
+        if self.cache is None:
+            return k, v
+        visible = []
+        for new, kept in ((k, self.cache.keys[layer]), (v, self.cache.values[layer])):
+            if self.start is not None:
+                kept[self.seen, :, self.start : self.span] = new
+            else:
+                entries = new.transpose(1, 2).flatten(0, 1)  # (B * T, K, D)
+                if self.source is not None:
+                    entries = entries[self.source]
+                kept.view(-1, kept.shape[3]).index_copy_(0, self.index, entries.flatten(0, 1))
+            visible.append(new if self.seen is None else kept[self.seen, :, : self.span])
+        return visible[0], visible[1]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, else -inf. Attention converts a mask of another dtype once a layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, Q/K query heads to a key head. q (B, Q, T, D), k and v (B, K, S, D).
+
+    `mask` (B or 1, 1, T, S) is added to the scores. Without it attention is causal, and the last query sees
+    everything; T is then 1 or S.
+    """
+    (B, Q, T, D), K = q.shape, k.shape[1]
+    with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():  # cuDNN plans for every new shape
+        if T == 1:  # the queries of a group stand where tokens do, so that K and V need no repetition
+            q = q.reshape(B, K, Q // K, D)
+            by_products = not q.is_cuda and B >= PRODUCTS_FROM_ROWS
+            y = _products(q, k, v, mask) if by_products else F.scaled_dot_product_attention(q, k, v, mask)
+            return y.view(B, Q, 1, D)
+        if q.is_cuda and mask is not None:  # the only kernel that takes masks takes no groups
+            k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, S, D)
+        grouped = k.shape[1] != Q
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one new token a row as two batched products; q (B, K, Q/K, D), and so is the result."""
+    B, K, group, D = q.shape
+    scores = (q.flatten(0, 1) / math.sqrt(D)) @ k.flatten(0, 1).transpose(1, 2)  # (B * K, Q/K, S)
+    if mask is not None:
+        scores = scores.view(B, K * group, -1).add_(mask[:, 0]).view(scores.shape)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, K, group, D)
