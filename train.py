@@ -24,6 +24,7 @@ from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
 from teamtr_min.extras.diagnostics import Diagnostics, NoDiagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, users_line
+from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.objective import group_advantages
 from teamtr_min.occupancy import RolloutSource, learning_rate, update_groups, update_order
@@ -38,7 +39,9 @@ HALVINGS = 10
 
 def train(config: Config, ranks: Ranks = ALONE) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
-    check_out(config)
+    if ranks.first:
+        check_out(config)
+    config = pinned(config)
     task = load_task(config, training=True)
     config, plan = plan_training(config, task, ranks)  # refuses what memory cannot hold
     team = build_team(config, task, ranks)

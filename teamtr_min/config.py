@@ -261,8 +261,9 @@ def resumed(given: dict) -> Config:
     """The saved configuration of the run to resume; flags may repeat it but not change it."""
     own = {name: given.pop(name) for name in ("resume", "accept_changes") if name in given}
     saved = Config.load(Path(own["resume"]) / "config.json", **own)
-    if "model" in given and given["model"].split("@")[0] == saved.model.split("@")[0]:
-        del given["model"]  # a saved name carries its commit
+    model = given.get("model", "")
+    if saved.model.split("@")[0] in (model.split("@")[0], os.path.abspath(model)):
+        given.pop("model", None)  # a saved name carries its commit, a saved path is absolute
     changed = [
         f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
         for name, value in given.items()

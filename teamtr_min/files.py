@@ -89,10 +89,6 @@ def replacing(path: Path) -> Iterator[Path]:
 plain_file = Path  # goes with the rebuilt hf and tasks
 
 
-def guarded(path: str, name: str, function: Callable) -> Callable:
-    return function
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

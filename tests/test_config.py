@@ -107,7 +107,7 @@ def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
     "flags, message",
     [
         ("--agents 0", "--agents is 0; the least possible value is 1"),
-        ("--agents 9", "at most 8 operations"),
+        ("--agents 9", "relay takes 1 to 8 turns"),
         ("--agent 2", "unrecognized arguments: --agent 2; did you mean --agents?"),
         ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
         ("--agents three", "--agents: invalid int value: 'three'"),

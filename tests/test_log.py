@@ -69,7 +69,7 @@ def test_violation_rates_count_what_exceeded_its_radius():
 
 
 def test_a_line_holds_only_what_was_measured():
-    assert log.measured({"a": None, "b": math.nan, "c": 0, "d": [], "e": False}) == {
+    assert log.measured({"a": None, "b": math.nan, "i": math.inf, "c": 0, "d": [], "e": False}) == {
         "c": 0,
         "d": [],
         "e": False,

@@ -131,10 +131,10 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
 
 def test_a_chat_template_that_has_changed_is_named(copy, capsys):
     config = json.loads((copy / "config.json").read_text())
-    config["fingerprint"]["prompts of agent 1 (chat template, roles, date)"] = "another"
+    config["fingerprint"]["prompts of agent 1 (template, roles, date)"] = "another"
     (copy / "config.json").write_text(json.dumps(config))
     sentence = refusal(capsys, train.main, "--resume", str(copy))
-    assert "than when it began: prompts of agent 1 (chat template, roles, date); put them back" in sentence
+    assert "than when it began: prompts of agent 1 (template, roles, date); put them back" in sentence
 
 
 # One writer, and disks that refuse

@@ -29,13 +29,9 @@ RESULTS = [f"{key}_{name}{ci}" for name in ("untrained", "start", "final")
            for key in ("accuracy", "return") for ci in ("", "_ci")]  # fmt: skip
 
 
-def finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
-
-
 def measured(line: dict) -> dict:
-    """The line without values that are None or NaN."""
-    return {key: value for key, value in line.items() if value is not None and value == value}
+    """The line without values that are None, NaN or infinite."""
+    return {k: v for k, v in line.items() if v is not None and (type(v) is not float or math.isfinite(v))}
 
 
 def mean_interval(values: Tensor) -> tuple[float, list[float]]:
@@ -70,9 +66,6 @@ def violation_rate(updates: list[dict], kl: str) -> float | None:
 
 def totals(updates: list[dict]) -> dict:
     return {key: sum(u.get(key, 0) for u in updates) for key in COSTS}
-
-
-# Lines of the logs
 
 
 def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update) -> dict:
@@ -125,17 +118,11 @@ def transcripts(rollouts: Rollouts, stage: int, split: str) -> list[dict]:
     stride = max(1, len(rollouts.messages) // TRANSCRIPTS_PER_COLLECTION)
     few = list(zip(rollouts.problems, rollouts.messages, rollouts.returns.tolist()))[::stride]
     return [
-        {
-            "id": problem.id,
-            "text": problem.text,
-            "answer": problem.answer,
-            "messages": [{"agent": m.agent, "text": m.text} for m in messages],
-            "return": value,
-            "stage": stage,
-            "split": split,
-        }
-        for problem, messages, value in few[:TRANSCRIPTS_PER_COLLECTION]
-    ]
+        {"id": p.id, "text": p.text, "answer": p.answer,
+         "messages": [{"agent": m.agent, "text": m.text} for m in messages],
+         "return": value, "stage": stage, "split": split}
+        for p, messages, value in few[:TRANSCRIPTS_PER_COLLECTION]
+    ]  # fmt: skip
 
 
 def read_log(path: Path) -> list[dict]:
@@ -153,9 +140,6 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-# The terminal
-
-
 def say(text: str) -> None:
     """Print above the bars; nothing for an empty text."""
     if text:
@@ -168,25 +152,23 @@ def header(config: Config, team: Team, directory: Path) -> str:
     models = [agent.model for agent in team.agents if agent.model is not None]
     sizes = [sum(p.numel() for p in model.parameters()) for model in models]
     trained = max(sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models)
-    each = [f"{a.role.name} {a.model.config.family if a.model else 'tool'}" for a in team.agents]
-    parts = [f"{len(each)} agents ({', '.join(each)})", f"{' + '.join(f'{n:,}' for n in sizes)} parameters"]
-    if len(set(sizes)) == 1:
-        parts[1] = f"{sizes[0]:,} parameters each"
+    each = ", ".join(f"{a.role.name} {a.model.config.family if a.model else 'tool'}" for a in team.agents)
+    parameters = f"{sizes[0]:,} parameters each"
+    if len(set(sizes)) > 1:
+        parameters = " + ".join(f"{size:,}" for size in sizes) + " parameters"
     if config.lora_rank:
-        parts.append(f"{trained:,} of them trained")
+        parameters += f", {trained:,} of them trained"
     precision = "fp32" if models[0].dtype == torch.float32 else "bf16 over fp32 masters"
-    parts.append(f"{precision} on {models[0].device}")
     scaled = f" times {config.lr_scale}" if config.lr_scale else ""
-    lines = [
-        f"team    {', '.join(parts)}",
-        f"model   {config.model}",
+    return (
+        f"team    {len(team.agents)} agents ({each}), {parameters}, {precision} on {models[0].device}\n"
+        f"model   {config.model}\n"
         f"task    {config.task}: {team.turns} turns, temperature {config.temperature:g}, "
-        f"{config.problems} problems x {config.group} rollouts",
+        f"{config.problems} problems x {config.group} rollouts\n"
         f"method  {config.occupancy} occupancy, {config.order} order, {region(config)}, "
-        f"at most {config.inner_steps} steps at lr {config.lr:g}{scaled}, {config.stages} stages",
-        f"output  {directory}",
-    ]
-    return "\n".join(lines)
+        f"at most {config.inner_steps} steps at lr {config.lr:g}{scaled}, {config.stages} stages\n"
+        f"output  {directory}"
+    )
 
 
 def region(config: Config) -> str:
@@ -310,7 +292,7 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
         lines.append(
             f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned"
         )
-    lines.append(f"{directory}/ holds {', '.join(sorted(path.name for path in directory.iterdir()))}")
+    lines.append(f"{directory}/ holds {', '.join(sorted(path.name for path in directory.glob('*')))}")
     if (directory / "agents").is_dir():
         lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
     return "\n".join(lines)

@@ -84,7 +84,7 @@ class Run:
     ) -> None:
         """Update number i of a stage, which took `seconds`; `more` goes into its line as it is."""
         line = log.update_line(stage, i, learner, rollouts, update)
-        line |= {"delta": log.finite(self.config.delta), "seconds_training": seconds}
+        line |= {"delta": self.config.delta, "seconds_training": seconds}
         if measure := getattr(self.task, "measure", None):
             more |= measure(rollouts.problems, rollouts.messages)
         if taken := line.keys() & more.keys():
@@ -147,7 +147,8 @@ class Run:
                 raise
         finally:
             self._close()
-            log.say(log.closing(self.config, self.directory, self.summary, self.stages))
+            if self.files:
+                log.say(log.closing(self.config, self.directory, self.summary, self.stages))
 
     def _claim(self) -> None:
         """Lock the directory before anything is written; then write, or on resume compare, config.json."""
@@ -264,13 +265,15 @@ def default_directory(config: Config) -> Path:
 
 
 def check_out(config: Config) -> None:
-    """Raises UserError if --out holds anything but an empty log, which a run has opened to lock it."""
+    """Raises UserError if --out holds anything but empty logs, the first of which is a lock."""
     directory = Path(config.out)
     if config.resume or not config.out or not directory.exists():
         return
     if not directory.is_dir():
         raise UserError(f"--out {directory} is a file; a run needs a directory of its own")
-    if any(path.name != LOGS[0] or path.stat().st_size for path in directory.iterdir()):
+    for path in directory.iterdir():
+        if path.name in LOGS and not path.stat().st_size or path.name == ".config.json.part":
+            continue  # left by a run that was killed as it began
         raise UserError(f"--out {directory} exists and is not empty; give another, or remove it first")
 
 
@@ -285,10 +288,8 @@ def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
                 for j, agent in enumerate(team.agents)]  # fmt: skip
     for j, agent in enumerate(team.agents):
         if agent.chat:
-            ids = team.render(j, problem, messages, add_generation_prompt=True).ids
-            found[f"prompts of agent {j} (chat template, roles, date)"] = hashlib.sha256(
-                str(ids).encode()
-            ).hexdigest()
+            ids = str(team.render(j, problem, messages, add_generation_prompt=True).ids)
+            found[f"prompts of agent {j} (template, roles, date)"] = hashlib.sha256(ids.encode()).hexdigest()
     return found
 
 
