@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from teamtr_min.bench.accuracy import find_subject
-from teamtr_min.engine.lora import BASE, WEIGHTS, load_models, merge
+from teamtr_min.engine.lora import WEIGHTS, load_models, merge
 from teamtr_min.files import UserError, replacing
 from teamtr_min.hf.weights import ADAPTER_CONFIG, save_model
 
@@ -29,8 +29,8 @@ def run(team: str | None, whole: bool, out: str | None) -> dict:
         shutil.copytree(Path(subject.name) / "agents", aside)
         for source in adapters:
             model, _ = next(load_models([source], "cpu", torch.float32))
-            for file in (ADAPTER_CONFIG, WEIGHTS, BASE):
-                (aside / source.name / file).unlink(missing_ok=True)
+            for file in (ADAPTER_CONFIG, WEIGHTS):
+                (aside / source.name / file).unlink()
             save_model(merge(model), aside / source.name)
     agents = [str(directory / source.name) for source in sources]
     return {"benchmark": "export", "team": subject.name, "agents": agents, "merged": len(adapters)}

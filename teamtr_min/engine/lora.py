@@ -26,12 +26,12 @@ from teamtr_min.engine.model import FUSED, ModelConfig, Transformer, split_fused
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf.weights import (
     ADAPTER_CONFIG,
-    copy_finite,
     find_base,
     listing,
     load_model,
     locate,
     open_tensors,
+    read,
     save_tensors,
 )
 
@@ -191,21 +191,10 @@ def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
     tensors = adapter_tensors(model, adapter.targets)
     save_tensors({_NAME(name): part for name, part in tensors.items()}, directory / WEIGHTS)
     name, _, revision = (adapter.base, "", "") if os.path.isdir(adapter.base) else adapter.base.partition("@")
-    write_json(
-        directory / ADAPTER_CONFIG,
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": name,
-            "revision": revision or None,
-            "r": adapter.rank,
-            "lora_alpha": adapter.alpha,
-            "target_modules": list(adapter.targets),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-        },
-    )
+    facts = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
+    facts |= {"base_model_name_or_path": name, "revision": revision or None, "inference_mode": True}
+    facts |= {"r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": [*adapter.targets]}
+    write_json(directory / ADAPTER_CONFIG, facts)
 
 
 @torch.no_grad()
@@ -221,4 +210,4 @@ def _load_weights(model: Transformer, adapter: Adapter, file: Path) -> None:
             f"missing, unexpected or misshapen ({listing(wrong)})"
         )
     for name, part in wanted.items():
-        copy_finite(part, file, name)
+        part.copy_(read(file, name))

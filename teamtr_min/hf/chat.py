@@ -29,6 +29,7 @@ CHATML = """\
 {{- (end_of_message if message['role'] == 'assistant' else end_of_input) + '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
+END_FILES = "generation_config.json", "config.json"
 FIRST, OWN, LAST = (f"\N{SECTION SIGN}{letter}\N{SECTION SIGN}" for letter in "FOL")  # stand for contents
 
 
@@ -63,11 +64,10 @@ class Tokenizer:
         before = (around.special_tokens_mask + [0]).index(0)
         self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
         self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
-        files = [
-            at / name for at in {self.directory, base} for name in ("generation_config.json", "config.json")
-        ]
-        found = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
-        self.end_ids = {i for ids in found for i in (ids if isinstance(ids, list) else [ids])} - {None}
+        self.end_ids = set()
+        for file in [at / name for at in (self.directory, base) for name in END_FILES]:
+            ids = read_json(file).get("eos_token_id") if file.is_file() else None
+            self.end_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
         if self.template is None:
             known = self.backend.token_to_id("<|im_end|>") is not None
             self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
@@ -82,7 +82,7 @@ class Tokenizer:
 
         A special token that is spelled in `text` becomes its id, as in a rendered template.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = [i for i, _, _ in self._tokens(text)]
         return [*self.start, *ids, *self._end] if add_special_tokens else ids
 
     def between(self, before: str, text: str, after: str = "", mere: tuple[int, int] = (0, 0)) -> list[int]:
@@ -92,24 +92,24 @@ class Tokenizer:
         token reaches across an end of `text`.
         """
         whole, low, high = before + text + after, len(before), len(before) + len(text)
-        tokens = _encode(self.backend, whole)
-        first, last = low + mere[0], low + mere[1]
+        tokens, first, last = self._tokens(whole), low + mere[0], low + mere[1]
         special = [(start, stop) for i, start, stop in tokens if i in self.special_ids]
         if any(first <= start < last for start, _ in special):
             # Encode anew, as mere text, all that stands between the special tokens before and behind.
             left = max((stop for _, stop in special if stop <= first), default=0)
             right = min((start for start, _ in special if start >= last), default=len(whole))
-            self._inside.encode_special_tokens = True
-            spelled = _encode(self._inside, whole[left:right])
-            self._inside.encode_special_tokens = False
-            tokens = [
-                *(token for token in tokens if token[2] <= left),
-                *((i, left + start, left + stop) for i, start, stop in spelled),
-                *(token for token in tokens if token[1] >= right),
-            ]
+            tokens = [token for token in tokens if token[2] <= left or token[1] >= right]
+            tokens = sorted(tokens + self._tokens(whole, left, right), key=lambda token: token[1])
         if any(start < edge < stop for _, start, stop in tokens for edge in (low, high)):
             raise ValueError(f"a token reaches across an end of {text!r}")
         return [i for i, start, _ in tokens if low <= start < high]
+
+    def _tokens(self, text: str, left: int = 0, right: int | None = None) -> list[tuple[int, int, int]]:
+        """(id, start, stop) of each token; of a part of the text, as mere text."""
+        backend = self.backend if right is None else self._inside
+        backend.encode_special_tokens = right is not None
+        found = backend.encode(text[left:right], add_special_tokens=False)
+        return [(i, left + start, left + stop) for i, (start, stop) in zip(found.ids, found.offsets)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -291,12 +291,6 @@ class ChatFormat:
         return self.tokenizer.render(messages, prompt, strftime_now=self.date.strftime)
 
 
-def _encode(backend: Backend, text: str) -> list[tuple[int, int, int]]:
-    """(id, start, stop) of each token, in characters of `text`."""
-    found = backend.encode(text, add_special_tokens=False)
-    return [(i, start, stop) for i, (start, stop) in zip(found.ids, found.offsets)]
-
-
 def _special(token: str | dict) -> AddedToken:
     fields = {"content": token} if isinstance(token, str) else {k: token[k] for k in token if k != "__type"}
     return AddedToken(**fields | {"special": True})
@@ -319,17 +313,13 @@ def _compiled(template: str) -> jinja2.Template:
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    def now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
+    def to_json(value, ensure_ascii=False, **options) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)

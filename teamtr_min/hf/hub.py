@@ -1,5 +1,6 @@
 """A name on the Hugging Face hub -> the model's directory in the hub's cache, fetched where it is missing."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,38 +25,31 @@ def weight_files(directory: Path) -> list[str]:
     return sorted(set(read_json(directory / INDEX)["weight_map"].values()))
 
 
+@functools.cache
 def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
     """The directory of `repo` at `revision` (a commit, tag or branch); its name is the commit's hash.
 
-    What the cache holds is not asked for again. `accept` gets the directory before any weights are fetched,
-    and may refuse it by raising. Raises UserError where the hub does not give the model.
+    `accept` gets the directory before any weights are fetched, and may refuse it by raising. Raises UserError
+    where the hub does not give the model.
     """
     from huggingface_hub import errors, snapshot_download  # late: few runs need it
 
-    def get(files: list[str], **where) -> Path:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, **where))
-
-    small = ["config.json", INDEX, *TOKENIZER_FILES]
     try:
-        directory = get(small, local_files_only=True)
-        if all(
-            (directory / name).is_file()
-            for name in ("config.json", "tokenizer.json", *weight_files(directory))
-        ):
-            return directory
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
-        pass
-    try:
-        directory = get(small)
+        directory = Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=["config.json", INDEX, *TOKENIZER_FILES]
+            )
+        )
         accept(directory)
-        return get(weight_files(directory))
+        snapshot_download(repo, revision=directory.name, allow_patterns=weight_files(directory))
+        return directory
     except errors.GatedRepoError:
-        why = f"its licence has to be accepted on https://huggingface.co/{repo}; then `hf auth login`"
+        why = f"accept its licence on https://huggingface.co/{repo}, then `hf auth login`"
     except errors.RevisionNotFoundError:
         why = f"it has no revision {revision}"
     except errors.RepositoryNotFoundError:
         why = "there is no such model, or it is private and needs `hf auth login`"
-    except (errors.HTTPError, OSError, ValueError) as error:  # no connection, or HF_HUB_OFFLINE; a full disk
+    except (errors.HTTPError, OSError, ValueError) as error:  # no connection, HF_HUB_OFFLINE, a full disk
         why = (
             f"{error}; `hf download {repo} --local-dir DIR` on a connected machine makes a directory to give"
         )

@@ -104,11 +104,10 @@ def load_model(
     config = read_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    stored = _stored(directory)
-    _check_names(directory, stored, checkpoint_tensors(model), config.tied)
+    files = _files(directory, checkpoint_tensors(model), config.tied)
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():
-        copy_finite(part, stored[name][0], name)
+        part.copy_(read(files[name], name))
     return model
 
 
@@ -129,13 +128,10 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file, whole or not at all. Raises OSError."""
+    """A safetensors file, whole or not at all."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as aside:
-        try:
-            save_file(tensors, aside, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from None
+        save_file(tensors, aside, metadata={"format": "pt"})
 
 
 def open_tensors(path: Path) -> safe_open:
@@ -151,16 +147,16 @@ def open_tensors(path: Path) -> safe_open:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
 
 
-def copy_finite(into: Tensor, file: Path, name: str) -> None:
-    """Read one tensor. Its file is opened for it alone: pages of an open file stay in memory."""
+def read(file: Path, name: str) -> Tensor:
+    """One tensor, finite. Its file is opened for it alone: pages of an open file stay in memory."""
     with open_tensors(file) as f:
-        into.copy_(f.get_tensor(name))
-    if not all(bound.isfinite() for bound in into.aminmax()):  # NaN spreads to both bounds
+        tensor = f.get_tensor(name)
+    if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN spreads to both bounds
         raise UserError(f"{file}: {name} holds NaN or infinity")
+    return tensor
 
 
 def listing(names: list[str]) -> str:
-    """The first few names."""
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
@@ -229,38 +225,32 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     }
 
 
-def _stored(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Tensor name -> (file, shape, stored dtype), from the headers of the files alone."""
-    stored = {}
+def _files(directory: Path, expected: dict[str, Tensor], tied: bool) -> dict[str, Path]:
+    """The file of each tensor. Raises UserError unless the checkpoint holds the expected ones and no others."""
+    files, held, embedding = {}, {}, "model.embed_tokens.weight"
     for file in weight_files(directory):
         with open_tensors(directory / file) as f:
             for name in f.keys():
                 part = f.get_slice(name)
-                stored[name] = (directory / file, part.get_shape(), part.get_dtype())
-    return stored
-
-
-def _check_names(directory: Path, stored: dict, expected: dict[str, Tensor], tied: bool) -> None:
-    """UserError unless the files hold the tensors of the model and no others."""
-    first = "model.embed_tokens.weight"
-    prefix = next((name.removesuffix(first) for name in stored if name.endswith(first)), "")
+                files[name], held[name] = directory / file, (part.get_shape(), part.get_dtype())
+    prefix = next((name.removesuffix(embedding) for name in held if name.endswith(embedding)), "")
     if prefix:
         raise UserError(
             f"{directory} holds tensors named {prefix}..., as of a model inside a wrapper such as "
             "torch.compile's: save the model inside it"
         )
-    wrong = {"missing": [name for name in expected if name not in stored], "unexpected": [], "misshapen": []}
-    for name, (file, shape, kind) in stored.items():
-        if name == "lm_head.weight" and tied and first in stored:  # may repeat the embedding
-            with open_tensors(file) as head, open_tensors(stored[first][0]) as embedding:
-                if not head.get_tensor(name).equal(embedding.get_tensor(first)):
-                    wrong["unexpected"].append(f"{name}, though tie_word_embeddings is set and it differs")
-        elif name not in expected:
-            wrong["unexpected"] += [name] * (not name.endswith("rotary_emb.inv_freq"))
-        elif shape != [*expected[name].shape] or kind not in ("BF16", "F16", "F32"):
-            wrong["misshapen"].append(f"{name} {shape} in {kind}, expected {[*expected[name].shape]}")
+    unexpected = [n for n in held if n not in expected and not n.endswith("rotary_emb.inv_freq")]
+    if tied and "lm_head.weight" in held and embedding in held:  # may repeat the embedding
+        if read(files["lm_head.weight"], "lm_head.weight").equal(read(files[embedding], embedding)):
+            unexpected.remove("lm_head.weight")
+    misshapen = [
+        f"{name} {held[name]}, expected {[*p.shape]}"
+        for name, p in expected.items()
+        if name in held and (held[name][0] != [*p.shape] or held[name][1] not in ("BF16", "F16", "F32"))
+    ]
+    missing = [name for name in expected if name not in held]
+    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     faults = [f"{len(names)} {what} ({listing(names)})" for what, names in wrong.items() if names]
     if faults:
-        raise UserError(
-            f"{directory} does not hold the model that its config.json describes: {', '.join(faults)}"
-        )
+        raise UserError(f"{directory} does not hold the model of its config.json: {', '.join(faults)}")
+    return files
