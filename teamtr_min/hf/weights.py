@@ -226,7 +226,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
 
 
 def _files(directory: Path, expected: dict[str, Tensor], tied: bool) -> dict[str, Path]:
-    """The file of each tensor. Raises UserError unless the checkpoint holds the expected ones and no others."""
+    """The file of each tensor. Raises UserError unless the checkpoint holds what is expected, and no more."""
     files, held, embedding = {}, {}, "model.embed_tokens.weight"
     for file in weight_files(directory):
         with open_tensors(directory / file) as f:
