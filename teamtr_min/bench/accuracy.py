@@ -129,7 +129,7 @@ class Evaluator:
             raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
         self.mode, self.k, self.ranks = mode, k, ranks
         self.team: Team | None = None
-        self.loaded: tuple = ((), [])  # of this team: device, dtype and which agents are tools; sources
+        self.loaded: list[tuple] = []  # its agents: place, source, whether it is a model
         self.planned = 0  # bytes of memory
 
     def evaluate(self, exam: Exam) -> tuple[dict, dict[str, Rollouts]]:
@@ -156,16 +156,16 @@ class Evaluator:
         """k rollouts of the subject on every problem."""
         subject, config, task = exam.subject, exam.subject.config, exam.task
         sources = [str(source) for source in subject.sources or config.model_of_each]
-        roles = roles_of(config, task)
-        key = config.device, config.dtype, [role.tool is None for role in roles]
-        known = self.team is not None and self.loaded[0] == key and self.loaded[1][: len(sources)] == sources
-        if not known:
-            self.team = None
+        roles, place = roles_of(config, task), (config.device, config.dtype)
+        wanted = [(place, source, role.tool is None) for source, role in zip(sources, roles)]
+        loaded = self.loaded[: len(wanted)] == wanted
+        if not loaded:
+            self.team, self.loaded = None, []
             gc.collect()  # its memory serves the next team
-        config, plan = plan_evaluation(config, task, exam.problems, k, sources, known, self.ranks)
+        config, plan = plan_evaluation(config, task, exam.problems, k, sources, loaded, self.ranks)
         self.planned = plan.total
-        if not known:
-            self.team, self.loaded = build_team(config, task, self.ranks, sources), (key, sources)
+        if not loaded:
+            self.team, self.loaded = build_team(config, task, self.ranks, sources), wanted
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
         router, how = load_router(config.router), (config.temperature, config.max_new_tokens)
         team = Team(agents, task, router, config.rounds, *how, config.batch_rows, self.ranks)

@@ -104,7 +104,7 @@ class Machine:
             except Exception as error:  # a peer may be missing, or refuse this shape, device or torch
                 if name == "ours":
                     raise
-                rows[name]["missing"] = one_line(f"{type(error).__name__}: {error}", 55)
+                rows[name]["missing"] = one_line(str(error) or type(error).__name__, 40)
                 continue
             works[name], right = work, got if right is None else right
             if isinstance(got, tuple):
