@@ -1,10 +1,24 @@
-"""`--diagnostics`: what each update of a run was worth, estimated on rollouts of its own."""
+"""`--diagnostics`: estimates of stale gap, occupancy shift and lower bounds, on rollouts of their own.
+
+The estimators read tables with a row per rollout and a column per turn, (R, turns); the G rollouts of a
+problem are neighbours. j is the agent that is updated; team^0 is the team at the start of the stage,
+team^{i-1} the one just before the update:
+
+    writes    bool: j wrote this message
+    log_w     log pi_new - log pi_old of the message, 0 where another agent wrote it
+    log_rho   log-likelihood of all messages *before* this turn under team^{i-1}, minus under team^0
+
+On enumerable teams (studies/estimators.py) they are unbiased, and their intervals hold while updates are
+small. From about 1 nat per message on, the intervals of the gap, which weighs by 1/rho, cover the truth too
+rarely, and ESS/B, which should warn of it, is itself read too high.
+"""
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -12,14 +26,101 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
-from teamtr_min.extras import certificate
-from teamtr_min.extras.certificate import GAMMA, before_turn, bootstrap
 from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
 from teamtr_min.team import Team
 
+GAMMA = 0.99  # [ours] the paper's is not public
+RESAMPLES = 500
+
+
+# Estimators
+
+
+def centred(returns: Tensor) -> Tensor:
+    """Returns (P, G) minus the mean of the problem's *other* rollouts: independent, so unbiased. [ours]"""
+    return (returns - returns.mean(1, keepdim=True)) * (returns.shape[1] / (returns.shape[1] - 1))
+
+
+def surrogate_terms(returns: Tensor, log_w: Tensor, writes: Tensor) -> Tensor:
+    """(R,) terms whose mean estimates L^seq, undiscounted: sum over j's turns of (w - 1)(return - baseline).
+
+    In each state E_old[w A] = E_new[A] and E_old[A] = 0, so w - 1 in place of w changes the variance alone.
+    """
+    return (log_w.expm1() * writes).sum(1) * centred(returns).flatten()
+
+
+def gap_terms(returns: Tensor, log_w: Tensor, log_rho: Tensor, writes: Tensor) -> Tensor:
+    """(R,) terms whose mean estimates the signed gap L^seq - L^stale from rollouts of team^{i-1}.
+
+    The weight 1/rho turns team^{i-1}'s states into team^0's; the advantages stay team^{i-1}'s.
+    """
+    shift = -(-log_rho).expm1() * log_w.expm1() * writes
+    return shift.sum(1) * centred(returns).flatten()
+
+
+def occupancy_shift(log_rho: Tensor, writes: Tensor) -> Tensor:
+    """D_occ in [0, 1]: total variation between team^{i-1}'s and team^0's states where j acts, turn by turn.
+
+    From rollouts of *team^0*: E|rho - 1| / 2 over j's messages, rho self-normalised within each turn.
+    """
+    rho = log_rho.exp() * writes
+    mean = rho.sum(0) / writes.sum(0).clamp(min=1)  # (turns,)
+    return ((rho / mean.clamp(min=1e-30) - 1).abs() * writes).sum() / (2 * writes.sum().clamp(min=1))
+
+
+def effective_sample_share(log_rho: Tensor, writes: Tensor) -> Tensor:
+    """ESS/B, a share of j's messages in rollouts of team^0: (sum rho)^2 / (messages * sum rho^2)."""
+    drift = log_rho * writes
+    rho = (drift - drift.max()).exp() * writes  # no overflow; the scale cancels
+    return rho.sum().square() / (writes.sum() * rho.square().sum()).clamp(min=1e-300)
+
+
+def message_kl(log_w: Tensor, writes: Tensor) -> Tensor:
+    """KL(old || new) per message of j, as the mean of w - 1 - log w: unbiased on rollouts held out. [ours]"""
+    return ((log_w.expm1() - log_w) * writes).sum() / writes.sum().clamp(min=1)
+
+
+def before_turn(log_ratio: Tensor) -> Tensor:
+    """(R, turns) log-ratio of each message -> of all messages before it."""
+    return F.pad(log_ratio.cumsum(1)[:, :-1], (1, 0))
+
+
+def penalty_constant(gamma: float = GAMMA, largest_advantage: float = 1.0) -> float:
+    """c = sqrt(2) gamma A_max / (1 - gamma)^2 of Prop. 3.3 and Thm 3.4 to 3.7."""
+    return math.sqrt(2) * gamma * largest_advantage / (1 - gamma) ** 2
+
+
+def stage_certificate(diagnoses: dict[int, dict]) -> dict:
+    """Thm 3.6 for one stage: the sum of its updates' bounds, each a proxy. `diagnoses`: update number -> found.
+
+    `vacuous` says that the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean |gap|
+    of all updates but the first, whose gap is 0.
+    """
+    gaps = [abs(found["gap"]) for i, found in diagnoses.items() if i > 0]
+    return {
+        "certificate": sum(found["certificate"] for found in diagnoses.values()),
+        "vacuous": sum(found["penalty"] for found in diagnoses.values()) > 1,
+        "bound": sum(found["bound"] for found in diagnoses.values()),
+        "delta_stale": sum(gaps) / len(gaps) if gaps else None,
+    }
+
+
+def bootstrap(
+    statistic: Callable[..., Tensor], *tables: Tensor, group: int, seed: int
+) -> tuple[float, list[float]]:
+    """A statistic of tables (R, ...) and its 95% percentile interval over problems, `group` rows each."""
+    problems = len(tables[0]) // group
+    chosen = rng.generator(seed, "bootstrap").integers(problems, size=(RESAMPLES, problems))
+    rows = (torch.from_numpy(chosen)[..., None] * group + torch.arange(group)).flatten(1)  # (resamples, R)
+    values = torch.vmap(statistic)(*(table[rows] for table in tables)).double()
+    return statistic(*tables).item(), values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+
+
+# In a run
+
 
 class NoDiagnostics:
-    """What a run without `--diagnostics` has in their place."""
+    """The diagnostics of a run without `--diagnostics`."""
 
     def before(self, i: int, agents: list[int]) -> None:
         pass
@@ -34,122 +135,122 @@ class NoDiagnostics:
 class Diagnostics:
     """Diagnoses the updates of one stage, each on rollouts of the team just before it.
 
-    Keeps the weights of all agents at the start of the stage, and of those in an update just before it. Its
-    problems are not those that are trained on.
+    Its problems are not those that are trained on. It keeps a copy of all weights from the start of the stage,
+    and of an updated agent's from just before the update.
     """
 
     def __init__(self, config: Config, team: Team, stage: int):
         self.config, self.team, self.stage = config, team, stage
-        problems = rng.generator(config.seed, "diagnostics", stage)
-        self.problems = team.task.sample_problems(config.problems, problems)
+        generator = rng.generator(config.seed, "diagnostics", stage)
+        self.problems = team.task.sample_problems(config.problems, generator)
         self.start = [weights_of(agent.model) if agent.model else [] for agent in team.agents]
-        self.updated: list[int] = []
+        self.updated: list[int] = []  # agents of the updates before
+        self.agents: list[int] = []  # of this update
+        self.old: dict[int, list[Tensor]] = {}  # their weights before it
         self.first: Rollouts | None = None  # of team^0
-        self.found: list[dict] = []  # of each update that could be diagnosed
+        self.rollouts: Rollouts | None = None  # of team^{i-1}
+        self.i = 0  # number of this update
+        self.diagnoses: dict[int, dict] = {}  # of the stage's updates, by number
 
     def before(self, i: int, agents: list[int]) -> None:
         """Call just before update number i of the stage, which moves `agents`."""
-        self.update = i
         path = rng.RngPath(self.config.seed, "diagnostics", self.stage, i)
-        group = self.config.group
-        self.rollouts = collect(self.team, self.problems, group, path, label="diagnosing")
+        self.rollouts = collect(self.team, self.problems, self.config.group, path, label="diagnosing")
         self.first = self.first or self.rollouts
-        self.agents = agents
+        self.i, self.agents = i, agents
         self.old = {j: weights_of(self.team.agents[j].model) for j in agents}
 
     @torch.no_grad()
     def after(self) -> dict:
-        """Call just after it; what metrics.jsonl keeps of the diagnosis, estimates absent if it has none."""
+        """Call just after it. Returns the line for metrics.jsonl: without estimates where a router left the
+        agents out of all rollouts."""
         cost = {
             "rollouts_diagnostics": self.rollouts.count_sampled,
             "tokens_sampled_diagnostics": self.rollouts.tokens_sampled,
             "seconds_diagnostics": self.rollouts.seconds,
         }
-        group, seed = self.rollouts.group_size, self.config.seed
         writes, wrote = self._writes(self.rollouts), self._writes(self.first)
-        if not writes.any() or not wrote.any():  # a router left the agent out: nothing to measure
-            self.updated += self.agents
-            return cost
+        if writes.any() and wrote.any():
+            self.diagnoses[self.i] = self._estimates(writes, wrote)
+            cost |= self.diagnoses[self.i]
+        self.updated += self.agents
+        return cost
+
+    def of_stage(self) -> dict:
+        """Call at the end of the stage: its certificate, empty if no update was diagnosed."""
+        return stage_certificate(self.diagnoses) if self.diagnoses else {}
+
+    def _estimates(self, writes: Tensor, wrote: Tensor) -> dict:
+        group, seed, returns = self.rollouts.group_size, self.config.seed, self.rollouts.grouped_returns
         log_w = self._log_ratio(self.rollouts, self.old)
         start = {k: self.start[k] for k in self.updated}
         log_rho = before_turn(self._log_ratio(self.rollouts, start))
-        terms = certificate.surrogate_terms(self.rollouts.grouped_returns, log_w, writes)
-        gap = certificate.gap_terms(self.rollouts.grouped_returns, log_w, log_rho, writes)
         drift = before_turn(self._log_ratio(self.first, start))
-
-        surrogate, (low, high) = bootstrap(lambda x: x.mean(), terms, group=group, seed=seed)
-        zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
-        kl, (kl_low, kl_high) = bootstrap(certificate.message_kl, log_w, writes, group=group, seed=seed)
-        penalty = certificate.penalty_constant() * math.sqrt(max(kl, 0.0)) + zeta / (1 - GAMMA)
-        turns = writes.sum(1).float()  # (R,) messages of the agent in each rollout
-        # One message at most: an agent's own update cannot move the states it acts in, and L^seq is exact.
-        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl_high, 0.0) / 2)
-        found = {"surrogate": surrogate, "surrogate_ci": [low, high], "zeta": zeta}
-        found |= {"kl_held_out": kl, "kl_held_out_ci": [kl_low, kl_high]}
+        found = {}
         for name, statistic, *tables in (
-            ("gap", lambda x: x.mean(), gap),
-            ("occupancy_shift", certificate.occupancy_shift, drift, wrote),
-            ("ess", certificate.effective_sample_share, drift, wrote),
+            ("surrogate", torch.mean, surrogate_terms(returns, log_w, writes)),
+            ("gap", torch.mean, gap_terms(returns, log_w, log_rho, writes)),
+            ("occupancy_shift", occupancy_shift, drift, wrote),
+            ("ess", effective_sample_share, drift, wrote),
+            ("kl_held_out", message_kl, log_w, writes),
         ):
             found[name], found[f"{name}_ci"] = bootstrap(statistic, *tables, group=group, seed=seed)
-        self.updated += self.agents
-        found |= {"certificate": surrogate - penalty, "penalty": penalty, "bound": bound}
-        self.found.append({"update": self.update, **found})
-        return found | cost
-
-    def of_stage(self) -> dict:
-        """The certificate of the whole stage, after its last update."""
-        return certificate.stage_certificate(self.found) if self.found else {}
+        low, high = found["surrogate_ci"]
+        zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
+        penalty = penalty_constant() * math.sqrt(max(found["kl_held_out"], 0.0)) + zeta / (1 - GAMMA)
+        turns = writes.sum(1).float()  # (R,) messages of the agents in each rollout
+        # An agent that writes one message cannot move the states it acts in: L^seq is its gain exactly.
+        kl = max(found["kl_held_out_ci"][1], 0.0)
+        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * kl / 2)
+        certificate = found["surrogate"] - penalty
+        return found | {"zeta": zeta, "certificate": certificate, "penalty": penalty, "bound": bound}
 
     def _writes(self, rollouts: Rollouts) -> Tensor:
         """(R, turns) bool: a message of an agent that was updated."""
         return torch.tensor([[m.agent in self.agents for m in messages] for messages in rollouts.messages])
 
-    def _log_ratio(self, rollouts: Rollouts, old: dict) -> Tensor:
-        """(R, turns): log-prob of each message of agents as they are now, minus with their `old` weights."""
-        table = torch.zeros(
-            len(rollouts.messages), self.team.turns, dtype=torch.double
-        )  # exp never overflows
+    def _log_ratio(self, rollouts: Rollouts, old: dict[int, list[Tensor]]) -> Tensor:
+        """(R, turns) fp64, where exp does not overflow: log-prob of each message of the agents in `old` by
+        their present weights, minus by the old ones."""
+        table = torch.zeros(len(rollouts.messages), self.team.turns, dtype=torch.double)
         for j, weights in old.items():
-            table += message_logps(self.team, rollouts, j, self.config)
-            with replaced_weights(self.team.agents[j].model, weights):
-                table -= message_logps(self.team, rollouts, j, self.config)
+            table += message_logps(self.team, rollouts, j, self.config.batch_tokens)
+            with swapped(self.team.agents[j].model, weights):
+                table -= message_logps(self.team, rollouts, j, self.config.batch_tokens)
         return table
 
 
 def weights_of(model: Transformer) -> list[Tensor]:
-    """A copy of all weights that are trained."""
+    """A copy of the weights that are trained."""
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
 @contextlib.contextmanager
-def replaced_weights(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
+def swapped(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
     """Within, the model has these weights in place of its own."""
-    trained, own = [p for p in model.parameters() if p.requires_grad], weights_of(model)
+    own = weights_of(model)
 
-    def set_to(values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for p, value in zip(trained, values):
-                p.copy_(value)
+    @torch.no_grad()
+    def put(values: list[Tensor]) -> None:
+        for p, value in zip([p for p in model.parameters() if p.requires_grad], values):
+            p.copy_(value)
 
     try:
-        set_to(weights)
+        put(weights)
         yield
     finally:
-        set_to(own)
+        put(own)
 
 
 @torch.no_grad()
-def message_logps(team: Team, rollouts: Rollouts, j: int, config: Config) -> Tensor:
-    """(R, turns) log-probs of the messages of agent j, 0 at others' turns."""
-    table = torch.zeros(len(rollouts.messages), team.turns)
-    none = torch.zeros_like(rollouts.returns)
-    model, batches = team.agents[j].model, agent_batches(team, rollouts, [j], none, config.batch_tokens)
+def message_logps(team: Team, rollouts: Rollouts, j: int, batch_tokens: int) -> Tensor:
+    """(R, turns) fp32 log-probs of the messages of agent j, 0 at others' turns."""
+    table, model = torch.zeros(len(rollouts.messages), team.turns), team.agents[j].model
+    none = torch.zeros_like(rollouts.returns)  # no advantage is used here
+    batches = agent_batches(team, rollouts, [j], none, batch_tokens).own
     with unsharded(model):
-        for batch in (b for b in batches.own if isinstance(b, AgentBatch)):
+        for batch in (b for b in batches if isinstance(b, AgentBatch)):
             logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
-            rows = batch.rollout.unique_consecutive().tolist()  # messages of a rollout stand in turn order
-            turns = [t for r in rows for t, m in enumerate(rollouts.messages[r]) if m.agent == j]
-            table[batch.rollout.cpu(), turns] = batch.per_message(logp[batch.pair]).cpu()
+            table[batch.rollout.cpu(), batch.turn.cpu()] = batch.per_message(logp[batch.pair]).cpu()
     team.ranks.sum([table])
     return table

@@ -1,164 +1,325 @@
-"""`--resume RUN --replace AGENT=MODEL`: a run of its own that goes on where RUN is, with one other agent.
+"""Replace one agent of a run by another model, after Stage-0 alignment. [paper]
 
-RUN is only read. The new directory gets what a run that was stopped leaves: RUN's logs up to its newest
-checkpoint, a line about the replacement, and a checkpoint in which the newcomer's learner is new. So what
-follows is a resume like any other.
+    python -m teamtr_min.extras.replace --resume RUN --agent 1 --model qwen2.5-0.5b --stages 40
+    python train.py --resume RUN-replaced
+
+The first command only reads RUN. It makes a new run: RUN's logs up to its newest checkpoint, a line about
+the replacement, and a checkpoint in which agent 1 is the newcomer. The second resumes it as any other run.
+
+Stage-0 teaches the newcomer the habits of the incumbent, the agent that it replaces, before the team works
+with it. Probe contexts are the team's own rollouts. At each token of the incumbent's messages the target is
+the policy nearest to the newcomer that the team would hardly notice: [mechanism ours]
+
+    pi_target ∝ pi_new^{1/(1+lam)} * pi_incumbent^{lam/(1+lam)},   KL(pi_target || pi_incumbent) <= delta
+
+with the least lam >= 0. Both policies are frozen in the target. The loss is KL(pi_target || newcomer), summed
+over a message, averaged over messages. A token with lam = 0 is inside already, and its target is the newcomer
+as it came: this holds it there while other tokens are learned. [ours]
+
+The target needs one vocabulary for both. A newcomer with another one learns the text of the incumbent's
+messages, by next-token prediction.
 """
 
 import dataclasses
-import json
-import shutil
+import functools
+import math
+import os
+import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from teamtr_min.config import Config
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teamtr_min.config import Config, Parser
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.extras.align import align, share_vocabulary
-from teamtr_min.files import UserError, lock, sha256
-from teamtr_min.hf.weights import find_model, pinned
-from teamtr_min.learner import Learner
-from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run import checkpoint, metrics
-from teamtr_min.run.console import replace_text
-from teamtr_min.run.directory import new_directory
+from teamtr_min.engine.model import Transformer
+from teamtr_min.extras.diagnostics import bootstrap
+from teamtr_min.extras.warm_start import imitate
+from teamtr_min.files import UserError, lock, replacing, to_json
+from teamtr_min.hf.weights import pinned
+from teamtr_min.learner import Diverged, Learner
+from teamtr_min.occupancy import update_groups
+from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
+from teamtr_min.run import checkpoint
+from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
-from teamtr_min.run.system import set_threads
+from teamtr_min.run.run import fingerprint
 from teamtr_min.tasks import load_task
-from teamtr_min.team import Team, load_team
+from teamtr_min.tasks.task import Message
+from teamtr_min.team import Agent, Team
 
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]
+BISECTIONS = 24  # as finely as fp32 divides [0, 1]
+MOST_LOGITS = (
+    2**25
+)  # of a batch, but for those of a single rollout: 128 MiB, and about six such tensors at once
+LR_FACTOR = 4  # on --lr, which suits returns: a target for every token is a stronger signal
 
 
-def replaced(config: Config, ranks: Ranks = ALONE) -> Config:
-    """The configuration of the run to go on with: a new one if an agent is to be replaced."""
-    if not config.replace:
-        return config
-    run = Path(config.resume)
-    own = dataclasses.replace(config, out=config.out or f"{run}-replaced")
-    directory = Path(ranks.agree(str(new_directory(own)) if ranks.first else None))
-    try:
-        with (run / "metrics.jsonl").open() as file:
-            if ranks.first:
-                lock(file)  # RUN must not move on meanwhile
-            _write(run, directory, config, ranks)
-        ranks.agree(None)  # what the first wrote is there for all
-    except BaseException:
-        if ranks.first:
-            shutil.rmtree(directory)
-        raise
-    return Config.load(directory / "config.json", {"resume": str(directory)})
+# Alignment
 
 
-def _write(run: Path, directory: Path, config: Config, ranks: Ranks) -> None:
-    """Replace the agent, and fill the new run's directory; config.json, which makes it a run, comes last."""
-    begin = time.perf_counter()
-    j, model = _agent_and_model(config)
-    models = config.model_of_each
-    models[j], incumbent = model, models[j]
-    changes = {"model": ",".join(models), "resume": "", "replace": "", "align": Config.align}
-    new_config = pinned(dataclasses.replace(config, out=str(directory), **changes))
-    set_threads(new_config.shipped)
-    task = load_task(config, training=True)
-    resumed = dataclasses.replace(new_config, resume=str(directory))
-    plan_training(resumed, task, ranks, beside=[incumbent])  # refuses what memory or disk cannot hold
-    roles = task.roles(config.agents)
-    team = load_team(config, roles, ranks=ranks)
-    learners = [Learner(team, agents, config.beta) for agents in config.update_groups]
-    done, log = checkpoint.load(run, learners)
-    if log is None:
-        raise UserError(f"{run} has no checkpoint yet; start it anew with other models")
-    stages = done - config.warm_start
-    if stages < 0:
-        raise UserError(f"{run} is still in its warm start; resume it until that is over")
-    if stages >= config.stages:
-        raise UserError(
-            f"{run} has done all of its {config.stages} stages; give --stages of more than {stages} "
-            "to train on after the replacement"
-        )
-    logs = {name: _start_of(run / name, count) for name, count in log["bytes"].items()}
-    (newcomer,) = load_team(config.of_one(model), roles[j : j + 1]).agents
-    agents = [newcomer if k == j else agent for k, agent in enumerate(team.agents)]
-    new_team = dataclasses.replace(team, agents=agents)
-
-    held_out = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
-    path = rng.RngPath(config.seed, "replace", done)  # the same draws for each, so that they pair
-    looked_at = {"label": "evaluating", "compact": True}
-    before = collect(team, task, held_out, 1, path, **looked_at)
-    evaluations = {"replaced": collect(new_team, task, held_out, 1, path, **looked_at)}
-    probes, measured = [], {}
-    if config.align:
-        if not share_vocabulary(team.agents[j], newcomer):
-            print(f"agent {j} and {model} have different vocabularies: it learns from the text of messages")
-        probes = [_probe(config, task, team, done)]
-        measured = align(*probes, new_team, j, config)
-        evaluations["aligned"] = collect(new_team, task, held_out, 1, path, **looked_at)
-    for name, after in evaluations.items():
-        measured |= metrics.swap_shock(name, before, after, config.seed)
-    line = metrics.measured({
-        "kind": "replace",
-        "stage": stages,
-        "agent": j,
-        "model": model,
-        "accuracy_before": before.accuracy,
-        **measured,
-        **metrics.cost_of([before, *evaluations.values(), *probes], "replace"),
-        "seconds_replace": time.perf_counter() - begin,
-    })  # fmt: skip
-    print(replace_text(line, newcomer.role.name), flush=True)
-
-    if ranks.first:
-        logs["metrics.jsonl"] += json.dumps(line).encode() + b"\n"
-        for name, content in logs.items():
-            (directory / name).write_bytes(content)
-        log |= {
-            "sha256": {name: sha256(directory / name) for name in logs},
-            "bytes": {name: len(content) for name, content in logs.items()},
-            "seconds": log["seconds"] + time.perf_counter() - begin,
-        }
-    learners = [_with_newcomer(learner, new_team, j, config) for learner in learners]
-    checkpoint.save(directory, done, learners, log, config.keep)
-    if ranks.first:
-        new_config.save(directory / "config.json")
+def mixture(new: Tensor, incumbent: Tensor, weight: Tensor) -> Tensor:
+    """log pi_target (N, V) from finite log-probs (N, V); weight (N,) is lam / (1 + lam), in [0, 1]."""
+    return torch.lerp(new, incumbent, weight[:, None]).log_softmax(1)
 
 
-def _agent_and_model(config: Config) -> tuple[int, str]:
-    number, _, model = config.replace.partition("=")
-    if not (number.strip().isdecimal() and model.strip()) or "," in model:
-        raise UserError(f"--replace takes AGENT=MODEL, such as 1=qwen2.5-0.5b, not {config.replace!r}")
-    if int(number) >= config.agents:
-        raise UserError(f"no agent {int(number)} to replace; the run's are numbered 0 to {config.agents - 1}")
-    find_model(model.strip())  # or say at once that there is none
-    return int(number), model.strip()
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats (N,), of finite log-probs (N, V)."""
+    return (p.exp() * (p - q)).sum(1)
 
 
-def _start_of(path: Path, count: int) -> bytes:
-    """What a log held when the checkpoint was written."""
-    content = path.read_bytes()[:count]
-    if len(content) < count:
-        raise UserError(f"{path} was cut short; nothing to resume from")
-    return content
+def mixture_weight(new: Tensor, incumbent: Tensor, delta: float) -> Tensor:
+    """The least weight (N,) whose mixture has KL(mixture || incumbent) <= delta: 0 where `new` is inside.
 
-
-def _probe(config: Config, task, team: Team, done: int) -> Rollouts:
-    """Rollouts with about PROBES messages of each agent, on problems to train on."""
-    problems, count = [], -(-PROBES // config.rounds)
-    while len(problems) < count:
-        generator = rng.generator(config.seed, "probes", done, len(problems))
-        problems += task.sample_problems(config.problems, generator)
-    return collect(team, task, problems[:count], 1, rng.RngPath(config.seed, "probes", done))
-
-
-def _with_newcomer(old: Learner, team: Team, j: int, config: Config) -> Learner:
-    """The learner with the newcomer's weights in place of agent j's, no state of Adam and the first beta.
-
-    Those who step together with the newcomer keep their masters and Adam's state.
+    The KL falls all the way from weight 0 to 1, so bisection finds it. [ours] bisects lam; its weight is the
+    same search in an interval that ends. The weight that is returned lies inside.
     """
-    if j not in old.agents:
-        return old
-    new, kept = Learner(team, old.agents, config.beta), dict(zip(old.names, old.masters))
-    for name, master in zip(new.names, new.masters):
-        if old.agents[int(name.partition(".")[0])] != j:
-            master.data.copy_(kept[name].data)
-            new.optimizer.state[master] = old.optimizer.state[kept[name]]
-    return new
+    low = torch.zeros_like(new[:, 0])
+    high = 1 - (kl_divergence(new, incumbent) <= delta).to(new)  # weight 1 is the incumbent; NaN is outside
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        inside = kl_divergence(mixture(new, incumbent, middle), incumbent) <= delta
+        low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+    return high
+
+
+class Lesson(NamedTuple):
+    """One batch of the newcomer's, with what its targets are made of. Hidden states wait on the host."""
+
+    batch: AgentBatch
+    hidden: list[Tensor]  # (N, H) each, of the newcomer as it came and of the incumbent
+    heads: list[Tensor]  # (V, H) each
+    temperature: float
+    delta: float
+
+    def target(self) -> tuple[Tensor, Tensor]:
+        """log pi_target (N, V), and the weight (N,) of the incumbent in it."""
+        pairs = zip(self.hidden, self.heads)
+        both = [log_probs(x.to(head.device), head, self.temperature) for x, head in pairs]
+        weight = mixture_weight(*both, self.delta)
+        return mixture(*both, weight), weight
+
+    def loss(self, model: Transformer) -> Tensor:
+        """Sum of KL(pi_target || model) over the tokens of the batch."""
+        with torch.no_grad():
+            target, _ = self.target()
+        head = model.head[: len(self.heads[0])]
+        return kl_divergence(target, log_probs(hidden_of(model, self.batch), head, self.temperature)).sum()
+
+
+def hidden_of(model: Transformer, batch: AgentBatch) -> Tensor:
+    """(N, H) hidden states that predict each of the batch's tokens."""
+    return batch.hidden(model)[batch.pair]
+
+
+def log_probs(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """hidden (N, H), head (V, H) -> (N, V) fp32."""
+    return (F.linear(hidden.float(), head.float()) / temperature).log_softmax(1)
+
+
+@torch.no_grad()
+def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) -> list[Lesson]:
+    """The incumbent's messages in rollouts of team `old`, as batches of agent j of team `new`.
+
+    Each of the two sees a message in contexts of its own template and in batches of its own order, so hidden
+    states are matched by rollout and turn.
+    """
+    models, none = [team.agents[j].model for team in (new, old)], torch.zeros_like(rollouts.returns)
+    vocabulary = min(len(model.head) for model in models)  # one may have padding past it
+    heads = [model.head.detach()[:vocabulary].clone() for model in models]
+    tokens = min(config.batch_tokens, MOST_LOGITS // vocabulary)
+    own, its = (agent_batches(team, rollouts, [j], none, tokens).own for team in (new, old))
+
+    def places(batch: AgentBatch) -> list[tuple[int, int]]:
+        return list(zip(batch.rollout.tolist(), batch.turn.tolist()))
+
+    seen = {}  # (rollout, turn) -> the incumbent's hidden states (tokens, H) of that message
+    for batch in its:
+        lengths = torch.bincount(batch.message).tolist()
+        seen |= zip(places(batch), hidden_of(models[1], batch).cpu().split(lengths))
+    found = []
+    for batch in own:
+        hidden = [hidden_of(models[0], batch).cpu(), torch.cat([seen[place] for place in places(batch)])]
+        found.append(Lesson(batch, hidden, heads, config.temperature, config.delta))
+    return found
+
+
+def teach(learner: Learner, taught: list[Lesson], messages: int, lr: float) -> float:
+    """One step on the mean loss per message, which is returned. Raises Diverged if it is not finite."""
+    loss = 0.0
+    for lesson in taught:
+        part = lesson.loss(learner.models[0]) / messages
+        part.backward()
+        learner.add_gradients()
+        loss += part.item()
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss of the alignment is {loss}")
+    learner.step(lr)
+    return loss
+
+
+def share_vocabulary(a: Agent, b: Agent) -> bool:
+    """Whether both write the same tokens under the same ids, and end a message with the same one."""
+    one, other = (agent.tokenizer.backend.get_vocab(with_added_tokens=True) for agent in (a, b))
+    return one == other and a.chat.end_of_message == b.chat.end_of_message
+
+
+def in_tokens_of(newcomer: Agent, rollouts: Rollouts, j: int) -> Rollouts:
+    """The same rollouts, with agent j's messages as the newcomer would write their text."""
+
+    def rewritten(message: Message) -> Message:
+        tokens = newcomer.chat.encode(message.text)
+        tokens += [newcomer.chat.end_of_message] * message.stopped
+        return dataclasses.replace(message, tokens=tokens, logprobs=[0.0] * len(tokens))
+
+    messages = [[rewritten(m) if m.agent == j else m for m in row] for row in rollouts.messages]
+    return dataclasses.replace(rollouts, messages=messages)
+
+
+def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, steps: int) -> dict:
+    """Train agent j of team `new` on rollouts of team `old`, in which the incumbent has its place.
+
+    Takes that many full-batch steps, none if the newcomer is inside everywhere. Returns its part of the line
+    in metrics.jsonl. Raises Diverged when a loss or gradient is not finite.
+    """
+    learner, messages = Learner(new, [j], beta=0.0), len(rollouts.by([j]))
+    shared = share_vocabulary(old.agents[j], new.agents[j])
+    if shared:
+        taught = lessons(rollouts, old, new, j, config)
+        weights = torch.cat([lesson.target()[1] for lesson in taught])  # (N,)
+        tokens, outside = len(weights), int(weights.count_nonzero())
+        step = functools.partial(teach, learner, taught, messages)
+    else:
+        none, written = torch.zeros_like(rollouts.returns), in_tokens_of(new.agents[j], rollouts, j)
+        batches = agent_batches(new, written, [j], none, config.batch_tokens)
+        tokens = outside = batches.tokens
+        step = lambda lr: imitate(learner, batches, lr)["loss"]  # noqa: E731
+    steps, peak = steps if outside else 0, LR_FACTOR * config.lr * config.lr_scales[j]
+    rates = [peak * (1 - i / steps) for i in range(steps)]
+    losses = [step(rate) for rate in (*rates, 0.0)]  # the last step changes nothing
+    return {
+        "shared_vocabulary": shared,
+        "probes": messages,
+        "outside": outside / tokens,
+        "align_steps": steps,
+        "align_loss_before": losses[0],
+        "align_loss_after": losses[-1],
+        "tokens_trained_replace": steps * tokens,
+    }
+
+
+# Replacement
+
+
+def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
+    """Make the run `changed.out`, which is `run` with the j-th model of `changed` as agent j.
+
+    `steps` are those of the alignment; 0 leaves it out.
+
+    Returns the line about the replacement in metrics.jsonl. Raises UserError if the run or the model cannot
+    be used. After an error nothing is written.
+    """
+    begin, task, incumbents = (
+        time.perf_counter(),
+        load_task(changed, training=True),
+        Config.load(run / "config.json").model,
+    )
+    changed, _ = plan_training(changed, task)  # refuses what memory cannot hold
+    old = build_team(dataclasses.replace(changed, model=incumbents), task)
+    with (run / "metrics.jsonl").open("a") as log:
+        lock(log)  # the run must not go on meanwhile
+        learners = [Learner(old, agents, changed.first_beta) for agents in update_groups(changed, old)]
+        state = checkpoint.load(run, learners)
+        if state is None or state["warm_steps_done"] < changed.warm_start:
+            raise UserError(f"{run} has no checkpoint of a stage yet: start a new run with other models")
+        logs = {file: (run / file).read_bytes()[:length] for file, length in state["bytes"].items()}
+    stage = state["stages_done"]
+    if stage >= changed.stages:
+        raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
+    if old.agents[j].model is None:
+        raise UserError(f"agent {j} is a tool; only a model can be replaced")
+    name = changed.model_of_each[j]
+    alone = dataclasses.replace(changed, agents=1, model=name, lr_scale="", roles="")
+    (newcomer,) = build_team(alone, Questions([old.agents[j].role])).agents
+    new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
+
+    held_out = task.sample_problems(changed.eval_problems, rng.generator(0, "held-out"), held_out=True)
+    path = rng.RngPath(changed.seed, "replace", stage)  # the same draws for each team, so that they pair
+    played = {"before": collect(old, held_out, 1, path), "replaced": collect(new, held_out, 1, path)}
+    line = {"kind": "replace", "stage": stage, "agent": j, "model": name}
+    if steps:
+        draws = [rng.generator(changed.seed, "probes", stage, i)
+                 for i in range(-(-PROBES // (changed.rounds * changed.problems)))]  # fmt: skip
+        problems = [problem for draw in draws for problem in task.sample_problems(changed.problems, draw)]
+        played["probes"] = collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage))
+        line |= align(played["probes"], old, new, j, changed, steps)
+        played["aligned"] = collect(new, held_out, 1, path)
+    for when, after in played.items():
+        if when != "probes":
+            line[f"return_{when}"] = after.returns.mean().item()
+            lost = played["before"].returns - after.returns  # (P,)
+            line[f"shock_{when}"], line[f"shock_{when}_ci"] = bootstrap(torch.mean, lost, group=1, seed=stage)
+    line |= {
+        "rollouts_replace": sum(rollouts.count_sampled for rollouts in played.values()),
+        "tokens_sampled_replace": sum(rollouts.tokens_sampled for rollouts in played.values()),
+        "seconds_replace": time.perf_counter() - begin,
+    }
+    logs["metrics.jsonl"] += (to_json(line) + "\n").encode()
+    state["bytes"] = {file: len(content) for file, content in logs.items()}
+    state["seconds"] += line["seconds_replace"]
+    # Adam starts anew for the newcomer, and for agents that step together with it.
+    learners = [Learner(new, o.agents, changed.first_beta) if j in o.agents else o for o in learners]
+    Path(changed.out).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(changed.out)) as aside:
+        aside.mkdir()
+        for file, content in logs.items():
+            (aside / file).write_bytes(content)
+        checkpoint.save(aside, changed.warm_start + stage, learners, state)
+        changed.save(aside / "config.json", fingerprint=fingerprint(changed, new, held_out[0]))
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="directory of the run")
+    parser.add_argument("--agent", type=int, required=True, help="number of the agent, counted from 0")
+    parser.add_argument("--model", required=True, help="directory, alias or hub id of the newcomer")
+    parser.add_argument(
+        "--align", type=int, default=50, metavar="STEPS", help="steps of alignment (default 50)"
+    )
+    parser.add_argument("--out", help="directory of the new run (default RUN-replaced)")
+    parser.add_argument("--stages", type=int, help="stages of the new run, RUN's included (default RUN's)")
+    try:
+        args = parser.parse_args(argv)
+        out = args.out or f"{args.resume}-replaced"
+        config = Config.load(args.resume / "config.json", batch_tokens=0, batch_rows=0, out=out)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("one process replaces an agent: start it without torchrun")
+        if not 0 <= args.agent < config.agents or args.align < 0:
+            raise UserError(f"--agent is a number from 0 to {config.agents - 1}, --align is 0 or more")
+        if Path(out).exists():
+            raise UserError(f"--out {out} exists; give another, or remove it first")
+        models = config.model_of_each
+        models[args.agent] = args.model
+        changes = {"model": ",".join(models), "stages": args.stages or config.stages}
+        line = replace(args.resume, args.agent, pinned(dataclasses.replace(config, **changes)), args.align)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    for when in [w for w in ("replaced", "aligned") if f"shock_{w}" in line]:
+        shock, (low, high) = line[f"shock_{when}"], line[f"shock_{when}_ci"]
+        print(f"agent {args.agent} {when}: held-out return {line['return_before']:.3f} -> "
+              f"{line[f'return_{when}']:.3f}, swap shock {shock:+.3f} [{low:+.3f}, {high:+.3f}]")  # fmt: skip
+    print(f"next: python train.py --resume {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

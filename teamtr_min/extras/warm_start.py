@@ -1,12 +1,14 @@
 """Warm start: supervised steps on demonstrations before stage 0. [ours]
 
-A reward can only teach what a team sometimes does. A model that never writes a message in the form which the
-task grades gets no reward at all, so it is first shown some: plain next-token loss on each agent's own
-messages in whole transcripts, by the masters and the optimizer that train it from then on.
+A return can only teach what a team sometimes does. A model that never writes a message in the form that the
+task grades gets no return at all, so it is first shown some: next-token loss on each agent's own messages in
+whole transcripts, by the masters and the optimizer that train it from then on.
 """
 
 import json
+import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -15,38 +17,42 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
-from teamtr_min.files import UserError, plain_file
+from teamtr_min.files import UserError
 from teamtr_min.learner import Diverged, Learner, keep_company
 from teamtr_min.rollout import Batches, Rollouts, agent_batches
-from teamtr_min.tasks import Demonstration, Problem, Task
-from teamtr_min.team import Message, Team
+from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
+from teamtr_min.team import Team
 
 
 def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learner]) -> None:
     """`--warm-start` steps of every learner on `--problems` demonstrations each; the rate falls to 0."""
     if not config.warm_start:
         return
-    source = Demonstrations(config, task)
+    given = read_demonstrations(config, task)
     run.evaluate("untrained")
     for step in range(run.warm_steps_done, config.warm_start):
         lr = config.warm_start_lr * (1 - step / config.warm_start)
-        shown = as_rollouts(team, source.draw(config.problems, step))
+        generator = rng.generator(config.seed, "demonstrations", step)
+        if given:
+            shown = [given[i] for i in generator.integers(len(given), size=config.problems)]
+        else:
+            shown = task.demonstrations(config.problems, generator)
+        rollouts, none = as_rollouts(team, shown), torch.zeros(len(shown))  # no advantage is used here
         for learner in learners:
             begin = time.perf_counter()
-            batches = agent_batches(
-                team, shown, learner.agents, torch.zeros(len(shown.returns)), config.batch_tokens
-            )
-            line = imitate(learner, batches, lr) if batches.messages else {"tokens": 0}
-            seconds = time.perf_counter() - begin
-            run.log_warm_start({"step": step, "agents": learner.agents, "lr": lr, **line}, seconds)
+            batches = agent_batches(team, rollouts, learner.agents, none, config.batch_tokens)
+            line = {"step": step, "agents": learner.agents, "lr": lr, **imitate(learner, batches, lr)}
+            run.log_warm_start(line, time.perf_counter() - begin)
 
 
 def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
     """One step on the mean of -log p over all trainable tokens.
 
-    Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the count of `tokens`.
-    An error, Diverged or Ctrl-C included, leaves the weights of before.
+    Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the number of `tokens`.
+    An error, Diverged or Ctrl-C included, leaves weights and optimizer as they were before the step.
     """
+    if not batches.messages:
+        return {"tokens": 0}
     loss = 0.0
     learner.onload()
     before = learner.snapshot()
@@ -63,7 +69,7 @@ def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
                 learner.add_gradients()
                 loss += part.item()
         loss = learner.ranks.total(loss)
-        if not loss < float("inf"):
+        if not math.isfinite(loss):
             raise Diverged(f"the loss of the warm start is {loss}")
         return {"loss": loss, "grad_norm": learner.step(lr), "tokens": batches.tokens}
     except BaseException:
@@ -73,54 +79,43 @@ def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
         learner.offload()
 
 
-class Demonstrations:
-    """Where demonstrations come from: the task makes them, or they are lines of a file (`--demonstrations`).
+def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
+    """The lines of --demonstrations; none if the task makes demonstrations itself. Raises UserError.
 
-    A line is an object with `text` and `messages`, a list of {"agent", "text"}: as in transcripts.jsonl.
+    A line is {"text": ..., "messages": [{"agent": ..., "text": ...}, ...]}, as in transcripts.jsonl. Those of
+    held-out problems are left out, and counted on the terminal.
     """
-
-    def __init__(self, config: Config, task: Task):
-        self.config, self.task, self.lines = config, task, None
-        if config.demonstrations:
-            self.lines = read_demonstrations(config.demonstrations, config.agents)
-        elif not callable(getattr(task, "demonstrations", None)):
-            raise UserError(
-                f"--warm-start: {config.task} makes no demonstrations; give some with --demonstrations FILE"
-            )
-
-    def draw(self, count: int, step: int) -> list[Demonstration]:
-        generator = rng.generator(self.config.seed, "demonstrations", step)
-        if self.lines is None:
-            return self.task.demonstrations(count, generator)
-        return [self.lines[i] for i in generator.integers(len(self.lines), size=count)]
-
-
-def read_demonstrations(path: str, agents: int) -> list[Demonstration]:
-    """A JSONL file of transcripts; errors name the line."""
-    try:
-        lines = plain_file(path).read_text(encoding="utf-8-sig").split("\n")
+    path, found, held_out = config.demonstrations, [], 0
+    if not path and not hasattr(task, "demonstrations"):
+        raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
+    try:  # not splitlines(): a text may hold other line separators
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n") if path else []
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    found = []
+        raise UserError(f"--demonstrations {path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
+            agents, texts = zip(*[(message["agent"], message["text"]) for message in record["messages"]])
+            if not all(agent in range(config.agents) for agent in agents):
+                raise ValueError("an agent that the team lacks")
             problem = Problem(str(record.get("id", number)), record["text"], str(record.get("answer", "")))
-            said = [(message["agent"], message["text"]) for message in record["messages"]]
-            if not said or not isinstance(problem.text, str):
-                raise ValueError
-            if not all(type(j) is int and 0 <= j < agents and isinstance(text, str) for j, text in said):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if not all(isinstance(text, str) for text in (problem.text, *texts)):
+                raise TypeError("a text is none")
+        except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}, line {number}: not a transcript, which is "
-                f'{{"text": ..., "messages": [{{"agent": 0 to {agents - 1}, "text": ...}}, ...]}}'
+                f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
             ) from None
-        found.append(Demonstration(problem, [text for _, text in said], [j for j, _ in said]))
-    if not found:
-        raise UserError(f"{path} holds no transcripts")
+        if hasattr(task, "is_held_out") and task.is_held_out(problem.text):
+            held_out += 1
+        else:
+            found.append(Demonstration(problem, list(texts), list(agents)))
+    if held_out:
+        print(f"{path}: {held_out} transcripts of held-out problems are left out", flush=True)
+    if path and not found:
+        raise UserError(f"{path} holds no transcripts of training problems")
     return found
 
 
@@ -129,14 +124,11 @@ def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:
     transcripts = []
     for shown in demonstrations:
         writers = shown.agents or [turn % len(team.agents) for turn in range(len(shown.messages))]
-        if max(writers, default=0) >= len(team.agents):
-            raise UserError(f"a demonstration has a message of agent {max(writers)}, whom the team lacks")
         messages = []
-        for j, text in zip(writers, shown.messages):
-            chat = team.agents[j].chat
-            tokens = [*chat.encode(text), chat.end_of_message]
+        for j, text in zip(writers, shown.messages, strict=True):
+            chat = team.agents[j].chat  # None: a tool, whose messages nobody is trained on
+            tokens = [*chat.encode(text), chat.end_of_message] if chat else []
             messages.append(Message(j, tokens, text, [0.0] * len(tokens), stopped=True))
         transcripts.append(messages)
-    count = len(transcripts)
     problems = [shown.problem for shown in demonstrations]
-    return Rollouts(problems, transcripts, torch.ones(count), 1)
+    return Rollouts(problems, transcripts, torch.ones(len(problems)), group_size=1)

@@ -1,36 +1,39 @@
-"""How far the sampled estimators are from the truth: bias, coverage of their intervals, and the monitor's.
+"""How far sampled estimates can be trusted: bias, coverage of their intervals, the monitor, reweighted rollouts.
 
     python -m teamtr_min.studies.estimators        about two minutes on one core
 
 Teams small enough to enumerate (exact.py) are sampled again and again; every estimate has its exact value
-beside it. Three agents write two messages each, two tokens long; each update went up the exact policy
-gradient until its exact KL per message was what the table says.
+beside it. Three agents write two messages each, two tokens long; each update goes up the exact policy gradient
+until its exact KL per message is the number in the table.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from teamtr_min.extras import certificate, exact
-from teamtr_min.extras.certificate import before_turn
+from teamtr_min.extras import diagnostics
+from teamtr_min.extras.diagnostics import before_turn, bootstrap
 from teamtr_min.objective import group_advantages, teamtr_loss
-from teamtr_min.studies.exact import Game, Team
+from teamtr_min.studies import exact
+from teamtr_min.studies.exact import Game, Team, log_ratio
 
 AGENTS, ROUNDS = 3, 2
 PROBLEMS, GROUP = 64, 8  # of one batch
 LAST = 2  # the agent looked at: the last to be updated, so two others have moved since the stage began
-BINS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0)
+FLOORS = (0.0, 0.5, 0.8, 0.95, 1.0)  # of --min-ess
+
+
+# Teams
 
 
 def by_transcript(context: tuple) -> int:
-    """A router that reads what was written."""
+    """A router that reads the transcript."""
     return (len(context) + sum(context)) % AGENTS
 
 
 def last_word(agent: int, context: tuple, prefix: tuple) -> int:
-    """Six rows stand for all contexts, as a network's parameters do: each update is felt in many states."""
+    """Six rows stand for all contexts, as a network's parameters do: each update changes many states."""
     return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
 
 
@@ -44,10 +47,8 @@ def small_game(tied: bool = True, router=None, needed: int = 3) -> Game:
         wanted = [(context[0] + before) % 4 for before in context[:-1]]
         return float(sum(w == m for w, m in zip(wanted, context[1:])) >= needed)
 
-    return Game(
-        AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=torch.full((4,), 0.25), router=router,
-        features=last_word if tied else None,
-    )  # fmt: skip
+    start, features = torch.full((4,), 0.25), last_word if tied else None
+    return Game(AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=start, router=router, features=features)
 
 
 def random_team(game: Game, seed: int) -> Team:
@@ -94,34 +95,61 @@ def sample_batches(team: Team, batches: int, seed: int, problems: int = PROBLEMS
     return exact.sample_rollouts(team, problem.repeat_interleave(GROUP), g)
 
 
-def log_ratio(x: exact.Rollouts, new: Team, old: Team) -> Tensor:
-    """(R, turns) of each message of these rollouts."""
-    return exact.rollouts(new, x.number).logp - exact.rollouts(old, x.number).logp
+# Estimates beside their truths
 
 
 def effective_share(first: Team, base: Team) -> Tensor:
-    """What effective_sample_share estimates: (E rho)^2 / E rho^2 over the agent's messages, from team^0."""
-    mine = first.game.actor == LAST
-    old, new = first.law[mine], base.law[mine]
+    """(E rho)^2 / E rho^2 over LAST's messages in rollouts of `first`: the truth of effective_sample_share."""
+    own = first.game.actor == LAST
+    old, new = first.law[own], base.law[own]
     return new.sum() ** 2 / (old.sum() * (new**2 / old).sum())
 
 
+def rollout_share(first: Team, base: Team) -> Tensor:
+    """1 / E rho^2 over whole rollouts of `first`: the truth of Rollouts.ess (SPEC of --min-ess)."""
+    return 1 / (base.rollout_law**2 / first.rollout_law).sum()
+
+
+def sampled_share(log_rho: Tensor) -> Tensor:
+    """ESS of weights rho (R,): (sum rho)^2 / (R sum rho^2)."""
+    return 1 / (len(log_rho) * log_rho.softmax(0).square().sum())
+
+
+def weighted_mean(log_rho: Tensor, terms: Tensor) -> Tensor:
+    """sum rho x / sum rho of terms x (R,)."""
+    return (log_rho.softmax(0) * terms).sum()
+
+
+def weighted_kl(log_rho: Tensor, log_w: Tensor, writes: Tensor) -> Tensor:
+    """Eq. 11's k3 as a weighted mean over messages."""
+    weight = log_rho.softmax(0)[:, None] * writes
+    return (weight * (log_w.expm1() - log_w)).sum() / weight.sum()
+
+
 def diagnoses(teams: list[Team], batches: int, seed: int) -> dict:
-    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the stage's last update."""
+    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the stage's last update.
+
+    The first six are those of --diagnostics. The `corrected` ones read rollouts of team^0, weighted.
+    """
     first, *_, base, new = teams
     x, y = sample_batches(base, batches, seed), sample_batches(first, batches, seed + 1)
-    returns, speaks, spoken = x.returns.view(-1, GROUP), x.agent == LAST, y.agent == LAST
-    log_w = log_ratio(x, new, base) * speaks
-    seq = certificate.surrogate_terms(returns, log_w, speaks)
-    gap = certificate.gap_terms(returns, log_w, before_turn(log_ratio(x, base, first)), speaks)
-    drift = before_turn(log_ratio(y, base, first))
+    writes, wrote = x.agent == LAST, y.agent == LAST
+    log_w, log_w_first = log_ratio(x, new, base) * writes, log_ratio(y, new, base) * wrote
+    returns, drift = x.returns.view(-1, GROUP), log_ratio(y, base, first)
+    seq = diagnostics.surrogate_terms(returns, log_w, writes)
+    gap = diagnostics.gap_terms(returns, log_w, before_turn(log_ratio(x, base, first)), writes)
+    old = diagnostics.surrogate_terms(y.returns.view(-1, GROUP), log_w_first, wrote)
+    before, rho = before_turn(drift), drift.sum(1)
     found = {
         "L^seq": (exact.surrogate(base, new), torch.mean, seq),
         "gap": (exact.stale_gap(first, base, new), torch.mean, gap),
         "L^stale": (exact.surrogate(base, new, states=first), torch.mean, seq - gap),
-        "D_occ": (exact.occupancy_shift(first, base, LAST), certificate.occupancy_shift, drift, spoken),
-        "ESS/B": (effective_share(first, base), certificate.effective_sample_share, drift, spoken),
-        "KL held out": (exact.mean_message_kl(base, new, LAST), certificate.message_kl, log_w, speaks),
+        "D_occ": (exact.occupancy_shift(first, base, LAST), diagnostics.occupancy_shift, before, wrote),
+        "ESS/B": (effective_share(first, base), diagnostics.effective_sample_share, before, wrote),
+        "KL held out": (exact.mean_message_kl(base, new, LAST), diagnostics.message_kl, log_w, writes),
+        "L corrected": (exact.surrogate(base, new), weighted_mean, rho, old),
+        "KL corrected": (exact.mean_message_kl(base, new, LAST), weighted_kl, rho, log_w_first, wrote),
+        "ESS": (rollout_share(first, base), sampled_share, rho),
     }
     return {
         name: (truth.item(), statistic, *(t.unflatten(0, (batches, -1)) for t in tables))
@@ -133,71 +161,70 @@ def coverage(truth: float, statistic, *tables: Tensor, intervals: int) -> float:
     """Share of the first batches whose 95% bootstrap interval holds the truth."""
     held = 0
     for b in range(intervals):
-        low, high = certificate.bootstrap(statistic, *(t[b] for t in tables), group=GROUP, seed=b)[1]
+        low, high = bootstrap(statistic, *(t[b] for t in tables), group=GROUP, seed=b)[1]
         held += low <= truth <= high
     return held / intervals
 
 
+def with_floor(teams: list[Team], floor: float, batches: int, seed: int) -> tuple[float, float, float]:
+    """A stage with --min-ess `floor`, many times: mean number of collections; and of the corrected surrogate of
+    its last update the error, relative to the truth: root mean square, and mean."""
+    truth, counts, estimates = exact.surrogate(*teams[-2:]).item(), [], []
+    for b in range(batches):
+        collected, count = 0, 0
+        for i, team in enumerate(teams[:-1]):
+            drift = log_ratio(x, team, teams[collected]).sum(1) if i else torch.zeros(1)
+            if i == 0 or floor == 1 or sampled_share(drift) < floor:
+                collected, count = i, count + 1
+                x = sample_batches(team, 1, seed + AGENTS * b + i)
+                drift = torch.zeros_like(x.returns)
+        writes = x.agent == LAST
+        log_w = log_ratio(x, *teams[:-3:-1]) * writes
+        terms = diagnostics.surrogate_terms(x.returns.view(-1, GROUP), log_w, writes)
+        counts.append(count)
+        estimates.append(weighted_mean(drift, terms).item() / truth - 1)
+    error = torch.tensor(estimates).double()
+    return sum(counts) / batches, error.square().mean().sqrt().item(), error.mean().item()
+
+
+# The monitor on the messages that an update was fitted to
+
+
 def monitors(x: exact.Rollouts, base: Team, new: Team) -> dict[str, Tensor]:
-    """(M,) each: Eq. 11's k1, k3 and exact KL of every message of the agent, as the trainer computes them."""
-    mine = x.agent == LAST
-    every = torch.arange(int(mine.sum()))
+    """(M,) each: Eq. 11's k1 and k3 of every message of the agent, as the trainer computes them."""
+    own = x.agent == LAST
+    every = torch.arange(int(own.sum()))
     message = every.repeat_interleave(x.tokens.shape[-1])
-    old_logp, new_logp = (team.token_logp[mine].flatten() for team in (x, exact.rollouts(new, x.number)))
+    old_logp, new_logp = (team.token_logp[own].flatten() for team in (x, exact.rollouts(new, x.number)))
     # Each message an agent of its own: means over an agent's messages are then the messages themselves.
-    stats = teamtr_loss(new_logp, old_logp, message, torch.zeros(len(every)), agent=every,
-                        n_agents=len(every))[1]  # fmt: skip
-    kl = exact.token_kl(base, new)[x.state[..., None], base.game.prefix[x.message]].sum(-1)[mine]
-    return {"k1": stats["kl_k1"], "k3": stats["kl_k3"], "exact": kl}
+    none = torch.zeros(len(every))
+    stats = teamtr_loss(new_logp, old_logp, message, none, agent=every, n_agents=len(every))[1]
+    return {name: stats[f"kl_{name}"] for name in ("k1", "k3")}
 
 
-def flip_rates(delta: float, batches: int, seed: int) -> dict[tuple[str, float], list[float]]:
-    """(estimator, share) -> per bin of dhat/delta: how often that share of the messages decides differently.
-
-    One update, stopped at 19 distances from delta/4 to 5/2 delta, each measured on all batches.
-    """
-    base = stage(small_game(), seed, delta)[-2]
-    x, g = sample_batches(base, batches, seed + 1), torch.Generator().manual_seed(seed + 2)
-    found = [monitors(x, base, climb(base, LAST, delta * (0.25 + 0.125 * i))) for i in range(19)]
-    count = len(found[0]["k1"]) // batches
-    shuffled = torch.rand(len(found), batches, count, generator=g).argsort(-1)
-    rates = {}
-    for name in ("k1", "k3"):
-        kl = torch.stack([kls[name].view(batches, count) for kls in found]).gather(-1, shuffled) / delta
-        whole = kl.mean(-1)  # (distances, batches)
-        for share in (0.25, 0.5):
-            flipped = (whole > 1) != (kl[..., : int(share * count)].mean(-1) > 1)
-            inside = [(whole > a) & (whole <= b) for a, b in pairwise(BINS)]
-            rates[name, share] = [flipped[i].double().mean().item() for i in inside]
-    return rates
-
-
-def fitted(
-    game: Game, estimator: str, delta: float, seed: int, lr: float = 0.03, most: int = 200
-) -> tuple[float, bool]:
+def fitted(game: Game, estimator: str, delta: float, seed: int, lr: float = 0.03) -> tuple[float, bool]:
     """Exact KL over delta of an update that stopped where its own messages said delta; and if it did stop.
 
-    Adam on Eq. 10 with Eq. 9's advantages over one batch, without the penalty, for at most that many steps;
-    the step that exceeds delta is cut short to end on it.
+    Adam on Eq. 10 with Eq. 9's advantages over one batch, without the penalty, for at most 200 steps; the step
+    that exceeds delta is cut short to end on it.
     """
     base = random_team(game, seed)
     x = sample_batches(base, 1, seed + 1)
-    mine = x.agent == LAST
-    state, prefix, tokens = x.state[mine][:, None], game.prefix[x.message[mine]], x.tokens[mine]  # (M, U)
-    old, rows = base.token_logp[state, prefix], game.features[state, prefix]  # (M, U, V) and (M, U)
+    own = x.agent == LAST
+    state, prefix, tokens = x.state[own][:, None], game.prefix[x.message[own]], x.tokens[own]  # (M, U)
+    old, rows = base.token_logp[state, prefix], game.seen[state, prefix]  # (M, U, V) and (M, U)
     message = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])
-    advantage = group_advantages(x.returns.view(-1, GROUP), clip=2.0).flatten()[mine.nonzero()[:, 0]]
+    advantage = group_advantages(x.returns.view(-1, GROUP), clip=2.0).flatten()[own.nonzero()[:, 0]]
 
     def measure(theta: Tensor) -> tuple[Tensor, float]:
         new = theta[rows].log_softmax(-1)
         new_logp, old_logp = (logp.gather(-1, tokens[..., None]).flatten() for logp in (new, old))
         loss, stats = teamtr_loss(new_logp, old_logp, message, advantage)
-        stats["kl_exact"] = (old.exp() * (old - new)).sum() / len(tokens)
         return loss, stats[f"kl_{estimator}"].item()
 
     inside, theta = base.theta[LAST].clone(), base.theta[LAST].clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=lr, betas=(0.9, 0.99))
-    for _ in range(most):
+    for _ in range(200):
         optimizer.zero_grad()
         measure(theta)[0].backward()
         optimizer.step()
@@ -208,6 +235,9 @@ def fitted(
     share = farthest(lambda step: measure(inside.lerp(theta, step))[1] > delta) if reached else 0.0
     new = base.replace(LAST, inside.lerp(theta, share))
     return exact.mean_message_kl(base, new, LAST).item() / delta, reached
+
+
+# The tables
 
 
 def main(batches: int = 1000, intervals: int = 200, seeds: int = 40, delta: float = 0.02) -> None:
@@ -224,17 +254,11 @@ def main(batches: int = 1000, intervals: int = 200, seeds: int = 40, delta: floa
             share = coverage(*case, intervals=intervals)
             spread = (share * (1 - share) / intervals) ** 0.5
             print(f"{label:12} {line(truth, torch.vmap(statistic)(*tables))}  {share:.3f} +- {spread:.3f}")
-        if router is None:
-            base, new = teams[-2:]
-            truth = exact.mean_message_kl(base, new, LAST).item()
-            for label, values in monitors(sample_batches(base, batches, 100 * seed), base, new).items():
-                print(f"{label + ' tokens':12} {line(truth, values.view(batches, -1).mean(1))}")
-
-    print("\nHow often a share of the 1,024 messages decides otherwise than all of them, "
-          f"delta {delta}; seed 0")  # fmt: skip
-    print("dhat/delta        " + "".join(f"{a:6.2f}-{b:.2f}" for a, b in pairwise(BINS)))
-    for (name, share), rates in flip_rates(delta, 100, seed=0).items():
-        print(f"{name}, {share:4.0%} of them " + "".join(f"{rate:11.3f}" for rate in rates))
+        for floor in FLOORS:
+            count, error, bias = with_floor(teams, floor, 100, seed)
+            print(
+                f"--min-ess {floor:4}: {count:.2f} collections; error of L corrected {error:.3f}, mean {bias:+.3f}"
+            )
 
     print(f"\nExact KL / delta of updates that were to stop where their own messages said delta = {delta}")
     print(f"seeds 0, 10, ..., {10 * (seeds - 1)}; mean (95% interval), least to largest")
@@ -243,12 +267,12 @@ def main(batches: int = 1000, intervals: int = 200, seeds: int = 40, delta: floa
             game = small_game(tied, needed=needed)
             right = random_team(game, 0).J
             print(f"{'six rows an agent' if tied else 'a free row for every context'}; {right:.0%} right")
-            for estimator in ("k1", "k3", "exact"):
+            for estimator in ("k1", "k3"):
                 found = [fitted(game, estimator, delta, 10 * s) for s in range(seeds)]
                 for label, wanted in (("stopped", True), ("200 steps never got there", False)):
                     ratio = torch.tensor([r for r, reached in found if reached == wanted])
                     if len(ratio):
-                        mean, (low, high) = certificate.mean_with_interval(ratio, seed=0)
+                        mean, (low, high) = bootstrap(torch.mean, ratio, group=1, seed=0)
                         spread = f"({low:.3f} to {high:.3f}), {ratio.min():.2f} to {ratio.max():.2f}"
                         print(f"  {estimator:5} {len(ratio):2d} {label}: {mean:.3f} {spread}")
 

@@ -1,26 +1,27 @@
 """Teams small enough to enumerate: the truth that bounds and sampled estimators are tested against.
 
-A rollout is one problem and `turns` messages; nothing else is random. A state is the shared context
-(problem, m_0, ..., m_{t-1}). So the states of turn t are numbers with t digits in base M, the problem in
-front, and message m leads from number s of turn t to number s * M + m of turn t + 1:
+A rollout is one problem and `turns` messages. A state is the shared context (problem, m_0, ..., m_{t-1}). So
+the states of turn t are numbers with t digits in base M behind the problem, and message m leads from state s
+of turn t to state s * M + m of turn t + 1:
 
-    theta  --features-->  token_logp  --sum over tokens-->  logp (S, M)       what is written in each state
-    law of turn t + 1  =  flatten(law of turn t [:, None] * pi)               forward: how often it is visited
-    value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)     backward: what it is worth
+    theta  --features-->  token_logp  --sum over tokens-->  logp (S, M)    the policy in each state
+    law of turn t + 1  =  flatten(law of turn t [:, None] * pi)            forward: probability of each state
+    value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)  backward: expected return
 
-The states of all turns lie in one list of S, turn after turn. Everything is float64 and differentiable.
+The states of all turns stand in one list of S, turn after turn. All is float64 and differentiable.
 
-    A agents    P problems    V tokens in the vocabulary    U tokens a message    M = V^U messages there are
+    A agents    P problems    V tokens in the vocabulary    U tokens in a message    M = V^U possible messages
     S = P (1 + M + ... + M^(turns-1)) states      X = P M^turns rollouts
-    prefixes = 1 + V + ... + V^(U-1): the unfinished messages, the empty one first
+    prefixes = 1 + V + ... + V^(U-1): all unfinished messages, the empty one first
 
-Discounting [ours, where the paper leaves it open]: the last message earns the return, so its expectation is
-discounted to J = gamma^(turns-1) E[return]. After it the team rests in an absorbing state without reward,
-which holds the missing gamma^turns of the occupancy. Sums over states weigh turn t by gamma^t, which is
-(1/(1-gamma)) E_{s ~ d^pi} for gamma < 1 and the finite-horizon sum for gamma = 1: one code serves both.
+Discounting [ours, where the paper leaves it open]: the last message earns the return, so J =
+gamma^(turns-1) E[return]. After it the team stays in an absorbing state without reward, which holds the
+remaining gamma^turns of the occupancy. Sums over states weigh turn t by gamma^t: that is (1/(1-gamma))
+E_{s ~ d^pi} for gamma < 1 and the finite-horizon sum for gamma = 1, so one code serves both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
@@ -29,82 +30,81 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Context = tuple[int, ...]  # (problem, message numbers so far); its length less one is the turn
-MOST_ROLLOUTS = 2**20  # that a game may have
+MOST_ROLLOUTS = 2**20  # of one game
 
 
+@dataclass(eq=False)
 class Game:
-    """What training never changes: who writes when, what it sees, what a finished rollout is worth.
+    """The part of a team's work that training does not change. Raises ValueError for one that cannot be."""
 
-    reward: (X,) in [0, 1] in the order of the rollouts' numbers, or a function of the finished context.
-    start: (P,) law of the problems; one problem if None.
-    router: function of the context -> agent; round-robin if None.
-    features: function of (agent, context, token prefix) -> what the agent's logits may depend on there: a row
-        number (agents have a table of logits, contexts with equal rows are tied) or a list of floats (logits
-        are linear in them). None: a free row for every context and prefix.
-    length: U, tokens a message. The number m of a message spells its `tokens[m]` (U,) in base V.
-    """
+    agents: int
+    vocabulary: int
+    turns: int
+    reward: Tensor | Callable[[Context], float]  # (X,) in [0, 1], or a function of the finished context
+    length: int = 1  # U; message number m spells tokens[m] (U,) in base V
+    gamma: float = 1.0
+    start: Tensor | None = None  # (P,) law of the problems; None: one problem
+    router: Callable[[Context], int] | None = None  # names the next agent; None: round-robin
+    # (agent, context, token prefix) -> what the agent's logits may depend on there: the number of a row in its
+    # table of logits, so equal numbers are tied; or floats, in which they are linear. None: a row for each.
+    features: Callable | None = None
+    # made of these:
+    messages: int = field(init=False)  # M
+    tokens: Tensor = field(init=False)  # (M, U)
+    prefix: Tensor = field(init=False)  # (M, U): number of the prefix before each token
+    passes: Tensor = field(init=False)  # (M, prefixes): 1 where the message begins with the prefix
+    sizes: list[int] = field(init=False)  # states of each turn
+    turn: Tensor = field(init=False)  # (S,)
+    discount: Tensor = field(init=False)  # (S,) gamma^turn
+    state: Tensor = field(init=False)  # (X, turns): the states of each rollout
+    message: Tensor = field(init=False)  # (X, turns): the message written there
+    actor: Tensor = field(init=False)  # (S,): the agent that writes there
+    seen: Tensor = field(init=False)  # (S, prefixes) numbers of rows, or (S, prefixes, rows) floats
+    rows: int = field(init=False)  # of an agent's parameters (rows, V)
 
-    def __init__(
-        self,
-        agents: int,
-        vocabulary: int,
-        turns: int,
-        reward: Tensor | Callable[[Context], float],
-        *,
-        length: int = 1,
-        gamma: float = 1.0,
-        start: Tensor | None = None,
-        router: Callable[[Context], int] | None = None,
-        features: Callable[[int, Context, tuple[int, ...]], int | Sequence[float]] | None = None,
-    ):
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma is {gamma}; it must be in (0, 1]")
-        self.agents, self.vocabulary, self.turns, self.length = agents, vocabulary, turns, length
-        self.gamma, self.messages = gamma, vocabulary**length
-        self.start = torch.ones(1, dtype=torch.float64) if start is None else start.double()
-        V, U, M, P = vocabulary, length, self.messages, len(self.start)
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}; it must be in (0, 1]")
+        self.start = torch.ones(1).double() if self.start is None else self.start.double()
+        V, U, turns, P = self.vocabulary, self.length, self.turns, len(self.start)
+        M = self.messages = V**U
         X = P * M**turns
         if X > MOST_ROLLOUTS:
-            raise ValueError(
-                f"{P} problems x {M} messages ^ {turns} turns = {X:,} rollouts, past the {MOST_ROLLOUTS:,} "
-                "that are enumerated; take fewer turns, shorter messages or a smaller vocabulary"
-            )
+            count = f"{P} problems x {M} messages ^ {turns} turns = {X:,} rollouts"
+            raise ValueError(f"{count} are more than the {MOST_ROLLOUTS:,} that can be enumerated")
 
         m, u = torch.arange(M)[:, None], torch.arange(U)
-        self.tokens = m // V ** (U - 1 - u) % V  # (M, U)
-        self.prefix = (V**u).cumsum(0) - V**u + m // V ** (U - u)  # (M, U): number of what is before token u
+        self.tokens = m // V ** (U - 1 - u) % V
+        self.prefix = (V**u).cumsum(0) - V**u + m // V ** (U - u)
         prefixes = [p for n in range(U) for p in product(range(V), repeat=n)]
-        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()  # (M, prefixes): m begins with it
+        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()
 
-        self.sizes = [P * M**t for t in range(turns)]  # states of each turn
+        self.sizes = [P * M**t for t in range(turns)]
         first = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
         x, t = torch.arange(X)[:, None], torch.arange(turns)
-        self.turn = t.repeat_interleave(torch.tensor(self.sizes))  # (S,)
-        self.discount = gamma ** self.turn.double()  # (S,); an integer exponent would give float32
-        self.state = first + x // M ** (turns - t)  # (X, turns): the states that each rollout passes through
-        self.message = x // M ** (turns - 1 - t) % M  # (X, turns): and what was written there
+        self.turn = t.repeat_interleave(torch.tensor(self.sizes))
+        self.discount = self.gamma ** self.turn.double()  # an integer exponent would give float32
+        self.state = first + x // M ** (turns - t)
+        self.message = x // M ** (turns - 1 - t) % M
 
-        def contexts(turn: int):
-            return product(range(P), *[range(M)] * turn)
+        before = [c for t in range(turns) for c in product(range(P), *[range(M)] * t)]
+        self.actor = (
+            torch.tensor([self.router(c) for c in before]) if self.router else self.turn % self.agents
+        )
+        if not ((self.actor >= 0) & (self.actor < self.agents)).all():
+            raise ValueError(f"the router names an agent outside 0..{self.agents - 1}")
+        self.seen = torch.arange(len(before) * len(prefixes)).view(-1, len(prefixes))
+        if self.features:
+            values = [[self.features(a, c, p) for p in prefixes] for a, c in zip(self.actor.tolist(), before)]
+            linear = not isinstance(values[0][0], int)
+            self.seen = torch.tensor(values, dtype=torch.float64 if linear else torch.long)
+        self.rows = self.seen.shape[-1] if self.seen.is_floating_point() else int(self.seen.max()) + 1
 
-        before = [c for t in range(turns) for c in contexts(t)] if router or features else []
-        self.actor = torch.tensor([router(c) for c in before]) if router else self.turn % agents  # (S,)
-        if not ((self.actor >= 0) & (self.actor < agents)).all():
-            raise ValueError(f"the router names an agent outside 0..{agents - 1}")
-        if features:  # (S, prefixes) row numbers or (S, prefixes, rows) floats
-            seen = [[features(a, c, p) for p in prefixes] for a, c in zip(self.actor.tolist(), before)]
-            linear = not isinstance(seen[0][0], int)
-            self.features = torch.tensor(seen, dtype=torch.float64 if linear else torch.long)
-            self.rows = self.features.shape[-1] if linear else int(self.features.max()) + 1
-        else:
-            self.rows = sum(self.sizes) * len(prefixes)
-            self.features = torch.arange(self.rows).view(-1, len(prefixes))
-
-        if callable(reward):
-            reward = torch.tensor([reward(c) for c in contexts(turns)])
-        self.reward = reward.double()  # (X,)
+        if callable(self.reward):
+            self.reward = torch.tensor([self.reward(c) for c in product(range(P), *[range(M)] * turns)])
+        self.reward = self.reward.double()
         if self.reward.shape != (X,) or not ((self.reward >= 0) & (self.reward <= 1)).all():
-            raise ValueError(f"the reward must be ({X},) numbers in [0, 1], not {tuple(reward.shape)}")
+            raise ValueError(f"the reward must be ({X},) numbers in [0, 1], not {tuple(self.reward.shape)}")
 
     def theta(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
         """Normal parameters (A, rows, V) for all agents."""
@@ -113,19 +113,19 @@ class Game:
 
 
 class Team:
-    """A game played with parameters theta (A, rows, V): everything there is to know about one team.
+    """A game played with parameters theta (A, rows, V).
 
-    token_logp (S, prefixes, V), logp and pi (S, M) are those of the agent that writes in the state. law (S,)
-    is the probability that a rollout passes through it, visits (S,) is gamma^t law; rollout_law (X,).
-    action_value and advantage (S, M), value (S,) and J () are of the discounted return.
+    token_logp (S, prefixes, V), logp and pi (S, M) are the policy of the agent that writes in each state. law
+    (S,) is the probability that a rollout passes through a state, visits (S,) is gamma^t law; rollout_law
+    (X,). action_value and advantage (S, M), value (S,) and J () are of the discounted return.
     """
 
     def __init__(self, game: Game, theta: Tensor):
         self.game, self.theta = game, theta = game, theta.double()
-        if game.features.is_floating_point():
-            logits = torch.einsum("spf,sfv->spv", game.features, theta[game.actor])
+        if game.seen.is_floating_point():
+            logits = torch.einsum("spf,sfv->spv", game.seen, theta[game.actor])
         else:
-            logits = theta[game.actor[:, None], game.features]
+            logits = theta[game.actor[:, None], game.seen]
         self.token_logp = logits.log_softmax(-1)
         self.logp = self.token_logp[:, game.prefix, game.tokens].sum(-1)  # (S, M, U) -> (S, M)
         self.pi = self.logp.exp()
@@ -148,7 +148,7 @@ class Team:
 
     @property
     def occupancy(self) -> Tensor:
-        """d^pi (S,) [paper]; it sums to 1 - gamma^turns, the rest is in the absorbing state."""
+        """d^pi (S,) [paper]; its sum is 1 - gamma^turns, the rest is in the absorbing state."""
         if self.game.gamma == 1:
             raise ValueError("the discounted occupancy needs gamma < 1; `law` is the finite-horizon one")
         return (1 - self.game.gamma) * self.visits
@@ -159,7 +159,7 @@ class Team:
         return Team(self.game, torch.where(chosen, theta, self.theta))
 
     def messages_per_rollout(self, agent: int) -> Tensor:
-        """How many messages of a rollout are this agent's, in expectation: ()."""
+        """Expected number () of this agent's messages in a rollout."""
         return self.law[self.game.actor == agent].sum()
 
 
@@ -178,10 +178,13 @@ def discounted_kl(old: Team, new: Team) -> Tensor:
     return old.occupancy @ message_kl(old, new)
 
 
-def mean_message_kl(old: Team, new: Team, agent: int) -> Tensor:
-    """What Eq. 11's monitor estimates [paper]: KL () per message of the agent, undiscounted."""
-    mine = old.law * (old.game.actor == agent)
-    return mine @ message_kl(old, new) / mine.sum()
+def mean_message_kl(old: Team, new: Team, agent: int, states: Team | None = None) -> Tensor:
+    """The expectation of Eq. 11's monitor [paper]: KL () per message of the agent, undiscounted.
+
+    `states` is the team whose rollouts are counted; None: `old`.
+    """
+    own = (states or old).law * (old.game.actor == agent)
+    return own @ message_kl(old, new) / own.sum()
 
 
 def surrogate(base: Team, new: Team, states: Team | None = None) -> Tensor:
@@ -200,20 +203,20 @@ def stale_gap(first: Team, base: Team, new: Team) -> Tensor:
 def occupancy_shift(first: Team, base: Team, agent: int) -> Tensor:
     """D_occ () [ours]: total variation between the laws of two teams over the states where the agent acts.
 
-    Turn by turn, the laws given that the agent acts there (a router that reads the transcript may change how
-    often it does); then the mean over turns, weighted by how often it acts there in `first`.
+    Turn by turn, of the laws given that the agent acts there (a router that reads the transcript may change
+    how often it does); then the mean over turns, weighted by how often it acts there in `first`.
     """
     total = torch.zeros((), dtype=torch.float64)
     for t in range(base.game.turns):
-        mine = (base.game.turn == t) & (base.game.actor == agent)
-        if mine.any():
-            old, new = first.law[mine], base.law[mine]
+        own = (base.game.turn == t) & (base.game.actor == agent)
+        if own.any():
+            old, new = first.law[own], base.law[own]
             total = total + old.sum() * (old / old.sum() - new / new.sum()).abs().sum() / 2
     return total / first.messages_per_rollout(agent)
 
 
 class Rollouts(NamedTuple):
-    """R of a game's rollouts, as a team writes them. `number` in 0..X-1 says which."""
+    """R of a game's rollouts, with the log-probs of the team that wrote them. `number` is in 0..X-1."""
 
     number: Tensor  # (R,)
     state: Tensor  # (R, turns) numbers in 0..S-1
@@ -245,8 +248,13 @@ def sample_rollouts(team: Team, problem: Tensor, generator: torch.Generator) -> 
     return rollouts(team, number)
 
 
+def log_ratio(x: Rollouts, new: Team, old: Team) -> Tensor:
+    """log new(m | s) - log old(m | s) (R, turns) of each message of these rollouts."""
+    return rollouts(new, x.number).logp - rollouts(old, x.number).logp
+
+
 def centred_return(team: Team) -> Tensor:
-    """R - E[R | problem] of every rollout (X, 1): what a large group's Eq. 9 has before its division."""
+    """R - E[R | problem] of every rollout (X, 1): Eq. 9 of a large group, before its division."""
     game = team.game
     expected = team.value[: len(game.start)] / game.gamma ** (game.turns - 1)  # (P,)
     return (game.reward.view(len(expected), -1) - expected[:, None]).reshape(-1, 1)
