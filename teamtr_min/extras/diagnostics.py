@@ -91,10 +91,11 @@ def penalty_constant(gamma: float = GAMMA, largest_advantage: float = 1.0) -> fl
 
 
 def stage_certificate(diagnoses: dict[int, dict]) -> dict:
-    """Thm 3.6 for one stage: the sum of its updates' bounds, each a proxy. `diagnoses`: update number -> found.
+    """Thm 3.6 for one stage: the sum of its updates' bounds, each a proxy.
 
-    `vacuous` says that the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean |gap|
-    of all updates but the first, whose gap is 0.
+    `diagnoses` are the updates' estimates, by number of the update. `vacuous` says that the penalty is more
+    than returns in [0, 1] can lose. `delta_stale` is the mean |gap| of all updates but the first, whose gap
+    is 0.
     """
     gaps = [abs(found["gap"]) for i, found in diagnoses.items() if i > 0]
     return {
@@ -135,8 +136,8 @@ class NoDiagnostics:
 class Diagnostics:
     """Diagnoses the updates of one stage, each on rollouts of the team just before it.
 
-    Its problems are not those that are trained on. It keeps a copy of all weights from the start of the stage,
-    and of an updated agent's from just before the update.
+    Its problems are not those that are trained on. It keeps copies of all weights of the stage's start,
+    and of an updated agent's weights from just before the update.
     """
 
     def __init__(self, config: Config, team: Team, stage: int):

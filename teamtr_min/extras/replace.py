@@ -258,11 +258,13 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
         played["probes"] = collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage))
         line |= align(played["probes"], old, new, j, changed, steps)
         played["aligned"] = collect(new, held_out, 1, path)
-    for when, after in played.items():
-        if when != "probes":
-            line[f"return_{when}"] = after.returns.mean().item()
-            lost = played["before"].returns - after.returns  # (P,)
-            line[f"shock_{when}"], line[f"shock_{when}_ci"] = bootstrap(torch.mean, lost, group=1, seed=stage)
+    before = played["before"].returns  # (P,)
+    line["return_before"] = before.mean().item()
+    for when in [when for when in ("replaced", "aligned") if when in played]:
+        after = played[when].returns
+        line[f"return_{when}"] = after.mean().item()
+        shock = bootstrap(torch.mean, before - after, group=1, seed=stage)
+        line[f"shock_{when}"], line[f"shock_{when}_ci"] = shock
     line |= {
         "rollouts_replace": sum(rollouts.count_sampled for rollouts in played.values()),
         "tokens_sampled_replace": sum(rollouts.tokens_sampled for rollouts in played.values()),

@@ -45,8 +45,8 @@ class Game:
     gamma: float = 1.0
     start: Tensor | None = None  # (P,) law of the problems; None: one problem
     router: Callable[[Context], int] | None = None  # names the next agent; None: round-robin
-    # (agent, context, token prefix) -> what the agent's logits may depend on there: the number of a row in its
-    # table of logits, so equal numbers are tied; or floats, in which they are linear. None: a row for each.
+    # (agent, context, token prefix) -> what the agent's logits may depend on there: the number of a row in
+    # its table of logits, so equal numbers are tied; or floats, in which they are linear. None: a row each.
     features: Callable | None = None
     # made of these:
     messages: int = field(init=False)  # M

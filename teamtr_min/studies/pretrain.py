@@ -1,17 +1,18 @@
-"""Makes the models that ship: `python -m teamtr_min.studies.pretrain` rewrites teamtr_min/assets/relay.
+"""Make the models that ship, in minutes each: relay's (`--task convention`: the other one).
 
-It takes minutes, and so does `--task convention`, which rewrites teamtr_min/assets/convention. Both models
-learn to predict the next token of transcripts that solvers write.
+    python -m teamtr_min.studies.pretrain        rewrites teamtr_min/assets/relay
+
+A model learns to predict the next token of transcripts that made-up solvers write.
 
 Relay: transcripts of 1 to 8 operations by solvers of two kinds. A few are careful and nearly always right;
 most are careless and put a random digit in two steps out of three. A model of this mixture knows every step
 and gets it right about half of the time, which leaves something for reinforcement to find.
 
-Convention: transcripts of 2 to 4 operations by solvers that are always right, each message in a code of its
-own. How likely each code is depends on the turn alone (Convention.starting_habits), so agents start with
-opposite habits: an agent is not told its own name, but sees how many messages came before. In half of the
-transcripts a hint behind the problem names the code of all messages; the problems of a run never have one.
-The hint makes the code one thing that the model knows; without it the model learns a habit for each sum.
+Convention: transcripts of 2 to 4 operations by solvers that are always right. The code of each message is
+drawn, with odds that depend on the turn alone (Convention.starting_habits). So agents start with opposite
+habits: an agent is not told its name, but sees how many messages came before. In half of the transcripts a
+hint behind the problem names the code of all messages; the problems of a run never have one. With the hint
+the model learns one code for all sums; without it it learns a habit for each sum.
 
 The same seed, thread count and torch version give the same bits.
 """
@@ -38,12 +39,12 @@ from teamtr_min.files import UserError
 from teamtr_min.hf.chat import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import ASSETS, save_model
 from teamtr_min.rollout import collect
+from teamtr_min.run.loading import build_team
 from teamtr_min.tasks import Convention, Relay, load_task
-from teamtr_min.team import load_team
 
 
 class RelayCourse:
-    """What the relay model is trained on."""
+    """The training data of the relay model."""
 
     task: type[Relay] = Relay
     steps = 3000  # of the optimizer
@@ -51,11 +52,11 @@ class RelayCourse:
     right = 0.35, 0.97  # P(a step is meant to be right) of careless and careful solvers
 
     def hint(self, generator: np.random.Generator) -> str:
-        """What stands behind the problem in a transcript."""
+        """Text behind the problem in a transcript."""
         return ""
 
     def message(self, chain: str, turn: int, hint: str, generator: np.random.Generator) -> str:
-        """What a solver writes who makes no mistake."""
+        """The message of a solver that makes no mistake."""
         return Relay.step(chain)
 
 
@@ -73,7 +74,7 @@ class ConventionCourse(RelayCourse):
 COURSES = {"relay": RelayCourse(), "convention": ConventionCourse()}
 CAREFUL_ONLY = 0.5  # share of the steps, the first ones, in which all solvers are careful
 SPECIAL = ["<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
-# One token per header; a system prompt is passed over, since this model reads nothing but chains.
+# One token per header. System prompts are left out: this model reads nothing but chains.
 TEMPLATE = (
     "{%- for message in messages %}{%- if message.role != 'system' %}"
     "{{- '<|' + message.role + '|>' + message.content + '<|end|>' }}"
@@ -153,21 +154,20 @@ def initial_model(vocab_size: int, seed: int) -> Transformer:
     return model
 
 
-def train(
-    model: Transformer, tokenizer: Tokenizer, course: RelayCourse, steps: int, rows: int, lr: float, seed: int
-) -> float:
-    """Train `model` on `rows` new transcripts a step; returns the last loss, in nats per token."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+def train(model: Transformer, tokenizer: Tokenizer, course: RelayCourse, args: argparse.Namespace) -> float:
+    """Train `model` on `args.rows` new transcripts a step; returns the last loss, in nats per token."""
+    steps = args.steps or course.steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # The schedule also moves the first beta, between 0.85 and 0.95. It divides by the warm-up's length less
     # one step, and a twentieth of 20 steps is one.
     warmup = 0.05 if steps > 20 else 0.0
-    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warmup)
+    schedule = OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=warmup)
     bar = tqdm(range(steps), desc="pretrain", disable=None)
     for step in bar:
         # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
         careful = course.careful if step >= CAREFUL_ONLY * steps else 1.0
-        generator = rng.generator(seed, "pretrain", step)
-        parts = list(batches(tokenizer, [transcript(generator, course, careful) for _ in range(rows)]))
+        generator = rng.generator(args.seed, "pretrain", step)
+        parts = list(batches(tokenizer, [transcript(generator, course, careful) for _ in range(args.rows)]))
         count = sum((targets >= 0).sum() for _, targets in parts)
         optimizer.zero_grad()
         loss = 0.0
@@ -187,40 +187,32 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--task", choices=COURSES, default="relay", help="which model (default relay)")
     parser.add_argument("--out", type=Path, help="directory to write (default: the shipped model's)")
-    defaults = ", ".join(f"{course.steps} for {name}" for name, course in COURSES.items())
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default {defaults})")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default 3000 for relay, 1500 for convention)"
+    )
     parser.add_argument("--rows", type=int, default=128, help="transcripts per step (default 128)")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw (default 0)")
-    parser.add_argument(
-        "--eval-problems", type=int, default=2048, help="held-out problems per team size (default 2048)"
-    )
+    parser.add_argument("--eval-problems", type=int, default=2048, help="held-out problems (default 2048)")
     args = parser.parse_args(argv)
-    course, out = COURSES[args.task], args.out or ASSETS / args.task
-    args.steps = course.steps if args.steps is None else args.steps
-    if min(args.steps, args.rows, args.eval_problems) < 1:
-        parser.error("--steps, --rows and --eval-problems must be at least 1")
-
-    start = time.perf_counter()
+    course, out, start = COURSES[args.task], args.out or ASSETS / args.task, time.perf_counter()
     write_tokenizer(out)
     tokenizer = load_tokenizer(out)
     model = initial_model(tokenizer.vocab_size, args.seed)
-    loss = train(model, tokenizer, course, args.steps, args.rows, args.lr, args.seed)
+    loss = train(model, tokenizer, course, args)
     save_model(model, out)
     count = sum(p.numel() for p in model.parameters())
     print(f"{out}: {count:,} parameters, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
     for agents in range(course.task.least_turns, course.task.most_turns + 1):
         config = Config(task=args.task, model=str(out), agents=agents, seed=args.seed, device="cpu")
-        accuracy = start_accuracy(config, args.eval_problems)
-        print(f"start accuracy, {agents} agent{'s' * (agents > 1)}: {accuracy:.3f}")
+        print(f"start accuracy, {agents} agents: {start_accuracy(config, args.eval_problems):.3f}")
 
 
 def start_accuracy(config: Config, count: int) -> float:
     """Accuracy on held-out problems of a team of copies of `config.model`."""
     task = load_task(config)
     problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
-    team = load_team(config, task.roles(config.agents))
-    return collect(team, task, problems, 1, rng.RngPath(config.seed, "held-out", 0)).accuracy
+    return collect(build_team(config, task), problems, 1, rng.RngPath(config.seed, "held-out", 0)).accuracy
 
 
 if __name__ == "__main__":
