@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_teams import ROUND_OFF, assert_equal, by_transcript, orders, random_game, random_stages, stage
 
-from teamtr_min.extras.certificate import penalty_constant
+from teamtr_min.extras.diagnostics import penalty_constant
 from teamtr_min.studies import exact
 from teamtr_min.studies.exact import Game, Team, discounted_kl, message_kl, stale_gap, surrogate
 

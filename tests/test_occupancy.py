@@ -7,16 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from toy_runs import results, timeless
+from tiny import refusal
+from toy_runs import bits
 
-import eval as evaluation
 import train
-from teamtr_min import cli
-from teamtr_min.occupancy import RolloutSource
+from teamtr_min.config import parse
 from teamtr_min.studies import occupancy
-
-TINY = {"stages": 1, "problems": 2, "seeds": 2, "rates": [5e-4, 5e-3],
-        "sizes": [2, 3], "size_stages": 1, "size_problems": 2}  # fmt: skip
+from teamtr_min.studies.occupancy import Arm
 
 
 @pytest.fixture
@@ -25,127 +22,109 @@ def made(monkeypatch):
     made = []
 
     def run_here(command, **_):
-        made.append(command[2:])
-        short = ["--eval-problems", "8", "--group", "4", "--inner-steps", "1"]
-        flags = command[2:] if "--resume" in command else [*command[2:], *short]
-        return SimpleNamespace(returncode=train.main(flags), stderr="")
+        flags = command[2:]
+        made.append(flags)
+        tiny = (
+            ["--group", "4", "--inner-steps", "1", "--eval-problems", "8"] if "--resume" not in flags else []
+        )
+        return SimpleNamespace(returncode=train.main([*flags, *tiny]), stderr="")
 
     monkeypatch.setattr(occupancy.subprocess, "run", run_here)
-    monkeypatch.setattr(occupancy, "SHORT", TINY)
+    monkeypatch.setattr(occupancy, "SETTINGS", dict(list(occupancy.SETTINGS.items())[:1]))
+    monkeypatch.setattr(occupancy, "SHOWN", list(occupancy.SETTINGS))
     return made
 
 
-@pytest.mark.parametrize("size", [occupancy.FULL, occupancy.SHORT])
-def test_every_arm_but_the_one_that_says_so_makes_equal_rollouts_and_updates(size):
-    for arm in occupancy.arms(size, ("learning_rate", "variants")):
-        config = cli.parse(occupancy.words(arm.flags), "")
-        n, every = len(config.update_groups), RolloutSource(config, None, None, [], 0).every
-        rollouts = len(range(0, n, every)) * config.problems
-        share = 1 if arm.name == "stale, a third of the rollouts" else 3
-        assert rollouts == share * size["problems"], arm
-        assert n == (1 if "joint" in arm.name else 3)
+@pytest.mark.parametrize("short", [False, True])
+def test_arms_that_do_not_collect_by_need_make_equal_rollouts(short):
+    """`collections` per stage are n for fresh arms and 1 for others, without a floor."""
+    budgets = {}
+    for arm in occupancy.arms(short, occupancy.STUDIES):
+        config = parse(occupancy.words(arm.flags), "")
+        per_stage = config.agents if config.min_ess == 1 else 1
+        budgets.setdefault((arm.study, arm.setting), set()).add(config.stages * per_stage * config.problems)
+    assert len(budgets) > 4 and all(len(budget) == 1 for budget in budgets.values())
 
 
-def test_runs_are_made_once_and_resumed_where_they_were_cut_off(made, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="draws figures")
-    flags = ["occupancy", "--short", "--only", "learning_rate,team_size", "--jobs=1", "--out", str(tmp_path)]
-    assert evaluation.main([*flags, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(made) == 5 * 2 * 2 + 3 * 2 * 2
-    assert [Path(figure).stem for figure in found["figures"]] == ["two_by_two", "learning_rate", "team_size"]
-    assert all(Path(figure).stat().st_size > 10_000 for figure in found["figures"])
-    row = found["rows"]["learning_rate"][0]
-    summary = json.loads((Path(made[0][made[0].index("--out") + 1]) / "summary.json").read_text())
-    assert row["name"] == "fresh, radius" and row["accuracy_final"][0] == summary["accuracy_final"]
+def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_files_have_it(made, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws the figure")
+    found = occupancy.run(tmp_path, True, ("settings",), jobs=1)
+    assert len(made) == len(occupancy.DRAWN) * 2 and Path(found["figures"][0]).stat().st_size > 10_000
+    rows = {row["name"]: row for row in found["rows"]}
+    assert [rows[name]["collections"] for name in ("fresh", "stale", "corrected, 0")] == [
+        [3, 3],
+        [1, 1],
+        [1, 1],
+    ]
+    assert rows["stale"]["ess_last"] == [1, 1] and max(rows["corrected, 0"]["ess_last"]) < 1
+    out = Path(made[0][made[0].index("--out") + 1])
+    summary, first = json.loads((out / "summary.json").read_text()), rows["fresh"]
+    assert (
+        first["return_final"][0] == summary["return_final"]
+        and first["curve"][0][0][2] == summary["return_start"]
+    )
+    assert (
+        first["curve"][0][-1][::2] == [summary["rollouts"], summary["return_final"]]
+        and len(first["curve"][0]) == 3
+    )
+    assert "| relay, 3 agents, radius 0.02 | stale |" in occupancy.table(found)
 
     made.clear()
-    assert evaluation.main(flags) == 0 and not made  # all there
-    text = capsys.readouterr().out
-    assert "| stale, no radius |" in text and "reported: naive | 0.08 | 0.21 |" in text
-
-    unfinished = next((tmp_path / "short").glob("*lr=0.005*seed=1"))
-    summary, *before = results(unfinished)
-    summary |= {"accuracy_final": None, "stopped": "killed"}
-    (unfinished / "summary.json").write_text(json.dumps(summary))
-    assert evaluation.main(flags) == 0
-    assert made == [["--resume", str(unfinished)]]
-    _, *after = results(unfinished)
-    assert list(map(timeless, before)) == list(map(timeless, after)) != [[], []]
+    occupancy.run(tmp_path, True, ("settings",), jobs=1)
+    assert not made, "all there"
+    before = bits(out)
+    cut = summary | {"return_final": None, "reason": "interrupted"}
+    (out / "summary.json").write_text(json.dumps(cut))
+    occupancy.run(tmp_path, True, ("settings",), jobs=1)
+    assert made == [["--resume", str(out)]] and bits(out) == before
 
 
-def test_an_exponent_is_that_of_the_power_it_was_made_from():
-    rows = [{"flags": {"agents": n}, "gap": [0.1 * n**2, 0.1 * n**2 * 1.01]} for n in (2, 3, 5, 8)]
-    slope, (low, high) = occupancy.exponent(rows, "gap")
-    assert slope == pytest.approx(2) and low <= slope <= high + 1e-9
+def test_a_run_that_really_diverged_has_ended_and_one_that_failed_is_named(tmp_path):
+    """By the field `reason`. A step of lr 1e18 makes a loss that is no number."""
+    flags = {
+        "agents": 2,
+        "stages": 1,
+        "problems": 2,
+        "kl": "none",
+        "lr": 1e18,
+        "eval_problems": 4,
+        "device": "cpu",
+    }
+    arm = Arm("variants", "relay, 2 agents", "no trust region", flags, seeds=1)
+    occupancy.train(arm, 0, path := arm.directory(tmp_path, 0))
+    assert occupancy.summary(path)["reason"] == "diverged"
+    (row,) = occupancy.at_equal_cost([occupancy.row(arm, tmp_path)])
+    assert row["return_final"] == [None] and len(row["curve"][0]) == 1
+    broken = Arm("variants", "relay, 2 agents", "none", {"agents": 99}, seeds=1)
+    assert "failed: error: relay" in refusal(occupancy.train, broken, 0, tmp_path / "broken")
+
+
+def a_row(name: str, *curves: list, finals=None) -> dict:
+    finals = [c[-1][2] for c in curves] if finals is None else finals
+    return {"study": "settings", "setting": "x", "name": name, "curve": [*curves], "return_final": finals}
+
+
+def test_curves_are_read_at_the_fewest_rollouts_and_the_fewest_seconds_of_a_run():
+    slow = a_row("slow", [[0, 0, 0.1], [100, 10, 0.3], [300, 30, 0.7]])
+    fast = a_row("fast", [[0, 0, 0.1], [200, 5, 0.5]], [[0, 0, 0.1]], finals=[0.5, None])
+    one, other = occupancy.at_equal_cost([slow, fast])
+    assert (one["at_rollouts"], one["at_seconds"]) == (200, 5)
+    assert one["return_at_rollouts"] == pytest.approx([0.5]) and one["return_at_seconds"] == pytest.approx(
+        [0.2]
+    )
+    assert other["return_at_rollouts"] == [0.5, None] and occupancy.interval([0.5, None]) == "diverged"
 
 
 def test_intervals_over_seeds_are_students():
     values = [0.5, 0.7, 0.6]
-    half = 4.303 * np.std(values, ddof=1) / 3**0.5
-    assert occupancy.interval(values) == f"0.600 ±{half:.3f}"
-    assert occupancy.interval([0.5, None]) == "diverged"
+    assert occupancy.interval(values) == f"0.600 ±{4.303 * np.std(values, ddof=1) / 3**0.5:.3f}"
 
 
-def test_the_best_rate_is_chosen_on_training_problems():
-    """A rate that looks best only on held-out problems is not chosen."""
-    rows = [
-        {"name": name, "flags": {"lr": lr}, "seeds": [0], "curve": [[0.1, last]], "accuracy_final": [final]}
-        for name in occupancy.ARMS
-        for lr, last, final in ((5e-4, 0.3, 0.9), (5e-3, 0.4, 0.2))
-    ]
-    chosen = occupancy.four_arms(occupancy.by_name(rows))
-    common, best = chosen["at one learning rate"], chosen["at its own best of five"]
-    assert {row["flags"]["lr"] for row in common.values()} == {5e-4}
-    assert {row["flags"]["lr"] for row in best.values()} == {5e-3} and len(best) == 4
-
-
-def test_a_seed_that_diverged_is_a_result_and_no_crash(tmp_path):
-    """One seed without a finished stage, one cut short: never the best rate, and still drawn."""
-    pytest.importorskip("matplotlib", reason="draws figures")
-    rows = [
-        {"name": name, "flags": {"lr": lr}, "seeds": [0, 1], "curve": curves, "curve_rollouts": [8, 16],
-         "accuracy_start": [0.1, 0.1], "accuracy_final": finals}
-        for name in occupancy.ARMS
-        for lr, curves, finals in (
-            (5e-4, [[0.1, 0.2], [0.1, 0.2]], [0.2, 0.2]),
-            (1.6e-3, [[0.1, 0.9], [0.1]], [0.3, None]),
-            (5e-3, [[0.1, 0.9], []], [0.3, None]),
-        )
-    ]  # fmt: skip
-    found = occupancy.report({"learning_rate": rows}, tmp_path)
-    assert all(Path(figure).stat().st_size > 10_000 for figure in found["figures"])
-    assert "| 0.200 ±0.000 | diverged | diverged |" in occupancy.table(found)
-    best = occupancy.four_arms(occupancy.by_name(rows))["at its own best of five"]
-    assert {row["flags"]["lr"] for row in best.values()} == {5e-4}
-
-
-def test_what_was_not_measured_is_none_and_the_rest_is_read(tmp_path):
-    """metrics.jsonl has no line or key for it: an agent that took no turn, a run without --diagnostics."""
-    arm = occupancy.Arm("variants", "stale", {"agents": 2}, seeds=1)
-    directory = arm.directory(tmp_path, 0)
-    directory.mkdir()
-    names = ("accuracy_start accuracy_final rollouts tokens_sampled tokens_trained seconds "
-             "violation_rate_before violation_rate_after")  # fmt: skip
-    summary = dict.fromkeys(names.split(), 0.5) | {"stopped": None}
-    (directory / "summary.json").write_text(json.dumps(summary))
-    metrics = [
-        {"kind": "update", "update": 0, "kl_after": 0.01},
-        {"kind": "update", "update": 1},
-        {"kind": "stage", "accuracy": 0.3, "rollouts_so_far": 8},
-    ]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    row = occupancy.row(arm, tmp_path)
-    assert row["kl_largest"] == [0.01] and row["curve"] == [[0.3]] and row["accuracy_final"] == [0.5]
-    for name in ("delta_stale", "gap", "occupancy_shift", "ess_last", "vacuous"):
-        assert row[name] == [None], name
-
-
-@pytest.mark.parametrize("flags, complaint", [
-    (["--only", "chess"], "--only chess: there is learning_rate, variants, team_size"),
-    (["--jobs", "0"], "--jobs < 1"),
-    ([], "figures need matplotlib: pip install matplotlib"),
-])  # fmt: skip
-def test_what_cannot_be_is_said_before_any_run_is_made(made, flags, complaint, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_is_said_before_any_run_is_made(made, tmp_path, monkeypatch):
+    assert "--only chess: there is settings, variants, team_size" in refusal(
+        occupancy.run, tmp_path, True, ("chess",), 1
+    )
+    assert "--jobs must be at least 1" in refusal(occupancy.run, tmp_path, True, ("settings",), 0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluation.main(["occupancy", "--short", "--out", str(tmp_path), *flags]) == 2
-    assert complaint in capsys.readouterr().err and not made
+    assert "pip install matplotlib" in refusal(occupancy.run, tmp_path, True, ("settings",), 1)
+    assert not made

@@ -1,237 +1,316 @@
-"""An agent is replaced in mid-run: the old run is only read, the new one is a run like any other."""
+"""Stage-0: the target, the loss, and an agent that is replaced in mid-run; the old run is only read."""
 
-import fcntl
+import copy
+import dataclasses
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from commands import interrupt_at, refusal
+from ready import Prepared
 from safetensors.torch import load_file
-from tiny import random_model, write_checkpoint, write_relabelled_tokenizer
+from tiny import random_model, write_checkpoint, write_relabelled_tokenizer, write_tokenizer
 from toy_runs import parity, results, run, timeless
 
-import eval as evaluation
 import train
 from teamtr_min.config import Config
-from teamtr_min.run import replace
+from teamtr_min.extras import replace
+from teamtr_min.extras.replace import align, mixture, mixture_weight, share_vocabulary
+from teamtr_min.hf.chat import ChatFormat, load_tokenizer
+from teamtr_min.hf.weights import RELAY
+from teamtr_min.learner import Diverged
 from teamtr_min.tasks import Relay
+from teamtr_min.team import Team
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["--agents", "2", "--eval-problems", "16", "--delta", "0.02"]
+N, V = 37, 13
 
 
 @pytest.fixture(autouse=True)
-def grade(monkeypatch):
-    monkeypatch.setattr(Relay, "grade", parity)
+def few_probes(monkeypatch):
     monkeypatch.setattr(replace, "PROBES", 24)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run that has done its two stages, with steps bold enough that its agents are not as they were."""
-    out, patch = tmp_path_factory.mktemp("runs") / "run", pytest.MonkeyPatch()
-    patch.setattr(Relay, "grade", parity)
-    run(out, *SHORT, "--kl", "fixed", "--lr", "1e-2")  # no radius, but one to align by
-    patch.undo()
-    return out
+# The target
+
+
+def two_policies() -> list[torch.Tensor]:
+    """Log-probs (N, V) fp32; some rows of both are the same, and some are near."""
+    generator = torch.Generator().manual_seed(0)
+    new, incumbent = (1.5 * torch.randn(2, N, V, generator=generator)).log_softmax(-1)
+    new[:5] = incumbent[:5]
+    new[5:11] = torch.lerp(new, incumbent, 0.9)[5:11].log_softmax(-1)
+    return [new, incumbent]
+
+
+def by_lambda(new, incumbent, lam: float) -> torch.Tensor:
+    """pi_target of one token by its definition, float64, probabilities."""
+    p, q = new.double().exp(), incumbent.double().exp()
+    product = p ** (1 / (1 + lam)) * q ** (lam / (1 + lam))
+    return product / product.sum()
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.double().exp().tolist()))
+
+
+def test_the_mixture_is_the_geometric_mean_of_both_policies():
+    new, incumbent = two_policies()
+    lams = torch.rand(N, generator=torch.Generator().manual_seed(1)) * 5
+    lams[:2] = 0
+    got = mixture(new, incumbent, lams / (1 + lams))
+    for t in range(N):
+        expected = by_lambda(new[t], incumbent[t], lams[t].item()).log()
+        torch.testing.assert_close(got[t].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.02, 0.3, math.inf])
+def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
+    """Inside, and outside with a little less of the incumbent; where the newcomer is inside, the newcomer."""
+    new, incumbent = two_policies()
+    weight = mixture_weight(new, incumbent, delta)
+    for t in range(N):
+        if divergence(new[t].double().exp(), incumbent[t]) <= delta:
+            assert weight[t] == 0
+            continue
+        lam = (weight[t] / (1 - weight[t])).item()
+        at, less = (by_lambda(new[t], incumbent[t], x) for x in (lam, 0.999 * lam))
+        assert divergence(at, incumbent[t]) <= delta + 1e-6
+        assert divergence(less, incumbent[t]) > delta - 1e-6
+    assert (weight[:5] == 0).all() and (math.isinf(delta) or 15 < weight.count_nonzero() < N - 4)
+
+
+# The loss
+
+
+def with_other(team: Team, j: int, scale: float = 0.5) -> Team:
+    """The team with another agent j: the same one, its weights disturbed."""
+    newcomer = dataclasses.replace(team.agents[j], model=copy.deepcopy(team.agents[j].model))
+    generator = torch.Generator().manual_seed(j)
+    with torch.no_grad():
+        for p in newcomer.model.parameters():
+            p += scale * p.std() * torch.randn(p.shape, generator=generator)
+    return dataclasses.replace(team, agents=[newcomer if k == j else a for k, a in enumerate(team.agents)])
+
+
+def probes(**changes) -> tuple[Config, object, Team, Team]:
+    """Rollouts of a team of two in two rounds, the team, and the team with another agent 1."""
+    ready = Prepared(**{"rounds": 2, "problems": 3, "group": 3, "batch_tokens": 150} | changes)
+    return ready.config, ready.rollouts, ready.team, with_other(ready.team, 1)
+
+
+def log_probs(team: Team, problem, messages, temperature: float) -> list[torch.Tensor]:
+    """Of each of agent 1's messages (tokens, V), by a forward pass over the transcript alone."""
+    seen = team.render(1, problem, messages, add_generation_prompt=False)
+    logits = team.agents[1].model(torch.tensor([seen.ids]))[0].double()
+    return [(logits[start - 1 : stop - 1] / temperature).log_softmax(-1) for start, stop in seen.spans]
+
+
+def expected_loss(rollouts, now: Team, new: Team, old: Team, config: Config) -> tuple[torch.Tensor, int]:
+    """KL(pi_target || newcomer), summed over messages one token at a time; and the tokens outside."""
+    loss, outside = 0.0, 0
+    for problem, messages in zip(rollouts.problems, rollouts.messages):
+        policies = [log_probs(team, problem, messages, config.temperature) for team in (now, new, old)]
+        for p, frozen, incumbent in zip(*policies):
+            for t in range(len(p)):
+                a, b = frozen[t].detach(), incumbent[t].detach()
+                weight = mixture_weight(a[None], b[None], config.delta).item()
+                target = by_lambda(a, b, weight / (1 - weight))
+                loss, outside = loss + (target * (target.log() - p[t])).sum(), outside + (weight > 0)
+    return loss, outside
+
+
+def test_the_loss_is_that_of_a_loop_over_tokens_and_so_is_its_gradient(tmp_path):
+    """In several batches; at a temperature; under way; where the newcomer has another template."""
+    config, rollouts, old, team = probes(temperature=0.7)
+    shutil.copytree(RELAY, tmp_path, dirs_exist_ok=True)
+    template = json.loads((RELAY / "tokenizer_config.json").read_text())["chat_template"]
+    (tmp_path / "chat_template.jinja").write_text(template.replace("<|' +", "<|user|><|' +"))
+    team.agents[1].tokenizer = load_tokenizer(tmp_path)
+    team.agents[1].chat = ChatFormat(team.agents[1].tokenizer)
+    assert team.render(1, *first(rollouts), False).ids != old.render(1, *first(rollouts), False).ids
+    frozen, model = with_other(team, 1, 0.0), team.agents[1].model
+    taught = replace.lessons(rollouts, old, team, 1, config)
+    assert len(taught) > 1
+    model.load_state_dict(with_other(team, 1, 0.05).agents[1].model.state_dict())
+    loss = sum(lesson.loss(model) for lesson in taught)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected, count = expected_loss(rollouts, team, frozen, old, config)
+    expected.backward()
+    outside = sum(int(lesson.target()[1].count_nonzero()) for lesson in taught)
+    assert outside == count > 20 and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max().item())
+
+
+def first(rollouts):
+    return rollouts.problems[0], rollouts.messages[0]
+
+
+def test_alignment_brings_the_newcomer_to_the_incumbent_and_moves_nobody_else():
+    config, rollouts, old, team = probes(lr=1e-3)
+    others = copy.deepcopy([team.agents[0].model.state_dict(), old.agents[1].model.state_dict()])
+    line = align(rollouts, old, team, 1, config, steps=30)
+    assert line["align_loss_after"] < 0.3 * line["align_loss_before"] and line["align_steps"] == 30
+    assert line["shared_vocabulary"] and line["probes"] == 18 and 0.2 < line["outside"] < 1
+    for model, before in zip((team.agents[0].model, old.agents[1].model), others):
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_newcomer_that_is_inside_everywhere_is_not_trained_and_infinities_end_the_alignment():
+    config, rollouts, old, team = probes()
+    same = with_other(old, 1, 0.0)
+    before = copy.deepcopy(same.agents[1].model.state_dict())
+    line = align(rollouts, old, same, 1, config, steps=5)
+    assert (line["align_steps"], line["outside"], line["tokens_trained_replace"]) == (0, 0, 0)
+    assert all(torch.equal(p, before[name]) for name, p in same.agents[1].model.state_dict().items())
+    with torch.no_grad():
+        team.agents[1].model.model.norm.weight[0] = math.inf
+    with pytest.raises(Diverged):
+        align(rollouts, old, team, 1, config, steps=5)
+
+
+def test_vocabularies_are_shared_when_every_token_and_the_end_are(tmp_path):
+    a, b = Prepared().team.agents
+    assert share_vocabulary(a, b)
+    chat = copy.copy(b.chat)
+    chat.end_of_message += 1
+    assert not share_vocabulary(a, dataclasses.replace(b, chat=chat))
+    assert not share_vocabulary(
+        a, dataclasses.replace(b, tokenizer=load_tokenizer(write_tokenizer(tmp_path)))
+    )
+
+
+# The command
 
 
 def contents(directory: Path) -> dict:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def go_on(finished: Path, out: Path, *flags: str) -> dict:
-    """Replace and train to stage 4; returns the line of the replacement."""
-    assert train.main(["--resume", str(finished), "--stages", "4", "--out", str(out), *flags]) == 0
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    (line,) = (line for line in lines if line["kind"] == "replace")
+def put(run: Path, out: Path, *flags: str) -> dict:
+    """Replace an agent; returns the line about it."""
+    assert replace.main(["--resume", str(run), "--out", str(out), *flags]) == 0
+    *_, line = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     return line
 
 
-def test_the_old_run_is_only_read_and_the_new_one_goes_on_from_it(finished, tmp_path, capsys):
-    before, out = contents(finished), tmp_path / "new"
-    line = go_on(finished, out, "--replace", "1=relay", "--align", "4")
-    assert contents(finished) == before
-    assert (line["agent"], line["model"], line["stage"]) == (1, "relay", 2)
-    config, old = Config.load(out / "config.json"), Config.load(finished / "config.json")
-    assert (config.model, config.stages, config.replace) == ("relay,relay", 4, "") and config.lr == old.lr
-    summary, updates, _ = results(out)
-    assert [u["stage"] for u in updates] == [0, 0, 1, 1, 2, 2, 3, 3] and summary["stages"] == 4
-    for log in ("metrics.jsonl", "transcripts.jsonl"):
-        assert (out / log).read_bytes().startswith((finished / log).read_bytes()[:500])
+def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, tmp_path, capsys):
+    before, out = contents(stopped), tmp_path / "new"
+    line = put(stopped, out, "--agent", "1", "--model", "relay", "--align", "4")
     text = capsys.readouterr().out
-    assert text.count("agent 1 (B) is now relay: held-out accuracy") == 1 and "resumed after 2 of 4" in text
-
-
-def test_without_a_name_it_stands_beside_the_old_run(finished, tmp_path, capsys):
-    old = Path(shutil.copytree(finished, tmp_path / "run"))
-    flags = ["--resume", f"{old}/", "--replace", "0=relay", "--align", "0", "--stages", "3"]
-    assert train.main(flags) == 0 and (tmp_path / "run-replaced" / "summary.json").is_file()
-    assert "not aligned" in capsys.readouterr().out
-    before = contents(tmp_path)
-    assert "exists and is not empty" in refusal(capsys, train.main, *flags)
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("occupancy", ["fresh", "joint"])
-def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(tmp_path, occupancy):
-    old, out = tmp_path / "old", tmp_path / "new"
-    run(old, *SHORT, "--occupancy", occupancy, "--kl", "fixed")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(1, patch, train, "group_advantages")
-        flags = [
-            "--resume",
-            str(old),
-            "--replace",
-            "1=relay",
-            "--align",
-            "0",
-            "--out",
-            str(out),
-            "--stages",
-            "3",
-        ]
-        assert train.main(flags) == 130
-    learner = "learner-0" if occupancy == "joint" else "learner-1"
-    before, after = (load_file(d / f"checkpoints/000002/{learner}.safetensors") for d in (old, out))
-    mine = "1." if occupancy == "joint" else "0."
-    newcomers = {key for key in after if key.split(".", 2 if key[0] == "a" else 1)[-1].startswith(mine)}
-    assert newcomers == {key for key in before if key.startswith(f"master.{mine}")}
-    shipped = load_file(ROOT / "teamtr_min/assets/relay/model.safetensors")
-    assert all(torch.equal(after[f"master.{mine}{name}"], p) for name, p in shipped.items())
-    teammate = {key for key in after if key not in newcomers}
-    assert all(torch.equal(after[key], before[key]) for key in teammate)
-    if occupancy == "joint":
-        assert any(key.startswith("adam.") for key in teammate)
-    else:
-        file = "checkpoints/000002/learner-0.safetensors"
-        assert not teammate and (old / file).read_bytes() == (out / file).read_bytes()
-
-
-def test_the_new_run_resumes_to_the_same_bits(finished, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = ["--replace", "1=relay", "--align", "3"]
-    line = go_on(finished, whole, *flags)
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(4, patch, train, "group_advantages")
-        assert train.main(["--resume", str(finished), "--stages", "4", "--out", str(cut), *flags]) == 130
-    assert train.main(["--resume", str(cut)]) == 0
-    again = [json.loads(one) for one in (cut / "metrics.jsonl").read_text().splitlines()]
-    assert timeless([line]) == timeless([one for one in again if one["kind"] == "replace"])
-    assert [timeless(r) for r in results(whole)[1:]] == [timeless(r) for r in results(cut)[1:]]
-    files = [path.relative_to(whole) for path in whole.glob("agents/*/*")]
-    assert files and all((whole / file).read_bytes() == (cut / file).read_bytes() for file in files)
-
-
-def test_an_agent_replaced_by_itself_is_no_shock_and_needs_no_alignment(finished, tmp_path):
-    line = go_on(finished, tmp_path / "new", "--replace", f"1={finished}/agents/1", "--align", "5")
-    assert (
-        line["shock_replaced"] == line["shock_aligned"] == 0 and line["outside"] == line["align_steps"] == 0
-    )
-    assert line["shock_replaced_ci"] == [0, 0] and line["accuracy_before"] == line["accuracy_aligned"]
-
-
-def test_alignment_brings_the_newcomer_nearer_to_the_one_before(finished, tmp_path):
-    line = go_on(finished, tmp_path / "new", "--replace", "1=relay", "--align", "30")
-    assert line["shared_vocabulary"] and line["outside"] > 0.1 and line["probes"] == 24
-    assert line["align_loss_after"] < 0.5 * line["align_loss_before"]
-
-
-def test_a_newcomer_with_another_vocabulary_learns_from_text(finished, tmp_path, capsys):
-    model = random_model("llama", vocab_size=25)
-    other = write_relabelled_tokenizer(write_checkpoint(tmp_path / "other", model))
-    line = go_on(finished, tmp_path / "new", "--replace", f"0={other}", "--align", "20")
-    assert not line["shared_vocabulary"] and line["align_loss_after"] < 0.8 * line["align_loss_before"]
-    assert "different vocabularies" in capsys.readouterr().out
-    assert (tmp_path / "new/agents/0/tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
-
-
-def test_adapters_in_bf16_are_replaced_and_aligned_too(tmp_path):
-    """Newcomer and teammates are adapters on frozen bases, the probes come after a warm start."""
-    old, new = tmp_path / "old", tmp_path / "new"
-    task = tmp_path / "task.py"
-    task.write_text(
-        "from teamtr_min.tasks import Demonstration, Relay\n"
-        "class Shown(Relay):\n"
-        "    def demonstrations(self, count, generator):\n"
-        "        problems = self.sample_problems(count, generator)\n"
-        "        return [Demonstration(p, [self.step(p.text), p.answer]) for p in problems]\n"
-        "task = Shown\n"
-    )
-    kind = ["--lora-rank", "2", "--dtype", "bf16", "--warm-start", "3", "--task", str(task)]
-    run(old, *SHORT, *kind, "--kl", "fixed", "--lr", "2e-3", "--warm-start-lr", "5e-2", "--model", "relay")
-    line = go_on(old, new, "--replace", "1=relay", "--align", "20")
-    assert line["stage"] == 2 and line["align_loss_after"] < line["align_loss_before"]
-    assert (new / "agents/1/adapter_model.safetensors").is_file()
-
-
-def test_every_key_of_the_line_is_documented(finished, tmp_path):
-    line = go_on(finished, tmp_path / "new", "--replace", "1=relay", "--align", "1")
+    assert contents(stopped) == before and f"next: python train.py --resume {out}" in text
+    assert (line["kind"], line["agent"], line["model"], line["stage"]) == ("replace", 1, "relay", 2)
+    assert line["shared_vocabulary"] and line["probes"] == 24 and line["outside"] > 0.02
+    for when in ("replaced", "aligned"):
+        low, high = line[f"shock_{when}_ci"]
+        assert line[f"shock_{when}"] == pytest.approx(line["return_before"] - line[f"return_{when}"])
+        assert low <= line[f"shock_{when}"] <= high and f"agent 1 {when}: held-out return" in text
     section = (
         (ROOT / "docs/metrics.md").read_text().partition('(`kind` is "replace")')[2].partition("\n## ")[0]
     )
-    assert section and not [key for key in line if key != "kind" and f"`{key}`" not in section]
+    assert not [key for key in line if key != "kind" and f"`{key}`" not in section]
+    config, old = Config.load(out / "config.json"), Config.load(stopped / "config.json")
+    assert (config.model, config.stages) == ("relay,relay,relay", 3) and config.lr == old.lr
+    copied = shutil.copytree(out, tmp_path / "copied")
+    for directory in (out, copied):
+        assert train.main(["--resume", str(directory)]) == 0
+    assert "resumed after" in capsys.readouterr().out
+    summary, updates, stages = results(out)
+    assert [u["stage"] for u in updates] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and summary["stages"] == 3
+    assert timeless(updates) == timeless(results(copied)[1])
+    assert (out / "transcripts.jsonl").read_bytes()[:500] == (stopped / "transcripts.jsonl").read_bytes()[
+        :500
+    ]
 
 
-def test_a_run_with_a_newcomer_is_evaluated_and_reported(finished, tmp_path):
-    go_on(finished, tmp_path / "new", "--replace", "1=relay", "--align", "0")
-    team = ["--team", str(tmp_path / "new")]
-    assert evaluation.main(["relay", *team, "--problems", "4", "--mode", "solo"]) == 0
-    pytest.importorskip("matplotlib", reason="draws")
-    assert evaluation.main(["report", *team]) == 0
+def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(stopped, tmp_path):
+    put(stopped, tmp_path / "new", "--agent", "1", "--model", "relay", "--align", "0")
+    files = [f"checkpoints/000002/learner-{j}.safetensors" for j in range(3)]
+    for j in (0, 2):
+        assert (stopped / files[j]).read_bytes() == (tmp_path / "new" / files[j]).read_bytes()
+    before, after = load_file(stopped / files[1]), load_file(tmp_path / "new" / files[1])
+    assert not [key for key in after if key.startswith("adam.")] and any(
+        k.startswith("adam.") for k in before
+    )
+    shipped = Prepared(agents=1).model.state_dict()
+    assert all(torch.equal(after[f"master.0.{name}"], p) for name, p in shipped.items())
+    beta = [
+        json.loads((d / "checkpoints/000002/state.json").read_text())["beta"]
+        for d in (stopped, tmp_path / "new")
+    ]
+    assert beta[1] == [beta[0][0], 1e-3, beta[0][2]]
 
 
-STAGES = ["--stages", "4"]
+def test_an_agent_replaced_by_itself_is_no_shock_and_needs_no_alignment(stopped, tmp_path):
+    line = put(stopped, tmp_path / "new", "--agent", "1", "--model", f"{stopped}/agents/1", "--align", "5")
+    assert (
+        line["shock_replaced"] == line["shock_aligned"] == 0 and line["outside"] == line["align_steps"] == 0
+    )
+    assert line["shock_replaced_ci"] == [0, 0] and line["return_before"] == line["return_aligned"]
+
+
+def test_a_newcomer_with_another_vocabulary_learns_from_text(stopped, tmp_path):
+    model = random_model("llama", vocab_size=25)
+    other = write_relabelled_tokenizer(write_checkpoint(tmp_path / "other", model))
+    line = put(stopped, tmp_path / "new", "--agent", "0", "--model", str(other), "--align", "20")
+    assert not line["shared_vocabulary"] and line["align_loss_after"] < 0.8 * line["align_loss_before"]
+    assert train.main(["--resume", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new/agents/0/tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["--lora-rank 2 --dtype bf16 --warm-start 3 --warm-start-lr 5e-2", "--occupancy joint", "--lr-scale 1,3"],
+)
+def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Relay, "grade", parity)
+    flags = [*kind.split(), "--agents", "2", "--eval-problems", "16", "--delta", "0.02", "--kl", "fixed"]
+    run(tmp_path / "old", *flags)
+    line = put(
+        tmp_path / "old",
+        tmp_path / "new",
+        "--agent",
+        "1",
+        "--model",
+        "relay",
+        "--stages",
+        "3",
+        "--align",
+        "20",
+    )
+    assert line["stage"] == 2 and line["align_loss_after"] < line["align_loss_before"]
+    assert train.main(["--resume", str(tmp_path / "new")]) == 0
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--replace", "1=relay"], "has done all of its 2 stages; give --stages of more than 2"),
-        ([*STAGES, "--replace", "2=relay"], "no agent 2 to replace; the run's are numbered 0 to 1"),
-        ([*STAGES, "--replace=-1=relay"], "--replace takes AGENT=MODEL"),
-        ([*STAGES, "--replace", "relay"], "--replace takes AGENT=MODEL"),
-        ([*STAGES, "--replace", "1=relay,relay"], "--replace takes AGENT=MODEL"),
-        ([*STAGES, "--replace", "1=nonesuch"], "no model 'nonesuch'"),
-        ([*STAGES, "--replace", "1=relay", "--align", "-1"], "--align is -1; the least"),
-        ([*STAGES, "--replace", "1=relay", "--lr", "0.5"], "not with --lr 0.5 (the run has"),
-        (STAGES, "not with --stages 4 (the run has 2)"),
-        (["--align", "7"], "not with --align 7"),
+        ("--agent 1 --model relay --stages 2", "has done all of its 2 stages; give --stages of more than 2"),
+        ("--agent 3 --model relay", "--agent is a number from 0 to 2"),
+        ("--agent 1 --model relay --align -1", "--align is 0 or more"),
+        ("--agent 1 --model nonesuch", "nonesuch"),
+        ("--agent 1 --model relay --out OLD", "exists; give another, or remove it first"),
+        ("--agent 1", "--model"),
     ],
 )
-def test_bad_input_is_a_sentence_and_changes_nothing(finished, capsys, flags, sentence):
-    before = contents(finished.parent)
-    assert sentence in refusal(capsys, train.main, "--resume", str(finished), *flags)
-    assert contents(finished.parent) == before and not list(finished.parent.glob("*-replaced"))
+def test_bad_input_is_a_sentence_and_changes_nothing(stopped, tmp_path, capsys, flags, sentence):
+    before = contents(stopped.parent)
+    flags = ["--out", str(tmp_path / "new"), *flags.replace("OLD", str(stopped)).split()]
+    assert replace.main(["--resume", str(stopped), *flags]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*\n", said) and sentence in said
+    assert contents(stopped.parent) == before and not (tmp_path / "new").exists()
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_loaded(finished, monkeypatch, capsys):
-    before = contents(finished.parent)
-    monkeypatch.setenv("TEAMTR_MEMORY", "64MiB")
-    monkeypatch.setattr(replace, "load_team", None)
-    sentence = refusal(capsys, train.main, "--resume", str(finished), *STAGES, "--replace", "1=relay")
-    assert "this needs" in sentence and "a machine with more" in sentence
-    assert contents(finished.parent) == before
-
-
-def test_with_rates_of_their_own_an_agent_can_be_replaced_or_evaluated_alone(tmp_path, capsys):
-    run(tmp_path / "run", *SHORT, "--lr-scale", "1,3")
-    line = go_on(tmp_path / "run", tmp_path / "new", "--replace", "1=relay", "--align", "1")
-    assert line["agent"] == 1
-    flags = ["--team", str(tmp_path / "new"), "--problems", "4", "--mode", "solo", "--json"]
-    assert evaluation.main(["relay", *flags]) == 0
-
-
-def test_there_must_be_a_run_to_replace_in(finished, tmp_path, capsys):
-    assert "--resume RUN" in refusal(capsys, train.main, "--replace", "1=relay")
-    assert "--resume RUN" in refusal(capsys, train.main, "--align", "7")
-    flags = ["--replace", "1=relay", *STAGES, "--out", str(tmp_path / "new"), "--resume"]
-    with (finished / "metrics.jsonl").open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert "being written" in refusal(capsys, train.main, *flags, str(finished))
-    bare = shutil.copytree(finished, tmp_path / "bare")
-    shutil.rmtree(bare / "checkpoints")
-    assert "has no checkpoint yet" in refusal(capsys, train.main, *flags, str(bare))
-    assert not (tmp_path / "new").exists()
+def test_there_must_be_a_run_with_a_checkpoint(copy, tmp_path, capsys):
+    flags = ["--agent", "1", "--model", "relay", "--out", str(tmp_path / "new"), "--resume"]
+    assert replace.main([*flags, str(tmp_path / "none")]) == 2
+    shutil.rmtree(copy / "checkpoints")
+    assert replace.main([*flags, str(copy)]) == 2
+    assert "has no checkpoint of a stage yet" in capsys.readouterr().err and not (tmp_path / "new").exists()

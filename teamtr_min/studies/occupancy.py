@@ -251,7 +251,7 @@ def interval(values: list[float | None]) -> str:
 def draw(figure, rows: list[dict]) -> None:
     """Held-out return over rollouts: fresh, reweighted, stale; bands from the lowest seed to the highest."""
     figure.set_size_inches(3.2 * len(SHOWN), 3.4)
-    for axes, setting in zip(figure.subplots(1, len(SHOWN), sharey=True), SHOWN):
+    for axes, setting in zip(figure.subplots(1, len(SHOWN), sharey=True, squeeze=False)[0], SHOWN):
         for colour, name in zip(COLOURS, DRAWN):
             (row,) = (r for r in rows if (r["study"], r["setting"], r["name"]) == ("settings", setting, name))
             x = np.linspace(0, row["at_rollouts"])
@@ -283,21 +283,20 @@ COLUMNS = {  # title: key and form
 
 
 def table(found: dict) -> str:
-    """The studies as Markdown tables."""
+    """The studies as Markdown tables; a column that a study does not measure is left out."""
     lines = []
     for study in dict.fromkeys(row["study"] for row in found["rows"]):
-        heads = ["setting", "arm", "at equal rollouts", "at equal seconds", *COLUMNS, "reported"]
+        rows = [row for row in found["rows"] if row["study"] == study]
+        columns = {t: c for t, c in COLUMNS.items() if any(mean(row[c[0]]) is not None for row in rows)}
+        heads = ["setting", "arm", "at equal rollouts", "at equal seconds", *columns]
+        heads += ["reported"] if study == "variants" else []
         lines += [CAPTIONS[study], "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for row in (row for row in found["rows"] if row["study"] == study):
-            cells = [
-                row["setting"],
-                row["name"],
-                *(interval(row[f"return_at_{x}"]) for x in ("rollouts", "seconds")),
-            ]
-            for key, form in COLUMNS.values():
-                value = mean(row[key])
-                cells.append("" if value is None else format(value, form))
-            cells.append(str(VARIANTS[row["name"]][1]) if study == "variants" else "")
+        for row in rows:
+            costs = [interval(row[f"return_at_{axis}"]) for axis in ("rollouts", "seconds")]
+            values = [(mean(row[key]), form) for key, form in columns.values()]
+            cells = [row["setting"], row["name"], *costs]
+            cells += ["" if value is None else format(value, form) for value, form in values]
+            cells += [str(VARIANTS[row["name"]][1])] if study == "variants" else []
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join([*lines, "figures  " + "  ".join(found["figures"])])

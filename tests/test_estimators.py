@@ -1,0 +1,89 @@
+"""The sampled estimators against the truth, on teams small enough to enumerate.
+
+`python -m teamtr_min.studies.estimators` is the same at length; docs/results.md has its figures.
+"""
+
+import math
+
+import pytest
+import torch
+
+from teamtr_min.extras import diagnostics
+from teamtr_min.studies import estimators, exact
+from teamtr_min.studies.estimators import LAST, by_transcript, coverage, diagnoses, fitted, small_game, stage
+
+BATCHES = 300
+
+
+def z(values: torch.Tensor, truth: float) -> float:
+    """How many standard errors the mean of these is away from the truth."""
+    return ((values.mean() - truth) / values.std() * len(values) ** 0.5).item()
+
+
+@pytest.mark.parametrize("router", [None, by_transcript])
+def test_surrogates_gap_and_kl_are_unbiased_and_the_rest_consistent(router):
+    found = diagnoses(stage(small_game(router=router), 0, kl=0.02), BATCHES, seed=1)
+    estimates = {name: torch.vmap(statistic)(*tables) for name, (_, statistic, *tables) in found.items()}
+    truth = {name: case[0] for name, case in found.items()}
+    for name in ("L^seq", "gap", "L^stale", "KL held out", "L corrected", "KL corrected"):
+        assert abs(z(estimates[name], truth[name])) < 4, name
+    for name in ("D_occ", "ESS/B", "ESS"):  # functions of means: biased by O(1 / batch)
+        assert estimates[name].mean().item() == pytest.approx(truth[name], rel=0.01), name
+    for name in ("L^seq", "L corrected"):
+        assert abs(z(estimates[name], truth["L^stale"])) > 4, "enough batches to tell seq from stale"
+    assert abs(z(estimates["gap"], 0)) > 20 and truth["D_occ"] > 0.05 and truth["ESS/B"] < 0.95
+
+
+def test_intervals_cover_the_truth_after_mild_updates():
+    """95% in name; below, the band that 40 intervals allow."""
+    found = diagnoses(stage(small_game(), 0, kl=0.02), 40, seed=7)
+    names = ("L^seq", "gap", "KL held out", "L corrected", "KL corrected")
+    shares = {name: coverage(*found[name], intervals=40) for name in names}
+    assert min(shares.values()) >= 0.82 and sum(shares.values()) / len(shares) < 0.99, shares
+
+
+def test_intervals_of_weighted_estimates_fail_after_large_updates_and_a_floor_on_ess_mends_that():
+    """KL 4 per update: the few rollouts that carry the weight are in hardly any batch, and a bootstrap cannot
+    know what its batch has never seen: too narrow, though the mean over batches is right. ESS is read too
+    high for the same reason. But it still reads so low that any floor collects anew."""
+    teams = stage(small_game(), 0, kl=4.0)
+    found = diagnoses(teams, 50, seed=7)
+    shares = {name: coverage(*found[name], intervals=50) for name in ("L^seq", "gap", "L corrected", "ESS")}
+    assert max(shares["gap"], shares["L corrected"], shares["ESS"]) < 0.75 and shares["L^seq"] >= 0.84, shares
+    truth, statistic, *tables = found["ESS"]
+    assert truth < 0.01 and 2 * truth < torch.vmap(statistic)(*tables).mean() < 0.1
+    (once, worse), (thrice, better) = (
+        estimators.with_floor(teams, floor, 30, seed=0) for floor in (0.0, 0.5)
+    )
+    assert once == 1 and thrice == 3 and better < 0.3 * worse
+
+
+def test_a_floor_between_collects_when_it_must():
+    """At 0.2 nats an update the second update's ESS is about 0.4, after one collection more about 0.5."""
+    found = [
+        estimators.with_floor(stage(small_game(), 0, kl=0.2), floor, 30, seed=0) for floor in (0.0, 0.5, 1.0)
+    ]
+    (counts, errors) = zip(*found)
+    assert counts[0] == 1 < counts[1] < 3 == counts[2] and errors[1] < 0.7 * errors[0]
+
+
+def test_occupancy_shift_is_normalised_within_each_turn_as_the_truth_is():
+    teams = stage(small_game(router=by_transcript), 0, kl=0.3)
+    first, base = teams[0], teams[-2]
+    x = estimators.sample_batches(first, 1, seed=3, problems=8000)
+    drift, spoken = diagnostics.before_turn(exact.log_ratio(x, base, first)), x.agent == LAST
+    truth = exact.occupancy_shift(first, base, LAST).item()
+    assert diagnostics.occupancy_shift(drift, spoken).item() == pytest.approx(truth, abs=0.005)
+    plain = ((drift.exp() - 1).abs() * spoken).sum() / (2 * spoken.sum())
+    assert abs(plain.item() - truth) > 0.015, "the router moves how often the agent acts: normalising matters"
+
+
+def test_in_sample_k3_stops_an_update_near_its_radius_and_k1_does_not():
+    """A free row for every context is fitted hardest. Where most rollouts fail, k1 overstates the KL tenfold;
+    where most succeed it goes negative while the true KL exceeds three times the radius."""
+    for needed, k1_band in ((3, (0.0, 0.2)), (1, (3.0, math.inf))):
+        game = small_game(tied=False, needed=needed)
+        for seed in (0, 10):
+            assert k1_band[0] < fitted(game, "k1", 0.02, seed)[0] < k1_band[1]
+            ratio, reached = fitted(game, "k3", 0.02, seed)
+            assert reached and 0.6 < ratio < 1.0
