@@ -72,7 +72,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory):
-    """The same run, ended by Ctrl-C in its third stage: it has two checkpoints."""
+    """The same run, ended by Ctrl-C in its third stage: two checkpoints, and logs that are ahead of them."""
     from commands import interrupt_at
     from toy_runs import TOY
 
@@ -80,7 +80,7 @@ def stopped(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(7, patch, train, "group_advantages")
+        interrupt_at(8, patch, train, "group_advantages")
         assert train.main([*TOY, *SHARED, "--out", str(out)]) == 130
     return out
 

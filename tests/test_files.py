@@ -46,6 +46,7 @@ def test_a_file_or_directory_is_replaced_whole_or_not_at_all(tmp_path, error):
             aside.write_text("half") if path == file else aside.mkdir()
             raise error
     assert file.read_text() == "old" and [p.name for p in directory.iterdir()] == ["old"]
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "directory"}
     write_json(file, {"new": 1})
     with replacing(directory) as aside:
         aside.mkdir()

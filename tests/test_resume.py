@@ -127,6 +127,8 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
     assert "--accept-changes" in sentence and content(Path("run")) == before
     assert train.main(["--resume", "run", "--accept-changes"]) == 0
     assert train.main(["--resume", "run"]) == 0, "what was accepted is what the run rests on from then on"
+    Path("mine.py").write_text(TASK.replace("0.5", "0.7"))
+    assert "task file" in refusal(capsys, train.main, "--resume", "run"), "and nothing else"
 
 
 def test_a_chat_template_that_has_changed_is_named(copy, capsys):
