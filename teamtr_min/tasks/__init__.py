@@ -51,10 +51,6 @@ def load_task(config: Config, training: bool = False) -> Task:
     return UserTask(task, config.task)
 
 
-class _Defaults(Task):
-    """What a user's task need not have."""
-
-
 class UserTask:
     """A task from a user's file. What its methods return is checked here, once: one sentence names the file,
     the method and what was wrong. What they raise passes through with its traceback."""
@@ -62,8 +58,8 @@ class UserTask:
     def __init__(self, task, path: str):
         self._task, self._path = task, path
 
-    def __getattr__(self, name: str):
-        return getattr(self._task if hasattr(self._task, name) else _Defaults(), name)
+    def __getattr__(self, name: str):  # a further attribute of the task, or its default
+        return getattr(self._task if hasattr(self._task, name) else Task(), name)
 
     def _must_return(self, method: str, wanted: str, returned, right: bool) -> None:
         if not right:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from numpy.random import Generator
 
@@ -32,9 +31,7 @@ class Problem:
 class Role:
     name: str
     system: str
-    tool: Callable[[Problem, list[Message]], str] | None = (
-        None  # writes the messages of an agent without a model
-    )
+    tool: Callable | None = None  # (problem, messages) -> text: the messages of an agent without a model
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,8 @@ class Demonstration:
     agents: list[int] | None = None
 
 
-class Task(Protocol):
-    """A task has the first three methods; the last four have these defaults. It may also have
+class Task:
+    """A task has the first three methods; the other three have these defaults. It may also have
 
     answer(messages) -> str | None         the team's answer, which `eval.py --mode vote` counts
     measure(problems, messages) -> dict    more to log about the rollouts of an update
