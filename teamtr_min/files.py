@@ -86,9 +86,6 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-plain_file = Path  # goes with the rebuilt hf and tasks
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ import torch
 from commands import interrupt_at, refusal
 from ready import Prepared
 from tiny import refusal as sentence
-from toy_runs import TOY, bits, run
+from toy_runs import TOY, bits, results, run
 
 import train
 from teamtr_min.config import Config
@@ -94,11 +94,19 @@ def test_demonstrations_of_a_task_earn_the_full_return(name, agents):
     assert all(team.task.grade(p, m) == 1 for p, m in zip(rollouts.problems, rollouts.messages))
 
 
-def test_a_run_measures_before_the_warm_start_and_after_it_and_resumes_to_the_same_bits(tmp_path):
-    out, stopped = tmp_path / "run", tmp_path / "stopped"
-    flags = [*FLAGS, "--eval-problems", "64"]
-    summary, _, stages = run(out, *flags)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+MEASURED = [*FLAGS, "--eval-problems", "64"]
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("warm") / "run"
+    run(out, *MEASURED)
+    return out
+
+
+def test_a_run_measures_before_the_warm_start_and_after_it(warmed):
+    summary, _, stages = results(warmed)
+    lines = [json.loads(line) for line in (warmed / "metrics.jsonl").read_text().splitlines()]
     warm = [line for line in lines if line["kind"] == "warm_start"]
     assert [(line["step"], line["agents"]) for line in warm] == [(s, [j]) for s in range(6) for j in range(3)]
     assert [line["lr"] for line in warm[::3]] == pytest.approx([4e-4 * (1 - s / 6) for s in range(6)])
@@ -107,11 +115,27 @@ def test_a_run_measures_before_the_warm_start_and_after_it_and_resumes_to_the_sa
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
     assert summary["accuracy_start"] > summary["accuracy_untrained"]
     assert summary["tokens_warm_start"] == sum(line["tokens"] for line in warm)
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(11, patch, warm_start, "imitate")
-        assert train.main([*TOY, *flags, "--out", str(stopped)]) == 130
-    assert train.main(["--resume", str(stopped)]) == 0
-    assert bits(stopped) == bits(out)
+
+
+@pytest.mark.parametrize(
+    "moment, seconds, done",  # seconds between checkpoints, and steps of the last one
+    [
+        ((11, warm_start, "imitate"), 60, 0),
+        ((11, warm_start, "imitate"), 0, 3),
+        ((1, train, "update"), 60, 6),
+    ],
+)
+def test_stopped_in_its_warm_start_or_after_it_a_run_resumes_to_the_same_bits(
+    warmed, tmp_path, monkeypatch, capsys, moment, seconds, done
+):
+    monkeypatch.setattr("teamtr_min.run.run.SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    call, *function = moment
+    with monkeypatch.context() as patch:
+        interrupt_at(call, patch, *function)
+        assert train.main([*TOY, *MEASURED, "--out", str(tmp_path / "run")]) == 130
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert f"resumed after {done} of 6 steps of warm start and 0 of 2 stages" in capsys.readouterr().out
+    assert bits(tmp_path / "run") == bits(warmed)
 
 
 # Demonstrations from a file

@@ -43,6 +43,7 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
             batches = agent_batches(team, rollouts, learner.agents, none, config.batch_tokens)
             line = {"step": step, "agents": learner.agents, "lr": lr, **imitate(learner, batches, lr)}
             run.log_warm_start(line, time.perf_counter() - begin)
+        run.end_warm_step(step)
 
 
 def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:

@@ -22,6 +22,8 @@ from teamtr_min.team import Team
 
 LOGS = ("metrics.jsonl", "transcripts.jsonl")  # the first is also what a run locks
 
+SECONDS_BETWEEN_CHECKPOINTS = 60  # of a warm start
+
 
 class Run:
     """A context. However the block ends, the agents as they are then are saved, with a summary.
@@ -35,7 +37,7 @@ class Run:
         self.directory = Path(config.resume or config.out or default_directory(config))
         generator = rng.generator(0, "held-out")
         self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
-        self.begin = time.perf_counter()
+        self.begin = self.saved = time.perf_counter()  # `saved`: when the newest checkpoint was written
         self.warm_steps_done = self.stages_done = 0
         self.updates: list[dict] = []  # their lines in metrics.jsonl
         self.stages: list[dict] = []  # and those of the stages
@@ -75,9 +77,14 @@ class Run:
         self._append("metrics.jsonl", [{"kind": "warm_start", **line, "seconds": seconds}])
         self.costs["tokens_warm_start"] += line["tokens"]
         self.costs["seconds_warm_start"] += seconds
-        self.warm_steps_done = line["step"] + 1
-        loss = f"loss {line['loss']:.3f}" if "loss" in line else ""
-        self.bar.set_postfix_str(f"warm start, step {self.warm_steps_done}, {loss}")
+        self.bar.set_postfix_str(f"warm start, step {line['step'] + 1}, loss {line.get('loss', 0):.3f}")
+
+    def end_warm_step(self, step: int) -> None:
+        """Write a checkpoint after the last step, and about once a minute before."""
+        self.warm_steps_done, last = step + 1, step + 1 == self.config.warm_start
+        due = time.perf_counter() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
+        if self.team.ranks.agree(last or due):
+            self.checkpoint()
 
     def log_update(
         self, stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update, seconds: float, **more
@@ -127,6 +134,7 @@ class Run:
             "costs": self.costs,
             "seconds": time.perf_counter() - self.begin,
         }
+        self.saved = time.perf_counter()
         checkpoint.save(self.directory, self.warm_steps_done + self.stages_done, self.learners, state)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
