@@ -16,7 +16,7 @@ from toy_runs import run
 import eval as evaluation
 from teamtr_min import load_model, load_team, save_model
 from teamtr_min.bench import accuracy
-from teamtr_min.bench.accuracy import best_of, difference_interval, find_subject, pick
+from teamtr_min.bench.accuracy import best_of, difference_interval, pick
 from teamtr_min.config import Config
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.loading import build_team
@@ -109,14 +109,6 @@ def test_best_of_takes_the_likeliest_per_token_whatever_its_length_and_return():
     assert pick(rollouts, "best_of", None).flatten().tolist() == [0, 1]
 
 
-def test_equal_answers_are_one_answer_to_a_vote():
-    Path("p.jsonl").write_text('{"question": "q", "answer": "1"}\n')
-    task = WordProblems(Config(task="jsonl", data="p.jsonl"))
-    said = ["#### 1,234.50", "the answer is $1234.5", r"\boxed{\frac{2469}{2}}", r"\boxed{1234}", "no"]
-    answers = [task.answer([Message(0, [], text, [], True)]) for text in said]
-    assert answers[0] == answers[1] == answers[2] != answers[3] and answers[4] is None
-
-
 # Whom, and on what
 
 
@@ -171,10 +163,6 @@ def test_word_problems_of_a_file_are_all_evaluated(capsys):
     result = evaluate(capsys, *flags, "--fields", "ask,gold")
     assert result["benchmark"] == "jsonl" and result["problems"] == 5 and result["avg_at_k"] == 0
     assert result["avg_at_k_ci"][1] > 0.4, "0 of 5 says little"
-
-
-def test_another_model_is_evaluated_with_the_defaults_that_train_uses():
-    assert find_subject(None, {"model": "x"}).config == Config(model="x") != Config(model="relay")
 
 
 # What is shown

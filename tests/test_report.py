@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,8 +98,12 @@ def test_what_is_drawn_is_what_was_logged(mine):
     plots.score(figure, record)
     (curve, *_) = figure.axes[0].lines
     assert list(curve.get_ydata()) == record.of_stages("return_mean")
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert f"{summary['accuracy_final']:.3f} held out,\nafter 3 stages" in texts
+    legend = figure.axes[0].get_legend()
+    assert f"held out,\n{summary['accuracy_final']:.3f} after 3 stages" in [
+        t.get_text() for t in legend.texts
+    ]
+    figure.canvas.draw()
+    assert legend.get_window_extent().x0 >= figure.axes[0].get_window_extent().x1, "the legend hides no curve"
 
 
 def test_partial_credit_is_what_is_shown(mine):
@@ -116,13 +119,6 @@ def test_partial_credit_is_what_is_shown(mine):
     assert record.score == "return" and record.held_out[3][0] == summary["return_final"] > 0
     shown = result["headline"]["held out, at the end"]
     assert shown.startswith(f"return {summary['return_final']:.3f} [") and shown.endswith("(accuracy 0.000)")
-
-
-@pytest.mark.parametrize("heights", [[0.98, 0.99], [0.0, 0.01], [0.5, 0.51, 0.52, 0.9], [1] * 5, [0.2, 0.7]])
-def test_labels_neither_overlap_nor_leave_the_axes_nor_move_without_need(heights):
-    found = plots.spread(heights, apart=0.2)
-    assert min(b - a for a, b in pairwise(found)) > 0.199 and 0 <= found[0] < found[-1] <= 1
-    assert heights != [0.2, 0.7] or found == heights
 
 
 def test_the_page_stands_alone_and_holds_every_transcript(mine):
@@ -231,7 +227,6 @@ def test_agents_that_took_no_turn_no_radius_and_a_single_stage_are_drawn(tmp_pat
         warnings.simplefilter("error")  # matplotlib warns of a layout that does not fit
         result = report.run(str(out))
     assert "radius" not in " ".join(result["headline"])
-    assert imread(result["figures"][1]).shape[0] > 600  # two rows of panels
 
 
 def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(mine, capsys, monkeypatch):

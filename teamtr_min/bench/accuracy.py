@@ -34,7 +34,7 @@ from teamtr_min.files import UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, roles_of
 from teamtr_min.run.log import mean_interval
-from teamtr_min.run.memory import plan_evaluation
+from teamtr_min.run.memory import Plan, plan_evaluation
 from teamtr_min.run.run import newest_run
 from teamtr_min.run.system import peak
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
@@ -130,7 +130,7 @@ class Evaluator:
         self.mode, self.k, self.ranks = mode, k, ranks
         self.team: Team | None = None
         self.loaded: list[tuple] = []  # its agents: place, source, whether it is a model
-        self.planned = 0  # bytes of memory
+        self.plan: Plan | None = None
 
     def evaluate(self, exam: Exam) -> tuple[dict, dict[str, Rollouts]]:
         """What `--json` prints, and the rollouts behind it by who wrote them: "team", "solo"."""
@@ -149,7 +149,7 @@ class Evaluator:
                     rollouts[who] = self.sample(its, k)
             result["equal_tokens"] = at_equal_tokens(*rollouts.values(), task)
         result |= scores([*rollouts.values()][-1], self.mode, self.k, task)
-        result |= {"memory_peak": peak(self.team.agents[0].model.device), "memory_planned": self.planned}
+        result |= {"memory_peak": peak(self.plan.device), "memory_planned": self.plan.total}
         return result | {"seconds": time.perf_counter() - begin}, rollouts
 
     def sample(self, exam: Exam, k: int) -> Rollouts:
@@ -162,8 +162,7 @@ class Evaluator:
         if not loaded:
             self.team, self.loaded = None, []
             gc.collect()  # its memory serves the next team
-        config, plan = plan_evaluation(config, task, exam.problems, k, sources, loaded, self.ranks)
-        self.planned = plan.total
+        config, self.plan = plan_evaluation(config, task, exam.problems, k, sources, loaded, self.ranks)
         if not loaded:
             self.team, self.loaded = build_team(config, task, self.ranks, sources), wanted
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]

@@ -174,7 +174,8 @@ def page(record: Record, images: list[bytes]) -> str:
 
 def table(result: dict) -> str:
     """For the terminal: the headline, and where everything is."""
+    width = max(map(len, result["headline"].values()))
     lines = [f"{result['team']}: {result['state']}"]
-    lines += [f"  {text:32s}{name}" for name, text in result["headline"].items()]
+    lines += [f"  {text:{width}s}  {name}" for name, text in result["headline"].items()]
     lines += [f"  figure   {path}" for path in result["figures"]]
     return "\n".join([*lines, f"  report   {result['report']}   ({result['transcripts']} transcripts)"])

@@ -71,10 +71,8 @@ class Machine:
         source = torch.ones(64 * n * n, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         seconds = self.medians({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, repeats=5)
-        self.flops, self.bytes = (
-            2 * n**3 / seconds["product"],
-            2 * source.nbytes / seconds["copy"],
-        )  # a second
+        self.flops = 2 * n**3 / seconds["product"]  # a second
+        self.bytes = 2 * source.nbytes / seconds["copy"]  # a second
         threads = torch.get_num_threads()
         self.name = torch.cuda.get_device_name() if self.cuda else f"a CPU with {threads} threads"
 
@@ -190,17 +188,11 @@ def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Itera
     def each(work: Callable, of: dict[str, Callable]) -> dict[str, Callable]:
         return {name: functools.partial(work, f) for name, f in of.items()}
 
-    right = (
-        None if device.type == "cuda" else functools.partial(both, exact, torch.float64)
-    )  # too large there
+    right = functools.partial(both, exact, torch.float64) if device.type == "cpu" else None  # else too large
+    losses = {"ours": trust_region_loss, "by definition": teamtr_loss}
     yield Case("log-probs", each(forward, LOGPROBS), N, 2 * N * H * V)
     yield Case("and gradients", each(both, LOGPROBS), N, 6 * N * H * V, exact=right)
-    yield Case(
-        "Eq. 10, gradient",
-        each(loss, {"ours": trust_region_loss, "by definition": teamtr_loss}),
-        N,
-        bytes=16 * N,
-    )
+    yield Case("Eq. 10, gradient", each(loss, losses), N, bytes=16 * N)
     x, up, gain = draw(N, H).to(dtype), draw(N, H).to(dtype), draw(H).to(dtype)
     norms = {"ours": lambda: (rms_norm(x, gain, 1e-6),), "torch": lambda: (F.rms_norm(x, (H,), gain, 1e-6),)}
     yield Case("RMSNorm", norms, N, bytes=2 * x.nbytes)
@@ -228,7 +220,7 @@ def sampling_cases(team: Team, config: Config, short: bool) -> Iterator[Case]:
 
 def sample(sampler: Sampler, prompts: list[list[int]], new: int) -> None:
     sampler.start(len(prompts))
-    sampler.generate(range(len(prompts)), prompts, [*range(len(prompts))], new, 1.0, (), lambda count: None)
+    sampler.generate(range(len(prompts)), prompts, [*range(len(prompts))], new, 1.0, ())
     sampler.finish()
 
 
@@ -331,9 +323,9 @@ def task(config: Config) -> Sums:
 
 def stage_rows(config: Config, flags: dict, short: bool) -> Iterator[dict]:
     """Seconds a stage of `python train.py` by phase, as it logs them, without the first stage."""
-    what = {"task": config.task if config.shipped else __file__, "agents": config.agents, "stages": 3}
+    what = flags | {"stages": 3, "eval_problems": 1, "warm_start": 0}
     what |= {"problems": 2, "group": 4, "stages": 2, "inner_steps": 1} if short else {}
-    what |= {"eval_problems": 1, "warm_start": 0, **flags}
+    what |= {} if config.shipped else {"task": __file__}
     words = [word for name, value in what.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for variant, more in [*VARIANTS.items()][: 2 if short else None]:
         with tempfile.TemporaryDirectory() as directory:
@@ -341,7 +333,7 @@ def stage_rows(config: Config, flags: dict, short: bool) -> Iterator[dict]:
             command = [sys.executable, ROOT / "train.py", *words, *more, "--out", out]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"train.py ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+                raise UserError(f"train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
         ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
@@ -388,9 +380,8 @@ def run(name: str, flags: dict, short: bool = False) -> dict:
 def table(result: dict) -> str:
     r = result
     rates = f"{r['flops_per_second'] / 1e12:.3g} TFLOP/s, {r['bytes_per_second'] / 1e9:.3g} GB/s"
-    lines = [
-        f"{r['benchmark']}, {r['model']}, {r['dtype']}, on {r['device']}: {rates}, median of {r['repeats']}"
-    ]
+    what = f"{r['benchmark']}, {r['model']}, {r['dtype']}, median of {r['repeats']}"
+    lines = [f"{what}, on {r['device']}: {rates}"]
     columns = {  # of a row: width, form, factor
         "seconds": ("ms", 9, ",.2f", 1e3),
         "tokens_per_second": ("tokens/s", 11, ",.0f", 1),
