@@ -33,6 +33,7 @@ from teamtr_min.config import Parser, add_flags
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
 from teamtr_min.files import UserError
 from teamtr_min.run.loading import build_team
+from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS, load_task
 
 SPEED = ("kernels", "sampling", "training", "stage")
@@ -156,8 +157,6 @@ def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
         result = export.run(team, args.merge, args.out)
         yield result, export.table(result)
     elif name == "occupancy":
-        from teamtr_min.studies import occupancy
-
         studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
         result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)
         yield result, occupancy.table(result)

@@ -333,7 +333,8 @@ def stage_rows(config: Config, flags: dict, short: bool) -> Iterator[dict]:
             command = [sys.executable, ROOT / "train.py", *words, *more, "--out", out]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+                said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+                raise UserError(f"train.py failed: {said}")
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
         ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
