@@ -18,7 +18,6 @@ torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eigh
 """
 
 import gc
-import json
 import os
 import sys
 from argparse import Namespace
@@ -31,7 +30,7 @@ import torch
 from teamtr_min.bench import accuracy, export, report, speed
 from teamtr_min.config import Parser, add_flags
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, to_json
 from teamtr_min.run.loading import build_team
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS, load_task
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for result, text in job():
                 if ranks.first:
-                    print(json.dumps(result) if args.json else text, flush=True)
+                    print(to_json(result) if args.json else text, flush=True)
         except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError, Lost) as error:
             failures.append(f"{name}: {error}" if len(jobs) > 1 else str(error))
             if ranks.size > 1:
@@ -132,7 +131,7 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
 def evaluate(exam: accuracy.Exam, evaluator: accuracy.Evaluator, table: accuracy.Table, file) -> Results:
     result, rollouts = evaluator.evaluate(exam)
     if file and evaluator.ranks.first:
-        file.writelines(json.dumps(line) + "\n" for line in accuracy.samples(result, rollouts))
+        file.writelines(to_json(line) + "\n" for line in accuracy.samples(result, rollouts))
         file.flush()
     yield result, table.add(result, rollouts)
 
