@@ -301,11 +301,10 @@ def equal_tokens(result: dict) -> list[str]:
         return []
     each = zip(("team", "solo"), equal["rollouts_per_problem"], equal["tokens_per_problem"])
     low, high = equal["difference_ci"]
-    lines = [f"{who} {equal[who]:.3f} ({k} x, {tokens:,.1f} tokens a problem)" for who, k, tokens in each]
-    return [
-        f"at equal tokens {', '.join(lines)}",
-        f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
+    lines = [
+        f"at equal tokens {who} {equal[who]:.3f}, {k} x {tokens / k:,.1f} tokens" for who, k, tokens in each
     ]
+    return [*lines, f"difference {equal['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"]
 
 
 class Table:
@@ -317,7 +316,8 @@ class Table:
 
     def add(self, result: dict, rollouts: dict[str, Rollouts]) -> str:
         if not self.several:
-            lines = [f"{result['benchmark']}: {result['team']}, {result['seconds']:.1f} s", heading(result)]
+            who = f"{result['team']}, first agent alone" if result["mode"] == "solo" else result["team"]
+            lines = [f"{result['benchmark']}: {who}, {result['seconds']:.1f} s", heading(result)]
             lines += [f"  {name:14s}{value}" for name, value in rows(result)]
             lines += [f"  {line}" for line in equal_tokens(result)]
             return "\n".join([*lines, show([*rollouts.values()][-1], result["roles"])])

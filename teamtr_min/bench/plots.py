@@ -70,11 +70,11 @@ def score(figure, record) -> None:
     if len(held_out) > 1:
         first, last = held_out[0][0], held_out[max(held_out)][0]
     top.set_title(f"{'Held-out' if len(held_out) > 1 else 'Training'} {name} {first:.3f} → {last:.3f}")
-    top.set(ylim=(0, 1.02), ylabel=f"mean {name}" if name == "return" else name)
+    top.set(ylim=(-0.02, 1.02), ylabel=f"mean {name}" if name == "return" else name)
     beside(top)
     below.plot(stages, record.of_stages("zero_variance_groups"), color=COLOURS[-1])
     below.set_title("Share of problems whose rollouts all have the same return, and teach nothing")
-    below.set(ylim=(0, 1.02), xlabel="stages done")
+    below.set(ylim=(-0.02, 1.02), xlabel="stages done")
 
 
 def kl(figure, record) -> None:
