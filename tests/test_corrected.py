@@ -1,0 +1,278 @@
+"""Reweighted rollouts: on enumerable teams their expectations are the intermediate team's, and the weights of
+training are those that a loop over messages finds."""
+
+import itertools
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from ready import Prepared
+from small_teams import ROUND_OFF, assert_equal, by_transcript, random_game, random_stages, stage
+from toy_runs import parity, run
+
+import train
+from teamtr_min import occupancy
+from teamtr_min.config import Config
+from teamtr_min.extras.diagnostics import message_logps, penalty_constant, swapped, weights_of
+from teamtr_min.learner import Learner
+from teamtr_min.objective import group_advantages
+from teamtr_min.occupancy import RolloutSource
+from teamtr_min.rollout import Rollouts
+from teamtr_min.studies import exact
+from teamtr_min.studies.estimators import rollout_share, sample_batches, small_game
+from teamtr_min.studies.estimators import stage as climbed
+from teamtr_min.studies.exact import Game, Team, log_ratio
+from teamtr_min.tasks import Problem, Relay
+
+
+def log_rho(teams: list[Team], order, kept=lambda k, turn: True) -> torch.Tensor:
+    """(X,) log density ratio of teams[-1] to teams[0], of all rollouts: what its own update changed, summed over
+    the updated agents and the messages of each. `kept` leaves some of them out."""
+    x = exact.rollouts(teams[0])
+    total = torch.zeros(len(x.number), dtype=torch.float64)
+    for k, (old, new) in zip(order, pairwise(teams)):
+        own = (x.agent == k) * torch.tensor([kept(k, turn) for turn in range(x.agent.shape[1])])
+        total += (log_ratio(x, new, old) * own).sum(1)
+    return total
+
+
+# Exactly
+
+
+def test_the_weighted_law_of_the_first_rollouts_is_the_intermediate_teams():
+    """Whatever the router reads, it cancels. So E[rho f] is the intermediate team's for every f."""
+    for teams, order in random_stages()[::3]:
+        for i in range(len(teams)):
+            weighted = teams[0].rollout_law * log_rho(teams[: i + 1], order).exp()
+            assert_equal(weighted, teams[i].rollout_law)
+
+
+def test_surrogate_kl_and_eq_9_of_weighted_rollouts_are_the_intermediate_teams():
+    for teams, order in random_stages(1.0)[::3]:
+        x = exact.rollouts(teams[0])
+        for i, j in enumerate(order):
+            base, new = teams[i], teams[i + 1]
+            weight = teams[0].rollout_law * log_rho(teams[: i + 1], order).exp()  # (X,)
+            own, log_w = x.agent == j, log_ratio(x, new, base)
+            gains = (log_w.expm1() * base.advantage[x.state, x.message] * own).sum(1)
+            assert_equal(weight @ gains, exact.surrogate(base, new))
+            kl = ((log_w.expm1() - log_w) * own).sum(1)
+            assert_equal(weight @ kl, base.messages_per_rollout(j) * exact.mean_message_kl(base, new, j))
+            # Eq. 9 of a group that holds all rollouts of a problem: mean and variance are the team's own.
+            count = len(x.number) // len(base.game.start)
+            law, returns = base.rollout_law[:count] / base.rollout_law[:count].sum(), x.returns[:count]
+            centred = returns - law @ returns
+            wanted = centred / (law @ centred.square() + 1e-6).sqrt() * (returns.max() > returns.min())
+            assert_equal(group_advantages(returns[None], weight=weight[None, :count])[0], wanted)
+
+
+def test_without_an_agent_or_a_turn_of_it_the_weights_are_wrong():
+    """Messages before *and* after the turns of the agent that is updated next count."""
+    game = random_game(3, 3, 6, gamma=1.0, problems=2, router=by_transcript(3))
+    teams = stage(game, (0, 1, 2), seed=3, step=1.0)
+    agent, wanted = exact.rollouts(teams[0]).agent, teams[2].rollout_law
+
+    def error(kept) -> float:
+        return (teams[0].rollout_law * log_rho(teams[:3], (0, 1), kept).exp() - wanted).abs().sum().item()
+
+    for left_out in itertools.product((0, 1), range(6)):
+        k, turn = left_out
+        acts = bool((agent[:, turn] == k).any())
+        assert (error(lambda *where, out=left_out: where != out) > 1e-3) == acts, left_out
+    assert min(error(lambda k, turn: k != 0), error(lambda k, turn: k != 1)) > 0.02
+    assert min(error(lambda k, turn: turn < 3), error(lambda k, turn: turn >= 3)) > 0.02
+    assert error(lambda k, turn: True) < ROUND_OFF
+
+
+def test_a_stage_of_corrected_reuse_has_the_bound_of_thm_36():
+    """gain >= sum of Lhat_i - c sqrt(delta_i) - zeta_i / (1-gamma), all from rollouts of team^0: delta_i is a
+    weighted mean, Lhat_i is one over a sample of 64, zeta_i is its error. For agents that write one message
+    each the gain is the sum of the weighted surrogates exactly, and not that of the stale ones."""
+    for seed, (teams, order) in enumerate(random_stages()[::5]):
+        game, x, bound = teams[0].game, exact.rollouts(teams[0]), 0.0
+        c = penalty_constant(game.gamma, max(team.advantage.abs().max() for team in teams[:-1]))
+        g, discount = torch.Generator().manual_seed(seed), game.discount[x.state]  # (X, turns)
+        number = torch.multinomial(teams[0].rollout_law, 64, replacement=True, generator=g)
+        for i, j in enumerate(order):
+            base, new = teams[i], teams[i + 1]
+            log_weight, log_w, own = log_rho(teams[: i + 1], order), log_ratio(x, new, base), x.agent == j
+            weight = teams[0].rollout_law * log_weight.exp()
+            gains = (discount * log_w.expm1() * base.advantage[x.state, x.message] * own).sum(1)
+            moves = (1 - game.gamma) * (discount * exact.message_kl(base, new)[x.state] * own).sum(1)
+            assert_equal(weight @ gains, exact.surrogate(base, new))
+            assert_equal(weight @ moves, exact.discounted_kl(base, new))
+            estimate = log_weight[number].softmax(0) @ gains[number]
+            zeta = (1 - game.gamma) * (estimate - weight @ gains).abs()
+            bound += estimate - c * (weight @ moves).clamp(min=0).sqrt() - zeta / (1 - game.gamma)
+        assert teams[-1].J - teams[0].J >= bound - ROUND_OFF
+    once = stage(random_game(0, 3, 3, gamma=1.0), (0, 1, 2), seed=0, step=1.0)
+    stale = sum(exact.surrogate(old, new, states=once[0]) for old, new in pairwise(once))
+    weighted = sum(exact.surrogate(old, new) for old, new in pairwise(once))
+    assert_equal(weighted, once[-1].J - once[0].J)
+    assert (stale - weighted).abs() > 1e-3
+
+
+# By sampling (test_estimators.py has bias and coverage of surrogate and KL)
+
+
+def test_sampled_means_are_right_up_to_a_bias_of_one_over_the_number_of_rollouts():
+    """By the weights of `Rollouts`, as training has them; unweighted means are the old team's."""
+    teams = climbed(small_game(), 0, kl=0.05)
+    x = sample_batches(teams[0], 600, seed=5)
+    log_weights = log_ratio(x, teams[2], teams[0]).sum(1)
+
+    def bias(size: int) -> tuple[float, float]:
+        """Of means over so many rollouts, and four of its standard errors."""
+        weights = log_weights.view(-1, size).softmax(1)
+        if size == 512:
+            batches = zip(x.returns.split(size), log_weights.split(size))
+            weights = torch.stack([Rollouts([], [], r, 8, log_weights=w).weights for r, w in batches]) / size
+        means = (weights * x.returns.view(-1, size)).sum(1) - teams[2].J
+        return means.mean().item(), 4 * means.std().item() / len(means) ** 0.5
+
+    assert abs(bias(512)[0]) < bias(512)[1] and teams[2].J - x.returns.mean() > 0.02
+    assert bias(2)[0] < -bias(2)[1], "two rollouts are too few to forget the old team"
+    assert 2.5 < bias(2)[0] / bias(8)[0] < 6.5
+
+
+class Script:
+    """A stage's RolloutSource on sampled rollouts of enumerable teams."""
+
+    def __init__(self, monkeypatch, teams: list[Team], min_ess: float, count: int = 512):
+        self.teams, self.now, self.first, self.collected, self.x = teams, 0, 0, 0, None
+
+        def collect(*_) -> Rollouts:
+            self.collected, self.first = self.collected + 1, self.now
+            g, none = torch.Generator().manual_seed(self.now), torch.zeros(count, dtype=torch.long)
+            self.x = exact.sample_rollouts(teams[self.now], none, g)
+            return Rollouts([Problem("", "", "")] * count, [], self.x.returns, 8)
+
+        monkeypatch.setattr(occupancy, "collect", collect)
+        self.source = RolloutSource(Config(min_ess=min_ess), None, [], 0)
+
+    def play(self) -> Rollouts:
+        """All updates; returns the rollouts of one that would follow."""
+        for i, (old, new) in enumerate(pairwise(self.teams)):
+            self.source.of_update(i)
+            self.now = i + 1
+            self.source.updated(log_ratio(self.x, new, old).sum(1))
+        return self.source.of_update(len(self.teams) - 1)
+
+
+@pytest.mark.parametrize("floor, collections", [(0.0, 1), (0.6, 2), (0.999, 4), (1.0, 4)])
+def test_rollouts_are_collected_again_when_their_share_falls_below_the_floor(monkeypatch, floor, collections):
+    teams = climbed(small_game(), 0, kl=0.05)
+    script = Script(monkeypatch, teams, floor)
+    rollouts = script.play()
+    assert script.collected == collections and rollouts.ess >= floor
+    assert rollouts.ess == pytest.approx(rollout_share(teams[script.first], teams[-1]).item(), rel=0.1)
+    rho = log_ratio(script.x, teams[-1], teams[script.first]).sum(1).exp()
+    assert rollouts.ess == pytest.approx((rho.sum() ** 2 / (512 * rho.square().sum())).item(), rel=1e-4)
+
+
+def rare_message(old: float, new: float) -> list[Team]:
+    """Agent 0 writes message 1, which alone is right, with these chances before and after its update."""
+    game = Game(1, 2, 1, lambda context: float(context[1] == 1))
+    return [Team(game, torch.tensor([[[math.log(1 - p), math.log(p)]]])) for p in (old, new)]
+
+
+@pytest.mark.parametrize("floor, collections", [(0.0, 1), (0.95, 1), (1.0, 2)])
+def test_no_floor_sees_a_message_that_no_rollout_holds_and_the_radius_bounds_it(
+    monkeypatch, floor, collections
+):
+    """Heavy tails. Message 1 had the chance 1e-9: no rollout has it, all weights are equal, ESS reads 1 where
+    it is 1e-8, and a return of 0.3 is estimated as 0. Only --min-ess 1 collects. But the KL of the update
+    bounds what is unseen: at most 1 - exp(-delta), 2% at the radius of 0.02."""
+    teams = rare_message(1e-9, 0.3)
+    script = Script(monkeypatch, teams, floor)
+    rollouts = script.play()
+    assert script.collected == collections and rollouts.ess == pytest.approx(1.0)
+    assert rollout_share(*teams) < 2e-8 and teams[1].J == pytest.approx(0.3)
+    weights = torch.ones(512) if rollouts.weights is None else rollouts.weights
+    assert (weights * rollouts.returns).mean().item() == pytest.approx(0.3 if floor == 1 else 0.0, abs=0.07)
+    for new in (1e-3, 0.02, 0.1, 0.3):
+        kl = exact.mean_message_kl(*rare_message(1e-9, new), 0).item()
+        assert new == pytest.approx(1 - math.exp(-kl), rel=1e-4)
+
+
+# In training
+
+
+def moved(team, rollouts, agents: list[int], old: dict[int, list]) -> torch.Tensor:
+    """(R, turns): what the agents' updates since `old` changed in the log-prob of each message."""
+    table = torch.zeros(len(rollouts.messages), team.turns)
+    for k in agents:
+        table += message_logps(team, rollouts, k, 300)
+        with swapped(team.agents[k].model, old[k]):
+            table -= message_logps(team, rollouts, k, 300)
+    return table
+
+
+@pytest.mark.parametrize(
+    "updated, knobs",
+    [
+        ([1], {"rounds": 2}),
+        ([0, 1], {"occupancy": "joint"}),
+        ([0], {"lr": 0.5, "inner_steps": 1}),
+        ([0], {"router": "random", "rounds": 2, "lr": 2e-2}),
+    ],
+)
+def test_an_updates_log_ratio_is_that_of_a_loop_over_the_agents_messages(updated, knobs):
+    """At the weights that were kept: after halvings, and where the step was undone."""
+    ready = Prepared(updated, **{"agents": 3, "lr": 5e-3, "batch_tokens": 300} | knobs)
+    old = {k: weights_of(ready.team.agents[k].model) for k in updated}
+    outcome = ready.update()
+    wanted = moved(ready.team, ready.rollouts, updated, old).sum(1)
+    torch.testing.assert_close(outcome.log_ratio, wanted, rtol=1e-3, atol=2e-5)
+    assert (wanted.std() > 1e-3) == (outcome.halvings <= train.HALVINGS)
+
+
+def test_weights_multiply_over_agents_and_over_the_messages_before_and_after_and_reach_the_batches():
+    ready = Prepared(agents=3, rounds=2, router="random", problems=4, lr=5e-3, delta=0.2, min_ess=0.0)
+    team, config = ready.team, ready.config
+    old = {k: weights_of(agent.model) for k, agent in enumerate(team.agents)}
+    source = RolloutSource(config, team, ready.rollouts.problems[:: config.group], 0)
+    for i, k in enumerate((2, 0)):
+        ready.rollouts, ready.learner = source.of_update(i), Learner(team, [k], 0.0)
+        source.updated(train.update(ready.learner, ready.batch(ready.rollouts), config, config.lr).log_ratio)
+    rollouts, ready.learner = source.of_update(2), Learner(team, [1], 0.0)
+    assert rollouts.reused and rollouts.tokens_sampled == rollouts.count_sampled == rollouts.seconds == 0
+    table = moved(team, rollouts, [2, 0], old)  # (R, turns)
+    rho = table.sum(1).double().exp()
+    torch.testing.assert_close(rollouts.weights.double(), rho / rho.mean(), rtol=1e-3, atol=1e-4)
+    assert rollouts.ess == pytest.approx((rho.sum() ** 2 / (len(rho) * rho.square().sum())).item(), rel=1e-3)
+    assert (table.std(0) > 1e-3).all(), "each turn counts"
+    for batch in ready.batch(rollouts).own:
+        assert torch.equal(batch.weight, rollouts.weights[batch.rollout])
+        assert batch.total_weight == pytest.approx(batch.weight.sum().item(), rel=1e-6)
+
+
+def test_a_run_trains_on_weighted_advantages_of_the_team_as_it_now_is(tmp_path, monkeypatch):
+    """Before every update, against weights kept from when the rollouts were sampled, in a random order."""
+    monkeypatch.setattr(Relay, "grade", parity)
+    done, start, seen, update, of_update = [], {}, [], train.update, RolloutSource.of_update
+
+    def collected(source, i):
+        rollouts = of_update(source, i)
+        if not rollouts.reused:
+            done.clear()
+            start.update({k: weights_of(agent.model) for k, agent in enumerate(source.team.agents)})
+        rho = moved(source.team, rollouts, done, start).sum(1).exp()
+        weight = (rho / rho.mean()).view(-1, 4)
+        seen[:] = [group_advantages(rollouts.grouped_returns, 2.0, weight=weight).flatten(), weight.flatten()]
+        return rollouts
+
+    def spy(learner, batches, config, lr):
+        for batch in batches.own:
+            torch.testing.assert_close(batch.advantage, seen[0][batch.rollout], rtol=1e-3, atol=1e-4)
+            own = torch.ones_like(batch.advantage) if batch.weight is None else batch.weight
+            torch.testing.assert_close(own, seen[1][batch.rollout], rtol=1e-3, atol=1e-4)
+        assert not done or seen[1].std() > 0.01
+        done.extend(learner.agents)
+        return update(learner, batches, config, lr)
+
+    monkeypatch.setattr(RolloutSource, "of_update", collected)
+    monkeypatch.setattr(train, "update", spy)
+    run(tmp_path / "run", "--min-ess", "0", "--order", "random")
+    assert sorted(done) == [0, 1, 2]
