@@ -27,8 +27,8 @@ from teamtr_min.tasks import Problem, Relay
 
 
 def log_rho(teams: list[Team], order, kept=lambda k, turn: True) -> torch.Tensor:
-    """(X,) log density ratio of teams[-1] to teams[0], of all rollouts: what its own update changed, summed over
-    the updated agents and the messages of each. `kept` leaves some of them out."""
+    """(X,) log density ratio of teams[-1] to teams[0], of all rollouts: over the updated agents, over the
+    messages of each, what its own update changed. `kept` leaves some of them out."""
     x = exact.rollouts(teams[0])
     total = torch.zeros(len(x.number), dtype=torch.float64)
     for k, (old, new) in zip(order, pairwise(teams)):

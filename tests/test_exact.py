@@ -61,7 +61,7 @@ SEEN = {
 
 
 @pytest.mark.parametrize("seen", ["free", "rows", "floats"])
-@pytest.mark.parametrize("length, turns, gamma", [(1, 4, 0.7), (2, 2, 0.7), (2, 3, 1.0)])
+@pytest.mark.parametrize("length, turns, gamma", [(1, 4, 0.7), (2, 3, 1.0)])
 def test_the_enumeration_equals_loops_over_rollouts_and_tokens(seen, length, turns, gamma):
     number = {}  # a free row for each (context, prefix), in the order of the states
     for context in (c for t in range(turns) for c in contexts(2, 2**length, t)):
@@ -82,13 +82,14 @@ def test_sampled_rollouts_agree_with_the_enumeration():
     old, _, new, _ = stage(game, (0, 1, 2), seed=0)
     g = torch.Generator().manual_seed(0)
     x = exact.sample_rollouts(old, torch.multinomial(game.start, 20_000, replacement=True, generator=g), g)
-    log_ratio = exact.rollouts(new, x.number).logp - x.logp
-    count = [old.messages_per_rollout(j) for j in range(3)]
+    log_ratio = exact.log_ratio(x, new, old)
     sampled_and_true = [(game.gamma**2 * x.returns, old.J)]
-    sampled_and_true += [((x.agent == j).sum(1), count[j]) for j in range(3)]
     for j in range(2):  # Eq. 11's k1, summed over the agent's messages of a rollout
-        kl = exact.mean_message_kl(old, new, j)
-        sampled_and_true.append((-(log_ratio * (x.agent == j)).sum(1), count[j] * kl))
+        count = old.messages_per_rollout(j)
+        sampled_and_true.append(((x.agent == j).sum(1), count))
+        sampled_and_true.append(
+            (-(log_ratio * (x.agent == j)).sum(1), count * exact.mean_message_kl(old, new, j))
+        )
     for values, truth in sampled_and_true:
         standard_error = values.double().std() / len(values) ** 0.5
         assert (values.double().mean() - truth).abs() <= 4 * standard_error + ROUND_OFF
@@ -96,20 +97,15 @@ def test_sampled_rollouts_agree_with_the_enumeration():
     assert (x.tokens == game.tokens[x.message]).all() and (x.returns == game.reward[x.number]).all()
 
 
-def test_too_many_rollouts_are_refused_with_their_number():
+def test_a_game_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"2 problems x 9 messages \^ 8 turns = 86,093,442 rollouts"):
         Game(2, 3, 8, lambda context: 1.0, length=2, start=torch.tensor([0.5, 0.5]))
-
-
-def test_functions_of_the_context_and_tensors_make_the_same_game():
     game = Game(2, 3, 2, lambda context: float(context[1] == context[2]), router=lambda c: len(c) - 1)
     assert game.reward.tolist() == torch.eye(3).flatten().tolist() and game.actor.tolist() == [0, 1, 1, 1]
     with pytest.raises(ValueError, match="outside 0..1"):
         Game(2, 3, 2, game.reward, router=lambda context: 2)
     with pytest.raises(ValueError, match=r"the reward must be \(9,\) numbers in \[0, 1\]"):
         Game(2, 3, 2, 2 * game.reward)
-    with pytest.raises(ValueError, match="gamma is 0"):
-        Game(2, 3, 2, game.reward, gamma=0)
     with pytest.raises(ValueError, match="needs gamma < 1"):
         _ = Team(game, game.theta(torch.Generator())).occupancy
 
@@ -135,7 +131,7 @@ def test_the_gradient_of_eq_10_equals_finite_differences(returns):
 
 
 def test_at_the_old_policy_the_gradient_is_the_policy_gradient_per_message_whatever_beta():
-    for agents, seed in itertools.product((2, 3), range(4)):
+    for agents, seed in itertools.product((2, 3), range(2)):
         game = random_game(seed, agents, 4, gamma=1.0, problems=2, router=by_transcript(agents))
         theta = game.theta(torch.Generator().manual_seed(seed)).requires_grad_()
         team = Team(game, theta)
@@ -151,14 +147,10 @@ def test_the_trainer_s_loss_over_all_rollouts_is_the_exact_objective():
     game = random_game(1, 2, 3, length=2, gamma=0.9)
     old, new, _ = stage(game, (0, 1), seed=2, step=0.3)
     x, y = exact.rollouts(old), exact.rollouts(new)
-    centred = (x.returns - old.rollout_law @ x.returns)[:, None]
-    assert_equal(exact.centred_return(old), centred)
-    for advantage in (old.advantage[x.state, x.message], centred.expand_as(x.logp)):
-        total = 0.0
-        for t in (0, 2):  # where agent 0 writes
-            for r, p in enumerate(old.rollout_law):
-                loss = teamtr_loss(y.token_logp[r, t], x.token_logp[r, t], torch.zeros(2, dtype=torch.long),
-                                   advantage[r, t, None], clip=0.2, beta=0.3)[0]  # fmt: skip
-                total -= p * loss / 2
-        wanted = exact.objective(old, new, 0, advantage, clip=0.2, beta=0.3)
-        assert_equal(total, wanted)
+    own, weight = x.agent == 0, (old.rollout_law[:, None] * (x.agent == 0))[x.agent == 0]
+    message = torch.arange(len(weight)).repeat_interleave(2)
+    for advantage in (old.advantage[x.state, x.message], exact.centred_return(old).expand_as(x.logp)):
+        loss, stats = teamtr_loss(y.token_logp[own].flatten(), x.token_logp[own].flatten(), message,
+                                  advantage[own], weight=weight, clip=0.2, beta=0.3)  # fmt: skip
+        assert_equal(-loss, exact.objective(old, new, 0, advantage, clip=0.2, beta=0.3))
+    assert_equal(stats["kl_k3"][0], exact.mean_message_kl(old, new, 0))

@@ -10,6 +10,8 @@ from teamtr_min.extras.diagnostics import penalty_constant
 from teamtr_min.studies import exact
 from teamtr_min.studies.exact import Game, Team, discounted_kl, message_kl, stale_gap, surrogate
 
+# Terms of a stage team^0 ... team^n, i = 1..n
+
 
 def c(teams: list[Team]) -> torch.Tensor:
     """c, with A_max over the advantages that the stage uses."""
@@ -17,23 +19,21 @@ def c(teams: list[Team]) -> torch.Tensor:
 
 
 def seqs(teams):
-    """L_i^seq of a stage, i = 1..n."""
     return [surrogate(old, new) for old, new in pairwise(teams)]
 
 
 def stales(teams):
-    """L_i^stale of a stage, i = 1..n."""
     return [surrogate(old, new, states=teams[0]) for old, new in pairwise(teams)]
 
 
 def deltas(teams):
-    """delta_i of a stage, each under its own d^{team^{i-1}}."""
+    """delta_i, each under its own d^{team^{i-1}}."""
     return [discounted_kl(old, new) for old, new in pairwise(teams)]
 
 
 def stale_deltas(teams):
     """The same updates' KL under d^{team^0}: what a stale run can measure."""
-    return [teams[0].occupancy @ message_kl(old, new) for old, new in pairwise(teams)]
+    return torch.stack([teams[0].occupancy @ message_kl(old, new) for old, new in pairwise(teams)])
 
 
 def root(delta):
@@ -76,14 +76,7 @@ def stale_ours(teams):
     KL(team^0 || team^i) is the sum of delta_k over k <= i, each under d^{team^0}: one agent acts in a state
     (Lemma 3.1), and each is updated once in a stage.
     """
-    total = torch.stack(stale_deltas(teams)).cumsum(0)
-    return sum(stales(teams)) - gain(teams), c(teams) * root(total).sum()
-
-
-def gap_ours(teams):
-    """[ours] The same of the last update's gap, on both sides."""
-    before = sum(stale_deltas(teams)[:-1], torch.zeros(()))
-    return (seqs(teams)[-1] - stales(teams)[-1]).abs(), c(teams) * root(before)
+    return sum(stales(teams)) - gain(teams), c(teams) * root(stale_deltas(teams).cumsum(0)).sum()
 
 
 def finite_horizon(teams):
@@ -97,34 +90,30 @@ def finite_horizon(teams):
 
 def test_lemma_31_the_team_s_kl_is_the_active_agent_s():
     """The joint policy: all agents write at once, those whose turn it is not an empty message for certain."""
-    for seed in range(3):
-        game = random_game(seed, 3, 3, router=by_transcript(3))
-        teams = stage(game, (0, 1, 2), seed)
-        kl, n, M = message_kl(teams[0], teams[-1]), 3, game.messages
-        for s, active in enumerate(game.actor.tolist()):
-            joint = []
-            for team in (teams[0], teams[-1]):
-                p = torch.ones((), dtype=torch.float64)
-                for j in range(n):
-                    own = torch.zeros(M + 1, dtype=torch.float64)  # the last entry: nothing written
-                    own[:M] = team.pi[s] * (j == active)
-                    own[M] = j != active
-                    p = p[..., None] * own
-                joint.append(p.flatten())
-            terms = torch.where(joint[0] > 0, joint[0] * (joint[0] / joint[1]).log(), 0.0)
-            assert_equal(terms.sum(), kl[s])
-            updated = [message_kl(old, new)[s] for old, new in pairwise(teams)]  # agent i changed alone
-            assert all((v > 0) == (j == active) for j, v in enumerate(updated))
-            assert_equal(updated[active], kl[s])
+    game = random_game(0, 3, 3, router=by_transcript(3))
+    teams = stage(game, (0, 1, 2), seed=0)
+    kl, M = message_kl(teams[0], teams[-1]), game.messages
+    for s, active in enumerate(game.actor.tolist()):
+        joint = []
+        for team in (teams[0], teams[-1]):
+            p = torch.ones((), dtype=torch.float64)
+            for j in range(3):
+                own = torch.zeros(M + 1, dtype=torch.float64)  # the last entry: nothing written
+                own[:M] = team.pi[s] * (j == active)
+                own[M] = j != active
+                p = p[..., None] * own
+            joint.append(p.flatten())
+        terms = torch.where(joint[0] > 0, joint[0] * (joint[0] / joint[1]).log(), 0.0)
+        assert_equal(terms.sum(), kl[s])
+        updated = [message_kl(old, new)[s] for old, new in pairwise(teams)]  # agent i changed alone
+        assert all((v > 0) == (j == active) for j, v in enumerate(updated))
 
 
 def test_lemma_32_a_message_s_kl_is_the_sum_of_its_tokens_kls_met_on_the_way():
-    for seed in range(4):
-        old, new, _ = stage(random_game(seed, 2, 2, length=2, vocabulary=3), (0, 1), seed)
-        whole = (old.pi * (old.logp - new.logp)).sum(-1)  # over the M messages
-        assert_equal(message_kl(old, new), whole)
-        unweighted = exact.token_kl(old, new).sum(-1)
-        assert (unweighted - whole).abs().max() > 1e-3  # prefixes must be weighed: the check can fail
+    old, new, _ = stage(random_game(0, 2, 2, length=2, vocabulary=3), (0, 1), seed=0)
+    whole = (old.pi * (old.logp - new.logp)).sum(-1)  # over the M messages
+    assert_equal(message_kl(old, new), whole)
+    assert (exact.token_kl(old, new).sum(-1) - whole).abs().max() > 1e-3, "prefixes must be weighed"
 
 
 def test_an_update_s_gain_is_its_advantages_where_the_new_team_goes():
@@ -140,26 +129,17 @@ def test_an_update_s_gain_is_its_advantages_where_the_new_team_goes():
 # Bounds
 
 
-@pytest.mark.parametrize("statement", [prop_33, thm_34, thm_36, thm_37, stale_ours, gap_ours])
-def test_no_stage_loses_more_than_the_statement_allows(statement):
-    for teams, _ in random_stages():
+@pytest.mark.parametrize("statement", [prop_33, thm_34, thm_36, thm_37, stale_ours])
+def test_no_stage_loses_more_than_the_statement_allows_and_zeta_covers_an_imperfect_surrogate(statement):
+    """zeta_i = (1-gamma) |Lhat_i - L_i|; without it some stages would lose more."""
+    needed = 0
+    for k, (teams, _) in enumerate(random_stages()):
+        error = torch.randn((), generator=torch.Generator().manual_seed(k), dtype=torch.float64)
         for count in range(2, len(teams) + 1):  # a stage cut short is a stage, of fewer agents
             lost, allowed = statement(teams[:count])
             assert lost <= allowed + ROUND_OFF
-
-
-def test_zeta_covers_an_imperfect_surrogate_and_is_needed():
-    """zeta_i = (1-gamma) |Lhat_i - L_i|, for Thm 3.4, 3.6 and, with L^stale, 3.7."""
-    needed = 0
-    for k, (teams, _) in enumerate(random_stages()):
-        gamma = teams[0].game.gamma
-        error = torch.randn(len(teams) - 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-        zeta = (1 - gamma) * error.abs()
-        for theorem, own in ((thm_34, slice(-1, None)), (thm_36, slice(None)), (thm_37, slice(None))):
-            lost, allowed = theorem(teams)
-            lost = lost + error[own].sum()
-            assert lost <= allowed + zeta[own].sum() / (1 - gamma) + ROUND_OFF
-            needed += bool(lost > allowed)
+            assert lost + error <= allowed + error.abs() + ROUND_OFF
+            needed += bool(lost + error > allowed)
     assert needed > 0
 
 
@@ -170,8 +150,8 @@ def once_each(context):
 
 def test_agents_who_speak_once_gain_exactly_their_surrogate():
     """An agent's own update does not move the states it acts in, so J' - J = L^seq, in any order, discounted
-    or not. Thm 3.4 and 3.6 hold with c = 0 there: no smaller constant has a counterexample."""
-    for agents, seed, gamma in product((2, 3, 4), range(3), (0.1, 0.9, 1.0)):
+    or not. Thm 3.4 and 3.6 hold with c = 0 there."""
+    for agents, seed, gamma in product((2, 3, 4), range(2), (0.1, 1.0)):
         for router in (None, once_each) if agents == 3 else (None,):
             game = random_game(seed, agents, agents, gamma, router=router)
             for order in orders(agents, seed):
@@ -190,7 +170,6 @@ def test_the_monitor_dominates_delta_while_few_messages_are_written_per_discount
             delta, monitor = discounted_kl(old, new), exact.mean_message_kl(old, new, j)
             spread = (1 - old.game.gamma) * old.messages_per_rollout(j)
             assert delta <= spread * monitor + ROUND_OFF
-            assert delta <= monitor + ROUND_OFF or spread > 1
             exceeded += bool(delta > monitor)
     assert exceeded > 0
 
@@ -209,31 +188,14 @@ def test_finite_horizon_a_gain_is_at_most_the_root_of_the_rollout_s_kl():
 def test_occupancy_does_not_shift_in_reverse_turn_order():
     """One round, reverse turn order: D_occ = 0. In turn order, or with a second round, it shifts, and the gap
     is at most 2 A_max D_occ times the agent's messages per rollout, for gamma = 1 and round-robin [ours]."""
-    for agents, seed, rounds in product((2, 3, 4), range(3), (1, 2)):
+    for agents, seed, rounds in product((2, 3, 4), range(2), (1, 2)):
         for order in (tuple(range(agents)), tuple(range(agents))[::-1]):
             teams = stage(random_game(seed, agents, agents * rounds, gamma=1.0), order, seed, step=2.0)
             for i, (j, (old, new)) in enumerate(zip(order, pairwise(teams))):
                 shift, gap = exact.occupancy_shift(teams[0], old, j), stale_gap(teams[0], old, new).abs()
                 assert gap <= 2 * old.advantage.abs().max() * old.messages_per_rollout(j) * shift + ROUND_OFF
-                if i == 0 or (rounds == 1 and order[0] != 0):
-                    assert shift <= ROUND_OFF and gap <= ROUND_OFF
-                else:
-                    assert shift > 1e-3
-
-
-@pytest.mark.parametrize("router", [None, by_transcript(3)])
-def test_occupancy_shift_is_what_likelihood_ratios_estimate(router):
-    """E_{team^0} |rho - 1| / 2 over the agent's messages: rho is the ratio new/old of the messages before the
-    turn, over its mean where the agent acts, which is 1 unless the router reads the transcript."""
-    for seed, j in product(range(4), range(3)):
-        teams = stage(random_game(seed, 3, 5, gamma=1.0, router=router), (0, 1, 2), seed)
-        first, base = exact.rollouts(teams[0]), exact.rollouts(teams[2])
-        rho = ((base.logp - first.logp).cumsum(1) - (base.logp - first.logp)).exp()  # (X, turns)
-        weight = teams[0].rollout_law[:, None] * (first.agent == j)
-        mean = (weight * rho).sum(0) / weight.sum(0)  # (turns,), nan where the agent never acts
-        assert router or (mean.nan_to_num(1.0) - 1).abs().max() <= ROUND_OFF
-        wanted = (weight * (rho / mean - 1).abs() / 2).nansum() / weight.sum()
-        assert_equal(exact.occupancy_shift(teams[0], teams[2], j), wanted)
+                still = i == 0 or (rounds == 1 and order[0] != 0)
+                assert max(shift, gap) <= ROUND_OFF if still else shift > 1e-3
 
 
 # Tightness
@@ -243,72 +205,35 @@ def by_last_word(context):
     return context[-1] % 2 if len(context) > 1 else 0
 
 
-def largest_ratio(statement, order, turns, gamma, router=None, vocabulary=2, steps=400) -> float:
-    """The closest call found: gradient ascent on lost / allowed, over the teams and the reward."""
-    g = torch.Generator().manual_seed(0)
-    game = Game(max(order) + 1, vocabulary, turns, torch.zeros(vocabulary**turns), gamma=gamma, router=router)
-    theta = game.theta(g).requires_grad_()
-    move = game.theta(g, 0.3).requires_grad_()
-    verdict = (3 * torch.randn(len(game.reward), generator=g, dtype=torch.float64)).requires_grad_()
-    optimizer, best = torch.optim.Adam([theta, move, verdict], lr=0.05), 0.0
-    for _ in range(steps):
-        game.reward = verdict.sigmoid()
-        teams = [Team(game, theta)]
-        for j in order:
-            teams.append(teams[-1].replace(j, theta[j] + move[j]))
-        lost, allowed = statement(teams)
-        ratio = lost / allowed
-        best = max(best, ratio.item())
-        optimizer.zero_grad()
-        (-ratio).backward()
-        optimizer.step()
-    return best
-
-
 # statement, order, turns, gamma, router, vocabulary, and a factor on the penalty that is refuted; beside it,
 # the largest ratio found. The factor n of Thm 3.7 is not met; the bound with roots of sums has none, and is.
 CLOSEST = {
-    "prop 3.3, gamma 0.01": (prop_33, (0, 1), 2, 0.01, None, 2, 0.9),  # 0.960
-    "prop 3.3, gamma 0.5": (prop_33, (0, 1), 2, 0.5, None, 2, 0.3),  # 0.345
-    "thm 3.4, gamma 0.01": (thm_34, (0,), 2, 0.01, None, 2, 0.9),  # 0.932
-    "thm 3.4, gamma 0.5": (thm_34, (0,), 3, 0.5, None, 2, 0.3),  # 0.362
-    "thm 3.6, gamma 0.01": (thm_36, (0, 1), 2, 0.01, by_last_word, 3, 0.85),  # 0.907
-    "thm 3.6, gamma 0.5": (thm_36, (0, 1), 2, 0.5, by_last_word, 3, 0.2),  # 0.244
-    "thm 3.7, gamma 0.01": (thm_37, (0, 1), 2, 0.01, by_last_word, 3, 0.35),  # 0.404
-    "thm 3.7, gamma 0.5": (thm_37, (0, 1), 3, 0.5, by_last_word, 2, 0.08),  # 0.094
-    "stale, ours, gamma 0.01": (stale_ours, (1, 0), 2, 0.01, by_last_word, 3, 0.85),  # 0.925
-    "stale, ours, gamma 0.5": (stale_ours, (1, 0), 2, 0.5, by_last_word, 3, 0.2),  # 0.267
+    "prop 3.3": (prop_33, (0, 1), 2, 0.01, None, 2, 0.9),  # 0.960
+    "thm 3.4": (thm_34, (0,), 2, 0.01, None, 2, 0.9),  # 0.932
+    "thm 3.6": (thm_36, (0, 1), 2, 0.01, by_last_word, 3, 0.85),  # 0.907
+    "thm 3.7": (thm_37, (0, 1), 2, 0.01, by_last_word, 3, 0.35),  # 0.404
+    "stale, ours": (stale_ours, (1, 0), 2, 0.01, by_last_word, 3, 0.85),  # 0.925
     "finite horizon": (finite_horizon, (0,), 2, 1.0, None, 2, 0.98),  # 0.9985
 }
 
 
 @pytest.mark.parametrize("name", CLOSEST)
 def test_a_smaller_constant_has_a_counterexample(name):
-    *search, refuted = CLOSEST[name]
-    ratio = largest_ratio(*search)
-    print(f"{name}: {ratio:.4f} of the penalty is reached")
-    assert refuted < ratio <= 1 + ROUND_OFF
-
-
-@pytest.mark.parametrize("gamma, turns", [(0.01, 2), (0.9, 10)])
-def test_by_hand_c_is_nearly_met_and_one_power_less_of_the_horizon_is_false(gamma, turns):
-    """Prop. 3.3's loss reaches (turns-1) gamma^(turns-2) (1-gamma)^1.5 of its penalty: 0.985 at gamma 0.01,
-    2 turns; at gamma 0.9, 10 turns it is more than c (1-gamma) would allow.
-
-    Agent 0 writes a fair coin, then agent 1 takes all other turns and in the old team nearly always writes 0.
-    After coin 0 a deviation wins, after coin 1 it loses, so the new agent 1, who always deviates, is credited
-    with +-gamma^(turns-1) at every turn. Moving the coin by TV shifts that sum by
-    2 TV (turns-1) gamma^(turns-1), and sqrt(delta_1) is TV sqrt(2 (1-gamma)).
-    """
-    game = Game(
-        2, 2, turns, lambda context: float((1 in context[2:]) == (context[1] == 0)), gamma=gamma,
-        router=lambda context: min(len(context) - 1, 1), features=lambda agent, context, prefix: 0,
-    )  # fmt: skip
-    theta = torch.tensor([[[0.0, 0.0]], [[18.0, 0.0]]], dtype=torch.float64)  # (A, 1 row, V)
-    teams = [Team(game, theta)]
-    for agent, update in enumerate(([[0.0, 0.01]], [[0.0, 18.0]])):
-        teams.append(teams[-1].replace(agent, torch.tensor(update, dtype=torch.float64)))
-    lost, allowed = prop_33(teams)
-    reached = (turns - 1) * gamma ** (turns - 2) * (1 - gamma) ** 1.5
-    assert (lost / allowed).item() == pytest.approx(reached, rel=1e-4)
-    assert lost > (0.98 if turns == 2 else 1.2 * (1 - gamma)) * allowed
+    """Found by gradient ascent on lost / allowed, over the teams and the reward."""
+    statement, order, turns, gamma, router, vocabulary, refuted = CLOSEST[name]
+    g = torch.Generator().manual_seed(0)
+    game = Game(max(order) + 1, vocabulary, turns, torch.zeros(vocabulary**turns), gamma=gamma, router=router)
+    theta, move = game.theta(g).requires_grad_(), game.theta(g, 0.3).requires_grad_()
+    verdict = (3 * torch.randn(len(game.reward), generator=g, dtype=torch.float64)).requires_grad_()
+    optimizer, best = torch.optim.Adam([theta, move, verdict], lr=0.05), 0.0
+    for _ in range(400):
+        game.reward = verdict.sigmoid()
+        teams = [Team(game, theta)]
+        for j in order:
+            teams.append(teams[-1].replace(j, theta[j] + move[j]))
+        lost, allowed = statement(teams)
+        best = max(best, (lost / allowed).item())
+        optimizer.zero_grad()
+        (-lost / allowed).backward()
+        optimizer.step()
+    assert refuted < best <= 1 + ROUND_OFF

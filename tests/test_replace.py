@@ -18,7 +18,7 @@ from toy_runs import parity, results, run, timeless
 import train
 from teamtr_min.config import Config
 from teamtr_min.extras import replace
-from teamtr_min.extras.replace import align, mixture, mixture_weight, share_vocabulary
+from teamtr_min.extras.replace import align, mixture_weight, share_vocabulary
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.learner import Diverged
@@ -55,16 +55,6 @@ def by_lambda(new, incumbent, lam: float) -> torch.Tensor:
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.double().exp().tolist()))
-
-
-def test_the_mixture_is_the_geometric_mean_of_both_policies():
-    new, incumbent = two_policies()
-    lams = torch.rand(N, generator=torch.Generator().manual_seed(1)) * 5
-    lams[:2] = 0
-    got = mixture(new, incumbent, lams / (1 + lams))
-    for t in range(N):
-        expected = by_lambda(new[t], incumbent[t], lams[t].item()).log()
-        torch.testing.assert_close(got[t].double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("delta", [1e-3, 0.02, 0.3, math.inf])

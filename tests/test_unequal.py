@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import evaluate
 from ready import team_of
 from safetensors.torch import load_file, save_file
 from tiny import MOVED, random_model, write_checkpoint, write_relabelled_tokenizer, write_tokenizer
@@ -59,13 +58,6 @@ def test_a_team_of_two_kinds_trains_and_resumes_to_the_same_bits(pair, tmp_path,
     assert train.main(["--resume", str(cut), "--model", pair]) == 0
     assert bits(cut) == bits(tmp_path / "whole")
     assert (cut / "agents/1/tokenizer.json").read_bytes() != (cut / "agents/0/tokenizer.json").read_bytes()
-
-
-@pytest.mark.parametrize("mode", ["team", "solo", "vote", "best_of"])
-def test_a_team_of_two_kinds_is_evaluated_in_every_mode(pair, capsys, mode):
-    flags = ["relay", "--mode", mode, "--k", "2", "--problems", "5"]
-    found = evaluate(capsys, *flags, *FLAGS[:2], "--model", pair, "--max-new-tokens", "7")
-    assert found["problems"] == 5 and found["k"] == 2
 
 
 def test_what_is_trained_on_are_the_ids_that_an_agent_sampled_and_no_others(pair):
@@ -123,13 +115,10 @@ def test_the_numbering_of_tokens_changes_nothing(relabelled):
     torch.testing.assert_close(*logps, rtol=0, atol=1e-4)
 
 
-def test_each_agent_has_a_rate_of_its_own_and_one_that_hardly_moves_is_named(pair, tmp_path, capsys):
-    rates = "--lr 1e-9 --warm-start 2 --warm-start-lr 1e-3 --delta 0.02 --inner-steps 1 --lr-scale".split()
-    _, updates, _ = run(tmp_path / "slow", *FLAGS, "--model", pair, *rates, "1,3")
+def test_each_agent_has_a_rate_of_its_own_in_the_warm_start_one_for_all(pair, tmp_path):
+    rates = "--lr 1e-9 --warm-start 2 --warm-start-lr 1e-3 --inner-steps 1 --lr-scale 1,3".split()
+    _, updates, _ = run(tmp_path / "run", *FLAGS, "--model", pair, *rates)
     assert [u["lr"] for u in updates[:2]] == pytest.approx([1e-9, 3e-9 * 0.5 * (1 + 2**-0.5)], rel=1e-6)
-    lines = (tmp_path / "slow" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     shown = [line["lr"] for line in map(json.loads, lines) if line["kind"] == "warm_start"]
     assert shown == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
-    assert capsys.readouterr().out.count("hardly moved") == 1
-    run(tmp_path / "fast", *FLAGS, "--model", pair, *rates, "1,3", "--lr", "1e-3")
-    assert "hardly moved" not in capsys.readouterr().out
