@@ -194,14 +194,13 @@ def score(accuracy: float, mean_return: float) -> str:
 def held_out_score(results: dict, name: str, since: str = "") -> str:
     """`accuracy 0.250 [0.221, 0.281]`, or since another evaluation `accuracy 0.020 -> 0.250 [...]`."""
     names = [since, name] if since else [name]
-    partial = any(results[f"return_{n}"] > results[f"accuracy_{n}"] for n in names)
-    texts = {
-        key: " -> ".join(f"{results[f'{key}_{n}']:.3f}" for n in names) for key in ("accuracy", "return")
-    }
-    shown = "return" if partial else "accuracy"
-    low, high = results[f"{shown}_{name}_ci"]
-    beside = f" (accuracy {texts['accuracy']})" if partial else ""
-    return f"{shown} {texts[shown]} [{low:.3f}, {high:.3f}]{beside}"
+    accuracy, mean_return = (" -> ".join(f"{results[f'{key}_{n}']:.3f}" for n in names)
+                             for key in ("accuracy", "return"))  # fmt: skip
+    if mean_return == accuracy:
+        low, high = results[f"accuracy_{name}_ci"]
+        return f"accuracy {accuracy} [{low:.3f}, {high:.3f}]"
+    low, high = results[f"return_{name}_ci"]
+    return f"return {mean_return} [{low:.3f}, {high:.3f}] (accuracy {accuracy})"
 
 
 def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
@@ -221,17 +220,13 @@ def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str
         f"stage {stage['stage'] + 1:3d}/{config.stages}  {scores}"
         f"  KL {' '.join(kls)} of {config.delta:g}  {stage['seconds']:4.0f} s"
     )
-    if "certificate" not in stage:
-        return text
-    vacuous = " (vacuous)" if stage["vacuous"] else ""
-    diagnosed = [u for u in updates if "surrogate" in u]
-    return text + (
-        f"\n      certificate {stage['certificate']:,.0f}{vacuous}, "
-        f"finite-horizon bound {stage['bound']:+.3f}; stale gap {stage.get('delta_stale', 0):.4f}, "
-        f"occupancy shift {max(u['occupancy_shift'] for u in diagnosed):.3f}, "
-        f"ESS/B {min(u['ess'] for u in diagnosed):.2f}, "
-        f"held-out KL {max(u['kl_held_out'] for u in diagnosed):.4f}"
-    )
+    if "certificate" in stage:
+        vacuous = " (vacuous)" if stage["vacuous"] else ""
+        text += f"\n      certificate {stage['certificate']:,.0f}{vacuous}, bound {stage['bound']:+.3f}"
+        text += f", stale gap {stage.get('delta_stale', 0):.4f}"
+        shifts, shares = zip(*((u["occupancy_shift"], u["ess"]) for u in updates if "ess" in u))
+        text += f", occupancy shift {max(shifts):.3f}, ESS/B {min(shares):.2f}"
+    return text
 
 
 def nothing_to_learn(config: Config, updates: list[dict]) -> str:
@@ -239,34 +234,28 @@ def nothing_to_learn(config: Config, updates: list[dict]) -> str:
     if any(u["zero_variance_groups"] < 1 for u in updates):
         return ""
     mean = sum(u["return_mean"] for u in updates) / len(updates)
-    helps = ["harder problems"]
-    if mean < 1:
-        helps = [f"a --group larger than {config.group}, or a task that gives partial credit"]
-        if not config.warm_start:
-            helps.insert(0, "--warm-start STEPS, which shows the form of a right answer")
+    helps = f"a --group larger than {config.group}, or a task that gives partial credit"
+    if not config.warm_start:
+        helps = f"--warm-start STEPS, which shows the form of a right answer; {helps}"
     return (
         f"nothing to learn from yet: the {config.group} rollouts of each problem all have the same return "
-        f"(on average {mean:.2f}), and an update compares those of one problem. "
-        f"What helps: {'; '.join(helps)}"
+        f"(on average {mean:.2f}), and an update compares those of one problem. What helps: "
+        + ("harder problems" if mean == 1 else helps)
     )
 
 
 def hardly_moving(config: Config, updates: list[dict], names: list[str]) -> str:
-    """Advice after the first stage where learning rates are far too small for the radius; else "".
-
-    To second order the KL grows as the square of the rate: times the factor named, it would use a quarter.
-    """
+    """Advice after the first stage where whole updates used far less than the radius; else ""."""
     slow = []
     for u in updates:
         whole = u["steps"] and not u["halvings"] and u["lr"] and "agent" in u
         if whole and abs(u["kl_after"]) < config.delta / 1000 < math.inf:
-            used = max(abs(u["kl_after"]) / config.delta, 1e-6)
-            slow.append(f"{names[u['agent']]} (times {float(f'{math.sqrt(0.25 / used):.1g}'):g})")
+            slow.append(names[u["agent"]])
     if not slow:
         return ""
     return (
-        f"hardly moved, by less than a thousandth of the radius of {config.delta:g} nats: {', '.join(slow)}. "
-        "A higher rate would use it, such as --lr or --lr-scale times the number in brackets"
+        f"{' and '.join(slow)} hardly moved: less than a thousandth of the radius of {config.delta:g} nats. "
+        "A higher --lr, or --lr-scale for these agents, would use it: KL grows as the square of the rate"
     )
 
 
@@ -292,7 +281,6 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
         lines.append(
             f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned"
         )
-    lines.append(f"{directory}/ holds {', '.join(sorted(path.name for path in directory.glob('*')))}")
     if (directory / "agents").is_dir():
         lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
     return "\n".join(lines)
