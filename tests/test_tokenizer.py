@@ -79,6 +79,8 @@ def test_any_text_survives_encoding_and_decoding(tmp_path):
     assert tokenizer.decode_batch([tokenizer.encode(text) for text in texts[-9:]]) == texts[-9:]
     ids = tokenizer.encode("1<|im_end|>2")
     assert [i in tokenizer.special_ids for i in ids] == [False, True, False]
+    same, other = (load_tokenizer(write_tokenizer(tmp_path / str(shift), shift=shift)) for shift in range(2))
+    assert same.hash == tokenizer.hash != other.hash and other.encode("x1") != tokenizer.encode("x1")
     assert tokenizer.decode(ids) == "12" and tokenizer.unk_id is None
 
 
@@ -167,12 +169,6 @@ def test_a_batch_setting_in_the_file_neither_pads_nor_truncates(tmp_path):
     assert [len(tokenizer.encode(text)) for text in ("x", "xxxxx")] == [1, 5]
 
 
-def test_equal_hash_means_equal_ids(tmp_path):
-    one, same, other = (load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i // 2)) for i in range(3))
-    assert one.hash == same.hash != other.hash
-    assert one.encode("x1") == same.encode("x1") != other.encode("x1")
-
-
 # Conversations
 
 
@@ -196,84 +192,49 @@ TOKENS = {
 }
 
 
-def test_every_construct_that_templates_rely_on_renders(tmp_path):
-    """As spelled out here, and as in transformers; and the messages are as before."""
-    chat = [{"role": "user", "content": "é<b>"}, {"role": "system", "content": "s"}]
-    chat += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "behind the break"}]
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, ODDITIES, **TOKENS))
-    assert tokenizer.render(chat, add_generation_prompt=False, extra="é") == (
-        '{"role": "user", "content": "é<b>"}|{\n  "role": "user",\n  "content": "é<b>"\n}|'
-        '{"role": "user", "content": "\\u00e9<b>"}\n'
-        "7</s>\n"
-        "4<|im_end|>False</s><s>\n"
-        "TrueTrueéFalseé<b>é<b>"
-    )
-    before = json.dumps(CHATS)
+def test_every_construct_that_templates_rely_on_renders_as_in_transformers(tmp_path):
+    tokenizer, before = load_tokenizer(write_tokenizer(tmp_path, ODDITIES, **TOKENS)), json.dumps(CHATS)
     texts = [tokenizer.render(chat, add_generation_prompt=False, extra="é") for chat in CHATS]
     assert json.dumps(CHATS) == before
     for chat, text in zip(CHATS, texts):
         assert text == rendered_by_transformers(tmp_path, chat, add_generation_prompt=False, extra="é")
+    assert '{"role": "user", "content": "What is 7*8?"}|{\n  "role": "user",' in texts[0]
+    assert texts[0].endswith("\n1<|im_end|>False</s><s>\nTrueTrueéFalseWhat is 7*8?What is 7*8?")
 
 
-def test_of_several_named_templates_the_default_counts(tmp_path):
+def test_a_template_file_counts_before_the_default_of_several_named_ones(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert load_tokenizer(write_tokenizer(tmp_path, named)).render(CHATS[0]) == "plain"
-    assert rendered_by_transformers(tmp_path, CHATS[0]) == "plain"
-    assert "'default'" in refusal(load_tokenizer, write_tokenizer(tmp_path, named[:1]))
-
-
-def test_a_template_file_goes_before_the_configuration(tmp_path):
-    write_tokenizer(tmp_path, "from the configuration")
-    (tmp_path / "chat_template.jinja").write_text("from the file, é", encoding="utf-8")
-    assert load_tokenizer(tmp_path).render(CHATS[0]) == "from the file, é"
-    assert rendered_by_transformers(tmp_path, CHATS[0]) == "from the file, é"
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert load_tokenizer(tmp_path).render(CHATS[0]) == "from the file, é"
-
-
-def test_an_empty_template_is_a_template(tmp_path):
-    assert load_tokenizer(write_tokenizer(tmp_path, "")).render(CHATS[0]) == ""
+    write_tokenizer(tmp_path, named)
+    for expected in ("plain", "from the file, é", ""):
+        if expected != "plain":
+            (tmp_path / "chat_template.jinja").write_text(expected, encoding="utf-8")
+        assert load_tokenizer(tmp_path).render(CHATS[0]) == expected
+        assert rendered_by_transformers(tmp_path, CHATS[0]) == expected
+    assert "'default'" in refusal(load_tokenizer, write_tokenizer(tmp_path / "no", named[:1]))
 
 
 def test_without_a_template_it_is_chatml(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
-    text = tokenizer.render(CHATS[2])
+    """Where there is no <|im_end|>, only an assistant's message ends the text."""
     expected = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHATS[2])
-    assert text == expected + "<|im_start|>assistant\n"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "bytes"))
+    assert tokenizer.render(CHATS[2]) == expected + "<|im_start|>assistant\n"
     assert tokenizer.render(CHATS[2], add_generation_prompt=False) == expected
-
-
-def test_without_a_template_and_im_end_only_an_assistants_message_ends_the_text(tmp_path):
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path, "normalizer", template=None))
     expected = "<|im_start|>user\nB: 3+4\n<|im_start|>assistant\n7</s>\n"
     assert tokenizer.render(CHATS[2][1:3], add_generation_prompt=False) == expected
 
 
-# Templates are programs of strangers
-
-ESCAPES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ raise_exception.__globals__['os'].getcwd() }}",
-    "{{ strftime_now.__code__.co_consts }}",
-    "{{ lipsum.__globals__['os'].popen('id').read() }}",
-    "{{ (messages | attr('__class__')).mro() }}",
-    "{{ '{x.__class__.__mro__}'.format_map({'x': messages}) }}",
-    "{{ dict.__subclasses__() }}",
-    "{{ self._TemplateReference__context.environment }}",
-    "{{ messages[0].update(content='changed') }}",
-    "{% include 'tokenizer_config.json' %}",
-]
-
-
-@pytest.mark.parametrize("template", ESCAPES)
-def test_templates_cannot_reach_python(tmp_path, template):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
-    chat = [{"role": "user", "content": "x"}]
-    assert "fails on a conversation" in refusal(tokenizer.render, chat)
-    assert chat == [{"role": "user", "content": "x"}]
-
-
-FAILING = {
+FAILING = {  # templates are programs of strangers
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe",
+    "{{ raise_exception.__globals__['os'].getcwd() }}": "unsafe",
+    "{{ strftime_now.__code__.co_consts }}": "unsafe",
+    "{{ lipsum.__globals__['os'].popen('id').read() }}": "unsafe",
+    "{{ (messages | attr('__class__')).mro() }}": "unsafe",
+    "{{ '{x.__class__.__mro__}'.format_map({'x': messages}) }}": "unsafe",
+    "{{ dict.__subclasses__() }}": "unsafe",
+    "{{ self._TemplateReference__context.environment }}": "unsafe",
+    "{{ messages[0].update(content='changed') }}": "unsafe",
+    "{% include 'tokenizer_config.json' %}": "no loader",
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
     "{{ raise_exception('roles must alternate') }}": "roles must alternate",
     "{{ messages[0].content + 1 }}": "str",
@@ -287,10 +248,11 @@ FAILING = {
 
 
 @pytest.mark.parametrize("template", FAILING)
-def test_a_template_that_fails_gets_a_sentence(tmp_path, template):
-    sentence = refusal(load_tokenizer(write_tokenizer(tmp_path, template)).render, CHATS[0])
+def test_a_template_that_fails_or_reaches_for_python_gets_a_sentence(tmp_path, template):
+    tokenizer, chat = load_tokenizer(write_tokenizer(tmp_path, template)), [{"role": "user", "content": "x"}]
+    sentence = refusal(tokenizer.render, chat)
     assert f"chat template of {tmp_path} fails on a conversation: " in sentence
-    assert FAILING[template] in sentence
+    assert FAILING[template] in sentence and chat == [{"role": "user", "content": "x"}]
 
 
 def test_missing_and_damaged_files_get_a_sentence(tmp_path):
