@@ -157,7 +157,12 @@ ZEPHYR = (
 
 
 def write_sentencepiece(
-    directory: Path, scheme: str, template: str | None = ZEPHYR, add_eos: bool = False, special: bool = True
+    directory: Path,
+    scheme: str,
+    template: str | None = ZEPHYR,
+    add_eos: bool = False,
+    special: bool = True,
+    **config,
 ) -> Path:
     """A tokenizer as Llama 2 has it: spaces are "▁", and one stands before a text; <s> goes before all."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127))]

@@ -169,20 +169,16 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
     if not path.is_file():
         return Adapter(name, rank, alpha) if rank else None
     raw = read_json(path)
-    odd = [
-        f"{key} {value!r}"
-        for key, value in raw.items()
-        if key not in _INERT and value not in _PLAIN.get(key, _UNSET)
-    ]
+    odd = [key for key, value in raw.items() if key not in _INERT and value not in _PLAIN.get(key, _UNSET)]
     if odd or "peft_type" not in raw:
-        raise UserError(f"{path}: not known to mean plain LoRA: {listing(odd or ['no peft_type'])}")
+        shown = listing([f"{key} {raw[key]!r}" for key in odd] or ["no peft_type"])
+        raise UserError(f"{path}: not known to mean plain LoRA: {shown}")
     if rank not in (0, raw["r"]):
         raise UserError(f"--lora-rank is {rank}, but {directory} is an adapter of rank {raw['r']}")
-    with open_tensors(directory / WEIGHTS) as f:  # it says better than target_modules, which may be a pattern
+    with open_tensors(directory / WEIGHTS) as f:  # in adapter_config.json targets may be a pattern
         held = {name.split(".")[-3] for name in f.keys() if name.count(".") > 3}
-    return Adapter(
-        find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), tuple(t for t in TARGETS if t in held)
-    )
+    targets = tuple(target for target in TARGETS if target in held)
+    return Adapter(find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), targets)
 
 
 def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:

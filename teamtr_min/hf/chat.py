@@ -48,7 +48,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = _as_transformers_reads(path.read_text(encoding="utf-8"), config)
             self.backend, self.special = self._load(text, config)
             # "first" puts a space before a text, but not before what follows a special token in it.
             inside = re.sub(r'("prepend_scheme"\s*:\s*)"first"', r'\1"never"', text)
@@ -289,6 +289,18 @@ class ChatFormat:
     def _render(self, turns: list[tuple[str, str]], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         return self.tokenizer.render(messages, prompt, strftime_now=self.date.strftime)
+
+
+def _as_transformers_reads(text: str, config: dict) -> str:
+    """tokenizer.json, of which transformers 5 takes only vocabulary and merges where the class is Llama's."""
+    if (config.get("tokenizer_class") or "").removesuffix(
+        "Fast"
+    ) != "LlamaTokenizer" or '"ByteLevel"' in text:
+        return text
+    scheme = "always" if config.get("legacy") else "first"
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+    spaces["prepend_scheme"] = "never" if config.get("add_prefix_space") is False else scheme
+    return json.dumps(json.loads(text) | {"normalizer": None, "pre_tokenizer": spaces})
 
 
 def _special(token: str | dict) -> AddedToken:

@@ -80,13 +80,12 @@ def find_base(directory: Path) -> tuple[Path, str]:
     if not (directory / ADAPTER_CONFIG).is_file():
         return locate(directory)
     raw = read_json(directory / ADAPTER_CONFIG)
-    name = raw.get("base_model_name_or_path") or ""
+    name, revision = raw.get("base_model_name_or_path") or "", raw.get("revision")
     try:
-        return locate(
-            f"{name}@{raw['revision']}" if raw.get("revision") and not os.path.isdir(name) else name
-        )
+        return locate(f"{name}@{revision}" if revision and not os.path.isdir(name) else name)
     except UserError as error:
-        raise UserError(f"{directory} adapts {name}, so put that back: {error}") from None
+        why = str(error).partition(": give ")[0]
+        raise UserError(f"{directory} adapts {name}, so put that back: {why}") from None
 
 
 def load_model(
