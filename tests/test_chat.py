@@ -89,7 +89,7 @@ KINDS |= {
 each_kind = pytest.mark.parametrize("kind", KINDS)
 PIECES = [
     "a", "ab", "12", "7", "3.5", " ", "  ", "\n", "\n\n", "\t", "\r\n", "é", "日本", "🧮🇨🇭", "e\u0301",
-    "Hello", " world", "?", "!\n", "<", ">", "|", "\u2581", "A:", "user", "\u200b", FIRST, OWN, LAST,
+    "Hello", " world", "?", "!\n", "<", ">", "|", "\u2581", "A:", "user", "\u200b", "{{ 1 }}", FIRST, OWN, LAST,
 ]  # fmt: skip
 
 
@@ -307,14 +307,6 @@ def test_a_template_is_told_the_day_of_the_run(tmp_path):
         ids = ChatFormat(tokenizer, date).opening("", "Hi")
         assert f"Today: {year}\n" in tokenizer.decode(ids)
     assert ChatFormat(tokenizer).opening("", "Hi") == ChatFormat(tokenizer, "2024-07-26").opening("", "Hi")
-
-
-@pytest.mark.parametrize("problem", ["", "  ", "\n", "\N{SECTION SIGN}L\N{SECTION SIGN}", "{{ 1 + 1 }}"])
-def test_a_problem_is_taken_literally(tmp_path, problem):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
-    ids = ChatFormat(tokenizer).opening("", problem)
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    assert text == f"<|im_start|>user\n{problem}<|im_end|>\n"
 
 
 @pytest.mark.parametrize(

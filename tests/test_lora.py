@@ -206,15 +206,16 @@ def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):
     whole, raw = load_file(file), json.loads(config.read_text())
     spoilt = {
         "holds NaN": {name: p * math.nan for name, p in whole.items()},
-        "24 tensors are missing, unexpected or misshapen (base_model._orig_mod.model.layers.0.": {
+        "12 missing (base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ": {
             name.replace(".model.model", "._orig_mod.model"): p for name, p in whole.items()
         },
-        "1 tensors are": whole | {"base_model.model.lm_head.weight": torch.ones(1)},
+        ": 1 unexpected (base_model.model.lm_head.weight)": whole
+        | {"base_model.model.lm_head.weight": torch.ones(1)},
     }
     for reason, tensors in spoilt.items():
         save_file(tensors, file)
         sentence = refusal(loaded, file.parent)
-        assert reason in sentence and len(sentence) < 450
+        assert reason in sentence and len(sentence) < 650
     file.write_bytes(b"short")
     assert "damaged or cut short" in refusal(loaded, file.parent)
     file.rename(file.with_suffix(".bin"))

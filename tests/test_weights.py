@@ -58,15 +58,6 @@ def test_a_tied_model_may_repeat_its_embedding_as_head(tmp_path):
     assert_same(load_model(write_checkpoint(tmp_path, model, change=repeat)), model)
 
 
-def test_loading_does_not_depend_on_the_file_afterwards(tmp_path):
-    model = random_model("qwen2")
-    loaded = load_model(write_checkpoint(tmp_path, model))
-    with open(tmp_path / "model.safetensors", "r+b") as file:  # in place, as a copy over the file would
-        file.seek(5000)
-        file.write(b"\xff" * 5000)
-    assert_same(loaded, model)
-
-
 DIALECTS = {
     "transformers 4": {"rope_theta": 500.0, "rope_scaling": LLAMA3},
     "transformers 4, older": {
@@ -238,10 +229,10 @@ WRONG_TENSORS = {
     "named _orig_mod...., as of a model inside a wrapper": wrapped,
     "7 missing (model.layers.0.input_layernorm.weight, model": without_norms,
     "1 unexpected (odd)": lambda tensors: tensors.update(odd=torch.ones(1)),
-    "1 misshapen (model.norm.weight ([1], 'F32'), expected [30])": lambda tensors: tensors.update(
+    "1 misshapen (model.norm.weight [1], not [30])": lambda tensors: tensors.update(
         {"model.norm.weight": torch.ones(1)}
     ),
-    "([30], 'I64'), expected [30]": lambda tensors: tensors.update(
+    "model.norm.weight [30] in I64, not [30]": lambda tensors: tensors.update(
         {"model.norm.weight": torch.ones(30).long()}
     ),
     "1 unexpected (lm_head.weight)": lambda tensors: tensors.update({"lm_head.weight": torch.ones(53, 30)}),

@@ -26,13 +26,14 @@ from teamtr_min.engine.model import FUSED, ModelConfig, Transformer, split_fused
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf.weights import (
     ADAPTER_CONFIG,
+    check_shapes,
     find_base,
     listing,
     load_model,
     locate,
-    open_tensors,
     read,
     save_tensors,
+    shapes,
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block
@@ -175,9 +176,8 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
         raise UserError(f"{path}: not known to mean plain LoRA: {shown}")
     if rank not in (0, raw["r"]):
         raise UserError(f"--lora-rank is {rank}, but {directory} is an adapter of rank {raw['r']}")
-    with open_tensors(directory / WEIGHTS) as f:  # in adapter_config.json targets may be a pattern
-        held = {name.split(".")[-3] for name in f.keys() if name.count(".") > 3}
-    targets = tuple(target for target in TARGETS if target in held)
+    held = {name.split(".")[-3] for name in shapes(directory / WEIGHTS) if name.count(".") > 3}
+    targets = tuple(target for target in TARGETS if target in held)  # target_modules may be a pattern
     return Adapter(find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), targets)
 
 
@@ -196,14 +196,6 @@ def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
 @torch.no_grad()
 def _load_weights(model: Transformer, adapter: Adapter, file: Path) -> None:
     wanted = {_NAME(name): part for name, part in adapter_tensors(model, adapter.targets).items()}
-    with open_tensors(file) as f:
-        held = {name: f.get_slice(name).get_shape() for name in f.keys()}
-    expected = {name: [*part.shape] for name, part in wanted.items()}
-    wrong = sorted(name for name in expected | held if expected.get(name) != held.get(name))
-    if wrong or not wanted:
-        raise UserError(
-            f"{file} does not hold the adapter that its {ADAPTER_CONFIG} describes: {len(wrong)} tensors are "
-            f"missing, unexpected or misshapen ({listing(wrong)})"
-        )
+    check_shapes(shapes(file), wanted, f"{file} does not hold the adapter of its {ADAPTER_CONFIG}")
     for name, part in wanted.items():
         part.copy_(read(file, name))

@@ -103,7 +103,7 @@ def load_model(
     config = read_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    files = _files(directory, checkpoint_tensors(model), config.tied)
+    files = _tensor_files(directory, model)
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():
         part.copy_(read(files[name], name))
@@ -136,14 +136,41 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def open_tensors(path: Path) -> safe_open:
     """A safetensors file to read from; UserError where it is not one."""
     if not path.is_file():
-        pickles = ", and *.bin files may run any program when they are opened" * any(
-            path.parent.glob("*.bin")
-        )
-        raise UserError(f"{path.parent} holds no {path.name}{pickles}: save it again as safetensors")
+        pickle = any(path.parent.glob("*.bin"))
+        why = ", and *.bin files may run any program when they are opened: save it again" if pickle else ""
+        raise UserError(f"{path.parent} holds no {path.name}{why}")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
+
+
+def shapes(path: Path) -> dict[str, str]:
+    """Name -> shape of each tensor in a safetensors file; with the type where that is none of ours."""
+    with open_tensors(path) as f:
+        parts = {name: f.get_slice(name) for name in f.keys()}
+    kinds = {name: part.get_dtype() for name, part in parts.items()}
+    return {
+        name: str(part.get_shape()) + f" in {kinds[name]}" * (kinds[name] not in ("BF16", "F16", "F32"))
+        for name, part in parts.items()
+    }
+
+
+def check_shapes(held: dict[str, str], expected: dict[str, Tensor], fault: str) -> None:
+    """Raises UserError, which begins with `fault`, unless a file holds what is expected and no more."""
+    shape = {name: str([*p.shape]) for name, p in expected.items()}
+    wrong = {
+        "missing": sorted(shape.keys() - held.keys()),
+        "unexpected": sorted(held.keys() - shape.keys()),
+        "misshapen": [f"{n} {held[n]}, not {shape[n]}" for n in shape if n in held and held[n] != shape[n]],
+    }
+    found = [f"{len(names)} {what} ({listing(names)})" for what, names in wrong.items() if names]
+    if found:
+        raise UserError(f"{fault}: {', '.join(found)}")
+
+
+def listing(names: list[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def read(file: Path, name: str) -> Tensor:
@@ -153,10 +180,6 @@ def read(file: Path, name: str) -> Tensor:
     if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN spreads to both bounds
         raise UserError(f"{file}: {name} holds NaN or infinity")
     return tensor
-
-
-def listing(names: list[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -208,6 +231,24 @@ def read_config(directory: Path) -> ModelConfig:
     )
 
 
+def _tensor_files(directory: Path, model: Transformer) -> dict[str, Path]:
+    """The file of each tensor. Raises UserError unless they hold those of the model and no others."""
+    found = {file: shapes(directory / file) for file in weight_files(directory)}
+    files = {name: directory / file for file, names in found.items() for name in names}
+    held = {name: shape for names in found.values() for name, shape in names.items()}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    prefix = next((name.removesuffix(embedding) for name in held if name.endswith(embedding)), "")
+    if prefix:
+        wrapper = f"holds tensors named {prefix}..., as of a model inside a wrapper such as torch.compile's"
+        raise UserError(f"{directory} {wrapper}: save the model inside it")
+    spare = [name for name in held if name.endswith("rotary_emb.inv_freq")]
+    if model.config.tied and {head, embedding} <= held.keys():
+        spare += [head] * read(files[head], head).equal(read(files[embedding], embedding))  # a repetition
+    held = {name: shape for name, shape in held.items() if name not in spare}
+    check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
+    return files
+
+
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """ModelConfig -> config.json, in the dialect of transformers 4, which transformers 5 reads as well."""
     scaling = config.rope_scaling and {"rope_type": "llama3", **dict(zip(_SCALING, config.rope_scaling))}
@@ -222,34 +263,3 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
         "tie_word_embeddings": config.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _files(directory: Path, expected: dict[str, Tensor], tied: bool) -> dict[str, Path]:
-    """The file of each tensor. Raises UserError unless the checkpoint holds what is expected, and no more."""
-    files, held, embedding = {}, {}, "model.embed_tokens.weight"
-    for file in weight_files(directory):
-        with open_tensors(directory / file) as f:
-            for name in f.keys():
-                part = f.get_slice(name)
-                files[name], held[name] = directory / file, (part.get_shape(), part.get_dtype())
-    prefix = next((name.removesuffix(embedding) for name in held if name.endswith(embedding)), "")
-    if prefix:
-        raise UserError(
-            f"{directory} holds tensors named {prefix}..., as of a model inside a wrapper such as "
-            "torch.compile's: save the model inside it"
-        )
-    unexpected = [n for n in held if n not in expected and not n.endswith("rotary_emb.inv_freq")]
-    if tied and "lm_head.weight" in held and embedding in held:  # may repeat the embedding
-        if read(files["lm_head.weight"], "lm_head.weight").equal(read(files[embedding], embedding)):
-            unexpected.remove("lm_head.weight")
-    misshapen = [
-        f"{name} {held[name]}, expected {[*p.shape]}"
-        for name, p in expected.items()
-        if name in held and (held[name][0] != [*p.shape] or held[name][1] not in ("BF16", "F16", "F32"))
-    ]
-    missing = [name for name in expected if name not in held]
-    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    faults = [f"{len(names)} {what} ({listing(names)})" for what, names in wrong.items() if names]
-    if faults:
-        raise UserError(f"{directory} does not hold the model of its config.json: {', '.join(faults)}")
-    return files
