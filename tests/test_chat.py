@@ -89,7 +89,8 @@ KINDS |= {
 each_kind = pytest.mark.parametrize("kind", KINDS)
 PIECES = [
     "a", "ab", "12", "7", "3.5", " ", "  ", "\n", "\n\n", "\t", "\r\n", "é", "日本", "🧮🇨🇭", "e\u0301",
-    "Hello", " world", "?", "!\n", "<", ">", "|", "\u2581", "A:", "user", "\u200b", "{{ 1 }}", FIRST, OWN, LAST,
+    "Hello", " world", "?", "!\n", "<", ">", "|", "\u2581", "A:", "user", "\u200b",
+    "{{ 1 }}", FIRST, OWN, LAST,
 ]  # fmt: skip
 
 
