@@ -1,8 +1,7 @@
-"""The heavy operations in Triton.
+"""The heavy operations in Triton, each with its plain torch reference.
 
-linear_logprob and the operations of layer.py hold their plain torch references too, and take them where
-Triton cannot run. For the loss and for decoding, objective.py and engine/decode.py choose.
-TEAMTR_KERNELS=auto|triton|torch chooses; TRITON_INTERPRET=1 runs the kernels themselves on a CPU, slowly.
+TEAMTR_KERNELS=auto|triton|torch says which runs; auto takes Triton where it can run. TRITON_INTERPRET=1 runs
+the kernels themselves on a CPU, slowly.
 """
 
 from kernels.launch import use_triton

@@ -10,28 +10,27 @@ All is bound by memory. A layer reads each live cache entry once, 4 K D bytes a 
 FLOPs a byte: 256 rows at 1,024 positions of Qwen2.5-1.5B are 268 MB, 89 microseconds at 3 TB/s. A draw
 reads its 4 V bytes of logits twice: 0.31 GB for 256 rows, 104 microseconds.
 
-No tile and no order of sums depends on the number of rows: a row's results have the same bits in every batch.
-No launch depends on how long rows are, so a step can be a CUDA graph.
+No tile and no order of sums depends on the number of rows, so a row's results have the same bits in every
+batch. No launch depends on how long rows are, so a step can be a CUDA graph.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
-from kernels.layer import norm_reference, rotate_reference
+from kernels.layer import norm_reference, rotate_reference, turned
 
 SPLIT = 128  # positions that one program of decode_attend reads
-TILE = 64  # of these at a time
+TILE = tl.constexpr(64)  # of these at a time
 STRIP = 4096  # logits that decode_draw reads at a time
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
 
 
 def attend_cached_reference(qkv, cos, sin, at, keys, values, norms=(), eps=0.0) -> Tensor:
-    (B, _), (_, K, capacity, D) = qkv.shape, keys.shape
-    Q = qkv.shape[1] // D - 2 * K
+    (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
+    Q = width // D - 2 * K
     q, k, v = qkv.view(B, Q + 2 * K, D).split([Q, K, K], 1)
     if norms:
         q, k = (norm_reference(x, w, eps) for x, w in zip((q, k), norms))
@@ -46,31 +45,13 @@ def attend_cached_reference(qkv, cos, sin, at, keys, values, norms=(), eps=0.0) 
 
 
 @jit
-def _turned(x, g, count, cos, sin, weight, eps, D: tl.constexpr, WIDE: tl.constexpr):
-    """Heads g < count at x, D numbers each, normed if there is a weight, turned by the angle at cos and sin:
-    (len(g), WIDE) as x has them."""
-    d = tl.arange(0, WIDE)[None, :]
-    here, other = (g[:, None] < count) & (d < D), (d + D // 2) % D  # the other of each pair
-    a = tl.load(x + g[:, None] * D + d, mask=here, other=0.0).to(tl.float32)
-    b = tl.load(x + g[:, None] * D + other, mask=here, other=0.0).to(tl.float32)
-    dtype = x.dtype.element_ty
-    if weight is not None:
-        scale = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
-        a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight + other).to(tl.float32)
-    c = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32)
-    s = tl.load(sin + d, mask=d < D, other=0.0).to(tl.float32)
-    return (a * c + b * s).to(dtype)
-
-
-@jit
 def decode_attend(
     qkv, cos, sin, at, q_norm, k_norm,  # (B, Q + 2K, D), (positions, D) twice, (B,), (D,) or None twice
     keys, values,  # in and out: (rows, K, capacity, D)
     partial, most, total,  # out: (B, K, splits, GROUP, D), (B, K, splits, GROUP) twice, fp32
     eps, K, capacity, splits, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One split of the positions that a row sees through one key head, for the GROUP queries that share it:
     the largest score, and sums of the weights 2^(score - most) and of values with these weights."""
@@ -81,11 +62,11 @@ def decode_attend(
     if split * SPLIT <= position:
         g, one, d = tl.arange(0, HEADS), tl.arange(0, 1), tl.arange(0, WIDE)
         new, cos, sin = qkv + row * (GROUP + 2) * K * D, cos + position * D, sin + position * D
-        q = _turned(new + head * GROUP * D, g, GROUP, cos, sin, q_norm, eps, D, WIDE)  # (HEADS, WIDE)
+        q = turned(new + head * GROUP * D, g, GROUP, cos, sin, q_norm, eps, D, WIDE)  # (HEADS, WIDE)
         if UPCAST:
             q = q.to(tl.float32)
         if split == position // SPLIT:  # the new token is this program's, and goes into the cache
-            new_k = _turned(new + (GROUP * K + head) * D, one, 1, cos, sin, k_norm, eps, D, WIDE)  # (1, WIDE)
+            new_k = turned(new + (GROUP * K + head) * D, one, 1, cos, sin, k_norm, eps, D, WIDE)  # (1, WIDE)
             new_v = tl.load(new + ((GROUP + 1) * K + head) * D + d, mask=d < D, other=0.0)[None, :]
             place = (pair * capacity + position) * D + d[None, :]
             tl.store(keys + place, new_k, mask=d[None, :] < D)
@@ -142,7 +123,7 @@ def decode_merge(
 
 def attend_cached(
     qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor, keys: Tensor, values: Tensor,
-    norms: Sequence[Tensor] = (), eps: float = 0.0,
+    norms: tuple[Tensor, ...] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """One new token a row goes into the cache and attends to positions 0..at of its row -> (B, Q * D).
 
@@ -160,7 +141,7 @@ def attend_cached(
     start(
         decode_attend, B * K * splits, qkv.contiguous(), cos, sin, at, *(norms or (None, None)), keys, values,
         partial, most, total, eps, K, capacity, splits, math.log2(math.e) / math.sqrt(D), **sizes,
-        HEADS=max(16, triton.next_power_of_2(heads // K)), TILE=TILE, num_warps=4, num_stages=2,
+        HEADS=max(16, triton.next_power_of_2(heads // K)), num_warps=4, num_stages=2,
     )  # fmt: skip
     start(decode_merge, B * heads, partial, most, total, at, out, K, splits, **sizes, num_warps=1)
     return out
@@ -213,13 +194,6 @@ def decode_draw(
     tl.store(logprob + row, tl.load(logits + chosen) * scale - top - tl.log(whole))
 
 
-def draw_triton(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    (B, V), logits, uniform = logits.shape, logits.contiguous(), uniform.contiguous()
-    token, logprob = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B)
-    start(decode_draw, B, logits, uniform, token, logprob, V, 1 / temperature, STRIP=STRIP, num_warps=8)
-    return token, logprob
-
-
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by inverting the cumulative distribution, and its log-prob.
 
@@ -227,5 +201,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     is the argmax, with its log-prob at temperature 1. Triton or the torch reference, as `use_triton` says;
     the argmax is torch's.
     """
-    by_triton = temperature != 0 and use_triton(logits)
-    return (draw_triton if by_triton else draw_reference)(logits, uniform, temperature)
+    if temperature == 0 or not use_triton(logits):
+        return draw_reference(logits, uniform, temperature)
+    (B, V), logits, uniform = logits.shape, logits.contiguous(), uniform.contiguous()
+    token, logprob = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B)
+    start(decode_draw, B, logits, uniform, token, logprob, V, 1 / temperature, STRIP=STRIP, num_warps=8)
+    return token, logprob

@@ -13,22 +13,15 @@ try:
 except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only the torch references run
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
-# TRITON_INTERPRET=1 makes every kernel a Python function on CPU tensors. Triton reads it when a kernel is
-# defined, so it has to be set before this package is imported.
+# Triton reads TRITON_INTERPRET=1, which makes every kernel a Python function on CPU tensors, when a kernel is
+# defined: it has to be set before this package is imported.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-NEEDS = "needs Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU"
-
 launches: Counter[str] = Counter()  # kernel name -> times started in this process
 
 
 def jit(kernel):
     """triton.jit, where there is Triton."""
     return kernel if triton is None else triton.jit(kernel)
-
-
-def runs_on(tensor: Tensor) -> bool:
-    """Whether Triton can work on `tensor`: on CUDA, or on the CPU in the interpreter."""
-    return triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
 
 
 def use_triton(tensor: Tensor) -> bool:
@@ -39,9 +32,11 @@ def use_triton(tensor: Tensor) -> bool:
     mode = os.environ.get("TEAMTR_KERNELS") or "auto"
     if mode not in ("auto", "triton", "torch"):
         raise ValueError(f"TEAMTR_KERNELS is {mode!r}; it must be auto, triton or torch")
-    if mode == "triton" and not runs_on(tensor):
-        raise ValueError(f"TEAMTR_KERNELS=triton {NEEDS}; this tensor is on {tensor.device}")
-    return mode != "torch" and runs_on(tensor)
+    able = triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+    if mode == "triton" and not able:
+        needs = "Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU"
+        raise ValueError(f"TEAMTR_KERNELS=triton needs {needs}; this tensor is on {tensor.device}")
+    return mode != "torch" and able
 
 
 def start(kernel, programs: int, *arguments, **options) -> None:

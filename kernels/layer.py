@@ -4,16 +4,14 @@
     rotate(x)[d]   = x[d] cos - x[d + D/2] sin,  rotate(x)[d + D/2] = x[d + D/2] cos + x[d] sin
     swiglu(g, u)   = silu(g) u,  silu(g) = g / (1 + e^-g)
 
-One kernel forward and one backward each, where autograd's operations would be two to eight. All are bound by
-memory: forward reads and writes every number once, with under 20 FLOPs for it. At Qwen2.5-1.5B's shape in
-bf16 that is 6, 7 and 54 KB a token: at 16,384 tokens and 3 TB/s 34, 39 and 293 microseconds.
+One kernel forward and one backward each. All are bound by memory: forward reads and writes every number once,
+with under 20 FLOPs for it. At Qwen2.5-1.5B's shape in bf16 that is 6, 7 and 54 KB a token: at 16,384 tokens
+and 3 TB/s 34, 39 and 293 microseconds.
 
 Little is kept for the way back: a norm's input, SwiGLU's input, of a rotation nothing. With the weight of the
-down projection SwiGLU does not keep what that product reads, but makes it again. At that shape a token leaves
-55,352 bytes in each layer; by torch's operations alone it would leave 103,480.
-
-Sums are added up in an order that depends on the number of rows alone: results repeat to the bit. By the
-kernels a row's outputs have the same bits in every batch.
+down projection SwiGLU makes what that product reads again. At that shape a token leaves 55,344 bytes in each
+layer; by torch's operations alone it would leave 103,480. Sums are added up in an order that depends on the
+number of rows alone, and by the kernels a row's outputs have the same bits in every batch.
 """
 
 import torch
@@ -80,7 +78,7 @@ def rms_norm_backward(x, weight, grad, dx, partial, N, H, eps, ROWS: tl.constexp
     tl.store(partial + program * H + h, dw, mask=h < H)
 
 
-class RMSNorm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, by_triton):
         ctx.save_for_backward(x, weight)
@@ -107,7 +105,7 @@ class RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., H), weight (H,) -> the same shape and dtype. bf16 or fp32, in between fp32."""
-    return RMSNorm.apply(x, weight, eps, use_triton(x))
+    return _RMSNorm.apply(x, weight, eps, use_triton(x))
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,48 +113,55 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
-def rotary(
-    x, cos, sin, out, heads, stride, rows, sign,
-    D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """The heads of one token turned by the angle of its row of the table, or back. x (N, heads, D), whose
-    tokens lie `stride` apart."""
+def turned(x, g, count, cos, sin, weight, eps, D: tl.constexpr, WIDE: tl.constexpr):
+    """Heads g < count at x, D numbers each, normed if there is a weight, turned by the angle at cos and sin:
+    (len(g), WIDE) in the dtype of x."""
+    d = tl.arange(0, WIDE)[None, :]
+    here, other = (g[:, None] < count) & (d < D), (d + D // 2) % D  # the other of each pair
+    a = tl.load(x + g[:, None] * D + d, mask=here, other=0.0).to(tl.float32)
+    b = tl.load(x + g[:, None] * D + other, mask=here, other=0.0).to(tl.float32)
+    dtype = x.dtype.element_ty
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight + other).to(tl.float32)
+    c = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32)
+    s = tl.load(sin + d, mask=d < D, other=0.0).to(tl.float32)
+    return (a * c + b * s).to(dtype)
+
+
+@jit
+def rotary(x, cos, sin, out, heads, stride, rows, D: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr):
+    """The heads of one token of x (N, heads, D), whose tokens lie `stride` apart."""
     token = tl.program_id(0).to(tl.int64)
-    head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-    here = (head < heads) & (d < D // 2)
-    source, target = token * stride + head * D + d, (token * heads + head) * D + d
-    angle = token % rows * D + D // 2 + d  # in the second half of the table sin is positive
-    a = tl.load(x + source, mask=here, other=0.0).to(tl.float32)
-    b = tl.load(x + source + D // 2, mask=here, other=0.0).to(tl.float32)
-    c = tl.load(cos + angle, mask=d < D // 2, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle, mask=d < D // 2, other=0.0).to(tl.float32) * sign
-    tl.store(out + target, (a * c - b * s).to(out.dtype.element_ty), mask=here)
-    tl.store(out + target + D // 2, (b * c + a * s).to(out.dtype.element_ty), mask=here)
+    g, d, angle = tl.arange(0, HEADS), tl.arange(0, WIDE)[None, :], token % rows * D
+    y = turned(x + token * stride, g, heads, cos + angle, sin + angle, None, 0.0, D, WIDE)
+    tl.store(out + (token * heads + g[:, None]) * D + d, y, mask=(g[:, None] < heads) & (d < D))
 
 
-class Rotary(torch.autograd.Function):
+class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, sign):
+    def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        ctx.sign = sign  # -1 turns back
         (B, T, heads, D), rows = x.shape, cos.numel() // x.shape[-1]
         if x.stride() != (T * x.stride(1), x.stride(1), D, 1):  # else tokens are evenly spaced
             x = x.contiguous()
         out, cos, sin = x.new_empty(x.shape), cos.contiguous(), sin.contiguous()
-        sizes = {"D": D, "HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(D // 2)}
-        start(rotary, B * T, x, cos, sin, out, heads, x.stride(1), rows, sign, **sizes)
+        sizes = {"D": D, "HEADS": triton.next_power_of_2(heads), "WIDE": triton.next_power_of_2(D)}
+        start(rotary, B * T, x, cos, sin, out, heads, x.stride(1), rows, **sizes)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return Rotary.apply(grad, *ctx.saved_tensors, -ctx.sign), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _Rotary.apply(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding. x (B, T, heads, D), which may be some heads of a wider tensor; cos and sin (B or 1,
     T, 1, D) hold each angle for both d and d + D/2, the first half of sin negative."""
-    return Rotary.apply(x, cos, sin, 1.0) if use_triton(x) else rotate_reference(x, cos, sin)
+    return _Rotary.apply(x, cos, sin) if use_triton(x) else rotate_reference(x, cos, sin)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -199,7 +204,7 @@ def swiglu_backward(gate_up, grad, out, again, size, I, BLOCK: tl.constexpr):
         tl.store(again + i, (g * s * u).to(again.dtype.element_ty), mask=i < size)
 
 
-class SwiGLU(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, weight, by_triton):
         ctx.save_for_backward(gate_up, weight)
@@ -230,4 +235,4 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor, weight: Tensor | None = None) -> Tensor:
     """gate_up (..., 2I), gate first -> silu(gate) * up (..., I); with the down projection's weight (H, I)
     their product (..., H), for which nothing but gate_up is kept."""
-    return SwiGLU.apply(gate_up, weight, use_triton(gate_up))
+    return _SwiGLU.apply(gate_up, weight, use_triton(gate_up))

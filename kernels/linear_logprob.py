@@ -8,15 +8,14 @@
 hidden (N, H) and weight (V, H) are bf16 or fp32; z comes from fp32 accumulators: bf16 logits are off by 2e-2,
 which over a message of 256 tokens is more than a trust region.
 
-Work: F = 2 N H V FLOPs forward; backward makes z again, and from it dX = dZ W and dW = dZ^T X: 4F both ways.
-At N 16,384, H 1,536, V 151,936, F is 7.65 TFLOP: at 790 TFLOP/s of dense bf16 the floor is 9.7 ms forward and
-38.7 ms both ways. Bytes are no bound: reading the weight takes 0.16 ms at 3 TB/s.
+F = 2 N H V FLOPs forward; backward makes z again, and from it dX = dZ W and dW = dZ^T X: 4F both ways. At
+N 16,384, H 1,536, V 151,936 and 790 TFLOP/s of dense bf16 the floor is 9.7 ms forward and 38.7 ms both ways.
+Bytes are no bound: reading the weight takes 0.16 ms at 3 TB/s.
 
 Forward: one program holds a block of rows and walks one strip of the vocabulary with a running maximum and
 sum; the strips of a row are merged in order. Rows share nothing and there are no atomics, so a log-prob has
 the same bits in every run and in every batch. Backward: for one chunk of the vocabulary at a time a kernel
-writes dZ; the vendor's matrix products turn it into dW, written once, and dX, summed in fp32. Gradients
-repeat from run to run; they may round differently in another batch.
+writes dZ; the vendor's matrix products turn it into dW, written once, and dX, summed in fp32.
 """
 
 import math
@@ -40,50 +39,33 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None  # (N,) fp32, nats, no gradient
 
 
-def logprob_reference(hidden, weight, targets, temperature, entropy):
-    """-> logp, lse, entropy or None, each (N,) fp32; then the logits, if one chunk held them all."""
-    chosen = torch.full(targets.shape, math.nan, device=hidden.device)  # stays NaN where no chunk has it
+def strips_reference(hidden, weight, targets, temperature, entropy, chosen):
+    """-> log-sum-exp and, for the entropy, mean logit of each part of the vocabulary, (parts, N) fp32; and the
+    logits if one part held them all. The targets' logits go to `chosen` (N,)."""
     parts, lse, mean_z = _chunks(len(hidden), len(weight), 4), [], []
     for part in parts:
-        z = _logits(hidden, weight[part], temperature)  # (N, chunk)
-        here, at = _column(targets, part)
-        chosen = torch.where(here, z.gather(1, at)[:, 0], chosen)
-        lse.append(z.logsumexp(1))
-        if entropy:
-            mean_z.append((z.softmax(1) * z).sum(1))
-    mean_z = torch.stack(mean_z) if entropy else None
-    return *_merge(chosen, torch.stack(lse), mean_z), *([z] if len(parts) == 1 else [])
-
-
-def _merge(chosen, lse, mean_z):
-    """Target's logit (N,), each part's log-sum-exp and mean logit (parts, N) -> logp, lse, entropy."""
-    most = lse.amax(0)
-    share = lse.sub_(most).exp_()
-    mass = share.cumsum(0)[-1]  # from part to part, in the same order for any N
-    total = most + mass.log()
-    spread = None if mean_z is None else total - mean_z.mul_(share).cumsum(0)[-1] / mass
-    return chosen - total, total, spread
+        z = (hidden.float() / temperature) @ weight[part].float().t()  # (N, chunk)
+        rows = (targets >= part.start) & (targets < part.stop)  # whose target the chunk has
+        chosen[rows] = z[rows, targets[rows] - part.start]
+        most = z.amax(1)
+        p = (z - most[:, None]).exp_()
+        mass = p.sum(1)
+        lse.append(most + mass.log())
+        mean_z.append(torch.linalg.vecdot(p, z) / mass if entropy else most)
+    return torch.stack(lse), torch.stack(mean_z), *([z] if len(parts) == 1 else [])
 
 
 def dlogits_reference(hidden, weight, targets, lse, grad, part, temperature, z=None):
     """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) fp32."""
-    z = _logits(hidden, weight[part], temperature) if z is None else z
-    scale, (here, at) = (grad / temperature)[:, None], _column(targets, part)  # (N, 1), (N,), (N, 1)
-    return (z - lse[:, None]).exp_().mul_(-scale).scatter_add_(1, at, torch.where(here[:, None], scale, 0.0))
-
-
-def _logits(hidden, weight, temperature):
-    return (hidden.float() / temperature) @ weight.float().t()
-
-
-def _column(targets, part):
-    """Whether each target lies in the chunk `part` (N,), and a column of the chunk to look at (N, 1)."""
-    at = targets.clamp(part.start, part.stop - 1)
-    return at == targets, (at - part.start)[:, None]
+    z = (hidden.float() / temperature) @ weight[part].float().t() if z is None else z
+    scale, rows = grad / temperature, (targets >= part.start) & (targets < part.stop)  # (N,)
+    dz = (z - lse[:, None]).exp_().mul_(-scale[:, None])
+    dz[rows, targets[rows] - part.start] += scale[rows]
+    return dz
 
 
 def _chunks(N: int, V: int, itemsize: int) -> list[slice]:
-    """Equal pieces of the vocabulary, of which (N, piece) stays within CHUNK_BYTES."""
+    """Equal parts of the vocabulary, of which (N, part) stays within CHUNK_BYTES."""
     width = max(CHUNK_BYTES // (max(N, 1) * itemsize) // 256 * 256, 256)
     return [slice(lo, min(lo + width, V)) for lo in range(0, V, width)]
 
@@ -169,50 +151,38 @@ def logprob_dlogits(
     tl.store(dz + at, d.to(dz.dtype.element_ty), mask=(rows < N)[:, None] & (columns < width)[None, :])
 
 
-def capability(device: torch.device) -> int:
-    """Major compute capability: 8 is A100, 9 H100, 10 B200. Elsewhere 9, whose code the interpreter runs."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
 def operands(hidden: Tensor, weight: Tensor) -> tuple[tuple, dict]:
     """hidden and weight as `_product` reads them, and the pinned options of a kernel that calls it: never
     chosen by N, so that a row's sums are added in the same order in every batch. fp32 is exact, without
     tensor cores."""
-    major, H = capability(hidden.device), hidden.shape[1]
-    tma = (
-        major in (9, 10)
-        and len(hidden) > 0
-        and all(  # it reads rows that begin at multiples of 16 bytes
-            x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == x.data_ptr() % 16 == 0 and x.stride(0) >= H
-            for x in (hidden, weight)
-        )
+    major = 9 if hidden.device.type == "cpu" else torch.cuda.get_device_capability(hidden.device)[0]
+    tma = major in (9, 10) and all(  # which reads rows that begin at multiples of 16 bytes
+        x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.stride(0) * x.itemsize % 16 == x.data_ptr() % 16 == 0
+        for x in (hidden, weight)
     )
     # The compiler unrolls a loop of one step over H (on sm_100, of three), and a full tile would then spill.
-    short = H <= (192 if major == 10 else 64)
+    short = hidden.shape[1] <= (192 if major == 10 else 64)
     rows, columns, depth, stages = 64 if short else 128, 256 if tma else 128, 64, 4 if tma else 3
     if hidden.dtype == torch.float32:
         rows, columns, depth, stages = 64, 64, 32, 2
-    sizes = {"H": H, "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "TMA": tma}
-    if tma:
-        describe = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor
-        pair = describe(hidden, [rows, depth]), describe(weight, [columns, depth])
-    else:
-        pair = hidden.contiguous(), weight.contiguous()
-    return pair, sizes | {"num_warps": 8, "num_stages": stages}
+    options = {"H": hidden.shape[1], "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "TMA": tma}
+    options |= {"num_warps": 8, "num_stages": stages}
+    if not tma:
+        return (hidden.contiguous(), weight.contiguous()), options
+    describe = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor
+    return (describe(hidden, [rows, depth]), describe(weight, [columns, depth])), options
 
 
-def logprob_triton(hidden, weight, targets, temperature, entropy):
-    """-> logp, lse, entropy or None, each (N,) fp32."""
-    N, V, strips = len(hidden), len(weight), triton.cdiv(len(weight), STRIP)
-    chosen = torch.full((N,), math.nan, device=hidden.device)  # stays NaN where no strip has the target
-    lse = chosen.new_empty(strips, N)
+def strips_triton(hidden, weight, targets, temperature, entropy, chosen):
+    """The same for strips of the vocabulary, by the kernel."""
+    (N, V), strips = (len(hidden), len(weight)), triton.cdiv(len(weight), STRIP)
+    lse, (pair, tile) = chosen.new_empty(strips, N), operands(hidden, weight)
     mean_z = torch.empty_like(lse) if entropy else None
-    pair, tile = operands(hidden, weight)
-    start(
-        logprob_strips, triton.cdiv(N, tile["ROWS"]) * strips, *pair, targets, chosen, lse, mean_z,
-        N, V, 1 / temperature, STRIP=STRIP, **tile,
-    )  # fmt: skip
-    return _merge(chosen, lse, mean_z)
+    arrays, programs = (*pair, targets, chosen, lse, mean_z), triton.cdiv(N, tile["ROWS"]) * strips
+    start(logprob_strips, programs, *arrays, N, V, 1 / temperature, STRIP=STRIP, **tile)
+    return lse, mean_z
 
 
 def dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
@@ -229,44 +199,45 @@ def dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
 
 
 class _Logprob(torch.autograd.Function):
-    """The chunks, the recomputation and the two gradient products are the same by Triton and by torch."""
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, by_triton):
-        forward = logprob_triton if by_triton else logprob_reference
-        logp, lse, spread, *kept = forward(hidden, weight, targets, temperature, entropy)
-        ctx.save_for_backward(hidden, weight, targets, lse, *kept)
+        chosen = torch.full(targets.shape, math.nan, device=hidden.device)  # stays NaN where no part has it
+        strips = strips_triton if by_triton else strips_reference
+        lse, mean_z, *kept = strips(hidden, weight, targets, temperature, entropy, chosen)
+        most = lse.amax(0)
+        share = lse.sub_(most).exp_()
+        mass = share.cumsum(0)[-1]  # from part to part, in the same order for any N
+        total = most + mass.log()
+        ctx.save_for_backward(hidden, weight, targets, total, *kept)
         ctx.temperature, ctx.by_triton = temperature, by_triton
-        if entropy:
-            ctx.mark_non_differentiable(spread)
-        return logp, spread
+        spread = total - mean_z.mul_(share).cumsum(0)[-1] / mass if entropy else None
+        ctx.mark_non_differentiable(*([spread] if entropy else []))
+        return chosen - total, spread
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
         hidden, weight, targets, lse, *kept = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         dlogits = dlogits_triton if ctx.by_triton else dlogits_reference
-        dx = torch.zeros(hidden.shape, device=hidden.device) if need_hidden else None  # fp32 for all chunks
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+        dx = torch.zeros(hidden.shape, device=hidden.device)  # fp32 for all chunks
+        dw = weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(hidden), len(weight), hidden.itemsize if ctx.by_triton else 4):
             dz = dlogits(hidden, weight, targets, lse, grad, part, ctx.temperature, *kept)  # (N, chunk)
-            if need_weight:
+            if dw is not None:
                 dw[part] = dz.t() @ hidden.to(dz.dtype)
-            if need_hidden and dz.dtype == torch.bfloat16:
+            if dz.dtype == torch.bfloat16:
                 torch.addmm(dx, dz, weight[part], out_dtype=torch.float32, out=dx)
-            elif need_hidden:
+            else:
                 dx.addmm_(dz, weight[part].to(dz.dtype))
             del dz  # before the next chunk is made
-        return None if dx is None else dx.to(hidden.dtype), dw, *[None] * 4
+        return dx.to(hidden.dtype), dw, *[None] * 4
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """hidden (N, H), weight (V, H), targets (N,) integers -> log-probs (N,) fp32 at `temperature`.
 
     hidden and weight are both bf16 or both fp32, in any layout; N may be 0. What does not fit raises
-    ValueError or TypeError, but on CUDA, where looking would stall the stream, a target outside 0..V-1 has
-    the log-prob NaN.
+    ValueError, but on CUDA, where looking would stall the stream, a target outside 0..V-1 has log-prob NaN.
     """
     return linear_logprob_stats(hidden, weight, targets, temperature).logp
 
@@ -275,18 +246,18 @@ def linear_logprob_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = False
 ) -> TokenStats:
     """`linear_logprob` and, if wanted, the entropy from the same logits; only logp carries a gradient."""
-    x, w, t = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (hidden, weight, targets))
     matrices = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and weight.numel()
-    if not matrices or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden must be (N, H), weight (V, H), targets (N,); they are {x}, {w}, {t}")
-    if not (hidden.device == weight.device == targets.device):
-        raise ValueError(f"hidden, weight and targets are on different devices: {x}, {w}, {t}")
+    floats = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float32)
     integers = not (targets.is_floating_point() or targets.dtype == torch.bool)
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float32) or not integers:
-        raise TypeError(f"hidden and weight must be bfloat16 or float32, targets integers; not {x}, {w}, {t}")
+    together = hidden.device == weight.device == targets.device and targets.shape == hidden.shape[:1]
+    if not (matrices and floats and integers and together):
+        given = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (hidden, weight, targets))
+        wanted = "hidden (N, H) and weight (V, H), bfloat16 or float32, and targets (N,), integers"
+        raise ValueError(f"it takes {wanted}, on one device; these are {', '.join(given)}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; it must be positive and finite")
     targets, temperature = targets.long().contiguous(), float(temperature)
-    if not targets.is_cuda and ((targets < 0) | (targets >= len(weight))).any():
+    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
         raise ValueError(f"a target is outside 0..{len(weight) - 1}")
-    return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, use_triton(hidden)))
+    by_triton = len(hidden) > 0 and use_triton(hidden)
+    return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, by_triton))

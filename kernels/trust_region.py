@@ -6,7 +6,7 @@ and k3 = sum (e^x - 1 - x); per agent the means, weighted by the messages' weigh
     dL/dlogp = -(v / sum v) [ w A 1[not clipped, |sum x| <= 20] - beta (e^x - 1) 1[|x| <= 20] ]
 
 for ratio "message"; "mean" divides the first term by the message's length, "token" has a w at every token.
-teamtr_min.objective.teamtr_loss is the definition, in plain torch, and documents arguments and results.
+teamtr_min.objective.teamtr_loss is the reference, in plain torch, and documents arguments and results.
 
 N tokens, M messages, A agents. The kernels are launch-bound: forward and backward each read 8 bytes of
 log-probs and 8 of ids per token once, and backward writes 4, with some 40 FLOPs. At 16,384 tokens that is 0.6
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import NEEDS, jit, runs_on, start, tl
+from kernels.launch import jit, start, tl
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far inside fp32; a ratio beyond it is held there, without a gradient
+LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 RATIOS, KL_UNITS = ("message", "mean", "token"), ("message", "token")
 STATS = ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean", "ratio_max", "messages")
 BLOCK = 256
@@ -42,18 +43,11 @@ def _k3(x):
 
 
 @jit
-def _log_ratio(logp, old_logp, t, valid):
-    """Log-ratio of tokens t; 0 in ignored slots, whatever they hold."""
-    return tl.load(logp + t, mask=valid, other=0.0) - tl.load(old_logp + t, mask=valid, other=0.0)
-
-
-@jit
 def trust_messages(
     logp, old_logp, message, bounds,  # (N,) fp32, (N,) fp32, (N,) int64, (M + 1,) int64
     advantage, weight, agent, beta,  # (M,) fp32, (M,) fp32, (M,) int64, (A,) fp32
     terms, pull,  # out: (8, M) and (2, M) fp32, see the stores
-    M, A, clip,
-    LIMIT: tl.constexpr, RATIO: tl.constexpr, KL_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    M, A, clip, RATIO: tl.constexpr, KL_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One message. Its tokens lie in bounds[m]..bounds[m + 1], ignored slots among them."""
     m = tl.program_id(0)
@@ -64,9 +58,10 @@ def trust_messages(
     for first in range(lo, hi, BLOCK):
         t = first + tl.arange(0, BLOCK)
         owner = tl.load(message + t, mask=t < hi, other=-1)
-        x = _log_ratio(logp, old_logp, t, owner >= 0)
-        x = tl.where((owner >= 0) & (owner != m), float("nan"), x)  # the ids do not ascend
-        one = tl.where(owner >= 0, 1.0, 0.0)
+        valid = owner >= 0  # elsewhere x is 0, whatever the slot holds
+        x = tl.load(logp + t, mask=valid, other=0.0) - tl.load(old_logp + t, mask=valid, other=0.0)
+        x = tl.where(valid & (owner != m), float("nan"), x)  # the ids do not ascend
+        one = valid.to(tl.float32)
         bounded = _clamp(x, -LIMIT, LIMIT)
         n += tl.sum(one, 0)
         total += tl.sum(x, 0)
@@ -139,14 +134,13 @@ def trust_agents(
 def trust_gradient(
     logp, old_logp, message, pull, mass,  # as above
     upstream, gradient,  # () fp32; out: (N,) fp32
-    N, M, clip,
-    LIMIT: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+    N, M, clip, RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogp of a block of tokens; 0 in ignored slots."""
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     owner = tl.load(message + t, mask=t < N, other=-1)
     valid = (owner >= 0) & (owner < M)
-    x = _log_ratio(logp, old_logp, t, valid)
+    x = tl.load(logp + t, mask=valid, other=0.0) - tl.load(old_logp + t, mask=valid, other=0.0)
     moves = tl.abs(x) <= LIMIT
     w = tl.exp(_clamp(x, -LIMIT, LIMIT))
     rise = tl.load(pull + owner, mask=valid, other=0.0)
@@ -158,9 +152,9 @@ def trust_gradient(
     tl.store(gradient + t, tl.where(valid, (fall - rise) * scale, 0.0), mask=t < N)
 
 
-class TrustRegion(torch.autograd.Function):
+class _TrustRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logp, old_logp, message, advantage, weight, agent, beta, clip, ratio, kl_unit):
+    def forward(ctx, logp, old_logp, advantage, weight, beta, message, agent, clip, ratio, kl_unit):
         N, M, A = len(logp), len(advantage), len(beta)
         # An ignored slot takes the id before it, so ids ascend and a message is one stretch of slots.
         ids = message.cummax(0).values if N else message
@@ -169,7 +163,7 @@ class TrustRegion(torch.autograd.Function):
         terms, pull, stats, loss, mass = (logp.new_empty(shape) for shape in shapes)
         start(
             trust_messages, M, logp, old_logp, message, bounds, advantage, weight, agent, beta,
-            terms, pull, M, A, clip, LIMIT=LOG_RATIO_LIMIT, RATIO=ratio, KL_UNIT=kl_unit, BLOCK=BLOCK,
+            terms, pull, M, A, clip, RATIO=ratio, KL_UNIT=kl_unit, BLOCK=BLOCK,
         )  # fmt: skip
         start(trust_agents, A, terms, agent, bounds, stats, loss, mass, M, A, N, BLOCK=BLOCK)
         ctx.save_for_backward(logp, old_logp, message, pull, mass)
@@ -184,7 +178,7 @@ class TrustRegion(torch.autograd.Function):
         N, gradient = len(logp), torch.empty_like(logp)
         start(
             trust_gradient, -(-N // BLOCK), *ctx.saved_tensors, upstream, gradient,
-            N, pull.shape[1], ctx.clip, LIMIT=LOG_RATIO_LIMIT, RATIO=ctx.ratio, BLOCK=BLOCK,
+            N, pull.shape[1], ctx.clip, RATIO=ctx.ratio, BLOCK=BLOCK,
         )  # fmt: skip
         return gradient, *[None] * 9
 
@@ -198,38 +192,30 @@ def trust_region_loss(
 
     logp (N,) carries the gradient. The kernels need one thing more than the definition: the ids in `message`
     (N,) must ascend; slots to ignore, -1, may stand anywhere and hold anything. What does not fit raises
-    ValueError or TypeError, but on CUDA, where looking would stall the stream, wrong ids make the loss NaN.
+    ValueError, but on CUDA, where looking would stall the stream, wrong ids make the loss NaN.
     """
+    if ratio not in RATIOS or kl_unit not in KL_UNITS:
+        raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)
     weight = advantage.new_ones(M) if weight is None else weight
     agent = message.new_zeros(M) if agent is None else agent
     beta = (beta if isinstance(beta, Tensor) else logp.new_full((), beta)).expand(n_agents)
-    _check(logp, old_logp, message, advantage, weight, agent, n_agents, ratio, kl_unit)
-    floats = (x.detach().float().contiguous() for x in (old_logp, advantage, weight, beta))
-    old_logp, advantage, weight, beta = floats
-    message, agent = message.long().contiguous(), agent.long().contiguous()
-    inputs = logp.contiguous(), old_logp, message, advantage, weight, agent, beta
-    loss, stats = TrustRegion.apply(*inputs, clip, ratio, kl_unit)
+    per_token, per_message = (logp, old_logp, message), (advantage, weight, agent)
+    everything = (*per_token, *per_message)
+    same = all(x.shape == logp.shape for x in per_token) and all(x.shape == (M,) for x in per_message)
+    ids = not (message.is_floating_point() or agent.is_floating_point())
+    flat = logp.dim() == 1 and logp.dtype == torch.float32
+    if not (same and ids and flat and len({x.device for x in everything}) == 1):
+        given = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in everything)
+        wanted = "float32 logp, old_logp and ids message, (N,); advantage, weight and ids agent, (M,)"
+        raise ValueError(f"it takes {wanted}, on one device; these are {', '.join(given)}")
+    if logp.device.type == "cpu":
+        owners = message[message >= 0]
+        if (owners.diff() < 0).any() or (owners >= M).any():
+            raise ValueError(f"message ids must ascend below {M}, but for the -1 of slots to ignore")
+        if ((agent < 0) | (agent >= n_agents) | (weight < 0)).any():
+            raise ValueError(f"agents must be within 0..{n_agents - 1}, and weights not negative")
+    floats = [x.detach().float().contiguous() for x in (old_logp, advantage, weight, beta)]
+    ints = message.long().contiguous(), agent.long().contiguous()
+    loss, stats = _TrustRegion.apply(logp.contiguous(), *floats, *ints, clip, ratio, kl_unit)
     return loss, dict(zip(STATS, stats))
-
-
-def _check(logp, old_logp, message, advantage, weight, agent, n_agents, ratio, kl_unit) -> None:
-    if not runs_on(logp):
-        raise ValueError(f"kernels.trust_region_loss {NEEDS}, and logp is on {logp.device}")
-    if ratio not in RATIOS or kl_unit not in KL_UNITS:
-        raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
-    N, M, integers = logp.shape[:1], advantage.shape[:1], (torch.int32, torch.int64)
-    for name, x, shape, dtypes in (
-        ("logp", logp, N, (torch.float32,)), ("old_logp", old_logp, N, ()), ("message", message, N, integers),
-        ("advantage", advantage, M, ()), ("weight", weight, M, ()), ("agent", agent, M, integers),
-    ):  # fmt: skip
-        if x.shape != shape or x.device != logp.device:
-            here, wanted = f"{tuple(x.shape)} on {x.device}", f"{tuple(shape)} on {logp.device}"
-            raise ValueError(f"{name} is {here}; it must be {wanted}")
-        if dtypes and x.dtype not in dtypes:
-            raise TypeError(f"{name} is {x.dtype}; it must be {' or '.join(map(str, dtypes))}")
-    ids = message[:0] if logp.is_cuda else message[message >= 0]
-    if (ids.diff() < 0).any() or (ids >= len(advantage)).any():
-        raise ValueError(f"message ids must ascend below {len(advantage)}, but for the -1 of slots to ignore")
-    if not logp.is_cuda and ((agent < 0) | (agent >= n_agents) | (weight < 0)).any():
-        raise ValueError(f"agents must be within 0..{n_agents - 1}, and weights not negative")
