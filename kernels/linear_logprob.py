@@ -40,8 +40,8 @@ class TokenStats(NamedTuple):
 
 
 def strips_reference(hidden, weight, targets, temperature, entropy, chosen):
-    """-> log-sum-exp and, for the entropy, mean logit of each part of the vocabulary, (parts, N) fp32; and the
-    logits if one part held them all. The targets' logits go to `chosen` (N,)."""
+    """-> log-sum-exp and, for the entropy, mean logit of each part of the vocabulary, (parts, N) fp32; then
+    the logits, if one part held them all. The targets' logits go to `chosen` (N,)."""
     parts, lse, mean_z = _chunks(len(hidden), len(weight), 4), [], []
     for part in parts:
         z = (hidden.float() / temperature) @ weight[part].float().t()  # (N, chunk)
