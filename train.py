@@ -20,7 +20,7 @@ import torch
 
 from teamtr_min.config import Config, parse
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
+from teamtr_min.engine.distributed import ALONE, Lost, Ranks, halving, join
 from teamtr_min.extras.diagnostics import Diagnostics, NoDiagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, users_line
@@ -30,7 +30,7 @@ from teamtr_min.objective import group_advantages
 from teamtr_min.occupancy import RolloutSource, learning_rate, update_groups, update_order
 from teamtr_min.rollout import Batches, agent_batches
 from teamtr_min.run.loading import build_team
-from teamtr_min.run.memory import halving, plan_training
+from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import Run, check_out
 from teamtr_min.tasks import load_task
 
@@ -47,6 +47,9 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
     team = build_team(config, task, ranks)
     groups = update_groups(config, team)
     learners = [Learner(team, agents, config.first_beta, plan.offload) for agents in groups]
+    for model in (model for learner in learners for model in learner.models):
+        model.checkpointing = plan.checkpointing
+    batch_tokens = config.batch_tokens
     with Run(config, task, team, learners, plan) as run:
         warm_start(run, config, task, team, learners)
         run.evaluate("start")
@@ -68,11 +71,11 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
                 ).flatten()  # (R,)
                 lr = learning_rate(config, (stage + i / len(learners)) / config.stages, learner.agents)
 
-                def climb(batch_tokens: int) -> Update:  # Eq. 10 and 11
-                    batches = agent_batches(team, rollouts, learner.agents, advantages, batch_tokens)  # noqa: B023
+                def climb(tokens: int) -> Update:  # Eq. 10 and 11
+                    batches = agent_batches(team, rollouts, learner.agents, advantages, tokens)  # noqa: B023
                     return update(learner, batches, config, lr)  # noqa: B023
 
-                outcome = halving(climb, config.batch_tokens)  # in smaller batches where memory runs out
+                outcome, batch_tokens = halving(climb, batch_tokens, ranks)  # smaller where memory runs out
                 source.updated(outcome.log_ratio)
                 seconds = time.perf_counter() - begin
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from teamtr_min.engine import rng
 from teamtr_min.engine.cache import Step
-from teamtr_min.engine.distributed import Ranks
+from teamtr_min.engine.distributed import Ranks, halving
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.packing import Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
@@ -229,13 +229,16 @@ def collect(
     share = team.ranks.share(len(problems))
     start, stop = share.start * group, share.stop * group
     most = max(team.ranks.gather(stop - start))
-    messages: list[list[Message]] = []
-    with tqdm(
-        total=(stop - start) * team.turns, desc=label, unit="message", delay=1, leave=False, disable=None
-    ) as bar:
-        for first in range(start, start + most, team.batch_rows):  # a process with fewer rows keeps company
-            rows = slice(min(first, stop), min(first + team.batch_rows, stop))
-            messages += team.take_turns(repeated[rows], path, rows.start, bar.update)
+
+    def sample(batch_rows: int) -> list[list[Message]]:
+        messages, total = [], (stop - start) * team.turns
+        with tqdm(total=total, desc=label, unit="message", delay=1, leave=False, disable=None) as bar:
+            for first in range(start, start + most, batch_rows):  # a process with fewer rows keeps company
+                rows = slice(min(first, stop), min(first + batch_rows, stop))
+                messages += team.take_turns(repeated[rows], path, rows.start, bar.update)
+        return messages
+
+    messages, team.batch_rows = halving(sample, team.batch_rows, team.ranks)
     returns = [team.task.grade(problem, row) for problem, row in zip(repeated[start:stop], messages)]
     messages, returns = _gathered(team.ranks, messages, returns)
     return Rollouts(repeated, messages, torch.tensor(returns), group, time.perf_counter() - begin)

@@ -34,9 +34,8 @@ from teamtr_min.files import UserError
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, roles_of
 from teamtr_min.run.log import mean_interval
-from teamtr_min.run.memory import Plan, plan_evaluation
+from teamtr_min.run.memory import Plan, peak, plan_evaluation
 from teamtr_min.run.run import newest_run
-from teamtr_min.run.system import peak
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
 from teamtr_min.tasks.generated import Generated
 from teamtr_min.tasks.task import Message, Task

@@ -17,12 +17,14 @@ When a process dies, its connections break. Others that wait for it raise `Lost`
 import contextlib
 import datetime
 import functools
+import gc
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,7 @@ from torch import Tensor
 from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError
 
+Result = TypeVar("Result")
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
 ENDED = "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
 
@@ -200,6 +203,24 @@ def unsharded(*models: Transformer) -> Iterator[None]:
         finally:
             for part in parts:
                 part.reshard()
+
+
+def halving(work: Callable[[int], Result], size: int, ranks: Ranks = ALONE) -> tuple[Result, int]:
+    """work(size), and where memory runs out again with half the size; the result, and the size that did it.
+
+    Several processes are in the middle of an exchange then and cannot change their minds: the error stands.
+    """
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+            if not full or size == 1 or ranks.size > 1:
+                raise
+        size //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"memory is full: going on with batches of {size:,}", file=sys.stderr)
 
 
 def local(x: Tensor) -> Tensor:

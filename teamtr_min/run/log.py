@@ -15,7 +15,7 @@ from teamtr_min.config import Config
 from teamtr_min.files import UserError
 from teamtr_min.learner import Learner, Update
 from teamtr_min.rollout import Rollouts
-from teamtr_min.run.system import size
+from teamtr_min.run.memory import size
 from teamtr_min.team import Team
 
 TRANSCRIPTS_PER_COLLECTION = 4

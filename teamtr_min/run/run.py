@@ -15,8 +15,7 @@ from teamtr_min.files import UserError, lock, read_json, sha256, to_json, users_
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, log
-from teamtr_min.run.memory import Plan
-from teamtr_min.run.system import peak
+from teamtr_min.run.memory import Plan, peak
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
@@ -55,7 +54,7 @@ class Run:
         try:
             if self.team.ranks.first:
                 self._claim()
-            log.say(log.header(self.config, self.team, self.directory))
+            log.say(f"{log.header(self.config, self.team, self.directory)}\n{self.plan}")
             if self.config.resume:
                 self._resume()
         except BaseException:

@@ -1,0 +1,222 @@
+"""Several processes without torchrun, whose start would cost more than a toy run, and their work in tests."""
+
+import collections
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import connection
+from pathlib import Path
+
+import torch
+from tiny import FAMILIES, random_model, random_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import eval as evaluation
+import train
+from teamtr_min.config import Config, parse
+from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import Ranks, join, like, local, offset, shard, unsharded, whole
+from teamtr_min.engine.lora import Adapter, add_lora
+from teamtr_min.engine.model import Transformer
+from teamtr_min.learner import Learner, keep_company
+from teamtr_min.objective import group_advantages
+from teamtr_min.rollout import agent_batches, collect
+from teamtr_min.run.loading import build_team
+from teamtr_min.tasks import Relay
+
+CPU = torch.device("cpu")
+
+
+def together(processes: int, directory: Path, target: Callable, *given) -> list[str]:
+    """Calls target(*given) in so many ranks; the lines on stdout of the first. `directory` is for outputs.
+
+    They have this process's environment as it was when the first such test began.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["by_rank", "torch.distributed.fsdp", "torch._dynamo"])
+    directory.mkdir(parents=True, exist_ok=True)
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(processes):
+        environment = {"RANK": rank, "LOCAL_RANK": rank} | shared
+        outputs = [directory / f"{name}-{rank}" for name in ("out", "err")]
+        children.append(context.Process(target=_as_rank, args=(environment, outputs, target, given)))
+        children[-1].start()
+    until, running = time.monotonic() + 600, list(children)
+    while running and time.monotonic() < until:
+        connection.wait([child.sentinel for child in running], timeout=10)
+        running = [child for child in running if child.is_alive()]
+    for child in running:  # time is up
+        child.kill()
+        child.join()
+    complaints = "".join((directory / f"err-{rank}").read_text() for rank in range(processes))
+    assert [child.exitcode for child in children] == [0] * processes, complaints
+    return (directory / "out-0").read_text().splitlines()
+
+
+def _as_rank(environment: dict, outputs: list[Path], target: Callable, given: tuple) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    ranks = join()
+    target(ranks, *given)
+    sys.stdout.flush()
+    ranks.leave(0)
+
+
+def commands(ranks: Ranks, *lines: list[str]) -> None:
+    """`["train", flags...]`, one after the other; `["eval", flags...]` comes last."""
+    for program, *flags in lines:
+        if program == "train":
+            train.train(parse(flags, ""), ranks)
+        else:
+            evaluation.join = lambda: ranks
+            Ranks.leave = lambda self, code: code
+            assert evaluation.main(flags) == 0
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the exchanges between processes, by name, that happen in its context."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            self.count[op.__name__.split(".")[0].strip("_")] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def loss_of(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """Uses the head outside of `hidden`, as the log-prob kernel does."""
+    return (model.hidden(tokens).float() @ model.head.float().t()).log_softmax(-1)[..., 0].sum()
+
+
+def adapted(model: Transformer) -> Transformer:
+    model = add_lora(model, Adapter("", "", 3, 6.0))
+    for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p.data, std=0.1, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def check_model(ranks: Ranks, family: str, tied: bool, dtype: torch.dtype, lora: bool) -> None:
+    """Rank r goes back through the model r times: the gradient is the sum over all, here as if by one."""
+    model, alone = random_model(family, tied), random_model(family, tied)
+    if lora:
+        model, alone = adapted(model.to(dtype)), adapted(alone.to(dtype))
+    masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    alone.to(dtype)
+    shard(model, ranks, CPU, dtype)
+    model.checkpointing = family == "qwen3"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    calls = [
+        random_tokens(alone, 1 + i % 2, 5 + i, seed=i) for i in range(ranks.size * (ranks.size - 1) // 2)
+    ]
+    mine = calls[ranks.rank * (ranks.rank - 1) // 2 :][: ranks.rank]
+    try:
+        model.hidden(calls[0])
+        raise AssertionError("sharded weights were used outside of `unsharded`")
+    except RuntimeError as error:
+        assert "unsharded" in str(error)
+    with unsharded(model):
+        for name, p in model.named_parameters():
+            assert p.dtype == dtype and torch.equal(p, masters[name].to(dtype)), name
+        if ranks.rank == ranks.size - 1:  # only one rank looks
+            with torch.inference_mode():
+                torch.testing.assert_close(model.hidden(calls[0]), alone.hidden(calls[0]))
+        for i in range(ranks.largest(len(mine))):
+            if i < len(mine):
+                loss_of(model, mine[i]).backward()
+            else:
+                keep_company(model)
+    for tokens in calls:
+        loss_of(alone, tokens).backward()
+    held, total, others = 0, 0, dict(alone.named_parameters())
+    for name, p in model.named_parameters():
+        if name in frozen:
+            assert p is frozen[name]  # as all agents of this base have it
+            continue
+        assert p is trained[name] and p.dtype == p.grad.dtype == torch.float32
+        part, master = local(p.detach()), masters[name].float()
+        assert torch.equal(whole(p.detach()), master) and torch.equal(local(like(master, p)), part)
+        assert torch.equal(master.flatten()[offset(p) :][: part.numel()], part.flatten())
+        other = others[name].grad.float()
+        bound = (1e-4 if dtype == torch.float32 else 0.02) * max(1.0, other.abs().max().item())
+        torch.testing.assert_close(whole(p.grad), other, atol=bound, rtol=0, msg=name)
+        held, total = held + part.numel(), total + p.numel()
+    assert ranks.total(held) == total and held < 1.2 * total / ranks.size
+
+
+def check_models(ranks: Ranks) -> None:
+    for family in FAMILIES:
+        for tied in (True, False):
+            check_model(ranks, family, tied, torch.float32, lora=False)
+    check_model(ranks, "qwen2", True, torch.bfloat16, lora=False)
+    check_model(ranks, "qwen2", True, torch.float32, lora=True)
+    check_model(ranks, "llama", False, torch.bfloat16, lora=True)
+
+
+def check_rounding(ranks: Ranks) -> None:
+    """bf16 weights are the masters, rounded at thresholds that belong to a weight wherever its part lies."""
+    config = Config(agents=1, dtype="bf16", device="cpu")
+    sharded, alone = (build_team(config, Relay(config), r) for r in (ranks, Ranks()))
+    learners = [Learner(team, [0], 0.0) for team in (sharded, alone)]
+    generator = torch.Generator().manual_seed(0)
+    changes = [1e-4 * torch.randn(p.shape, generator=generator) for p in learners[1].masters]
+    for learner in learners:
+        for p, change in zip(learner.masters, changes):
+            p.data.add_(like(change, p))
+        learner.restore(learner.snapshot())  # which rounds masters into the model
+    with unsharded(sharded.agents[0].model):
+        pairs = list(zip(sharded.agents[0].model.parameters(), alone.agents[0].model.parameters()))
+        assert all(torch.equal(a, b) for a, b in pairs)
+        to_nearest = [p.bfloat16() for p in learners[1].masters]
+        assert sum(int((a != b).sum()) for (a, _), b in zip(pairs, to_nearest)) > 100
+
+
+def check_collectives(ranks: Ranks) -> None:
+    """Weights are gathered once a turn, however many tokens it takes, and once a pass over all batches; in
+    between, only gradients and a few numbers go around."""
+    gathered = {}
+    for most in (1, 9):
+        config = Config(agents=2, problems=3, group=4, device="cpu", max_new_tokens=most)
+        team = build_team(config, Relay(config), ranks)
+        problems = team.task.sample_problems(3, rng.generator(0, "problems"))
+        with Collectives() as turns:
+            rollouts = collect(team, problems, 4, rng.RngPath(0, "train"))
+        gathered[most] = turns.count["allgather_base"]
+        groups = team.agents[0].model.config.layers + 1
+        assert gathered[most] == 2 * groups and not turns.count["reduce_scatter_base"], turns.count
+    learner = Learner(team, [0], 0.0)
+    batches = agent_batches(team, rollouts, [0], group_advantages(rollouts.grouped_returns).flatten(), 1)
+    passes = len(batches.own)
+    assert passes > 2
+    for work, backwards in ((learner.measure, 0), (learner.backward, passes)):
+        with Collectives() as one_pass:
+            work(batches, config)
+        assert one_pass.count["allgather_base"] == groups
+        assert one_pass.count["reduce_scatter_base"] == backwards * groups
+
+
+def check_numbers(ranks: Ranks) -> None:
+    values = [{"rank": r, "third": r / 3, "text": "é" * r} for r in range(ranks.size)]
+    assert ranks.gather(values[ranks.rank]) == values and ranks.agree(ranks.rank) == 0
+    assert ranks.total(ranks.rank) == 3 and ranks.largest(ranks.rank) == 2
+    assert ranks.any(ranks.rank == 2) and not ranks.any(False)
+    x = torch.full((2,), float(ranks.rank))
+    ranks.sum([x])
+    assert x.tolist() == [3.0, 3.0]
+
+
+def check_all(ranks: Ranks) -> None:
+    for check in (check_numbers, check_models, check_rounding, check_collectives):
+        check(ranks)

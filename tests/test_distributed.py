@@ -1,0 +1,167 @@
+"""A run is the same for any number of processes, and ends as a whole when one of them does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from by_rank import check_all, commands, together
+from commands import evaluate
+from safetensors.torch import load_file
+from toy_runs import results
+
+import train
+from teamtr_min.engine.distributed import ALONE, Ranks, join
+
+ROOT = Path(__file__).parents[1]
+TOY = "--agents 2 --stages 3 --problems 5 --group 4 --inner-steps 2 --device cpu --eval-problems 7".split()
+TOY += "--lr 3e-5 --delta 8e-5 --date 2026-01-01".split()
+KINDS = {
+    "plain": "",
+    "lora": "--lora-rank 2 --lr 3e-4 --stages 1 --warm-start 1 --warm-start-lr 1e-4",
+    "joint": "--occupancy joint --stages 2",
+    # What processes do unequally often: turns of one agent, waves of rows, batches.
+    "uneven": "--router random --rounds 2 --occupancy corrected --batch-tokens 64 --batch-rows 3 --stages 1",
+}
+EVAL = "relay --problems 5 --k 2 --device cpu".split()
+
+
+def test_sharded_weights_gradients_rounding_and_numbers_are_those_of_one_process(tmp_path):
+    """3 processes; odd sizes, every family, tied or not, bf16, adapters, activations computed twice."""
+    together(3, tmp_path, check_all)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict:
+    """Toy runs by one process, by two and by three; those of two went on with one and with three."""
+    root = tmp_path_factory.mktemp("ranks")
+
+    def lines(processes: int) -> list[list[str]]:
+        named = [(flags.split(), str(root / f"{kind}-{processes}")) for kind, flags in KINDS.items()]
+        return [["train", *TOY, *flags, "--out", out] for flags, out in named]
+
+    for _, *flags in lines(1):
+        assert train.main(flags) == 0
+    evaluation = ["eval", *EVAL, "--json", "--team", str(root / "plain-1")]
+    said = together(2, root, commands, *lines(2), evaluation)
+    for other in ("plain-21", "plain-23"):  # as a kill after two stages leaves a run
+        shutil.copytree(root / "plain-2", root / other)
+        shutil.rmtree(root / other / "checkpoints" / "000003")
+        shutil.rmtree(root / other / "agents")
+    assert train.main(["--resume", str(root / "plain-21")]) == 0
+    together(3, root, commands, *lines(3), ["train", "--resume", str(root / "plain-23")])
+    return {"root": root, "said": said}
+
+
+@pytest.mark.parametrize("name", ["plain-21", "plain-23", *(f"{kind}-{n}" for kind in KINDS for n in "23")])
+def test_any_number_of_processes_trains_the_same_team(runs, name):
+    """5 problems, 7 held out: uneven shares. Checkpoints hold whole tensors, so each resume may have another
+    number of processes."""
+    alone, shared = runs["root"] / f"{name.split('-')[0]}-1", runs["root"] / name
+    assert (alone / "transcripts.jsonl").read_text() == (shared / "transcripts.jsonl").read_text()
+    ones, others = results(alone)[1], results(shared)[1]
+    for one, other in zip(ones, others, strict=True):
+        for key in {key for key in one if not key.startswith(("kind", "seconds"))}:
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+    assert any(u["steps"] for u in ones)
+    files = [file.relative_to(alone) for file in alone.rglob("*.safetensors")]
+    assert {file.parts[0] for file in files} == {"agents", "checkpoints"}
+    for file in files:
+        a, b = load_file(alone / file), load_file(shared / file)
+        assert a.keys() == b.keys()
+        for key, x in a.items():
+            assert b[key].shape == x.shape and b[key].dtype == x.dtype
+            bound = 1e-5 if "adam" not in key else 1e-3 * x.abs().max().item()
+            assert (b[key] - x).abs().max().item() <= bound, (file, key)
+
+
+def test_two_processes_evaluate_as_one_does_and_only_the_first_speaks(runs, capsys):
+    *lines, said = runs["said"]
+    shared, alone = json.loads(said), evaluate(capsys, *EVAL, "--team", str(runs["root"] / "plain-1"))
+    for result in (shared, alone):
+        assert all([result.pop(name) for name in ("seconds", "memory_peak", "memory_planned")])
+    assert shared == alone
+    assert sum(line.startswith("stage ") for line in lines) == 3 + 1 + 2 + 1
+
+
+def test_shares_are_whole_even_and_in_order():
+    for processes in (1, 2, 3, 7):
+        shares = [Ranks(rank, processes).share(5) for rank in range(processes)]
+        assert [i for share in shares for i in share] == list(range(5))
+        assert max(map(len, shares)) == Ranks(0, processes).largest_share(5) <= min(map(len, shares)) + 1
+
+
+def test_one_process_joins_nobody(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join() is ALONE and not torch.distributed.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def torchrun(*command: str) -> subprocess.Popen:
+    """Two processes; output in pipes."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*program, *command], cwd=ROOT, env=environment, process_group=0, **pipes)
+
+
+def ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+ENDS = {
+    "the first dies": (0, "stopped: a process of this run has ended"),
+    "another dies": (1, "stopped: a process of this run has ended"),
+    "Ctrl-C": (None, "interrupted"),  # as a terminal sends it: to torchrun and to its processes
+}
+
+
+@pytest.mark.parametrize("killed, sentence", ENDS.values(), ids=ENDS)
+def test_when_one_process_ends_all_do_with_one_sentence_and_resume_goes_on(tmp_path, killed, sentence):
+    out = tmp_path / "run"
+    child = torchrun("train.py", *TOY, "--stages", "8", "--out", str(out))
+    while not list(out.glob("checkpoints/[0-9]*")):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.02)
+    ids = sorted(map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()))
+    begin = time.monotonic()
+    if killed is None:
+        os.killpg(child.pid, signal.SIGINT)
+    else:
+        os.kill(ids[killed], signal.SIGKILL)
+    while not all(map(ended, ids)):
+        assert time.monotonic() - begin < 30
+        time.sleep(0.05)
+    _, err = child.communicate(timeout=120)  # torchrun's own report takes a while on a busy machine
+    assert child.returncode and err.count(sentence) == 1
+    assert max(path.name for path in out.glob("checkpoints/[0-9]*")) < "000008"
+    assert train.main(["--resume", str(out)]) == 0 and results(out)[0]["stages"] == 8
+
+
+TASK = """
+import os
+from teamtr_min.tasks import Relay
+class Fails(Relay):
+    def grade(self, problem, messages):
+        if os.environ.get("RANK") == "1":
+            raise ValueError("no grade today")
+        return super().grade(problem, messages)
+task = Fails
+"""
+
+
+def test_an_error_in_one_process_ends_all_and_is_shown(tmp_path):
+    (tmp_path / "own.py").write_text(TASK)
+    flags = [*TOY, "--task", str(tmp_path / "own.py"), "--model", "relay"]
+    child = torchrun("train.py", *flags, "--out", str(tmp_path / "run"))
+    _, err = child.communicate(timeout=120)
+    assert child.returncode and "ValueError: no grade today" in err
