@@ -53,9 +53,7 @@ from teamtr_min.team import Agent, Team
 
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]
 BISECTIONS = 24  # as finely as fp32 divides [0, 1]
-MOST_LOGITS = (
-    2**25
-)  # of a batch, but for those of a single rollout: 128 MiB, and about six such tensors at once
+MOST_LOGITS = 2**25  # of a batch, unless one rollout has more: 128 MiB, and about six such tensors at once
 LR_FACTOR = 4  # on --lr, which suits returns: a target for every token is a stronger signal
 
 
@@ -218,17 +216,12 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
 def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     """Make the run `changed.out`, which is `run` with the j-th model of `changed` as agent j.
 
-    `steps` are those of the alignment; 0 leaves it out.
-
-    Returns the line about the replacement in metrics.jsonl. Raises UserError if the run or the model cannot
-    be used. After an error nothing is written.
+    `steps` are those of the alignment; 0 leaves it out. Returns the line about the replacement for
+    metrics.jsonl. Raises UserError if the run or the model cannot be used. After an error nothing is written.
     """
-    begin, task, incumbents = (
-        time.perf_counter(),
-        load_task(changed, training=True),
-        Config.load(run / "config.json").model,
-    )
+    begin, task = time.perf_counter(), load_task(changed, training=True)
     changed, _ = plan_training(changed, task)  # refuses what memory cannot hold
+    incumbents = Config.load(run / "config.json").model
     old = build_team(dataclasses.replace(changed, model=incumbents), task)
     with (run / "metrics.jsonl").open("a") as log:
         lock(log)  # the run must not go on meanwhile
@@ -252,8 +245,8 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     played = {"before": collect(old, held_out, 1, path), "replaced": collect(new, held_out, 1, path)}
     line = {"kind": "replace", "stage": stage, "agent": j, "model": name}
     if steps:
-        draws = [rng.generator(changed.seed, "probes", stage, i)
-                 for i in range(-(-PROBES // (changed.rounds * changed.problems)))]  # fmt: skip
+        batches = range(-(-PROBES // (changed.rounds * changed.problems)))
+        draws = [rng.generator(changed.seed, "probes", stage, i) for i in batches]
         problems = [problem for draw in draws for problem in task.sample_problems(changed.problems, draw)]
         played["probes"] = collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage))
         line |= align(played["probes"], old, new, j, changed, steps)
@@ -273,7 +266,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     logs["metrics.jsonl"] += (to_json(line) + "\n").encode()
     state["bytes"] = {file: len(content) for file, content in logs.items()}
     state["seconds"] += line["seconds_replace"]
-    # Adam starts anew for the newcomer, and for agents that step together with it.
+    # Adam and masters start anew for the newcomer, and for agents that step together with it.
     learners = [Learner(new, o.agents, changed.first_beta) if j in o.agents else o for o in learners]
     Path(changed.out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(changed.out)) as aside:
@@ -287,14 +280,13 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="directory of the run")
-    parser.add_argument("--agent", type=int, required=True, help="number of the agent, counted from 0")
-    parser.add_argument("--model", required=True, help="directory, alias or hub id of the newcomer")
-    parser.add_argument(
-        "--align", type=int, default=50, metavar="STEPS", help="steps of alignment (default 50)"
-    )
-    parser.add_argument("--out", help="directory of the new run (default RUN-replaced)")
-    parser.add_argument("--stages", type=int, help="stages of the new run, RUN's included (default RUN's)")
+    add = parser.add_argument
+    add("--resume", type=Path, required=True, metavar="RUN", help="directory of the run")
+    add("--agent", type=int, required=True, help="number of the agent, counted from 0")
+    add("--model", required=True, help="directory, alias or hub id of the newcomer")
+    add("--align", type=int, default=50, metavar="STEPS", help="steps of alignment (default 50)")
+    add("--out", help="directory of the new run (default RUN-replaced)")
+    add("--stages", type=int, help="stages of the new run, RUN's included (default RUN's)")
     try:
         args = parser.parse_args(argv)
         out = args.out or f"{args.resume}-replaced"

@@ -72,6 +72,7 @@ class ConventionCourse(RelayCourse):
 
 
 COURSES = {"relay": RelayCourse(), "convention": ConventionCourse()}
+PEAK_LR = 4e-3
 CAREFUL_ONLY = 0.5  # share of the steps, the first ones, in which all solvers are careful
 SPECIAL = ["<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
 # One token per header. System prompts are left out: this model reads nothing but chains.
@@ -157,11 +158,11 @@ def initial_model(vocab_size: int, seed: int) -> Transformer:
 def train(model: Transformer, tokenizer: Tokenizer, course: RelayCourse, args: argparse.Namespace) -> float:
     """Train `model` on `args.rows` new transcripts a step; returns the last loss, in nats per token."""
     steps = args.steps or course.steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.0)
     # The schedule also moves the first beta, between 0.85 and 0.95. It divides by the warm-up's length less
     # one step, and a twentieth of 20 steps is one.
     warmup = 0.05 if steps > 20 else 0.0
-    schedule = OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=warmup)
+    schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=warmup)
     bar = tqdm(range(steps), desc="pretrain", disable=None)
     for step in bar:
         # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
@@ -185,15 +186,13 @@ def train(model: Transformer, tokenizer: Tokenizer, course: RelayCourse, args: a
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--task", choices=COURSES, default="relay", help="which model (default relay)")
-    parser.add_argument("--out", type=Path, help="directory to write (default: the shipped model's)")
-    parser.add_argument(
-        "--steps", type=int, help="optimizer steps (default 3000 for relay, 1500 for convention)"
-    )
-    parser.add_argument("--rows", type=int, default=128, help="transcripts per step (default 128)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="decides every draw (default 0)")
-    parser.add_argument("--eval-problems", type=int, default=2048, help="held-out problems (default 2048)")
+    add = parser.add_argument
+    add("--task", choices=COURSES, default="relay", help="which model (default relay)")
+    add("--out", type=Path, help="directory to write (default: the shipped model's)")
+    add("--steps", type=int, help="optimizer steps (default 3000 for relay, 1500 for convention)")
+    add("--rows", type=int, default=128, help="transcripts per step (default 128)")
+    add("--seed", type=int, default=0, help="decides every draw (default 0)")
+    add("--eval-problems", type=int, default=2048, help="held-out problems (default 2048)")
     args = parser.parse_args(argv)
     course, out, start = COURSES[args.task], args.out or ASSETS / args.task, time.perf_counter()
     write_tokenizer(out)
