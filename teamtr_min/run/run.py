@@ -177,7 +177,7 @@ class Run:
             )
         self.files[LOGS[1]] = (self.directory / LOGS[1]).open("a", encoding="utf-8")
         if new:
-            self.config.save(path, fingerprint=now)
+            self.config.save(path, fingerprint=now, accept_changes=False)
         elif changed:
             write_json(path, saved | {"fingerprint": now})
 
