@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks, unsharded, whole
-from teamtr_min.engine.lora import Adapter, save_adapter
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError, defined_at, function_from_file, replacing
 from teamtr_min.hf.chat import ChatFormat, Tokenizer
+from teamtr_min.hf.lora import Adapter, save_adapter
 from teamtr_min.hf.weights import save_model
 from teamtr_min.tasks.task import Message, Problem, Role, Task
 

@@ -19,8 +19,8 @@ import train
 from teamtr_min.config import Config, parse
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import Ranks, join, like, local, offset, shard, unsharded, whole
-from teamtr_min.engine.lora import Adapter, add_lora
 from teamtr_min.engine.model import Transformer
+from teamtr_min.hf.lora import Adapter, add_lora
 from teamtr_min.learner import Learner, keep_company
 from teamtr_min.objective import group_advantages
 from teamtr_min.rollout import agent_batches, collect

@@ -14,9 +14,9 @@ from tiny import FAMILIES, random_model, random_tokens
 from kernels import decode as kernels
 from kernels import layer
 from teamtr_min.engine import decode
-from teamtr_min.engine.lora import Adapter, add_lora
 from teamtr_min.engine.model import KVCache
 from teamtr_min.engine.sampler import Sampler, generate
+from teamtr_min.hf.lora import Adapter, add_lora
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 4e-2}  # of what is of order 1

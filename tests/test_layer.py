@@ -111,7 +111,7 @@ def test_a_row_has_the_same_bits_in_every_batch(path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_model_trains_alike_by_kernels_and_by_torch(launches, monkeypatch, family, lora):
     """The names of kernels show that none of a layer's operations goes another way."""
-    from teamtr_min.engine.lora import Adapter, add_lora, draw_adapter
+    from teamtr_min.hf.lora import Adapter, add_lora, draw_adapter
 
     model = random_model(family).to(DEVICE)
     if lora:

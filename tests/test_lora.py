@@ -17,7 +17,10 @@ from toy_runs import TOY, bits, results, run
 
 import train
 from teamtr_min import load_model, load_tokenizer, save_model
-from teamtr_min.engine.lora import (
+from teamtr_min.engine.model import checkpoint_tensors, split_fused
+from teamtr_min.engine.sampler import generate
+from teamtr_min.hf.chat import ChatFormat
+from teamtr_min.hf.lora import (
     TARGETS,
     Adapter,
     adapter_parameters,
@@ -28,9 +31,6 @@ from teamtr_min.engine.lora import (
     save_adapter,
     trained,
 )
-from teamtr_min.engine.model import checkpoint_tensors, split_fused
-from teamtr_min.engine.sampler import generate
-from teamtr_min.hf.chat import ChatFormat
 from teamtr_min.hf.weights import RELAY
 
 close = torch.testing.assert_close

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from teamtr_min.bench.accuracy import find_subject
-from teamtr_min.engine.lora import WEIGHTS, load_models, merge
 from teamtr_min.files import UserError, replacing
+from teamtr_min.hf.lora import WEIGHTS, load_models, merge
 from teamtr_min.hf.weights import ADAPTER_CONFIG, save_model
 
 

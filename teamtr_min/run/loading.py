@@ -9,10 +9,10 @@ import torch
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine.distributed import ALONE, Ranks, shard
-from teamtr_min.engine.lora import load_models
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
+from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
 from teamtr_min.tasks import extract_answer, load_task
 from teamtr_min.tasks.task import Message, Role, Task

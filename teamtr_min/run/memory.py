@@ -24,12 +24,12 @@ from kernels.linear_logprob import CHUNK_BYTES
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.engine.lora import adapter_in, add_lora
 from teamtr_min.engine.model import ModelConfig, Transformer
 from teamtr_min.engine.packing import LONGEST_TREE
 from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
+from teamtr_min.hf.lora import adapter_in, add_lora
 from teamtr_min.hf.weights import find_base, find_model, read_config
 from teamtr_min.run.loading import placement, roles_of
 from teamtr_min.tasks import Problem, Task
