@@ -1,7 +1,4 @@
-"""What a team works on: one file a task.
-
-`--task` names an entry of TASKS, or a Python file of the user's own with a function `task(config)`.
-"""
+"""What a team works on. `--task` names an entry of TASKS, or a user's file with a function `task(config)`."""
 
 import reprlib
 
@@ -9,7 +6,7 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, function_from_file
-from teamtr_min.tasks.answers import extract_answer, is_correct, number
+from teamtr_min.tasks.answers import extract_answer, is_correct
 from teamtr_min.tasks.convention import Convention
 from teamtr_min.tasks.datasets import DATASETS
 from teamtr_min.tasks.floors import Floors
@@ -20,26 +17,18 @@ from teamtr_min.tasks.word_problems import WordProblems, read_problems
 
 __all__ = [
     "Convention", "Demonstration", "Floors", "Message", "Problem", "Relay", "Role", "Sums", "TASKS", "Task",
-    "WordProblems", "extract_answer", "is_correct", "load_task", "number", "read_problems",
+    "WordProblems", "extract_answer", "is_correct", "load_task", "read_problems",
 ]  # fmt: skip
 
-TASKS = {
-    "relay": Relay,
-    "convention": Convention,
-    "sums": Sums,
-    "floors": Floors,
-    **dict.fromkeys(DATASETS, WordProblems),
-    "jsonl": WordProblems,
-}
+TASKS = {"relay": Relay, "convention": Convention, "sums": Sums, "floors": Floors}
+TASKS |= dict.fromkeys([*DATASETS, "jsonl"], WordProblems)
 
 
 def load_task(config: Config, training: bool = False) -> Task:
     """The task that `config.task` names, to train on or, for all there are, to evaluate."""
     if training and config.task in DATASETS and DATASETS[config.task][0] is None:
-        raise UserError(
-            f"{config.task} is there to evaluate on: train on math, then `python eval.py {config.task} "
-            "--team runs/NAME`"
-        )
+        advice = f"train on math, then `python eval.py {config.task} --team runs/NAME`"
+        raise UserError(f"{config.task} is there to evaluate on: {advice}")
     if config.task in TASKS:
         return TASKS[config.task](config)
     if not config.task.endswith(".py"):
@@ -52,36 +41,32 @@ def load_task(config: Config, training: bool = False) -> Task:
 
 
 class UserTask:
-    """A task from a user's file. What its methods return is checked here, once: one sentence names the file,
-    the method and what was wrong. What they raise passes through with its traceback."""
+    """A task from a user's file, with the defaults of Task. What its methods return is checked here."""
 
     def __init__(self, task, path: str):
         self._task, self._path = task, path
 
-    def __getattr__(self, name: str):  # a further attribute of the task, or its default
+    def __getattr__(self, name: str):
         return getattr(self._task if hasattr(self._task, name) else Task(), name)
 
-    def _must_return(self, method: str, wanted: str, returned, right: bool) -> None:
+    def _checked(self, method: str, wanted: str, right: bool, returned):
         if not right:
             got = reprlib.repr(returned)
             raise UserError(f"{self._path}: `{method}` must return {wanted}, but returned {got}")
+        return returned
 
     def roles(self, agents: int) -> list[Role]:
         roles = self._task.roles(agents)
         right = isinstance(roles, list) and len(roles) == agents and all(isinstance(r, Role) for r in roles)
-        self._must_return("roles", f"a list of {agents} Roles, one per agent", roles, right)
-        return roles
+        return self._checked("roles", f"a list of {agents} Roles, one per agent", right, roles)
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         problems = self._task.sample_problems(count, generator, held_out=held_out)
         right = isinstance(problems, list) and (1 if held_out else count) <= len(problems) <= count
         right = right and all(isinstance(p, Problem) and isinstance(p.text, str) for p in problems)
-        wanted = f"a list of {count} Problems (held-out ones may be fewer, but not none)"
-        self._must_return("sample_problems", wanted, problems, right)
-        return problems
+        return self._checked("sample_problems", f"a list of {count} Problems", right, problems)
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         value = self._task.grade(problem, messages)
         right = not isinstance(value, str) and hasattr(value, "__float__") and 0 <= float(value) <= 1
-        self._must_return("grade", "a number from 0 to 1", value, right)
-        return float(value)
+        return float(self._checked("grade", "a number from 0 to 1", right, value))

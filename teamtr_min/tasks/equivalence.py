@@ -1,8 +1,7 @@
 """Algebra on answers, by the package math-verify where it is installed.
 
-It may compute for ever on one answer. So this file, run as a program, answers questions in a process of its
-own, which the system ends after LIMIT seconds of processor time. A second process, with the package loaded,
-then forks the next one.
+It may compute for ever on one answer. So this file, run as a program, is a worker that forks for each
+question; the system ends the fork after LIMIT seconds of processor time.
 """
 
 import functools
@@ -26,7 +25,7 @@ def grader() -> str:
 
 @functools.lru_cache(1 << 14)
 def equivalent(given: str, wanted: str) -> bool:
-    """math-verify's verdict on two LaTeX expressions; False without it, or where it exceeds its limits."""
+    """math-verify's verdict on two LaTeX expressions; False without it, or where it exceeds its limit."""
     if grader() == "exact":
         return False
     print(json.dumps([wanted, given]), file=_worker().stdin, flush=True)
@@ -46,37 +45,8 @@ def _worker() -> subprocess.Popen:
 
 def serve() -> None:
     """The worker: a line [wanted, given] in, a line with the verdict out."""
-    verdict = load_math_verify()
-    verdict("x^2-1", "(x-1)(x+1)")  # loads what the first question would wait for
-    while process := os.fork():
-        if os.waitpid(process, 0)[1] == 0:
-            return  # there are no more questions
-        os.write(1, b"False\n")  # the limit has ended it
-    answer_questions(verdict)
-
-
-def answer_questions(verdict) -> None:
     import signal
 
-    while question := read_line():
-        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # its signal ends this process, whatever that is doing
-        try:
-            equal = verdict(*json.loads(question))
-        except Exception:
-            equal = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        os.write(1, f"{equal}\n".encode())
-
-
-def read_line() -> bytes:
-    """One question and not a byte more: the next one may be for another process."""
-    question = b""
-    while not question.endswith(b"\n") and (piece := os.read(0, 1 << 16)):
-        question += piece
-    return question
-
-
-def load_math_verify():
     import math_verify.grader
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -87,13 +57,17 @@ def load_math_verify():
     math_verify.grader.sympy_numeric_eq = exactly_equal  # the package's own rounds to 15 digits
     sys.stdout = sys.stderr  # the package may print
 
-    def verdict(wanted: str, given: str) -> bool:
-        gold, answer = (
-            parse(f"${text}$", latex, "no_fallback", parsing_timeout=None) for text in (wanted, given)
-        )
-        return bool(verify(gold, answer, timeout_seconds=None))
+    def equal(*texts: str) -> bool:
+        wanted, given = (parse(f"${text}$", latex, "no_fallback", parsing_timeout=None) for text in texts)
+        return verify(wanted, given, timeout_seconds=None)
 
-    return verdict
+    equal("x^2-1", "(x-1)(x+1)")  # loads what the first question would wait for
+    for question in sys.stdin:
+        if os.fork() == 0:
+            signal.setitimer(signal.ITIMER_PROF, LIMIT)  # its signal ends the process
+            os._exit(0 if equal(*json.loads(question)) else 1)
+        _, status = os.wait()
+        os.write(1, b"True\n" if status == 0 else b"False\n")
 
 
 def exactly_equal(a, b, *_) -> bool:
@@ -101,14 +75,12 @@ def exactly_equal(a, b, *_) -> bool:
     from sympy import nsimplify
 
     if hasattr(a, "shape") and hasattr(b, "shape"):
-        a, b = a.doit(), b.doit()
-        return a.shape == b.shape and all(map(exactly_equal, a.flat(), b.flat()))
+        return a.shape == b.shape and all(map(exactly_equal, a.doit().flat(), b.doit().flat()))
     try:
-        a, b = (nsimplify(x, rational=True).doit() for x in (a, b))  # decimals become fractions
-        difference = a - b
+        difference = nsimplify(a, rational=True).doit() - nsimplify(b, rational=True).doit()
+        return difference.is_number and difference.equals(0) is True
     except (TypeError, AttributeError):
         return False
-    return difference.is_number and difference.equals(0) is True
 
 
 if __name__ == "__main__":

@@ -4,17 +4,21 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
-from teamtr_min.tasks.task import Message, Problem, Task
+from teamtr_min.tasks.task import Demonstration, Message, Problem, Role, Task
+
+NAMES = "Ana Ben Carla Dan Ella Finn Grace Hugo Ida Jack Lena Max Nora Omar Rosa Tom".split()
 
 
 class Generated(Task):
     """Problems without end, of which a hash holds out a tenth: the same ones for every seed.
 
     A subclass has `draw(generator)`, which draws the text of a problem or the numbers behind it,
-    `problem(drawn, generator)`, which makes a Problem of them, `is_held_out(text)` and `answer(messages)`.
+    `problem(drawn, generator)`, which makes a Problem of them, `is_held_out(text)`, `answer(messages)` and
+    `shown(problem, generator)`, the messages of a demonstration.
     """
 
     name: str
+    system: str
     version = 1  # counts up when the same seed gives other problems or other returns
     fields = ("problem", "answer")
     grader = "exact"
@@ -22,13 +26,14 @@ class Generated(Task):
 
     def __init__(self, config: Config):
         if not self.least_turns <= config.turns <= self.most_turns:
-            raise UserError(
-                f"{self.name} takes {self.least_turns} to {self.most_turns} turns; "
-                f"agents x rounds would give {config.turns}"
-            )
+            limits = f"{self.name} takes {self.least_turns} to {self.most_turns} turns"
+            raise UserError(f"{limits}; agents x rounds would give {config.turns}")
         if config.data:
             raise UserError(f"{self.name} makes its own problems; --data goes with --task jsonl")
         self.agents, self.turns = config.agents, config.turns
+
+    def roles(self, agents: int) -> list[Role]:
+        return [Role(f"Agent {j + 1}", self.system) for j in range(agents)]
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` problems from one side of the split, with replacement."""
@@ -41,6 +46,10 @@ class Generated(Task):
 
     def on_held_out_side(self, drawn) -> bool:
         return self.is_held_out(drawn)
+
+    def demonstrations(self, count: int, generator: Generator) -> list[Demonstration]:
+        problems = self.sample_problems(count, generator)
+        return [Demonstration(problem, self.shown(problem, generator)) for problem in problems]
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(self.answer(messages) == problem.answer)

@@ -4,15 +4,14 @@ from numpy.random import Generator
 
 from teamtr_min.engine import rng
 from teamtr_min.tasks.generated import Generated
-from teamtr_min.tasks.task import Demonstration, Message, Problem, Role
+from teamtr_min.tasks.task import Message, Problem, Role
 
 
 class Relay(Generated):
     """A chain such as `7+8*3-4`, worked out from left to right, modulo 10.
 
     With n turns a chain has n operations. Each message carries out the first one and writes the rest:
-    `5*3-4`, `5-4`, `1`. The return is 1 if the last message is the answer, else 0. The shipped model was
-    trained on chains of 1 to 8 operations.
+    `5*3-4`, `5-4`, `1`. The return is 1 if the last message is the answer, else 0.
     """
 
     name = "relay"
@@ -48,19 +47,14 @@ class Relay(Generated):
 
     @classmethod
     def solve(cls, chain: str) -> str:
-        while len(chain) > 1:
-            chain = cls.step(chain)
-        return chain
+        return cls.solve(cls.step(chain)) if len(chain) > 1 else chain
 
-    def demonstrations(self, count: int, generator: Generator) -> list[Demonstration]:
-        """`count` training problems with every step carried out right."""
-        shown = []
-        for problem in self.sample_problems(count, generator):
-            chains = [problem.text]
-            while len(chains) <= self.turns:
-                chains.append(self.step(chains[-1]))
-            shown.append(Demonstration(problem, chains[1:]))
-        return shown
+    def shown(self, problem: Problem, generator: Generator) -> list[str]:
+        """Every step carried out right."""
+        chains = [problem.text]
+        while len(chains) <= self.turns:
+            chains.append(self.step(chains[-1]))
+        return chains[1:]
 
     def answer(self, messages: list[Message]) -> str:
         return messages[-1].text.strip()

@@ -5,10 +5,9 @@ import re
 from numpy.random import Generator
 
 from teamtr_min.engine import rng
-from teamtr_min.tasks.generated import Generated
-from teamtr_min.tasks.task import Demonstration, Message, Problem, Role
+from teamtr_min.tasks.generated import NAMES, Generated
+from teamtr_min.tasks.task import Message, Problem
 
-NAMES = "Ana Ben Carla Dan Ella Finn Grace Hugo Ida Jack Lena Max Nora Omar Rosa Tom".split()
 THINGS = "apples books cards coins eggs keys lemons marbles pens roses shells stamps".split()
 MORE = ("{name} buys {count} more.", "{name} finds {count} more.", "A friend brings {count} more.")
 FEWER = ("{name} gives {count} away.", "{name} loses {count}.", "{name} sells {count}.")
@@ -18,25 +17,21 @@ class Sums(Generated):
     """ "Ana has 7 apples. A friend brings 6 more. Ana sells 4. How many apples does Ana have now?"
 
     With n turns a problem has n steps. Each message does one of them and nothing else: `7 + 6 = 13`, then
-    `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. The hash that holds
-    problems out is of the numbers alone: no training problem has the numbers of a held-out one, in any words.
+    `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. No training problem has
+    the numbers of a held-out one, in any words.
     """
 
     name = "sums"
     most_turns = 6
     fields = ("question", "answer")
     system = "Do the next step of the problem. Write one sum."
-    largest_start, largest_change, most = 12, 6, 15  # the count of things stays between 1 and `most`
-
-    def roles(self, agents: int) -> list[Role]:
-        return [Role(f"Agent {j + 1}", self.system) for j in range(agents)]
 
     def draw(self, generator: Generator) -> list[int]:
         """The count at first, then the change of each step."""
-        numbers = [int(generator.integers(2, self.largest_start + 1))]
+        numbers = [int(generator.integers(2, 13))]
         while len(numbers) <= self.turns:
-            change, sign = int(generator.integers(2, self.largest_change + 1)), generator.choice((1, -1))
-            if 1 <= sum(numbers) + sign * change <= self.most:
+            change, sign = int(generator.integers(2, 7)), generator.choice((1, -1))
+            if 1 <= sum(numbers) + sign * change <= 15:
                 numbers.append(int(sign) * change)
         return numbers
 
@@ -61,16 +56,13 @@ class Sums(Generated):
         told = re.findall(r"(gives|loses|sells)? (\d+)\b", text)
         return [-int(number) if fewer else int(number) for fewer, number in told]
 
-    def demonstrations(self, count: int, generator: Generator) -> list[Demonstration]:
-        """`count` training problems with every step written right: `7 + 6 = 13`, `13 - 4 = 9`."""
-        shown = []
-        for problem in self.sample_problems(count, generator):
-            (total, *changes), lines = self.numbers(problem.text), []
-            for change in changes:
-                lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
-                total += change
-            shown.append(Demonstration(problem, lines))
-        return shown
+    def shown(self, problem: Problem, generator: Generator) -> list[str]:
+        """Every step written right: `7 + 6 = 13`, `13 - 4 = 9`."""
+        (total, *changes), lines = self.numbers(problem.text), []
+        for change in changes:
+            lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
+            total += change
+        return lines
 
     def answer(self, messages: list[Message]) -> str | None:
         """The number that the last message ends with."""

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from numpy.random import Generator
-
 
 @dataclass(frozen=True)
 class Message:
@@ -17,7 +15,7 @@ class Message:
     @property
     def content(self) -> list[int]:
         """The ids without the end-of-message token."""
-        return [*self.tokens[:-1]] if self.stopped else [*self.tokens]
+        return self.tokens[:-1] if self.stopped else self.tokens[:]
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,20 @@ class Role:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A rollout to imitate: its messages, and the agent that writes each (None: the agents in turn)."""
-
     problem: Problem
     messages: list[str]
-    agents: list[int] | None = None
+    agents: list[int] | None = None  # who writes each message; None: the agents in turn
 
 
 class Task:
-    """A task has the first three methods; the other three have these defaults. It may also have
+    """The defaults of a task. These methods it must have itself:
+
+    roles(agents) -> list[Role]            one per agent
+    sample_problems(count, generator, held_out=False) -> list[Problem]
+                                           `count` to train on, or at most `count` held-out ones
+    grade(problem, messages) -> float      the return of a rollout, in [0, 1]
+
+    These it may have:
 
     answer(messages) -> str | None         the team's answer, which `eval.py --mode vote` counts
     measure(problems, messages) -> dict    more to log about the rollouts of an update
@@ -56,15 +59,6 @@ class Task:
     """
 
     notes: list[str] = []  # sentences about the data that a run prints before it starts
-
-    def roles(self, agents: int) -> list[Role]:
-        """One role per agent."""
-
-    def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
-        """`count` problems to train on, or at most `count` held-out ones. `generator` decides every draw."""
-
-    def grade(self, problem: Problem, messages: list[Message]) -> float:
-        """The return of a rollout, in [0, 1]."""
 
     def view(self, problem: Problem, agent: int) -> str:
         """The problem as this agent sees it (a private view, SPEC 11). [ours]"""

@@ -20,20 +20,16 @@ class WordProblems(Task):
 
     `--data` names a directory with train.jsonl and test.jsonl, or one file, of which every tenth problem, by
     a hash of its text, is held out. Training problems whose text is also a held-out one's are left out. The
-    team's answer is the one of the last message that states an answer. The return is 1 if it equals the right
-    answer (`is_correct`), else 0.
+    team's answer is the last that a message states. The return is 1 if it is right (`is_correct`), else 0.
     """
 
     def __init__(self, config: Config):
         self.fields = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
         self.grader, self.notes = grader(), []
+        if not config.data and config.task not in DATASETS:
+            raise UserError("--task jsonl needs --data: a file, or a directory of train.jsonl and test.jsonl")
         if not config.data:
-            if config.task not in DATASETS:
-                raise UserError(
-                    f"--task {config.task} needs --data: a JSONL file, or a directory with train.jsonl and "
-                    "test.jsonl"
-                )
             train, held_out, question = DATASETS[config.task]
             self.held_out = read_problems(local_copy(held_out), question, "answer")
             self.train = read_problems(local_copy(train), question, "answer") if train else []
@@ -113,7 +109,7 @@ def last_statement(messages: list[Message]) -> str:
 def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
     """Problems from a JSONL file. A problem's id is the file's name and its line.
 
-    Raises UserError with the file, the line and what is wrong.
+    Raises UserError with the file, the line and what is wanted there.
     """
     try:
         # Not splitlines(), which would also cut at the other line separators that a text may hold.
@@ -124,21 +120,16 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON {type(record).__name__}, not an object")
-        for field in (question_field, answer_field):
-            value = record.get(field)
-            if type(value) not in (str, int, float) or not str(value).strip():
-                has = ", ".join(record) or "nothing"
-                raise UserError(
-                    f'{where}: no text in the field "{field}" (it has: {has}); --fields names others'
-                )
-        question, gold = str(record[question_field]), str(record[answer_field])
+            values = [record[field] for field in (question_field, answer_field)]
+            right = all(type(value) in (str, int, float) and str(value).strip() for value in values)
+        except (ValueError, LookupError, TypeError):
+            right = False
+        if not right:
+            wanted = f'a JSON object with a text in "{question_field}" and in "{answer_field}" (or --fields)'
+            raise UserError(f"{path}, line {number}: must be {wanted}, but is {line[:100]}")
+        question, gold = map(str, values)
         problems.append(Problem(f"{Path(path).name}, line {number}", question, extract_answer(gold) or gold))
     if not problems:
         raise UserError(f"{path} holds no problems")
