@@ -166,17 +166,7 @@ def write_sentencepiece(
 ) -> Path:
     """A tokenizer as Llama 2 has it: spaces are "▁", and one stands before a text; <s> goes before all."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127))]
-    merges = [
-        ("▁", "▁"),
-        ("▁", "a"),
-        ("a", "b"),
-        ("1", "2"),
-        ("▁", "1"),
-        ("▁", "<"),
-        ("\n", "\n"),
-        (":", "\n"),
-        ("|", ">"),
-    ]
+    merges = [tuple(pair) for pair in ("▁▁", "▁a", "ab", "12", "▁1", "▁<", "\n\n", ":\n", "|>")]
     pieces += ["▁", "\n", *(a + b for a, b in merges)]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -193,11 +183,9 @@ def write_sentencepiece(
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pair)
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_eos_token": add_eos}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast"} | (
-        {"chat_template": template} if template else {}
-    )
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    facts = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_eos_token": add_eos}
+    facts |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(facts))
     return directory
 
 
