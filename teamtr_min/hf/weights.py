@@ -137,7 +137,7 @@ def open_tensors(path: Path) -> safe_open:
     """A safetensors file to read from; UserError where it is not one."""
     if not path.is_file():
         pickle = any(path.parent.glob("*.bin"))
-        why = ", and *.bin files may run any program when they are opened: save it as safetensors" if pickle else ""
+        why = ", and *.bin files may run any program when opened: save it as safetensors" if pickle else ""
         raise UserError(f"{path.parent} holds no {path.name}{why}")
     try:
         return safe_open(path, framework="pt", device="cpu")
