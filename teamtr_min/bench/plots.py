@@ -95,32 +95,15 @@ def kl(figure, record) -> None:
             y = [max(u[f"kl_{key}"], bottom) for u in some]
             axes.plot(x, y, "o", color=colour, label=label if key == "after" else None, **how)
     if math.isfinite(delta):
-        axes.axhline(
-            delta,
-            color=COLOURS[-1],
-            ls="--",
-            label=f"radius {delta:g}{'' if config.kl == 'hard' else ', not enforced'}",
-        )
+        enforced = "" if config.kl == "hard" else ", not enforced"
+        axes.axhline(delta, color=COLOURS[-1], ls="--", label=f"radius {delta:g}{enforced}")
     axes.set(yscale="log", ylim=(bottom * 0.8, 2 * top), xlabel="stage", ylabel=f"nats per {config.kl_unit}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title("KL of each update; circles: attempted, dots: kept")
     beside(axes)
 
 
-def seconds(figure, record) -> None:
-    """Seconds of each stage by purpose, stacked."""
-    axes, below = figure.subplots(), np.zeros(len(record.spent))
-    for i, name in enumerate(record.spent[0] if record.spent else ()):
-        part = np.array([stage[name] for stage in record.spent])
-        if part.any():
-            label = f"{name}, {duration(part.sum())}"
-            axes.bar(np.arange(len(part)) + 1, part, 0.9, below, color=COLOURS[i], label=label)
-        below += part
-    axes.set(xlabel="stage", ylabel="seconds", title=f"Where {duration(record.seconds)} went")
-    beside(axes)
-
-
-FIGURES = [score, kl, seconds]
+FIGURES = [score, kl]
 
 
 def duration(seconds: float) -> str:

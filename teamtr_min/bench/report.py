@@ -54,19 +54,6 @@ class Record:
         return {at: (line[key], line[f"{key}_ci"]) for at, line, key in named if line.get(key) is not None}
 
     @property
-    def spent(self) -> list[dict[str, float]]:
-        """Seconds of each finished stage by purpose; what was before the first stage counts there."""
-        found, seconds, evaluation = [], 0.0, 0.0
-        for s in self.stages:
-            own = totals([u for u in self.updates if u["stage"] == s["stage"]])
-            parts = {name: own[f"seconds_{name}"] for name in ("sampling", "training", "diagnostics")}
-            parts["evaluation"] = s["seconds_evaluation"] - evaluation
-            parts["the rest"] = max(0.0, s["seconds"] - seconds - sum(parts.values()))
-            seconds, evaluation = s["seconds"], s["seconds_evaluation"]
-            found.append(parts)
-        return found
-
-    @property
     def seconds(self) -> float:
         return self.summary.get("seconds") or (self.stages[-1]["seconds"] if self.stages else 0.0)
 
@@ -95,23 +82,17 @@ def run(team: str | None) -> dict:
     if not directory:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
     record = read(directory)
-    images = [render(draw, record) for draw in FIGURES]
+    images, figures = [render(draw, record) for draw in FIGURES], []
     (directory / "report").mkdir(exist_ok=True)
-    figures = [directory / "report" / f"{draw.__name__}.png" for draw in FIGURES]
-    for path, image in zip(figures, images):
-        path.write_bytes(image)
+    for draw, image in zip(FIGURES, images):
+        figures.append(directory / "report" / f"{draw.__name__}.png")
+        figures[-1].write_bytes(image)
     path = directory / "report.html"
     path.write_text(page(record, images), encoding="utf-8")
-    named = ("accuracy", "return")
-    keys = [f"{name}_{when}{ci}" for name in named for when in ("start", "final") for ci in ("", "_ci")]
     return {
         "benchmark": "report", "team": str(directory), "report": str(path), "figures": [*map(str, figures)],
-        "headline": headline(record), **{key: record.summary.get(key) for key in keys},
-        **totals(record.updates),
-        "violation_rate_before": violation_rate(record.updates, "kl_before"),
-        "violation_rate_after": violation_rate(record.updates, "kl_after"),
-        "seconds": record.seconds, "stages": len(record.stages), "state": state(record),
-        "transcripts": len(record.transcripts),
+        "headline": headline(record), "state": state(record), "stages": len(record.stages),
+        "seconds": record.seconds, "transcripts": len(record.transcripts), **totals(record.updates),
     }  # fmt: skip
 
 
