@@ -20,6 +20,7 @@ torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eigh
 import gc
 import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +31,7 @@ import torch
 from teamtr_min.bench import accuracy, export, report, speed
 from teamtr_min.config import Parser, add_flags
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
-from teamtr_min.files import UserError, to_json
+from teamtr_min.files import UserError, to_json, users_line
 from teamtr_min.run.loading import build_team
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS, load_task
@@ -44,49 +45,53 @@ Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for peo
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks, failures = ALONE, []
+    ranks, failures, code = ALONE, [], 0
     try:
         args, flags = parse(argv)
         ranks = join()
         jobs = plan(args, flags, ranks)  # refuses wrong names before anything is loaded
-    except (UserError, OSError) as error:
-        ranks.say(f"error: {error}")
+    except Exception as error:
+        ranks.say(f"error: {sentence(error)}")
         return ranks.leave(2)
-    for name, job in jobs:
+    for name, job in jobs:  # one that fails does not stop the others
         try:
             for result, text in job():
                 if ranks.first:
                     print(to_json(result) if args.json else text, flush=True)
-        except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError, Lost) as error:
-            failures.append(f"{name}: {error}" if len(jobs) > 1 else str(error))
+        except Exception as error:
+            failures.append(f"{name}: {sentence(error)}" if len(jobs) > 1 else sentence(error))
+            code = 2
             if ranks.size > 1:
-                break  # the other processes may not have failed
+                break  # other processes may not have failed, and would wait for this one
         except KeyboardInterrupt:
-            ranks.say("interrupted")
-            return ranks.leave(130)
-    for sentence in failures:
-        ranks.say(f"error: {sentence}")
-    return ranks.leave(2 if failures else 0)
+            code = 130
+            break
+    for failure in failures:
+        ranks.say(f"error: {failure}")
+    if code == 130:
+        ranks.say("interrupted")
+    return ranks.leave(code)
+
+
+def sentence(error: Exception) -> str:
+    """The error in one line; the traceback of one that has no cause at a door is shown first."""
+    if not isinstance(error, UserError | OSError | FloatingPointError | torch.OutOfMemoryError | Lost):
+        traceback.print_exception(error)
+    return users_line(error) or str(error)
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     """All flags, and those of them that are fields of Config. Raises UserError for what cannot be."""
     parser = Parser(__doc__)
-    names, add = ", ".join([*TASKS, *OTHERS]), parser.add_argument
-    add(
-        "benchmarks",
-        nargs="*",
-        metavar="benchmark",
-        help=f"{names}, FILE.py with a task, or ask and a question (default: the task of the run)",
+    add, names = parser.add_argument, ", ".join([*TASKS, *OTHERS])
+    modes = (
+        "team; solo: its first agent takes every turn, compared with the team at equal tokens; best_of: the "
+        "likeliest of k rollouts; vote: the answer of most of k (default team)"
     )
+    names += ", FILE.py with a task, or ask and a question (default: the task of the run)"
+    add("benchmarks", nargs="*", metavar="benchmark", help=names)
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
-    add(
-        "--mode",
-        choices=accuracy.MODES,
-        default="team",
-        help="team; solo: its first agent takes every turn, compared with the team at equal tokens; best_of: "
-        "the likeliest of k rollouts; vote: the answer of most of k (default team)",
-    )
+    add("--mode", choices=accuracy.MODES, default="team", help=modes)
     add("--k", type=int, default=1, help="rollouts per problem (default 1)")
     add("--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)")
     add("--data", help="JSONL of problems to take instead of the held-out ones")
@@ -113,17 +118,14 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
     if unknown:
         known = ", ".join([*TASKS, *OTHERS])
         raise UserError(f"no benchmark {', '.join(unknown)}: give {known}, ask, or FILE.py with a task")
-    others = [
-        (name, partial(other, name, team, args, flags))
-        for team in teams
-        for name in words
-        if name in OTHERS and ranks.first and (team == teams[0] or name in ("report", "export"))
-    ]
-    evaluator, exams = accuracy.Evaluator(args.mode, args.k, ranks), []
+    evaluator, exams, others = accuracy.Evaluator(args.mode, args.k, ranks), [], []
     for team in teams:
-        for name in [name for name in words if name not in OTHERS] or [None] * (not words):
-            subject = accuracy.find_subject(team, flags, name)
-            exams.append(accuracy.prepare(subject, name, args.problems, args.data))
+        for name in words or [None]:
+            if name not in OTHERS:
+                subject = accuracy.find_subject(team, flags, name)
+                exams.append(accuracy.prepare(subject, name, args.problems, args.data))
+            elif ranks.first and (team == teams[0] or name in ("report", "export")):
+                others.append((name, partial(other, name, team, args, flags)))
     table, file = accuracy.Table(exams), open(args.samples, "w", encoding="utf-8") if args.samples else None
     return [(exam.name, partial(evaluate, exam, evaluator, table, file)) for exam in exams] + others
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import evaluate, refusal
+from commands import evaluate, interrupt_at, refusal
 from tiny import shared
 from toy_runs import run
 
@@ -249,14 +249,25 @@ def test_several_benchmarks_and_teams_are_one_table_and_each_team_is_loaded_once
     assert loaded == ["a", "b", "b", "a"], "the soloist is the team's first agent, which is there already"
 
 
-def test_a_team_that_fails_does_not_stop_the_others(capsys):
+def test_what_fails_is_named_and_does_not_stop_the_others(capsys):
+    """Damaged weights, and an error in the user's own file, by its line."""
     toy_teams("a", "b")
     Path("runs/a/agents/1/model.safetensors").write_bytes(b"no weights")
+    Path("mine.py").write_text(GRADED.replace("return sum", "return 1 / 0 + sum"))
+    flags = ["relay", "mine.py", "--team", "runs/a,runs/b", "--problems", "8", "--json"]
     capsys.readouterr()
-    assert evaluation.main(["relay", "--team", "runs/a,runs/b", "--problems", "8", "--json"]) == 2
+    assert evaluation.main(flags) == 2
     out, err = capsys.readouterr()
-    assert [json.loads(line)["team"] for line in out.splitlines()] == ["runs/b"]
+    assert [(r["benchmark"], r["team"]) for r in map(json.loads, out.splitlines())] == [("relay", "runs/b")]
     assert "error: relay, runs/a: " in err and "model.safetensors" in err
+    assert "error: mine.py, runs/b: mine.py, line 8: `grade` failed: ZeroDivisionError" in err
+
+
+def test_an_interrupted_table_keeps_its_rows(capsys, monkeypatch):
+    interrupt_at(2, monkeypatch, accuracy, "collect")
+    assert evaluation.main(["relay", "--team", toy_teams("a", "b"), "--problems", "8"]) == 130
+    out, err = capsys.readouterr()
+    assert "runs/a" in out and "runs/b" not in out and err == "interrupted\n"
 
 
 @pytest.mark.parametrize(
