@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,9 +100,11 @@ def fake_rollouts(answers: list[list[str]], sure: list[list[float]]) -> Rollouts
 
 
 def test_a_vote_takes_the_answer_of_most_and_the_first_of_equals():
-    votes = [["1", "2", "2"], ["2", "1", "1"], ["1", "2", "3"], ["3", "2", "1"]]
-    rollouts = fake_rollouts(votes, [[-1.0] * 3] * 4)
-    assert pick(rollouts, "vote", Relay(Config(agents=1))).flatten().tolist() == [0, 1, 1, 0]
+    """Rollouts without an answer do not vote."""
+    votes = [["1", "2", "2"], ["2", "1", "1"], ["1", "2", "3"], ["3", "2", "1"], ["", "", "1"], ["", "", ""]]
+    task = SimpleNamespace(answer=lambda messages: messages[-1].text or None)
+    rollouts = fake_rollouts(votes, [[-1.0] * 3] * 6)
+    assert pick(rollouts, "vote", task).flatten().tolist() == [0, 1, 1, 0, 1, 0]
 
 
 def test_best_of_takes_the_likeliest_per_token_whatever_its_length_and_return():
@@ -304,13 +307,15 @@ def test_a_vote_needs_a_task_with_answers(capsys):
 def test_a_team_can_be_asked(capsys, monkeypatch):
     """The messages and the answer are those of load_team(RUN).solve, of a word or of each line of stdin."""
     toy_teams("a")
-    (expected,) = load_team("runs/a", device="cpu").solve("7+8*3")
+    first, *more = load_team("runs/a", device="cpu").solve("7+8*3", samples=6)
     text = printed(capsys, "ask", "7+8*3", "--team", "runs/a", "--device", "cpu")
-    said = [f"  {message.name}: {message.text}" for message in expected.messages]
-    assert text.splitlines() == [*said, f"answer: {expected.answer}"]
+    said = [f"  {message.name}: {message.text}" for message in first.messages]
+    assert text.splitlines() == [*said, f"answer: {first.answer}"]
     monkeypatch.setattr("sys.stdin", io.StringIO("7+8*3\n1+2-3\n"))
-    lines = printed(capsys, "ask", "--team", "runs/a", "--device", "cpu", "--k", "2", "--json").splitlines()
+    lines = printed(capsys, "ask", "--team", "runs/a", "--device", "cpu", "--k", "6", "--json").splitlines()
     found = [json.loads(line) for line in lines]
-    assert [line["question"] for line in found] == ["7+8*3", "7+8*3", "1+2-3", "1+2-3"]
-    assert [m["text"] for m in found[0]["messages"]] == [m.text for m in expected.messages]
+    assert [line["question"] for line in found] == ["7+8*3"] * 6 + ["1+2-3"] * 6
+    for line, answer in zip(found, (first, *more)):
+        assert [m["text"] for m in line["messages"]] == [m.text for m in answer.messages]
+        assert line["answer"] == answer.answer
     assert "nowhere" in refusal(capsys, evaluation.main, "ask", "1+1", "--team", "nowhere")

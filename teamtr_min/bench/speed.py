@@ -14,7 +14,6 @@ With one thread (OMP_NUM_THREADS=1) a CPU's clock is that thread's: other work o
 
 import functools
 import importlib
-import json
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from teamtr_min.learner import GRADIENT_NORM, Learner
 from teamtr_min.objective import teamtr_loss, trust_region_loss
 from teamtr_min.rollout import Batches, Rollouts, agent_batches, collect
 from teamtr_min.run.loading import build_team, placement
+from teamtr_min.run.log import read_log
 from teamtr_min.tasks import Sums, load_task
 from teamtr_min.team import Team
 
@@ -193,10 +193,11 @@ def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Itera
     yield Case("log-probs", each(forward, LOGPROBS), N, 2 * N * H * V)
     yield Case("and gradients", each(both, LOGPROBS), N, 6 * N * H * V, exact=right)
     yield Case("Eq. 10, gradient", each(loss, losses), N, bytes=16 * N)
-    x, up, gain = draw(N, H).to(dtype), draw(N, H).to(dtype), draw(H).to(dtype)
+    x, gate_up, gain = draw(N, H).to(dtype), draw(N, 2 * H).to(dtype), draw(H).to(dtype)
+    gate, up = gate_up.chunk(2, -1)
     norms = {"ours": lambda: (rms_norm(x, gain, 1e-6),), "torch": lambda: (F.rms_norm(x, (H,), gain, 1e-6),)}
     yield Case("RMSNorm", norms, N, bytes=2 * x.nbytes)
-    gates = {"ours": lambda: (swiglu(x, up),), "torch": lambda: (F.silu(x) * up,)}
+    gates = {"ours": lambda: (swiglu(gate_up),), "torch": lambda: (F.silu(gate) * up,)}
     yield Case("SwiGLU", gates, N, bytes=3 * x.nbytes)
 
 
@@ -335,16 +336,21 @@ def stage_rows(config: Config, flags: dict, short: bool) -> Iterator[dict]:
             if done.returncode:
                 said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
                 raise UserError(f"train.py failed: {said}")
-            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
-        ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
-        stages, rest = len(ends) - 1, ends[-1] - ends[0]
-        for phase, count in (("sampling", "tokens_sampled"), ("training", "tokens_trained")):
-            spent = sum(update[f"seconds_{phase}"] for update in updates)
-            rest -= spent
-            rate = sum(update[count] for update in updates) / spent if spent else None
-            yield {"case": variant, "by": phase, "seconds": spent / stages, "tokens_per_second": rate}
-        yield {"case": variant, "by": "the rest", "seconds": rest / stages}
+            lines = read_log(out / "metrics.jsonl")
+        yield from ({"case": variant, **row} for row in phases(lines))
+
+
+def phases(lines: list[dict]) -> Iterator[dict]:
+    """From a run's metrics.jsonl: what a stage spends on sampling, training and the rest."""
+    updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
+    ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
+    stages, rest = len(ends) - 1, ends[-1] - ends[0]
+    for phase, count in (("sampling", "tokens_sampled"), ("training", "tokens_trained")):
+        spent = sum(update[f"seconds_{phase}"] for update in updates)
+        rest -= spent
+        rate = sum(update[count] for update in updates) / spent if spent else None
+        yield {"by": phase, "seconds": spent / stages, "tokens_per_second": rate}
+    yield {"by": "the rest", "seconds": rest / stages}
 
 
 # All
