@@ -232,7 +232,7 @@ WRONG_TENSORS = {
     "1 misshapen (model.norm.weight [1], not [30])": lambda tensors: tensors.update(
         {"model.norm.weight": torch.ones(1)}
     ),
-    "model.norm.weight [30] in I64, not [30]": lambda tensors: tensors.update(
+    "model.norm.weight is stored as torch.int64": lambda tensors: tensors.update(
         {"model.norm.weight": torch.ones(30).long()}
     ),
     "1 unexpected (lm_head.weight)": lambda tensors: tensors.update({"lm_head.weight": torch.ones(53, 30)}),

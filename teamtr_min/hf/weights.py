@@ -145,24 +145,20 @@ def open_tensors(path: Path) -> safe_open:
         raise UserError(f"{path} is damaged or cut short: {error}") from None
 
 
-def shapes(path: Path) -> dict[str, str]:
-    """Name -> shape of each tensor in a safetensors file; with the type where that is none of ours."""
+def shapes(path: Path) -> dict[str, list[int]]:
+    """Name -> shape of each tensor in a safetensors file."""
     with open_tensors(path) as f:
-        parts = {name: f.get_slice(name) for name in f.keys()}
-    kinds = {name: part.get_dtype() for name, part in parts.items()}
-    return {
-        name: str(part.get_shape()) + f" in {kinds[name]}" * (kinds[name] not in ("BF16", "F16", "F32"))
-        for name, part in parts.items()
-    }
+        return {name: f.get_slice(name).get_shape() for name in f.keys()}
 
 
-def check_shapes(held: dict[str, str], expected: dict[str, Tensor], fault: str) -> None:
+def check_shapes(held: dict[str, list[int]], expected: dict[str, Tensor], fault: str) -> None:
     """Raises UserError, which begins with `fault`, unless a file holds what is expected and no more."""
-    shape = {name: str([*p.shape]) for name, p in expected.items()}
+    shape = {name: [*p.shape] for name, p in expected.items()}
+    misshapen = [name for name in shape if name in held and held[name] != shape[name]]
     wrong = {
         "missing": sorted(shape.keys() - held.keys()),
         "unexpected": sorted(held.keys() - shape.keys()),
-        "misshapen": [f"{n} {held[n]}, not {shape[n]}" for n in shape if n in held and held[n] != shape[n]],
+        "misshapen": [f"{name} {held[name]}, not {shape[name]}" for name in misshapen],
     }
     found = [f"{len(names)} {what} ({listing(names)})" for what, names in wrong.items() if names]
     if found:
@@ -177,6 +173,8 @@ def read(file: Path, name: str) -> Tensor:
     """One tensor, finite. Its file is opened for it alone: pages of an open file stay in memory."""
     with open_tensors(file) as f:
         tensor = f.get_tensor(name)
+    if not tensor.is_floating_point():
+        raise UserError(f"{file}: {name} is stored as {tensor.dtype}")
     if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN spreads to both bounds
         raise UserError(f"{file}: {name} holds NaN or infinity")
     return tensor
