@@ -53,9 +53,7 @@ def test_a_fault_in_a_problem_file_is_located(tmp_path, line, fault):
 def test_problems_are_split_and_sampled_without_repetition(task):
     assert len(task.train) + len(task.held_out) == 200 and 8 <= len(task.held_out) <= 35
     assert {p.id for p in task.all_problems()} == {f"p.jsonl, line {i}" for i in range(1, 201)}
-    first, second = (
-        [p.id for p in task.sample_problems(50, rng.generator(0, "problems", stage))] for stage in (0, 1)
-    )
+    first, second = ([p.id for p in task.sample_problems(50, rng.generator(0, stage))] for stage in (0, 1))
     assert len(set(first)) == 50 and not set(first) & {p.id for p in task.held_out} and first != second
     assert task.sample_problems(3, rng.generator(0), held_out=True) == task.held_out[:3]
     with pytest.raises(UserError, match="only .* to train on"):
@@ -66,9 +64,7 @@ def test_problems_are_split_and_sampled_without_repetition(task):
 def test_the_last_answer_that_any_message_states_is_the_teams(task):
     problem = Problem("", "", "18")
     for last in ("I agree.", "#### Check\n9 * 2 = 18, fine", "The answer is already right.", "\\boxed{}"):
-        assert (
-            task.grade(problem, said("\\boxed{18}", last)) == 1 and task.grade(problem, said("hm", last)) == 0
-        )
+        assert [task.grade(problem, said(first, last)) for first in ("\\boxed{18}", "hm")] == [1, 0]
     for last in ("no: \\boxed{17}", "The answer is 17.", "#### 17"):
         assert task.grade(problem, said("\\boxed{18}", last)) == 0 and task.answer(said("18", last)) == "17"
     assert task.answer(said("\\boxed{36/2}", "I agree.")) == "18" and task.answer(said("18")) is None
@@ -84,9 +80,7 @@ def test_held_out_problems_among_the_training_ones_are_left_out_with_a_count(tmp
     task.leave_out({"train.jsonl, line 1", "test.jsonl, line 3", "no such"}, "they are too long")
     assert len(task.train) == 7 and len(task.held_out) == 2 and task.notes[1].startswith("2 problems")
     write(tmp_path / "test.jsonl", *(f"What is {i}?" for i in range(10)))
-    with pytest.raises(
-        UserError, match="only 0 to train on; 10 problems of .* stand among the held-out ones"
-    ):
+    with pytest.raises(UserError, match="only 0 to train on; 10 problems of .* stand among the held-out"):
         jsonl(tmp_path).sample_problems(1, rng.generator(0))
 
 
@@ -120,7 +114,7 @@ def publish(tmp_path, monkeypatch):
 def test_every_name_is_a_task_and_every_file_is_pinned():
     files = {file for *names, _ in DATASETS.values() for file in names if file}
     assert set(FILES) == files and set(DATASETS) < set(TASKS)
-    assert all(url.startswith("https://") and len(sha256) == 64 for url, sha256 in FILES.values())
+    assert all(url.startswith("https://") and len(sha256) == 32 for url, sha256 in FILES.values())
     for name in ("math500", "aime24", "aime25", "amc23"):
         with pytest.raises(UserError, match=f"{name} is there to evaluate on: train on math"):
             load_task(Config(task=name), training=True)
@@ -141,9 +135,8 @@ def test_what_cannot_be_had_or_is_another_file_is_one_sentence_with_a_way_out(pu
     file = publish("math500", "a")
     file.write_text("another")
     for why in ("invalid hash", "No such file"):
-        with pytest.raises(UserError, match=why) as error:
+        with pytest.raises(UserError, match=f"no math500 from file:.*{why}.*give a copy with --data"):
             local_copy("math500")
-        assert FILES["math500"][0] in str(error.value) and "give a copy with --data" in str(error.value)
         assert not [*(tmp_path / "cache").iterdir()]
         file.unlink(missing_ok=True)
 
@@ -174,11 +167,9 @@ def test_a_users_task_has_the_defaults_and_whatever_else_it_defines(tmp_path):
     assert task.view(problem, 1) == "1+1" and task.fingerprint() == {} and not task.is_held_out("1+1")
     assert not hasattr(task, "demonstrations") and not hasattr(task, "answer")
     task = own(
-        tmp_path,
-        "class Own:",
-        "class Own:\n    notes = ['seen']\n    def view(self, p, agent): return f'{agent}: {p.text}'",
+        tmp_path, "class Own:", "class Own:\n    notes = ['seen']\n    def view(self, p, j): return f'{j}!'"
     )
-    assert task.view(problem, 1) == "1: 1+1" and task.notes == ["seen"]
+    assert task.view(problem, 1) == "1!" and task.notes == ["seen"]
 
 
 @pytest.mark.parametrize("old, new, fault", [
@@ -198,14 +189,10 @@ def test_what_a_users_task_returns_is_checked_in_one_sentence(tmp_path, old, new
         task.grade(*task.sample_problems(4, rng.generator(0))[:1], [])
 
 
-def test_an_error_of_a_users_task_keeps_its_traceback(tmp_path):
-    task = own(tmp_path, "return 1\n", "return 1 / 0\n")
+def test_a_users_task_that_fails_or_lacks_a_method(tmp_path):
     with pytest.raises(ZeroDivisionError) as error:
-        task.grade(None, [])
+        own(tmp_path, "return 1\n", "return 1 / 0\n").grade(None, [])
     assert error.traceback[-1].path.name == "mine.py"
-
-
-def test_a_users_task_that_lacks_a_method_is_refused(tmp_path):
     with pytest.raises(UserError, match="mine.py: its task has no grade"):
         own(tmp_path, "def grade", "def great")
     with pytest.raises(UserError, match="absent.py"):

@@ -7,10 +7,9 @@ from numpy.random import Generator
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, function_from_file
 from teamtr_min.tasks.answers import extract_answer, is_correct
-from teamtr_min.tasks.convention import Convention
 from teamtr_min.tasks.datasets import DATASETS
 from teamtr_min.tasks.floors import Floors
-from teamtr_min.tasks.relay import Relay
+from teamtr_min.tasks.relay import Convention, Relay
 from teamtr_min.tasks.sums import Sums
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Role, Task
 from teamtr_min.tasks.word_problems import WordProblems, read_problems
@@ -26,7 +25,7 @@ TASKS |= dict.fromkeys([*DATASETS, "jsonl"], WordProblems)
 
 def load_task(config: Config, training: bool = False) -> Task:
     """The task that `config.task` names, to train on or, for all there are, to evaluate."""
-    if training and config.task in DATASETS and DATASETS[config.task][0] is None:
+    if training and DATASETS.get(config.task, [""])[0] is None:
         advice = f"train on math, then `python eval.py {config.task} --team runs/NAME`"
         raise UserError(f"{config.task} is there to evaluate on: {advice}")
     if config.task in TASKS:
@@ -62,8 +61,9 @@ class UserTask:
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         problems = self._task.sample_problems(count, generator, held_out=held_out)
-        right = isinstance(problems, list) and (1 if held_out else count) <= len(problems) <= count
-        right = right and all(isinstance(p, Problem) and isinstance(p.text, str) for p in problems)
+        counts = range(1 if held_out else count, count + 1)
+        right = isinstance(problems, list) and all(isinstance(p, Problem) for p in problems)
+        right = right and len(problems) in counts
         return self._checked("sample_problems", f"a list of {count} Problems", right, problems)
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:

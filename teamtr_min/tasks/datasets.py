@@ -1,7 +1,7 @@
 """Data sets that go by name: downloaded once from where they are published, then read offline.
 
-A URL names a commit and each file has one right sha256, so everybody who evaluates on a name has the same
-problems.
+A URL names a commit and each file has one right sha256, of which 32 digits are checked. So everybody who
+evaluates on a name has the same problems.
 """
 
 import os
@@ -18,26 +18,20 @@ DATASETS = {  # name -> the file to train on, or None; the held-out file; the fi
     "amc23": (None, "amc23", "problem"),
 }
 
-GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
-MATH = "media/openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits"  # in Git LFS
-QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
-AIME25 = "datasets/math-ai/aime25/resolve/563bb8404243c5f09de6ec262f2db674fe5bce9b"
-FILES = {  # name -> URL, sha256
-    "gsm8k-train": (f"https://raw.githubusercontent.com/{GSM8K}/train.jsonl",
-                    "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-    "gsm8k-test": (f"https://raw.githubusercontent.com/{GSM8K}/test.jsonl",
-                   "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    "math-train": (f"https://media.githubusercontent.com/{MATH}/train.jsonl",
-                   "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076"),
-    "math500": (f"https://media.githubusercontent.com/{MATH}/test.jsonl",
-                "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
-    "aime24": (f"https://raw.githubusercontent.com/{QWEN}/aime24/test.jsonl",
-               "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac"),
-    "aime25": (f"https://huggingface.co/{AIME25}/test.jsonl",
-               "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331"),
-    "amc23": (f"https://raw.githubusercontent.com/{QWEN}/amc23/test.jsonl",
-              "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4"),
-}  # fmt: skip
+GITHUB = "https://raw.githubusercontent.com"
+GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+MATH = "https://media.githubusercontent.com/media/openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163"
+QWEN = f"{GITHUB}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
+AIME25 = "https://huggingface.co/datasets/math-ai/aime25/resolve/563bb8404243c5f09de6ec262f2db674fe5bce9b"
+FILES = {  # name -> URL, beginning of the sha256
+    "gsm8k-train": (f"{GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c5"),
+    "gsm8k-test": (f"{GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066"),
+    "math-train": (f"{MATH}/prm800k/math_splits/train.jsonl", "90d96daeac3fe343ebb1e22ce93dd996"),
+    "math500": (f"{MATH}/prm800k/math_splits/test.jsonl", "35dc41080a3680858b27fa7e0533d2d5"),
+    "aime24": (f"{QWEN}/aime24/test.jsonl", "af2b8bd2aa911b6333ad0df32f3ca05c"),
+    "aime25": (f"{AIME25}/test.jsonl", "b4e273c02d3e7fe1b74b59eae768fc82"),
+    "amc23": (f"{QWEN}/amc23/test.jsonl", "43707e1ca784602d8479de24ee8ce366"),
+}
 
 
 def local_copy(name: str) -> Path:

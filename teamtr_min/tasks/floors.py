@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import numpy as np
 from numpy.random import Generator
 
 from teamtr_min.config import Config
@@ -82,6 +83,6 @@ class Floors(Generated):
 
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
         """Each agent draws code 1 with probability 0.3, the last one with 0.7."""
-        *first, last = generator.random(self.turns) < [*[0.3] * (self.turns - 1), 0.7]
-        *floors, flights = itertools.accumulate([*map(int, first), -int(last)], initial=int(problem.answer))
-        return [*(f"floor {floor}" for floor in floors[1:]), f"{flights} flights"]
+        code = generator.random(self.turns) < [0.3] * (self.turns - 1) + [0.7]
+        floors = int(problem.answer) + np.cumsum(code[:-1])
+        return [*(f"floor {floor}" for floor in floors), f"{floors[-1] - code[-1]} flights"]

@@ -1,9 +1,12 @@
-"""Relay arithmetic: each message carries out one step of a calculation and hands over the rest."""
+"""Relays: each message carries out one step of a calculation and hands over the rest. [ours]"""
+
+import itertools
+import re
 
 from numpy.random import Generator
 
 from teamtr_min.engine import rng
-from teamtr_min.tasks.generated import Generated
+from teamtr_min.tasks.generated import Generated, habits
 from teamtr_min.tasks.task import Message, Problem, Role
 
 
@@ -15,7 +18,6 @@ class Relay(Generated):
     """
 
     name = "relay"
-    modulus = 10
     agent_names = "ABCDEFGH"
     system = (
         "You are one agent of a relay. The chain of digits is worked out from left to right, modulo 10. "
@@ -38,19 +40,17 @@ class Relay(Generated):
     def is_held_out(text: str) -> bool:
         return rng.key(0, "relay", text) % 10 == 0
 
-    @classmethod
-    def step(cls, chain: str) -> str:
+    @staticmethod
+    def step(chain: str) -> str:
         """Carry out the first operation: `7+8*3-4` -> `5*3-4`."""
         a, sign, b, rest = int(chain[0]), chain[1], int(chain[2]), chain[3:]
-        value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        return str(value % cls.modulus) + rest
+        return str({"+": a + b, "-": a - b, "*": a * b}[sign] % 10) + rest
 
     @classmethod
     def solve(cls, chain: str) -> str:
         return cls.solve(cls.step(chain)) if len(chain) > 1 else chain
 
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
-        """Every step carried out right."""
         chains = [problem.text]
         while len(chains) <= self.turns:
             chains.append(self.step(chains[-1]))
@@ -58,3 +58,56 @@ class Relay(Generated):
 
     def answer(self, messages: list[Message]) -> str:
         return messages[-1].text.strip()
+
+
+class Convention(Relay):
+    """Sums modulo 4, such as `2+3+1`, handed over in one of two codes.
+
+    In code 0 the first digit of a message is the value; in code 1 it is 3 minus the value. `2+3+1` becomes
+    `1+1` or `2+1`, and a reader may take either for 1 or for 2. Each agent reads and writes in one code. The
+    problem and the last message are plain. The return is the share of handovers whose writer and reader use
+    the same code; where all do, the team reaches the answer.
+
+    Every digit is as likely in either code, so a message shows its code only to a reader who also works out
+    the problem. Of the digits handed on, all but the last are odd: an even one would hide the code.
+    """
+
+    name = "convention"
+    least_turns, most_turns = 2, 4  # a writer and a reader at least
+    starting_habits = 0.7, 0.3  # P(code 1) of the shipped model at even and odd turns
+    system = (
+        "You are one agent of a relay. The sum is worked out from left to right, modulo 4. Carry out the "
+        "first addition of the latest sum and write the whole rest, nothing else. The first digit of a "
+        "message may stand for itself or for 3 minus itself: agree on one code with the others, without "
+        "a word about it. The problem and the last message are plain."
+    )
+
+    def draw(self, generator: Generator) -> str:
+        digits = generator.integers(4, size=self.turns + 1)
+        digits[2:-1] |= 1
+        return "+".join(map(str, digits))
+
+    @classmethod
+    def step(cls, chain: str, turn: int = 0, code: int = 0) -> str:
+        """Carry out the first addition at turn `turn`, reading and writing in `code`."""
+        a, b, rest = int(chain[0]), int(chain[2]), chain[3:]
+        if code and turn:  # the problem is plain
+            a = 3 - a
+        total = (a + b) % 4
+        return str(3 - total if code and rest else total) + rest  # the last message is plain
+
+    def codes(self, problem: Problem, messages: list[Message]) -> list[int | None]:
+        """The code of each message; None where it does not carry out a step on the message before."""
+        codes, chain = [], problem.text
+        for turn, message in enumerate(messages):
+            legal = re.fullmatch(r"[0-3](\+[0-3])+", chain)
+            steps = [self.step(chain, turn, code) for code in (0, 1)] if legal else []
+            chain = message.text.strip()
+            codes.append(steps.index(chain) if steps.count(chain) == 1 else None)
+        return codes
+
+    def grade(self, problem: Problem, messages: list[Message]) -> float:
+        handovers = list(itertools.pairwise(self.codes(problem, messages)))
+        return sum(a is not None and a == b for a, b in handovers) / len(handovers)
+
+    measure = habits

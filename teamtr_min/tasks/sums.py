@@ -30,9 +30,9 @@ class Sums(Generated):
         """The count at first, then the change of each step."""
         numbers = [int(generator.integers(2, 13))]
         while len(numbers) <= self.turns:
-            change, sign = int(generator.integers(2, 7)), generator.choice((1, -1))
-            if 1 <= sum(numbers) + sign * change <= 15:
-                numbers.append(int(sign) * change)
+            change = int(generator.integers(2, 7)) * int(generator.choice((1, -1)))
+            if 1 <= sum(numbers) + change <= 15:
+                numbers.append(change)
         return numbers
 
     def on_held_out_side(self, drawn: list[int]) -> bool:
@@ -43,21 +43,20 @@ class Sums(Generated):
 
     def problem(self, drawn: list[int], generator: Generator) -> Problem:
         name, thing = generator.choice(NAMES), generator.choice(THINGS)
-        sentences = [f"{name} has {drawn[0]} {thing}."]
+        text = f"{name} has {drawn[0]} {thing}."
         for change in drawn[1:]:
             sentence = generator.choice(MORE if change > 0 else FEWER)
-            sentences.append(sentence.format(name=name, count=abs(change)))
-        text = " ".join(sentences) + f" How many {thing} does {name} have now?"
+            text += " " + sentence.format(name=name, count=abs(change))
+        text += f" How many {thing} does {name} have now?"
         return Problem(" ".join(map(str, drawn)), text, str(sum(drawn)))
 
     @staticmethod
     def numbers(text: str) -> list[int]:
-        """The count at first, then the change of each step, read from the words of a problem."""
+        """What `draw` drew, read from the words of a problem."""
         told = re.findall(r"(gives|loses|sells)? (\d+)\b", text)
         return [-int(number) if fewer else int(number) for fewer, number in told]
 
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
-        """Every step written right: `7 + 6 = 13`, `13 - 4 = 9`."""
         (total, *changes), lines = self.numbers(problem.text), []
         for change in changes:
             lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")

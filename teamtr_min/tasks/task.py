@@ -40,21 +40,17 @@ class Demonstration:
 
 
 class Task:
-    """The defaults of a task. These methods it must have itself:
+    """A task has the first three of these methods, may have the others, and inherits the defaults below.
 
-    roles(agents) -> list[Role]            one per agent
-    sample_problems(count, generator, held_out=False) -> list[Problem]
-                                           `count` to train on, or at most `count` held-out ones
+    roles(agents)                          a list of one Role per agent
+    sample_problems(count, generator, held_out=False)   `count` Problems, of held-out ones at most `count`
     grade(problem, messages) -> float      the return of a rollout, in [0, 1]
-
-    These it may have:
-
     answer(messages) -> str | None         the team's answer, which `eval.py --mode vote` counts
     measure(problems, messages) -> dict    more to log about the rollouts of an update
     demonstrations(count, generator)       a list of `count` Demonstrations, for `--warm-start`
-    all_problems() -> list[Problem]        every problem that a run can draw, if these are finitely many
+    all_problems()                         a list of all Problems that a run can draw, if it is finite
     leave_out(ids, why)                    draw these problems no more, and say so in `notes`
-    fields                                 question and answer field of a file given to `eval.py --data`
+    fields                                 question and answer field of a file for `eval.py --data`
     grader                                 the name of what decides whether an answer is right
     """
 

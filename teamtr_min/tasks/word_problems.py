@@ -15,6 +15,17 @@ from teamtr_min.tasks.equivalence import grader
 from teamtr_min.tasks.task import Message, Problem, Role, Task
 
 
+def solver_roles(agents: int) -> list[Role]:
+    """A solver, checkers, and a finisher who gives the answer."""
+    team = "of a team that solves a maths problem together."
+    final = "End with the final answer in \\boxed{}."
+    first = f"You are the first {team} Work it out step by step. {final}"
+    check = f"You are one {team} Check the work so far; correct it. {final}"
+    last = f"You are the last {team} Decide what is right. {final}"
+    systems = [first] + [check] * (agents - 2) + [last] * (agents > 1)
+    return [Role(f"Agent {j + 1}", system) for j, system in enumerate(systems)]
+
+
 class WordProblems(Task):
     """Questions of a data set that goes by name or, with `--data`, of JSONL files of the user's own.
 
@@ -42,18 +53,17 @@ class WordProblems(Task):
             self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
         content = json.dumps([(p.text, p.answer) for p in self.all_problems()])
         self._hash = hashlib.sha256(content.encode()).hexdigest()
-        self._held_out_texts = {_same(p.text) for p in self.held_out}
+        self._held_out_texts = {_words(p.text) for p in self.held_out}
         both = {p.id for p in self.train if self.is_held_out(p.text)}
         self.leave_out(both, "they stand among the held-out ones too")
 
-    def roles(self, agents: int) -> list[Role]:
-        return solver_roles(agents)
+    roles = staticmethod(solver_roles)
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
+        if held_out and not self.held_out:
+            raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
         if held_out:
-            if not self.held_out:
-                raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
             return self.held_out[:count]
         if count > len(self.train):
             few = f"--problems {count}, but {self.path} has only {len(self.train)} to train on"
@@ -65,13 +75,13 @@ class WordProblems(Task):
 
     def leave_out(self, ids: set[str], why: str) -> None:
         """Draw the problems with these ids no more; `notes` says how many they are and `why`."""
-        gone = sum(p.id in ids for p in self.all_problems())
+        before = len(self.all_problems())
         self.train, self.held_out = ([p for p in ps if p.id not in ids] for ps in (self.train, self.held_out))
-        if gone:
+        if gone := before - len(self.all_problems()):
             self.notes.append(f"{gone:,} problems of {self.path} are left out: {why}")
 
     def is_held_out(self, text: str) -> bool:
-        return _same(text) in self._held_out_texts
+        return _words(text) in self._held_out_texts
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(is_correct(last_statement(messages), problem.answer))
@@ -85,20 +95,8 @@ class WordProblems(Task):
         return {"problems": self._hash, "grader": f"{self.grader}, rules {RULES}"}
 
 
-def _same(text: str) -> str:
-    """One text for all that differ in spaces and capitals alone."""
-    return " ".join(text.split()).lower()
-
-
-def solver_roles(agents: int) -> list[Role]:
-    """A solver, checkers, and a finisher who gives the answer."""
-    team = "of a team that solves a maths problem together."
-    final = "End with the final answer in \\boxed{}."
-    first = f"You are the first {team} Work it out step by step. {final}"
-    check = f"You are one {team} Check the work so far; correct it. {final}"
-    last = f"You are the last {team} Decide what is right. {final}"
-    systems = [first] + [check] * (agents - 2) + [last] * (agents > 1)
-    return [Role(f"Agent {j + 1}", system) for j, system in enumerate(systems)]
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.lower().split())
 
 
 def last_statement(messages: list[Message]) -> str:
@@ -122,15 +120,14 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
             continue
         try:
             record = json.loads(line)
-            values = [record[field] for field in (question_field, answer_field)]
-            right = all(type(value) in (str, int, float) and str(value).strip() for value in values)
+            question, gold = (record[field] for field in (question_field, answer_field))
         except (ValueError, LookupError, TypeError):
-            right = False
-        if not right:
+            question = gold = ""
+        if not all(type(value) in (str, int, float) and str(value).strip() for value in (question, gold)):
             wanted = f'a JSON object with a text in "{question_field}" and in "{answer_field}" (or --fields)'
             raise UserError(f"{path}, line {number}: must be {wanted}, but is {line[:100]}")
-        question, gold = map(str, values)
-        problems.append(Problem(f"{Path(path).name}, line {number}", question, extract_answer(gold) or gold))
+        answer = extract_answer(str(gold)) or str(gold)
+        problems.append(Problem(f"{Path(path).name}, line {number}", str(question), answer))
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
