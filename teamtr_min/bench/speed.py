@@ -74,7 +74,7 @@ class Machine:
         self.flops = 2 * n**3 / seconds["product"]  # a second
         self.bytes = 2 * source.nbytes / seconds["copy"]  # a second
         threads = torch.get_num_threads()
-        self.name = torch.cuda.get_device_name() if self.cuda else f"a CPU with {threads} threads"
+        self.name = torch.cuda.get_device_name() if self.cuda else f"a CPU, {threads} threads"
 
     def now(self) -> float:
         """Seconds, once the device is done."""
@@ -386,9 +386,8 @@ def run(name: str, flags: dict, short: bool = False) -> dict:
 
 def table(result: dict) -> str:
     r = result
+    what = f"{r['benchmark']}, {r['model']}, {r['dtype']}, on {r['device']}, median of {r['repeats']}"
     rates = f"{r['flops_per_second'] / 1e12:.3g} TFLOP/s, {r['bytes_per_second'] / 1e9:.3g} GB/s"
-    what = f"{r['benchmark']}, {r['model']}, {r['dtype']}, median of {r['repeats']}"
-    lines = [f"{what}, on {r['device']}: {rates}"]
     columns = {  # of a row: width, form, factor
         "seconds": ("ms", 9, ",.2f", 1e3),
         "tokens_per_second": ("tokens/s", 11, ",.0f", 1),
@@ -398,7 +397,8 @@ def table(result: dict) -> str:
         "peak_mib": ("MiB", 8, ",.0f", 1),
     }
     columns = {key: how for key, how in columns.items() if any(key in row for row in r["rows"])}
-    lines.append(" " * 39 + "".join(f"{title:>{width}}" for title, width, *_ in columns.values()))
+    titles = "".join(f"{title:>{width}}" for title, width, *_ in columns.values())
+    lines = [what, f"{rates:39}{titles}"]
     for row, above in zip(r["rows"], [None, *r["rows"]]):
         case = "" if above and above["case"] == row["case"] else row["case"]
         line = f"{case:16} {row['by']:22}" + row.get("missing", "")
