@@ -20,8 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from kernels import decode, layer
-from kernels import trust_region as trust
+from kernels import decode, layer, trust_region
 from kernels.launch import INTERPRETED, triton
 
 logprob = importlib.import_module("kernels.linear_logprob")  # the package's name for it is the function
@@ -38,12 +37,12 @@ def calls(H: int) -> list[tuple]:
     ids, floats = empty(N, dtype=torch.int64), empty(N, dtype=torch.float32)
     x, weight, qkv, norm = empty(B, H), empty(H), empty(B, (Q + 2 * K) * D), empty(D)
     table, cache = empty(2048, 1, D), empty(B, K, 1040, D)
-    entropy, loss = partial(logprob.linear_logprob_stats, entropy=True), trust.trust_region_loss
-    losses = [(f"+{r}", partial(loss, ratio=r), floats, floats, ids, floats[:512]) for r in trust.RATIOS]
+    entropy, loss = partial(logprob.linear_logprob_stats, entropy=True), trust_region.trust_region_loss
+    tokens, ratios = (floats, floats, ids, floats[:512]), trust_region.RATIOS
     return [
         ("", logprob.linear_logprob, empty(N, H), empty(V, H), ids),
         ("+entropy", entropy, empty(N, H), empty(V, H), ids),
-        *losses,
+        *((f"+{ratio}", partial(loss, ratio=ratio), *tokens) for ratio in ratios),
         ("", layer.rms_norm, x, weight, 1e-6),
         ("", layer.rotate, qkv.view(1, B, Q + 2 * K, D), table[None, :B], table[None, :B]),
         ("", layer.swiglu, empty(B, 2 * H)),
@@ -88,7 +87,7 @@ def main() -> int:
         if spilled or shared > SHARED_LIMIT[arch] or (arch == 90 and wgmma is False):
             failures.append(f"spills, takes too much shared memory or has no wgmma: {rows[built.hash]}")
 
-    for module in (logprob, trust, layer, decode):
+    for module in (logprob, trust_region, layer, decode):
         module.start, module.use_triton = build, lambda tensor: True
     for arch in SHARED_LIMIT:
         torch.cuda.get_device_capability = lambda device, major=arch // 10: (major, 0)

@@ -101,8 +101,7 @@ def decode_attend(
 def decode_merge(
     partial, most, total, at,  # as above
     out,  # out: (B, Q, D)
-    K, splits,
-    GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    K, splits, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row: its splits, in order."""
     program = tl.program_id(0).to(tl.int64)

@@ -34,8 +34,7 @@ def use_triton(tensor: Tensor) -> bool:
         raise ValueError(f"TEAMTR_KERNELS is {mode!r}; it must be auto, triton or torch")
     able = triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
     if mode == "triton" and not able:
-        needs = "Triton and a CUDA tensor, or TRITON_INTERPRET=1 for the CPU"
-        raise ValueError(f"TEAMTR_KERNELS=triton needs {needs}; this tensor is on {tensor.device}")
+        raise ValueError(f"TEAMTR_KERNELS=triton needs CUDA or TRITON_INTERPRET=1, not {tensor.device} alone")
     return mode != "torch" and able
 
 

@@ -74,22 +74,19 @@ def trust_messages(
             cut += tl.sum(tl.where(free > held, one, 0.0), 0)
             surrogate += tl.sum(tl.where(free > held, held, free) * one, 0)
     n = tl.maximum(n, 1.0)
-    k1 = -total
-    penalty = tl.load(beta + a, mask=(a >= 0) & (a < A), other=float("nan"))
+    k1, penalty = -total, tl.load(beta + a, mask=(a >= 0) & (a < A), other=float("nan"))
     if KL_UNIT == "token":
         k1, k3 = k1 / n, k3 / n
     if RATIO == "token":
         mean_w, cut, surrogate, rise = mean_w / n, cut / n, surrogate / n, gain / n
     else:
-        if RATIO == "mean":
-            total = total / n
+        unit = n if RATIO == "mean" else 1.0
+        total = total / unit
         mean_w = tl.exp(_clamp(total, -LIMIT, LIMIT))
         top_w = mean_w
         free, held = mean_w * gain, _clamp(mean_w, 1.0 - clip, 1.0 + clip) * gain
         cut, surrogate = tl.where(free > held, 1.0, 0.0), tl.where(free > held, held, free)
-        rise = tl.where((free <= held) & (tl.abs(total) <= LIMIT), free, 0.0)
-        if RATIO == "mean":
-            rise = rise / n
+        rise = tl.where((free <= held) & (tl.abs(total) <= LIMIT), free, 0.0) / unit
     tl.store(terms + m, v * k1)
     tl.store(terms + M + m, v * k3)
     tl.store(terms + 2 * M + m, v * cut)
@@ -200,15 +197,14 @@ def trust_region_loss(
     weight = advantage.new_ones(M) if weight is None else weight
     agent = message.new_zeros(M) if agent is None else agent
     beta = (beta if isinstance(beta, Tensor) else logp.new_full((), beta)).expand(n_agents)
-    per_token, per_message = (logp, old_logp, message), (advantage, weight, agent)
-    everything = (*per_token, *per_message)
-    same = all(x.shape == logp.shape for x in per_token) and all(x.shape == (M,) for x in per_message)
+    given = logp, old_logp, message, advantage, weight, agent
+    same = all(x.shape == logp.shape for x in given[:3]) and all(x.shape == (M,) for x in given[3:])
     ids = not (message.is_floating_point() or agent.is_floating_point())
     flat = logp.dim() == 1 and logp.dtype == torch.float32
-    if not (same and ids and flat and len({x.device for x in everything}) == 1):
-        given = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in everything)
+    if not (same and ids and flat and len({x.device for x in given}) == 1):
+        shown = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in given)
         wanted = "float32 logp, old_logp and ids message, (N,); advantage, weight and ids agent, (M,)"
-        raise ValueError(f"it takes {wanted}, on one device; these are {', '.join(given)}")
+        raise ValueError(f"it takes {wanted}, on one device; these are {', '.join(shown)}")
     if logp.device.type == "cpu":
         owners = message[message >= 0]
         if (owners.diff() < 0).any() or (owners >= M).any():

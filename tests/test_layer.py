@@ -115,7 +115,7 @@ def test_a_model_trains_alike_by_kernels_and_by_torch(launches, monkeypatch, fam
 
     model = random_model(family).to(DEVICE)
     if lora:
-        model = add_lora(model, Adapter("", "", rank=2, alpha=4.0))
+        model = add_lora(model, Adapter("", 2, 4.0))
         draw_adapter(model, seed=0, agent=0)
     tokens, found = random_tokens(model, 2, 4).to(DEVICE), []  # few: the interpreter is slow
     for by in ("triton", "torch"):
