@@ -101,6 +101,16 @@ def test_a_draw_inverts_the_cumulative_distribution(path, temperature, B, V):
     torch.testing.assert_close(logprob.cpu(), want_logprob, atol=1e-5, rtol=0)
 
 
+def test_the_middle_of_each_tokens_share_draws_that_token(path):
+    """Tokens beside the ends of strips among them; each has about 1 in 9,000."""
+    tokens = [0, 1, 17, 4095, 4096, 4097, 8191, 8192, 8999, 9000]
+    logits = 0.3 * random(1, 9001)
+    p = (logits[0].double() / 0.8).softmax(0)
+    uniform = (p.cumsum(0) - p / 2)[tokens].float()
+    token, _ = draw(logits.expand(len(tokens), -1), uniform, 0.8)
+    assert token.tolist() == tokens
+
+
 def test_a_draw_at_temperature_0_is_the_argmax():
     logits = 4 * random(5, 203)
     token, logprob = draw(logits, torch.full((5,), 0.5, device=DEVICE), 0)
