@@ -5,8 +5,9 @@ Without one the same tests compare the CPU with itself, so that they are known t
 
 import pytest
 import torch
+from ready import Prepared
 from tiny import FAMILIES, random_model, random_tokens
-from toy_runs import prepared, results, run
+from toy_runs import results, run
 
 from teamtr_min.engine.sampler import generate
 
@@ -43,12 +44,11 @@ def test_messages_are_those_of_a_cpu_and_do_not_depend_on_the_batch(device):
 
 
 @on_each
-@pytest.mark.parametrize("estimator", ["k3", "exact"])
-def test_an_update_is_that_of_a_cpu(device, estimator):
+def test_an_update_is_that_of_a_cpu(device):
     """Two steps and the radius; returns are a function of what was said, so both have the same."""
     kl, masters = [], []
     for where in ("cpu", device):
-        ready = prepared(device=where, dtype="fp32", inner_steps=2, lr=3e-4, kl_estimator=estimator)
+        ready = Prepared(device=where, dtype="fp32", inner_steps=2, lr=3e-4)
         outcome = ready.update()
         assert outcome.steps == 2
         kl.append(outcome.kept["kl"])

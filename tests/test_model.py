@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from teamtr_min.engine.attention import attend, attend_by_products, attend_reference
 from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.engine.model import KVCache, checkpoint_tensors, rope_table, rotate, split_fused
+from teamtr_min.engine.cache import KVCache, Step, attend
+from teamtr_min.engine.model import checkpoint_tensors, split_fused
+from teamtr_min.engine.packing import pack, trees_of
 from teamtr_min.engine.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
@@ -97,82 +98,108 @@ def test_logits_and_gradients_equal_transformers(family, tied):
             assert torch.allclose(grad, gradients[part], atol=1e-5, rtol=1e-3), part
 
 
-@pytest.mark.parametrize("Q, K", [(6, 2), (3, 3), (5, 1)])
-def test_attend_equals_attend_reference(Q, K):
-    generator = torch.Generator().manual_seed(Q)
-    B, T, span, D = 3, 7, 11, 10
-    q = torch.randn(B, Q, T, D, generator=generator)
-    k, v = (torch.randn(B, K, span, D, generator=generator) for _ in "kv")
-    hidden = torch.rand(B, 1, T, span, generator=generator) < 0.5
-    hidden[..., 0] = False  # a query sees something
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)
-    torch.testing.assert_close(attend(q, k, v, mask), attend_reference(q, k, v, mask))
-    k, v = k[:, :, :T], v[:, :, :T]
-    torch.testing.assert_close(attend(q, k, v, None), attend_reference(q, k, v, None))
-    everything = torch.zeros(B, 1, T, T)
-    assert not torch.allclose(attend(q, k, v, None), attend(q, k, v, everything))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, 17, 65])  # the last by batched products
-@pytest.mark.parametrize("Q, K", [(5, 1), (6, 3), (3, 3)])
-def test_one_new_token_a_row_attends_as_the_reference_does(rows, Q, K):
-    """With views of a cache whose capacity is larger, with and without a mask, at a span of no multiple."""
-    generator = torch.Generator().manual_seed(rows)
-    span, capacity, D = 23, 37, 10
-    q = torch.randn(rows, 1, Q, D, generator=generator).transpose(1, 2)  # (B, Q, T, D)
-    k, v = (torch.randn(rows, K, capacity, D, generator=generator)[:, :, :span] for _ in "kv")
-    seen = torch.arange(span) < torch.randint(1, span + 1, (rows, 1, 1, 1), generator=generator)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
-    for given in (mask, None):
-        got = attend(q, k, v, given)
-        assert got.shape == q.shape
-        torch.testing.assert_close(got, attend_reference(q, k, v, given), atol=1e-5, rtol=0)
-
-
-def test_batched_products_equal_the_kernel_they_replace(monkeypatch):
-    q = torch.randn(65, 6, 1, 10, generator=torch.Generator().manual_seed(0))
-    k = torch.randn(65, 2, 23, 10, generator=torch.Generator().manual_seed(1))
-    products = attend(q, k, k, None)
-    torch.testing.assert_close(attend_by_products(q.view(65, 2, 3, 10), k, k, None).view(q.shape), products)
-    monkeypatch.setattr("teamtr_min.engine.attention.PRODUCTS_FROM_ROWS", 66)
-    torch.testing.assert_close(attend(q, k, k, None), products)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rope_table_holds_the_angles_of_every_position(family):
-    config = random_model(family).config
-    cos, sin = rope_table(config, 37, torch.device("cpu"), torch.float32)  # (37, 1, D)
-    x = torch.randn(1, 37, 3, config.head_dim, generator=torch.Generator().manual_seed(0))
-    a, b = x.double().chunk(2, -1)
-    angle = torch.arange(37)[:, None, None] * torch.tensor(frequencies_by_definition(config))
-    number = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
-    expected = torch.cat((number.real, number.imag), -1)
-    torch.testing.assert_close(rotate(x, cos, sin).double(), expected, atol=1e-5, rtol=0)
+def test_a_checkpoint_sees_the_rows_of_fused_parameters(family):
+    """Writing to what it names writes to the model, and to each number of it once."""
+    model = random_model(family, tied=False)
+    tensors = checkpoint_tensors(model)
+    assert set(tensors) == set(in_transformers(model).state_dict())
+    for n, part in enumerate(tensors.values()):
+        part.fill_(n)
+    assert sum(part.numel() for part in tensors.values()) == sum(p.numel() for p in model.parameters())
+    qkv = model.model.layers[1].self_attn.qkv_proj.weight
+    parts = [tensors[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]
+    assert torch.equal(qkv, torch.cat(parts)) and len(set(qkv[:, 0].tolist())) == 3
+
+
+def attend_reference(q, k, v, mask):
+    """What `attend` computes, written out."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, Q, S, D)
+    T, S = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.zeros(T, S).masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -math.inf)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, Q, T, S)
+    return (scores + mask).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("rows, T", [(3, 7), (1, 1), (17, 1), (65, 1)])  # the last by two batched products
+@pytest.mark.parametrize("Q, K", [(6, 2), (3, 3), (5, 1)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attend_equals_its_definition(rows, T, Q, K, dtype, bound):
+    """With views of a cache whose capacity is larger, with and without a mask, at sizes of no multiple."""
+    generator = torch.Generator().manual_seed(rows)
+    S, capacity, D = 23, 37, 10
+    q = torch.randn(rows, T, Q, D, generator=generator, dtype=dtype).transpose(1, 2)
+    k, v = (torch.randn(rows, K, capacity, D, generator=generator, dtype=dtype)[:, :, :S] for _ in "kv")
+    seen = torch.rand(rows, 1, T, S, generator=generator) < 0.5
+    seen[..., 0] = True  # a query sees something
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)
+    for given, x, y in ((mask, k, v), (None, k[:, :, : T if T > 1 else S], v[:, :, : T if T > 1 else S])):
+        got = attend(q, x, y, given)
+        assert got.shape == q.shape and got.dtype == dtype
+        expected = attend_reference(*(t.double() for t in (q, x, y)), given)
+        torch.testing.assert_close(got.double(), expected, atol=bound, rtol=bound)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, 17, 65])
-def test_equally_long_rows_need_no_mask(rows, monkeypatch):
-    """Of single tokens: with the common length told and without, the same hidden states."""
-    model = random_model("qwen3")  # three key heads
-    tokens = random_tokens(model, rows, 13)
-    masks, seen = [], []
-    monkeypatch.setattr(
-        "teamtr_min.engine.model.attend", lambda q, k, v, mask: masks.append(mask) or attend(q, k, v, mask)
-    )
-    for told in (True, False):
-        cache = KVCache(model.config, rows, 0, model.device, model.dtype)
-        masks.clear()
-        hidden = []
-        for start, stop in ((0, 9), (9, 10), (10, 11), (11, 13)):
-            cache.reserve(stop, start if told else None)
-            hidden.append(model.hidden(tokens[:, start:stop], cache))
-            cache.length += stop - start
-        seen.append(torch.cat(hidden, 1))
-        assert [mask is None for mask in masks[:: model.config.layers]] == [False, told, told, False]
-    torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen[0], model.hidden(tokens), atol=1e-4, rtol=0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_steps_equal_one_pass(family):
+    """Rows of different lengths, fed in pieces, in any order, with padding, as trees, over leftovers."""
+    model = random_model(family)
+    lengths = [41, 17, 30, 5]
+    tokens = random_tokens(model, 4, max(lengths))
+    whole = model.hidden(tokens)
+    cache = KVCache(model, 4, 2)
+    cache.keys.fill_(1e4), cache.values.fill_(1e4)  # leftovers of another row
+    got = torch.full_like(whole, math.nan)
+
+    def feed(rows, counts, even=False):
+        T, index = max(counts), torch.arange(4)[rows]
+        start = cache.length[rows].tolist()
+        piece = torch.zeros(len(counts), T, dtype=torch.long)
+        for i, (row, n) in enumerate(zip(index, counts)):
+            piece[i, :n] = tokens[row, start[i] : start[i] + n]
+        hidden = model.hidden(piece, Step.after(cache, rows, T, max(start) + T, even))
+        for i, (row, n) in enumerate(zip(index, counts)):
+            got[row, start[i] : start[i] + n] = hidden[i, :n]
+        cache.length[rows] += torch.tensor(counts)
+
+    feed(torch.tensor([2, 0]), [3, 11])
+    feed(torch.tensor([3, 1]), [3, 3], even=True)
+    feed(torch.tensor([3, 1]), [2, 13])
+    feed(slice(0, 2), [1, 1])
+    feed(slice(2, 3), [27], even=True)
+    for n in range(29):
+        feed(slice(0, 1), [1], even=n % 2 == 0)
+    assert cache.length.tolist() == lengths
+    for row, n in enumerate(lengths):
+        torch.testing.assert_close(got[row, :n], whole[row, :n], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_tree_of_new_prompts_leaves_each_row_its_own_entries():
+    """Then rows trade places, and go on as if each had been fed by itself."""
+    model = random_model("qwen3")
+    tokens = random_tokens(model, 3, 9)
+    tokens[1, :5], tokens[2] = tokens[0, :5], tokens[0]
+    cache = KVCache(model, 4, 12)
+    lengths = {3: 8, 0: 6, 1: 8}  # row of the cache -> what it holds of tokens[0], [1], [2]
+    sequences = [(row, tokens[i, :n].tolist()) for i, (row, n) in enumerate(lengths.items())]
+    packed = pack(trees_of(sequences, 100, 1e9), torch.device("cpu"))
+    assert packed.tokens.numel() == 9 and packed.end is not None
+    step = Step.trees(packed.positions, packed.end, model.dtype)
+    rows = torch.tensor([row for row, path in packed.paths.items() for _ in path])
+    source = torch.tensor([t for path in packed.paths.values() for t in path])
+    step.keep(cache, rows, packed.positions.flatten()[source], source)
+    model.hidden(packed.tokens, step)
+    cache.length[list(lengths)] = torch.tensor(list(lengths.values()))
+    cache.permute(torch.tensor([0, 3]), torch.tensor([3, 0]))
+    index, at = [0, 1, 2], [8, 6, 8]  # of the places 0, 3 and 1
+    step = Step.after(cache, torch.tensor([0, 3, 1]), 1, 9)
+    last = model.hidden(tokens[index, at][:, None], step)[:, 0]
+    torch.testing.assert_close(last, model.hidden(tokens)[index, at], atol=1e-5, rtol=0)
+    entries = cache.keys[:, 0].numel() + cache.values[:, 0].numel()
+    assert entries == cache.capacity * model.config.kv_per_token
 
 
 @torch.no_grad()
@@ -182,69 +209,6 @@ def test_logits_in_pieces_are_those_of_one_product(monkeypatch):
     whole = model.logits(hidden)
     monkeypatch.setattr("teamtr_min.engine.model.HEAD_PIECE", 11)
     torch.testing.assert_close(model.logits(hidden), whole, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_position_sees_a_later_token(family):
-    model = random_model(family)
-    tokens = random_tokens(model, 1, 23)
-    changed = tokens.clone()
-    changed[0, 13] = (changed[0, 13] + 1) % model.config.vocab_size
-    before, after = model(tokens)[0], model(changed)[0]
-    torch.testing.assert_close(after[:13], before[:13], atol=1e-5, rtol=0)
-    assert ((after - before).abs().amax(-1) > 1e-3)[13:].all()  # and every later one does see it
-    padded = model(torch.nn.functional.pad(tokens, (0, 6), value=7))[0]
-    torch.testing.assert_close(padded[:23], before, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_steps_equal_one_pass(family):
-    """Rows of different lengths, fed in pieces, out of order, with padding, over leftovers in the cache."""
-    model = random_model(family)
-    lengths = [41, 17, 30, 5]
-    tokens = random_tokens(model, 4, max(lengths))
-    whole = model.hidden(tokens)
-    cache = KVCache(model.config, 4, 2, model.device, model.dtype)
-    cache.keys.fill_(1e4), cache.values.fill_(1e4)  # leftovers of somebody else
-    got = torch.full_like(whole, math.nan)
-
-    def feed(rows, counts):
-        width, index = max(counts), torch.arange(4)[rows]
-        start = cache.length[rows].tolist()
-        cache.reserve(max(start) + width)
-        piece = torch.zeros(len(counts), width, dtype=torch.long)
-        for i, (row, n) in enumerate(zip(index, counts)):
-            piece[i, :n] = tokens[row, start[i] : start[i] + n]
-        hidden = model.hidden(piece, cache, rows)
-        for i, (row, n) in enumerate(zip(index, counts)):
-            got[row, start[i] : start[i] + n] = hidden[i, :n]
-        cache.length[rows] += torch.tensor(counts)
-
-    feed(torch.tensor([2, 0]), [3, 11])
-    feed(torch.tensor([3, 1]), [5, 16])
-    feed(slice(0, 3), [1, 1, 1])
-    feed(torch.tensor([2]), [26])
-    for _ in range(29):
-        feed(slice(0, 1), [1])
-    assert cache.length.tolist() == lengths
-    for row, n in enumerate(lengths):
-        torch.testing.assert_close(got[row, :n], whole[row, :n], atol=1e-4, rtol=0)
-
-
-@torch.no_grad()
-def test_cache_rows_trade_places_and_copy():
-    model = random_model("qwen2")
-    tokens = random_tokens(model, 3, 9)
-    cache = KVCache(model.config, 3, 0, model.device, model.dtype)
-    cache.reserve(9)
-    model.hidden(tokens[:, :8], cache)
-    cache.length += torch.tensor([8, 5, 7])
-    cache.permute(torch.tensor([0, 2, 1]), torch.tensor([2, 0, 0]))  # a swap, and a copy into row 1
-    row, at = [2, 0, 0], [7, 8, 8]
-    last = model.hidden(tokens[row, at][:, None], cache)[:, 0]
-    torch.testing.assert_close(last, model.hidden(tokens)[row, at], atol=1e-5, rtol=0)
-    assert cache.keys[:, 0].numel() + cache.values[:, 0].numel() == 9 * model.config.kv_per_token
 
 
 @each_model

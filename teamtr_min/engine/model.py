@@ -143,12 +143,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: list[Tensor], layer: int, step: Step, where: Tensor | None) -> Tensor:
         (B, T, _), Q, K = x.shape, self.heads, self.kv_heads
         qkv = self.qkv_proj(x).view(B, T, Q + 2 * K, self.head_dim)
-        q, k, v = qkv.split([Q, K, K], 2)  # (B, T, Q, D), (B, T, K, D), (B, T, K, D)
+        turned, v = qkv.split([Q + K, K], 2)  # (B, T, Q + K, D), (B, T, K, D)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        else:
+            q, k = turned.split([Q, K], 2)
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        elif v.requires_grad:
             v = v.contiguous()  # a view would keep all of qkv for the way back, as the norms do
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(turned, *rope).split([Q, K], 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, Q or K, T, D)
         y = attend(q, *step.exchange(layer, k, v), step.mask)  # (B, Q, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, Q * D)

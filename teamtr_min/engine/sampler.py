@@ -21,7 +21,6 @@ from teamtr_min.engine.packing import batches_of, pack, trees_of
 
 PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
 PREFILL_TREE = 512  # tokens of a prefix tree of prompts: attention looks at every pair of them
-SYNC_STEPS = 16  # on CUDA: decode steps between two looks at which rows have ended
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,9 @@ class Sampler:
 
     def __init__(self, model: Transformer):
         self.model, self.prefill_tokens = model, PREFILL_TOKENS
+        self.check_every = (
+            16 if model.device.type == "cuda" else 1
+        )  # steps between two looks at what has ended
         self.cache: KVCache | None = None
         self.decode: Decode | None = None
         self.row_at = self.held = torch.empty(0, dtype=torch.long)
@@ -118,7 +120,6 @@ class Sampler:
         uniforms = rng.uniforms(keys, max_new_tokens, device).t()  # (max_new_tokens, B)
         tokens = torch.zeros(max_new_tokens, count, dtype=torch.long, device=device)
         logprobs = torch.zeros(max_new_tokens, count, device=device)
-        check_every = SYNC_STEPS if device.type == "cuda" else 1
 
         # 1. Prefill: what the cache lacks of each prompt.
         hidden = self._prefill([prompts[i] for i in live.tolist()])  # (B, H)
@@ -135,7 +136,7 @@ class Sampler:
                 token, logprob = self.decode.next(token, uniforms[t, index], temperature, span, even)
             tokens[t, index], logprobs[t, index] = token, logprob
             ended |= torch.isin(token, stops)
-            if (t + 1) % check_every == 0 and ended.any():
+            if (t + 1) % self.check_every == 0 and ended.any():
                 # 4. Messages that have ended leave the batch.
                 goes_on = ~ended.cpu()
                 order = self._to_front(goes_on)[: int(goes_on.sum())]
