@@ -14,8 +14,8 @@ from kernels import decode as kernels
 from kernels import layer
 from teamtr_min.engine import decode
 from teamtr_min.engine.cache import KVCache, Step
-from teamtr_min.engine.lora import Adapter, add_lora
 from teamtr_min.engine.sampler import Sampler, generate
+from teamtr_min.hf.lora import Adapter, add_lora
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
