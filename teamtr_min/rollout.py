@@ -231,6 +231,9 @@ def collect(
     most = max(team.ranks.gather(stop - start))
 
     def sample(batch_rows: int) -> list[list[Message]]:
+        if batch_rows < team.batch_rows:  # that many have filled the memory
+            for agent in (agent for agent in team.agents if agent.sampler):
+                agent.sampler.release()
         messages, total = [], (stop - start) * team.turns
         with tqdm(total=total, desc=label, unit="message", delay=1, leave=False, disable=None) as bar:
             for first in range(start, start + most, batch_rows):  # a process with fewer rows keeps company

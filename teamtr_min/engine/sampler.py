@@ -73,7 +73,7 @@ class Sampler:
     def start(self, rows: int) -> None:
         """Begin a collection of so many sequences, which are empty."""
         if self.cache is None or len(self.cache.length) < rows:
-            self.cache = self.decode = None  # frees the memory first
+            self.release()  # before more is asked for
             self.cache = KVCache(self.model, rows)
             self.decode = Decode(self.model, self.cache)
         self.cache.length.zero_()
@@ -82,7 +82,11 @@ class Sampler:
 
     def finish(self) -> None:
         if self.decode is None or not self.decode.graphs:
-            self.cache = self.decode = None
+            self.release()
+
+    def release(self) -> None:
+        """Give back the memory of cache and graphs."""
+        self.cache = self.decode = None
 
     @torch.inference_mode()
     def generate(

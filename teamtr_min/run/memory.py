@@ -99,8 +99,9 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     needs = Needs(config, task, drawn, config.model_of_each, ranks)
     rollouts = ranks.largest_share(config.problems) * config.group
     most_rows = max(rollouts, ranks.largest_share(len(held_out)))
-    # Rollouts of a problem share its prompt, and most messages are shorter than they may be.
-    most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2)
+    # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
+    # have equal returns, so their batches leave nothing for a backward pass.
+    most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2) // 2
     needs.messages = config.turns * max(2 * config.problems * config.group, len(held_out))
     groups = [needs.speakers] if config.occupancy == "joint" else [[j] for j in needs.speakers]
     optimizers = [needs.optimizer(group) for group in groups]

@@ -54,7 +54,8 @@ class Run:
         try:
             if self.team.ranks.first:
                 self._claim()
-            log.say(f"{log.header(self.config, self.team, self.directory)}\n{self.plan}")
+            header = log.header(self.config, self.team, self.directory)
+            log.say("\n".join([header, str(self.plan), *self.task.notes]))
             if self.config.resume:
                 self._resume()
         except BaseException:
