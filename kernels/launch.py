@@ -10,6 +10,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    import triton.tools.tensor_descriptor  # which `import triton` leaves out
 except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only the torch references run
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 

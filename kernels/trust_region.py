@@ -156,8 +156,7 @@ class _TrustRegion(torch.autograd.Function):
         # An ignored slot takes the id before it, so ids ascend and a message is one stretch of slots.
         ids = message.cummax(0).values if N else message
         bounds = torch.searchsorted(ids, torch.arange(M + 1, device=ids.device))
-        shapes = (8, M), (2, M), (6, A), (), ()
-        terms, pull, stats, loss, mass = (logp.new_empty(shape) for shape in shapes)
+        terms, pull, stats, loss, mass = map(logp.new_empty, ((8, M), (2, M), (6, A), (), ()))
         start(
             trust_messages, M, logp, old_logp, message, bounds, advantage, weight, agent, beta,
             terms, pull, M, A, clip, RATIO=ratio, KL_UNIT=kl_unit, BLOCK=BLOCK,
