@@ -17,7 +17,7 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks, unsharded, whole
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Sampler
-from teamtr_min.files import UserError, defined_at, function_from_file, replacing
+from teamtr_min.files import UserError, function_from_file, replacing
 from teamtr_min.hf.chat import ChatFormat, Tokenizer
 from teamtr_min.hf.lora import Adapter, save_adapter
 from teamtr_min.hf.weights import save_model
@@ -107,9 +107,9 @@ class Team:
         except TypeError:
             chosen = -1
         if not 0 <= chosen < n:
+            place = f"{self.router.__module__}, line {self.router.__code__.co_firstlineno}"
             raise UserError(
-                f"{defined_at(self.router)}: `router` returned {choice!r} at turn {turn}; "
-                f"agents are numbered 0 to {n - 1}"
+                f"{place}: `router` returned {choice!r} at turn {turn}; agents are numbered 0 to {n - 1}"
             )
         return chosen
 

@@ -33,7 +33,7 @@ from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.model import Transformer, checkpoint_tensors
 from teamtr_min.engine.sampler import Sampler
-from teamtr_min.files import UserError, one_line
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import config_json
 from teamtr_min.learner import GRADIENT_NORM, Learner
 from teamtr_min.objective import teamtr_loss, trust_region_loss
@@ -102,7 +102,7 @@ class Machine:
             except Exception as error:  # a peer may be missing, or refuse this shape, device or torch
                 if name == "ours":
                     raise
-                rows[name]["missing"] = one_line(str(error) or type(error).__name__, 40)
+                rows[name]["missing"] = (str(error) or type(error).__name__)[:40]
                 continue
             works[name], right = work, got if right is None else right
             if isinstance(got, tuple):

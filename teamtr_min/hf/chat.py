@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from teamtr_min.files import UserError, one_line, read_json, write_json
+from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf.hub import TOKENIZER_FILES
 from teamtr_min.hf.weights import find_base, find_model
 
@@ -56,7 +56,7 @@ class Tokenizer:
             self.template = self._own_template(config)
             self.unk_id = self.backend.token_to_id(self.special.get("unk_token", ""))
         except Exception as error:  # the backend raises bare Exceptions
-            raise UserError(f"{self.directory} holds no usable tokenizer: {one_line(error)}") from None
+            raise UserError(f"{self.directory} holds no usable tokenizer: {error}") from None
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = {i for i, token in added.items() if token.special}
         self.hash = hashlib.sha256(f"{text}{sorted(map(str, added.items()))}".encode()).hexdigest()
@@ -129,7 +129,7 @@ class Tokenizer:
         try:
             return _compiled(CHATML if self.template is None else self.template).render(values)
         except Exception as error:  # a template may raise anything
-            why = one_line(error) or type(error).__name__
+            why = str(error) or type(error).__name__
             raise UserError(f"the chat template of {self.directory} fails on a conversation: {why}") from None
 
     def save(self, directory: Path) -> None:

@@ -5,8 +5,7 @@
         state.json                   betas, and the state of the run: lengths of its logs, results, costs
         SHA256.json                  the checksum of each of these files
 
-Problems, orders, routes and draws are functions of the seed (engine/rng.py), and the learning rate is one of
-the update's number: nothing of them is stored.
+What is drawn is a function of the seed (engine/rng.py), and the learning rate one of the update's number.
 """
 
 import shutil
@@ -53,14 +52,13 @@ def load(directory: Path, learners: list[Learner]) -> dict | None:
     """
     checkpoints, ranks = _newest_first(directory), learners[0].ranks
     for checkpoint in checkpoints:
-        if not ranks.agree(ranks.first and _undamaged(checkpoint)):
-            print(f"{checkpoint} is damaged; trying the one before", flush=True)
-            continue
-        state = read_json(checkpoint / "state.json")
-        for j, learner in enumerate(learners):
-            learner.beta = state["beta"][j]
-            _restore(learner, checkpoint / f"learner-{j}.safetensors")
-        return state["run"]
+        if ranks.agree(ranks.first and _undamaged(checkpoint)):
+            state = read_json(checkpoint / "state.json")
+            for j, learner in enumerate(learners):
+                learner.beta = state["beta"][j]
+                _restore(learner, checkpoint / f"learner-{j}.safetensors")
+            return state["run"]
+        print(f"{checkpoint} is damaged; trying the one before", flush=True)
     if checkpoints:
         raise UserError(f"every checkpoint under {directory / 'checkpoints'} is damaged")
     return None

@@ -24,21 +24,14 @@ class Questions:
     """The task of a team that only answers questions: roles, and where its answer stands."""
 
     def __init__(self, roles: list[Role]):
-        self.given = roles
-
-    def roles(self, agents: int) -> list[Role]:
-        return self.given
+        self.roles = lambda agents: roles
 
     def answer(self, messages: list[Message]) -> str | None:
         return extract_answer(last_statement(messages))
 
 
-def load_team(
-    source: str | Path | Sequence[str | Path],
-    roles: Sequence[Role | dict | str] | None = None,
-    **knobs,
-) -> Team:
-    """A team to talk to: of a run (its directory), or of a list of model directories, one per agent.
+def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **knobs) -> Team:
+    """A team to talk to. `source`: the directory of a run, or a list of model directories, one per agent.
 
     `roles`: a Role, {"name", "system"} or system prompt per agent (default: those of the run's task, or a
     solver, checkers and a finisher). `knobs` are Config's, such as device, dtype, temperature, rounds.
@@ -67,50 +60,40 @@ def roles_of(config: Config, task: Task) -> list[Role]:
     roles = task.roles(config.agents)
     if config.roles:
         try:
-            roles = [
-                as_role(j, role) for j, role in enumerate(json.loads(Path(config.roles).read_text("utf-8")))
-            ]
+            given = json.loads(Path(config.roles).read_text("utf-8"))
+            roles = [as_role(j, role) for j, role in enumerate(given)]
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f'--roles {config.roles}: not a JSON list of {{"name", "system"}}: {error}'
-            ) from None
+            why = f'not a JSON list of {{"name", "system"}}: {error}'
+            raise UserError(f"--roles {config.roles}: {why}") from None
     if len(roles) != config.agents:
         raise UserError(f"{config.roles or config.task} has {len(roles)} roles for {config.agents} agents")
     return roles
 
 
-def build_team(
-    config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence[str | Path] | None = None
-) -> Team:
+def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None) -> Team:
     """Load a model, or adapter, per agent; `sources` replace `config.model_of_each`. Raises UserError."""
     device, dtype = placement(config)
     roles = roles_of(config, task)
-    sources = sources or config.model_of_each
-    speakers = [j for j, role in enumerate(roles) if role.tool is None]
-    paths = {find_model(sources[j]) for j in speakers}
-    chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in paths}
     agents = [Agent(role) for role in roles]
+    speakers = [j for j, role in enumerate(roles) if role.tool is None]
+    names = [(sources or config.model_of_each)[j] for j in speakers]
+    directories = [find_model(name) for name in names]
+    chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(directories)}
     first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
-    loaded = load_models(
-        [sources[j] for j in speakers], first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed
-    )
-    for j, (model, adapter) in zip(speakers, loaded):
-        chat = chats[find_model(sources[j])]
-        if config.max_new_tokens >= model.config.max_positions:
+    models = load_models(names, first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed)
+    for j, name, path, (model, adapter) in zip(speakers, names, directories, models):
+        chat, tokens, positions = chats[path], config.max_new_tokens, model.config.max_positions
+        known, embedded = chat.tokenizer.vocab_size, model.config.vocab_size
+        if tokens >= positions:
             raise UserError(
-                f"--max-new-tokens {config.max_new_tokens} leaves no room in "
-                f"the {model.config.max_positions} positions of {sources[j]}"
+                f"--max-new-tokens {tokens} leaves no room in the {positions} positions of {name}"
             )
-        if chat.tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"{sources[j]}: the tokenizer has {chat.tokenizer.vocab_size} tokens, "
-                f"but the model only {model.config.vocab_size}"
-            )
+        if known > embedded:
+            raise UserError(f"{name}: the tokenizer has {known} tokens, but the model only {embedded}")
         if ranks.size > 1:
             shard(model, ranks, device, dtype)
         agents[j] = Agent(roles[j], model, chat.tokenizer, chat, adapter, Sampler(model))
-    rows = config.batch_rows or Team.batch_rows
-    router = load_router(config.router)
+    rows, router = config.batch_rows or Team.batch_rows, load_router(config.router)
     return Team(agents, task, router, config.rounds, config.temperature, config.max_new_tokens, rows, ranks)
 
 
@@ -124,7 +107,6 @@ def placement(config: Config) -> tuple[torch.device, torch.dtype]:
         kernels.use_triton(torch.empty(0, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return device, DTYPES[
-        config.dtype
-    ] if config.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    auto = torch.bfloat16 if half else torch.float32
+    return device, auto if config.dtype == "auto" else DTYPES[config.dtype]

@@ -1,6 +1,6 @@
 """A run around the loop of train.py: its directory, logs, evaluations, checkpoints, resume and summary."""
 
-import contextlib
+import collections
 import hashlib
 import os
 import shutil
@@ -19,8 +19,7 @@ from teamtr_min.run.memory import Plan, peak
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
-LOGS = ("metrics.jsonl", "transcripts.jsonl")  # the first is also what a run locks
-
+METRICS, TRANSCRIPTS = LOGS = ("metrics.jsonl", "transcripts.jsonl")
 SECONDS_BETWEEN_CHECKPOINTS = 60  # of a warm start
 
 
@@ -33,7 +32,8 @@ class Run:
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
         self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
-        self.directory = Path(config.resume or config.out or default_directory(config))
+        name = f"{Path(config.task).stem}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+        self.directory = Path(config.resume or config.out or Path("runs", name))
         generator = rng.generator(0, "held-out")
         self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
         self.begin = self.saved = time.perf_counter()  # `saved`: when the newest checkpoint was written
@@ -41,42 +41,33 @@ class Run:
         self.updates: list[dict] = []  # their lines in metrics.jsonl
         self.stages: list[dict] = []  # and those of the stages
         self.results: dict = {}  # accuracy_NAME, return_NAME and their intervals, as far as measured
-        self.costs = {
-            "rollouts_evaluation": 0, "tokens_sampled_evaluation": 0, "seconds_evaluation": 0.0,
-            "tokens_warm_start": 0, "seconds_warm_start": 0.0,
-        }  # fmt: skip
+        self.costs = collections.Counter()  # of evaluations and warm start
         self.summary: dict = {}
-        self.files: dict = {}
+        self.files: dict = {}  # the open logs; the first is also the lock of the directory
         self.removable = False  # a new directory that holds nothing worth keeping yet
         self.bar = tqdm(total=config.stages * len(learners), unit="update", disable=None, leave=False)
 
     def __enter__(self) -> "Run":
-        try:
-            if self.team.ranks.first:
-                self._claim()
-            header = log.header(self.config, self.team, self.directory)
-            log.say("\n".join([header, str(self.plan), *self.task.notes]))
-            if self.config.resume:
-                self._resume()
-        except BaseException:
-            self._close()
-            raise
+        if self.team.ranks.first:
+            self._lock()
+        header = log.header(self.config, self.team, self.directory)
+        log.say("\n".join([header, str(self.plan), *self.task.notes]))
+        if self.config.resume:
+            self._resume()
         return self
 
     def evaluate(self, name: str) -> None:
         """Measure "untrained", "start" or "final"; a resumed run keeps what it has measured before."""
-        if f"accuracy_{name}" in self.results:
-            return
-        self.results |= self._measure(name)
-        if name != "final":
-            shown = log.held_out_score(self.results, name)
-            log.say(f"{name:13s} held-out {shown}, {len(self.held_out):,} problems")
+        if f"accuracy_{name}" not in self.results:
+            self.results |= self._measure(name)
+            if name != "final":  # which the closing lines tell
+                shown = log.held_out_score(self.results, name)
+                log.say(f"{name:13s} held-out {shown}, {len(self.held_out):,} problems")
 
     def log_warm_start(self, line: dict, seconds: float) -> None:
         """One step of one learner."""
-        self._append("metrics.jsonl", [{"kind": "warm_start", **line, "seconds": seconds}])
-        self.costs["tokens_warm_start"] += line["tokens"]
-        self.costs["seconds_warm_start"] += seconds
+        self._append(METRICS, [{"kind": "warm_start", **line, "seconds": seconds}])
+        self.costs.update(tokens_warm_start=line["tokens"], seconds_warm_start=seconds)
         self.bar.set_postfix_str(f"warm start, step {line['step'] + 1}, loss {line.get('loss', 0):.3f}")
 
     def end_warm_step(self, step: int) -> None:
@@ -96,29 +87,27 @@ class Run:
             more |= measure(rollouts.problems, rollouts.messages)
         if taken := line.keys() & more.keys():
             raise UserError(f"`measure` of the task returns {', '.join(taken)}, which are logged already")
-        self.updates += self._append("metrics.jsonl", [line | more])
+        self.updates += self._append(METRICS, [line | more])
         if i == 0:
-            self._append("transcripts.jsonl", log.transcripts(rollouts, stage, "train"))
-        if len(self.updates) == len(self.learners):
-            log.say(log.nothing_to_learn(self.config, self.updates))
-        self.bar.set_postfix_str(log.score(line["accuracy"], line["return_mean"]), refresh=False)
+            self._append(TRANSCRIPTS, log.transcripts(rollouts, stage, "train"))
+        self.bar.set_postfix_str(f"return {line['return_mean']:.3f}", refresh=False)
         self.bar.update()
 
     def end_stage(self, stage: int, **more) -> None:
         """Log the stage, with `more`; evaluate and write a checkpoint where due."""
         self.stages_done, every, last = stage + 1, self.config.eval_every, stage + 1 == self.config.stages
         updates = self.updates[-len(self.learners) :]
-        names = [agent.role.name for agent in self.team.agents]
         if every and self.stages_done % every == 0 and not last:
             more |= self._measure("held_out")
-        line = log.stage_line(stage, updates) | more
+        line = {"kind": "stage", "stage": stage, **more}
+        line |= {name: updates[0][name] for name in ("accuracy", "return_mean")}
         line["rollouts_so_far"] = log.totals(self.updates)["rollouts"]
-        line["seconds"] = time.perf_counter() - self.begin
-        line["seconds_evaluation"] = self.costs["seconds_evaluation"]
-        self.stages += self._append("metrics.jsonl", [line])
+        line["seconds"], line["seconds_evaluation"] = self._seconds(), self.costs["seconds_evaluation"]
+        self.stages += self._append(METRICS, [line])
+        names = [agent.role.name for agent in self.team.agents]
         log.say(log.stage_text(self.stages[-1], updates, self.config, names))
         if stage == 0:
-            log.say(log.hardly_moving(self.config, updates, names))
+            log.say(log.advice(self.config, updates, names))
         if last or self.stages_done % self.config.checkpoint_every == 0:
             self.checkpoint()
 
@@ -127,48 +116,46 @@ class Run:
         for file in self.files.values():
             os.fsync(file.fileno())
         state = {
-            "bytes": {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()},
-            "warm_steps_done": self.warm_steps_done,
-            "stages_done": self.stages_done,
-            "results": self.results,
-            "costs": self.costs,
-            "seconds": time.perf_counter() - self.begin,
-        }
+            "bytes": {name: self._length(name) for name in self.files}, "seconds": self._seconds(),
+            "warm_steps_done": self.warm_steps_done, "stages_done": self.stages_done,
+            "results": self.results, "costs": self.costs,
+        }  # fmt: skip
         self.saved = time.perf_counter()
         checkpoint.save(self.directory, self.warm_steps_done + self.stages_done, self.learners, state)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         self.bar.close()
-        if not self.results:
-            self._close()
-            return
-        self.summary = self._summarised(error)
+        if self.removable and not self.results:
+            shutil.rmtree(self.directory, ignore_errors=True)
         try:
-            # After an error other processes may be gone, and sharded weights cannot be gathered without them.
-            if error is None or self.team.ranks.size == 1:
-                self.team.save(self.directory / "agents")
-            if self.files:
-                write_json(self.directory / "summary.json", self.summary)
-        except OSError as refused:
-            if error is None:  # else the first error is the one to raise
-                self.summary = self._summarised(refused)
-                raise
+            if self.results:
+                self._finish(error)
         finally:
-            self._close()
-            if self.files:
-                log.say(log.closing(self.config, self.directory, self.summary, self.stages))
+            for file in self.files.values():
+                file.close()
 
-    def _claim(self) -> None:
+    def _finish(self, error: BaseException | None) -> None:
+        self.summary = self._summarised(error)
+        # After an error other processes may be gone, and sharded weights cannot be gathered without them.
+        if error is None or self.team.ranks.size == 1:
+            self.team.save(self.directory / "agents")
+        if self.files:
+            write_json(self.directory / "summary.json", self.summary)
+            log.say(log.closing(self.config, self.directory, self.summary, self.stages))
+
+    def _lock(self) -> None:
         """Lock the directory before anything is written; then write, or on resume compare, config.json."""
-        new, path = not self.config.resume, self.directory / "config.json"
-        check_out(self.config)
-        if new:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        self.files[LOGS[0]] = (self.directory / LOGS[0]).open("a", encoding="utf-8")
-        lock(self.files[LOGS[0]])
+        self.directory.mkdir(parents=True, exist_ok=bool(self.config.resume or self.config.out))
+        self.files[METRICS] = (self.directory / METRICS).open("a", encoding="utf-8")
+        lock(self.files[METRICS])
         check_out(self.config)  # another run may have begun, and ended, meanwhile
-        self.removable = new
-        saved, now = {} if new else read_json(path), fingerprint(self.config, self.team, self.held_out[0])
+        self.files[TRANSCRIPTS] = (self.directory / TRANSCRIPTS).open("a", encoding="utf-8")
+        path, now = self.directory / "config.json", fingerprint(self.config, self.team, self.held_out[0])
+        if not self.config.resume:
+            self.config.save(path, fingerprint=now, accept_changes=False)
+            self.removable = True
+            return
+        saved = read_json(path)
         then = saved.get("fingerprint", now)
         changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         if changed and not self.config.accept_changes:
@@ -176,42 +163,31 @@ class Run:
                 f"{self.directory} rests on other things now than when it began: {', '.join(changed)}; "
                 "put them back, or go on with --accept-changes"
             )
-        self.files[LOGS[1]] = (self.directory / LOGS[1]).open("a", encoding="utf-8")
-        if new:
-            self.config.save(path, fingerprint=now, accept_changes=False)
-        elif changed:
-            write_json(path, saved | {"fingerprint": now})
+        write_json(path, saved | {"fingerprint": now})
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint: what was logged after it happens, and is logged, again."""
         state = checkpoint.load(self.directory, self.learners)
-        if self.files:
-            self._rewind(state)
         if state:
             self.warm_steps_done, self.stages_done = state["warm_steps_done"], state["stages_done"]
-            self.results, self.costs = state["results"], state["costs"]
+            self.results, self.costs = state["results"], collections.Counter(state["costs"])
             self.begin -= state["seconds"]
-        warm = f"{self.warm_steps_done} of {self.config.warm_start} steps of warm start and "
-        done = f"{self.stages_done} of {self.config.stages} stages"
-        log.say(f"resumed after {warm if self.config.warm_start else ''}{done}")
-
-    def _rewind(self, state: dict | None) -> None:
-        """Cut the logs back to their lengths at a checkpoint, None for the beginning, and read them."""
-        path = self.directory / LOGS[0]
-        if state is None:
-            stages = sum(line["kind"] == "stage" for line in log.read_log(path))
+        elif self.files:
+            stages = sum(line["kind"] == "stage" for line in log.read_log(self.directory / METRICS))
             if stages > self.config.checkpoint_every:  # a checkpoint has been there
                 raise UserError(f"{self.directory} has finished {stages} stages but has no checkpoints")
         lengths = state["bytes"] if state else dict.fromkeys(LOGS, 0)
-        for name, length in lengths.items():
-            if os.fstat(self.files[name].fileno()).st_size < length:
-                raise UserError(f"{self.directory / name} was cut short since its newest checkpoint")
-        for name, length in lengths.items():
-            self.files[name].truncate(length)
-        lines = log.read_log(path)
+        if short := [name for name in self.files if self._length(name) < lengths[name]]:
+            raise UserError(f"{self.directory / short[0]} was cut short since its newest checkpoint")
+        for name, file in self.files.items():
+            file.truncate(lengths[name])
+        lines = log.read_log(self.directory / METRICS) if self.files else []
         self.updates = [line for line in lines if line["kind"] == "update"]
         self.stages = [line for line in lines if line["kind"] == "stage"]
         self.bar.update(len(self.updates))
+        warm = f"{self.warm_steps_done} of {self.config.warm_start} steps of warm start and "
+        done = f"{self.stages_done} of {self.config.stages} stages"
+        log.say(f"resumed after {warm if self.config.warm_start else ''}{done}")
 
     def _append(self, name: str, lines: list[dict]) -> list[dict]:
         """Write lines at once, so that a kill loses none; returns them without what was not measured."""
@@ -221,6 +197,13 @@ class Run:
             file.flush()
         return lines
 
+    def _length(self, name: str) -> int:
+        return (self.directory / name).stat().st_size
+
+    def _seconds(self) -> float:
+        """Since the run began, without the time in which it was stopped."""
+        return time.perf_counter() - self.begin
+
     def _measure(self, name: str) -> dict:
         """Accuracy and return on the held-out problems, one rollout each."""
         path = rng.RngPath(self.config.seed, "held-out", self.stages_done)
@@ -229,66 +212,40 @@ class Run:
         self.costs["tokens_sampled_evaluation"] += rollouts.tokens_sampled
         self.costs["seconds_evaluation"] += rollouts.seconds
         split = "untrained" if name == "untrained" else "held-out"
-        self._append("transcripts.jsonl", log.transcripts(rollouts, self.stages_done, split))
+        self._append(TRANSCRIPTS, log.transcripts(rollouts, self.stages_done, split))
         return log.held_out_results(rollouts.returns, name)
 
     def _summarised(self, error: BaseException | None) -> dict:
         """summary.json; `reason` and `stopped` say why the run ended early."""
-        reason, stopped = None, None
+        reason = "error" if error else None
         if isinstance(error, KeyboardInterrupt):
-            reason = stopped = "interrupted"
-        elif error is not None:
-            reason = "diverged" if isinstance(error, Diverged | FloatingPointError) else "error"
-            stopped = users_line(error) or str(error) or type(error).__name__
+            reason = "interrupted"
+        elif isinstance(error, Diverged | FloatingPointError):
+            reason = "diverged"
         return {
-            **dict.fromkeys(log.RESULTS),
-            **self.results,
-            "problems_held_out": len(self.held_out),
-            "seconds": time.perf_counter() - self.begin,
-            "stages": self.stages_done,
-            **log.totals(self.updates),
-            **self.costs,
+            **self.results, **log.totals(self.updates), **self.costs,
+            "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
             "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
             "violation_rate_after": log.violation_rate(self.updates, "kl_after"),
-            "memory_peak": peak(self.plan.device),
-            "memory_planned": self.plan.total,
-            "reason": reason,
-            "stopped": stopped,
-        }
-
-    def _close(self) -> None:
-        if self.removable and not self.results:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        for file in self.files.values():
-            with contextlib.suppress(OSError):  # a full disk refuses once more what is left in the buffer
-                file.close()
-
-
-def default_directory(config: Config) -> Path:
-    name = f"{Path(config.task).stem}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
-    directory = Path("runs") / name
-    while directory.exists():  # another run began in the same second
-        directory = directory.with_name(directory.name + "b")
-    return directory
+            "memory_peak": peak(self.plan.device), "memory_planned": self.plan.total,
+            "reason": reason, "stopped": error and (users_line(error) or str(error) or reason),
+        }  # fmt: skip
 
 
 def check_out(config: Config) -> None:
-    """Raises UserError if --out holds anything but empty logs, the first of which is a lock."""
+    """Raises UserError if --out holds anything but what a run leaves that is killed as it begins."""
     directory = Path(config.out)
     if config.resume or not config.out or not directory.exists():
         return
-    if not directory.is_dir():
-        raise UserError(f"--out {directory} is a file; a run needs a directory of its own")
     for path in directory.iterdir():
-        if path.name in LOGS and not path.stat().st_size or path.name == ".config.json.part":
-            continue  # left by a run that was killed as it began
-        raise UserError(f"--out {directory} exists and is not empty; give another, or remove it first")
+        empty_log = path.name in LOGS and not path.stat().st_size
+        if not empty_log and path.name != ".config.json.part":
+            raise UserError(f"--out {directory} exists and is not empty; give another, or remove it first")
 
 
 def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
     """Hashes of what results rest on besides the flags: problems, grader, the user's files, prompts."""
-    task = team.task
-    found = dict(task.fingerprint()) if hasattr(task, "fingerprint") else {}
+    found = dict(team.task.fingerprint()) if hasattr(team.task, "fingerprint") else {}
     for name in ("task", "router", "roles", "demonstrations"):
         if Path(path := getattr(config, name)).is_file():
             found[f"{name} file"] = sha256(path)

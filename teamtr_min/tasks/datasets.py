@@ -7,7 +7,7 @@ evaluates on a name has the same problems.
 import os
 from pathlib import Path
 
-from teamtr_min.files import UserError, one_line
+from teamtr_min.files import UserError
 
 DATASETS = {  # name -> the file to train on, or None; the held-out file; the field of the question
     "gsm8k": ("gsm8k-train", "gsm8k-test", "question"),
@@ -46,5 +46,5 @@ def local_copy(name: str) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"no {name} from {url} ({one_line(error)}): give a copy with --data") from None
+            raise UserError(f"no {name} from {url} ({error}): give a copy with --data") from None
     return path
