@@ -117,20 +117,19 @@ def test_a_run_measures_before_the_warm_start_and_after_it(warmed):
 
 
 @pytest.mark.parametrize(
-    "moment, seconds, done",  # seconds between checkpoints, and steps of the last one
+    "moment, most, done",  # `most`: steps between checkpoints; `done`: steps of the last one
     [
-        ((11, warm_start, "imitate"), 60, 0),
-        ((11, warm_start, "imitate"), 0, 3),
-        ((1, train, "update"), 60, 6),
+        ((11, warm_start, "imitate"), 10, 0),
+        ((11, warm_start, "imitate"), 2, 2),
+        ((1, train, "update"), 10, 6),
     ],
 )
 def test_stopped_in_its_warm_start_or_after_it_a_run_resumes_to_the_same_bits(
-    warmed, tmp_path, monkeypatch, capsys, moment, seconds, done
+    warmed, tmp_path, monkeypatch, capsys, moment, most, done
 ):
-    monkeypatch.setattr("teamtr_min.run.run.SECONDS_BETWEEN_CHECKPOINTS", seconds)
-    call, *function = moment
+    monkeypatch.setattr("teamtr_min.run.run.WARM_STEPS_BETWEEN_CHECKPOINTS", most)
     with monkeypatch.context() as patch:
-        interrupt_at(call, patch, *function)
+        interrupt_at(moment[0], patch, *moment[1:])
         assert train.main([*TOY, *MEASURED, "--out", str(tmp_path / "run")]) == 130
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert f"resumed after {done} of 6 steps of warm start and 0 of 2 stages" in capsys.readouterr().out

@@ -116,18 +116,16 @@ def header(config: Config, team: Team, directory: Path) -> str:
     """Team, model, task, method and place, one line each."""
     models = [agent.model for agent in team.agents if agent.model is not None]
     kinds = ", ".join(f"{a.role.name} {a.model.config.family if a.model else 'tool'}" for a in team.agents)
-    sizes = {f"{sum(p.numel() for p in model.parameters()):,}": None for model in models}
+    sizes = {f"{sum(p.numel() for p in model.parameters()):,}": None for model in models}  # in order
     precision = "fp32" if models[0].dtype == torch.float32 else "bf16 over fp32 masters"
     adapters = f" with adapters of rank {config.lora_rank}" if config.lora_rank else ""
-    lines = {
-        "team": f"{len(team.agents)} agents ({kinds}), {' or '.join(sizes)} parameters each",
-        "model": f"{config.model}{adapters}, {precision} on {models[0].device}",
-        "task": f"{config.task}: {team.turns} turns, {config.problems} problems x {config.group} rollouts",
-        "method": f"{config.occupancy} occupancy, {config.order} order, {region(config)}",
-        "steps": f"{config.stages} stages, at most {config.inner_steps} steps an update at lr {config.lr:g}",
-        "output": directory,
-    }
-    return "\n".join(f"{name:8s}{text}" for name, text in lines.items())
+    return f"""\
+team    {len(team.agents)} agents ({kinds}), {" or ".join(sizes)} parameters each
+model   {config.model}{adapters}, {precision} on {models[0].device}
+task    {config.task}: {team.turns} turns, {config.problems} problems x {config.group} rollouts
+method  {config.occupancy} occupancy, {config.order} order, {region(config)}
+steps   {config.stages} stages, at most {config.inner_steps} steps an update at lr {config.lr:g}
+output  {directory}"""
 
 
 def region(config: Config) -> str:
@@ -179,23 +177,18 @@ def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str
     return text
 
 
-def advice(config: Config, updates: list[dict], names: list[str]) -> str:
-    """What would help a run whose first stage taught nothing, or hardly moved an agent; else ""."""
-    if all(u["zero_variance_groups"] == 1 for u in updates):
-        mean = sum(u["return_mean"] for u in updates) / len(updates)
-        helps = f"a --group larger than {config.group}, or a task that gives partial credit"
-        if not config.warm_start:
-            helps = f"--warm-start STEPS, which shows the form of a right answer; {helps}"
-        if mean == 1:
-            helps = "harder problems"
-        return (
-            "nothing to learn from yet: all rollouts of a problem have the same return (on average "
-            f"{mean:.2f}), and an update compares them. What helps: {helps}"
-        )
-    whole = [u for u in updates if u["steps"] and not u["halvings"] and u["lr"] and "agent" in u]
-    slow = [names[u["agent"]] for u in whole if abs(u["kl_after"]) < config.delta / 1000 < math.inf]
-    used = f"hardly moved: less than a thousandth of the radius of {config.delta:g} nats. A higher --lr, or"
-    return f"{' and '.join(slow)} {used} --lr-scale for these agents, would use it" if slow else ""
+def advice(config: Config, updates: list[dict]) -> str:
+    """What would help a run in whose first stage no two rollouts of a problem differed; else ""."""
+    if any(u["zero_variance_groups"] < 1 for u in updates):
+        return ""
+    mean = sum(u["return_mean"] for u in updates) / len(updates)
+    helps = f"a --group larger than {config.group}, or a task that gives partial credit"
+    if not config.warm_start:
+        helps = f"--warm-start STEPS, which shows the form of a right answer; {helps}"
+    return (
+        f"nothing to learn from yet: all rollouts of a problem have the same return (on average {mean:.2f}), "
+        f"and an update compares them. What helps: {helps if mean < 1 else 'harder problems'}"
+    )
 
 
 def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) -> str:
@@ -213,8 +206,8 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
             f"problems; {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
         )
     if summary["violation_rate_before"] is not None:
-        taken_back = " and were taken back" if config.kl == "hard" else ""
-        lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{taken_back}")
+        then = " and were taken back" if config.kl == "hard" else ""
+        lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{then}")
     lines.append(f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned")
     if (directory / "agents").is_dir():
         lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")

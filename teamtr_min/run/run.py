@@ -20,7 +20,7 @@ from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
 METRICS, TRANSCRIPTS = LOGS = ("metrics.jsonl", "transcripts.jsonl")
-SECONDS_BETWEEN_CHECKPOINTS = 60  # of a warm start
+WARM_STEPS_BETWEEN_CHECKPOINTS = 10
 
 
 class Run:
@@ -36,7 +36,7 @@ class Run:
         self.directory = Path(config.resume or config.out or Path("runs", name))
         generator = rng.generator(0, "held-out")
         self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
-        self.begin = self.saved = time.perf_counter()  # `saved`: when the newest checkpoint was written
+        self.begin = time.perf_counter()
         self.warm_steps_done = self.stages_done = 0
         self.updates: list[dict] = []  # their lines in metrics.jsonl
         self.stages: list[dict] = []  # and those of the stages
@@ -71,10 +71,9 @@ class Run:
         self.bar.set_postfix_str(f"warm start, step {line['step'] + 1}, loss {line.get('loss', 0):.3f}")
 
     def end_warm_step(self, step: int) -> None:
-        """Write a checkpoint after the last step, and about once a minute before."""
+        """Write a checkpoint after the last step, and after some before."""
         self.warm_steps_done, last = step + 1, step + 1 == self.config.warm_start
-        due = time.perf_counter() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
-        if self.team.ranks.agree(last or due):
+        if last or self.warm_steps_done % WARM_STEPS_BETWEEN_CHECKPOINTS == 0:
             self.checkpoint()
 
     def log_update(
@@ -107,7 +106,7 @@ class Run:
         names = [agent.role.name for agent in self.team.agents]
         log.say(log.stage_text(self.stages[-1], updates, self.config, names))
         if stage == 0:
-            log.say(log.advice(self.config, updates, names))
+            log.say(log.advice(self.config, updates))
         if last or self.stages_done % self.config.checkpoint_every == 0:
             self.checkpoint()
 
@@ -120,7 +119,6 @@ class Run:
             "warm_steps_done": self.warm_steps_done, "stages_done": self.stages_done,
             "results": self.results, "costs": self.costs,
         }  # fmt: skip
-        self.saved = time.perf_counter()
         checkpoint.save(self.directory, self.warm_steps_done + self.stages_done, self.learners, state)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
@@ -133,15 +131,6 @@ class Run:
         finally:
             for file in self.files.values():
                 file.close()
-
-    def _finish(self, error: BaseException | None) -> None:
-        self.summary = self._summarised(error)
-        # After an error other processes may be gone, and sharded weights cannot be gathered without them.
-        if error is None or self.team.ranks.size == 1:
-            self.team.save(self.directory / "agents")
-        if self.files:
-            write_json(self.directory / "summary.json", self.summary)
-            log.say(log.closing(self.config, self.directory, self.summary, self.stages))
 
     def _lock(self) -> None:
         """Lock the directory before anything is written; then write, or on resume compare, config.json."""
@@ -215,14 +204,14 @@ class Run:
         self._append(TRANSCRIPTS, log.transcripts(rollouts, self.stages_done, split))
         return log.held_out_results(rollouts.returns, name)
 
-    def _summarised(self, error: BaseException | None) -> dict:
-        """summary.json; `reason` and `stopped` say why the run ended early."""
+    def _finish(self, error: BaseException | None) -> None:
+        """Save the agents and summary.json, whose `reason` and `stopped` say why the run ended early."""
         reason = "error" if error else None
         if isinstance(error, KeyboardInterrupt):
             reason = "interrupted"
         elif isinstance(error, Diverged | FloatingPointError):
             reason = "diverged"
-        return {
+        self.summary = {
             **self.results, **log.totals(self.updates), **self.costs,
             "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
             "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
@@ -230,6 +219,12 @@ class Run:
             "memory_peak": peak(self.plan.device), "memory_planned": self.plan.total,
             "reason": reason, "stopped": error and (users_line(error) or str(error) or reason),
         }  # fmt: skip
+        # After an error other processes may be gone, and sharded weights cannot be gathered without them.
+        if error is None or self.team.ranks.size == 1:
+            self.team.save(self.directory / "agents")
+        if self.files:
+            write_json(self.directory / "summary.json", self.summary)
+            log.say(log.closing(self.config, self.directory, self.summary, self.stages))
 
 
 def check_out(config: Config) -> None:
