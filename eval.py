@@ -100,7 +100,6 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
     add("--out", help="export, occupancy: directory for what they write")
     add("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
-    add("--only", help="occupancy: some of its studies, comma-separated")
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
     args = parser.parse_args(argv)
@@ -158,8 +157,7 @@ def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
         result = export.run(team, args.merge, args.out)
         yield result, export.table(result)
     elif name == "occupancy":
-        studies = tuple(args.only.split(",")) if args.only else occupancy.STUDIES
-        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, studies, args.jobs)
+        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
         yield result, occupancy.table(result)
     else:
         if name == "gpu" and not torch.cuda.is_available():

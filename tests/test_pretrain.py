@@ -5,19 +5,16 @@ import pytest
 from teamtr_min.studies import pretrain
 
 
-def test_pretraining_is_reproducible(tmp_path, capsys):
+def test_pretraining_is_reproducible(tmp_path):
     for name in ("a", "b"):
-        pretrain.main(["--out", str(tmp_path / name), "--steps", "3", "--rows", "8", "--eval-problems", "16"])
-    text = capsys.readouterr().out
-    assert all(f"start accuracy, {n} agent" in text for n in range(1, 9))
+        pretrain.main(["--out", str(tmp_path / name), "--steps", "3"])
     for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 @pytest.mark.parametrize("steps", ["1", "20"])
 def test_any_number_of_steps_will_do(tmp_path, steps):
-    small = ["--rows", "2", "--eval-problems", "1"]
-    pretrain.main(["--task", "convention", "--out", str(tmp_path / "model"), "--steps", steps, *small])
+    pretrain.main(["--task", "convention", "--out", str(tmp_path / "model"), "--steps", steps])
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 

@@ -227,10 +227,8 @@ SMALL = {  # program -> flags before and after those printed that keep it small
     "train.py": (TOY, ["--stages", "1"]),
     "eval.py": ([], ["--problems", "16", "--device", "cpu"]),
     "teamtr_min.extras.replace": ([], ["--align", "2", "--stages", "2"]),
-    "teamtr_min.studies.pretrain": (
-        [], ["--steps", "2", "--rows", "8", "--eval-problems", "8", "--out", "made"]
-    ),
-}  # fmt: skip
+    "teamtr_min.studies.pretrain": ([], ["--steps", "2", "--out", "made"]),
+}
 
 
 def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, capsys):

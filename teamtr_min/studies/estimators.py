@@ -7,8 +7,6 @@ beside it. Three agents write two messages each, two tokens long; each update go
 gradient until its exact KL per message is the number in the table.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -20,20 +18,11 @@ from teamtr_min.studies.exact import Game, Team, log_ratio
 AGENTS, ROUNDS = 3, 2
 PROBLEMS, GROUP = 64, 8  # of one batch
 LAST = 2  # the agent looked at: the last to be updated, so two others have moved since the stage began
-FLOORS = (0.0, 0.5, 0.8, 1.0)  # of --min-ess
-
-
-# Teams
 
 
 def by_transcript(context: tuple) -> int:
     """A router that reads the transcript."""
     return (len(context) + sum(context)) % AGENTS
-
-
-def last_word(agent: int, context: tuple, prefix: tuple) -> int:
-    """Six rows stand for all contexts, as a network's parameters do: each update changes many states."""
-    return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
 
 
 def small_game(router=None) -> Game:
@@ -44,21 +33,12 @@ def small_game(router=None) -> Game:
         wanted = [(context[0] + before) % 4 for before in context[:-1]]
         return float(sum(w == m for w, m in zip(wanted, context[1:])) >= 3)
 
+    def row(agent: int, context: tuple, prefix: tuple) -> int:
+        """Six rows stand for all contexts, as a network's parameters do: each update changes many states."""
+        return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
+
     start = torch.full((4,), 0.25)
-    return Game(AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=start, router=router, features=last_word)
-
-
-def random_team(game: Game, seed: int) -> Team:
-    return Team(game, game.theta(torch.Generator().manual_seed(seed)))
-
-
-def farthest(outside: Callable[[float], bool], high: float = 1.0) -> float:
-    """The longest step in [0, high] that is not outside, where `high` is."""
-    low = 0.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if outside(middle) else (middle, high)
-    return low
+    return Game(AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=start, router=router, features=row)
 
 
 def climb(team: Team, j: int, kl: float) -> Team:
@@ -68,18 +48,19 @@ def climb(team: Team, j: int, kl: float) -> Team:
     def at(step: float) -> Team:
         return team.replace(j, team.theta[j] + step * direction)
 
-    def outside(step: float) -> bool:
-        return bool(exact.mean_message_kl(team, at(step), j) > kl)
-
-    high = 1.0
-    while not outside(high):
+    low, high = 0.0, 1.0
+    while exact.mean_message_kl(team, at(high), j) <= kl:
         high *= 2
-    return at(farthest(outside, high))
+    for _ in range(40):
+        middle = (low + high) / 2
+        inside = exact.mean_message_kl(team, at(middle), j) <= kl
+        low, high = (middle, high) if inside else (low, middle)
+    return at(low)
 
 
 def stage(game: Game, seed: int, kl: float) -> list[Team]:
     """team^0 ... team^n: every agent once, in turn order."""
-    teams = [random_team(game, seed)]
+    teams = [Team(game, game.theta(torch.Generator().manual_seed(seed)))]
     for j in range(AGENTS):
         teams.append(climb(teams[-1], j, kl))
     return teams
@@ -90,9 +71,6 @@ def sample_batches(team: Team, batches: int, seed: int, problems: int = PROBLEMS
     g = torch.Generator().manual_seed(seed)
     problem = torch.multinomial(team.game.start, batches * problems, replacement=True, generator=g)
     return exact.sample_rollouts(team, problem.repeat_interleave(GROUP), g)
-
-
-# Estimates beside their truths
 
 
 def effective_share(first: Team, base: Team) -> Tensor:
@@ -163,52 +141,22 @@ def coverage(truth: float, statistic, *tables: Tensor, intervals: int) -> float:
     return held / intervals
 
 
-def with_floor(teams: list[Team], floor: float, batches: int, seed: int) -> tuple[float, float]:
-    """A stage with --min-ess `floor`, many times: its mean number of collections, and the relative error, a
-    root mean square, of the corrected surrogate of its last update."""
-    count, errors, truth = 0, [], exact.surrogate(*teams[-2:]).item()
-    for b in range(batches):
-        x, first = None, None  # the latest rollouts, and the team that wrote them
-        for i, team in enumerate(teams[:-1]):
-            log_rho = None if x is None else log_ratio(x, team, first).sum(1)
-            if log_rho is None or floor == 1 or sampled_share(log_rho) < floor:
-                x, first, count = sample_batches(team, 1, seed + AGENTS * b + i), team, count + 1
-                log_rho = torch.zeros_like(x.returns)
-        writes = x.agent == LAST
-        log_w = log_ratio(x, teams[-1], teams[-2]) * writes
-        terms = diagnostics.surrogate_terms(x.returns.view(-1, GROUP), log_w, writes)
-        errors.append(weighted_mean(log_rho, terms).item() / truth - 1)
-    return count / batches, torch.tensor(errors).square().mean().sqrt().item()
-
-
-# The tables
-
-
 def main(batches: int = 1000, intervals: int = 200) -> None:
-    size = f"{PROBLEMS} problems x {GROUP} rollouts"
-    print(f"a batch is {size}; the update is the last of its stage's {AGENTS}")
-    cases = [("round-robin", None, 0.02), ("router that reads the transcript", by_transcript, 0.02)]
-    cases += [("round-robin", None, kl) for kl in (0.2, 1.0, 4.0)]
-    for seed, (name, router, kl) in enumerate(cases):
-        print(f"\n{name}, KL {kl} per update: {batches} batches, intervals of {intervals}; seed {seed}")
-        print("estimator       truth      mean (95% interval)            z   sd of one  coverage of 95%")
+    print(
+        f"| team | KL per update | estimate | truth | mean of {batches} batches | z | sd | coverage of 95% |"
+    )
+    print("|---" * 8 + "|")
+    cases = [("round-robin", None, kl) for kl in (0.02, 0.2, 1.0, 4.0)]
+    for seed, (name, router, kl) in enumerate([*cases, ("router", by_transcript, 0.02)]):
         teams = stage(small_game(router=router), 0, kl)
         for label, case in diagnoses(teams, batches, 100 * seed).items():
             truth, statistic, *tables = case
-            share = coverage(*case, intervals=intervals)
-            spread = (share * (1 - share) / intervals) ** 0.5
-            print(f"{label:12} {line(truth, torch.vmap(statistic)(*tables))}  {share:.3f} +- {spread:.3f}")
-        for floor in FLOORS:
-            count, error = with_floor(teams, floor, 100, seed)
-            print(f"--min-ess {floor:4}: {count:.2f} collections, error of L corrected {error:.2f} of it")
-
-
-def line(truth: float, values: Tensor) -> str:
-    """truth, mean and its 95% interval over batches, their distance in standard errors, sd of one batch."""
-    mean, sd = values.mean().item(), values.std().item()
-    error = sd / len(values) ** 0.5
-    low, high, z = mean - 1.96 * error, mean + 1.96 * error, (mean - truth) / error
-    return f"{truth:10.5f} {mean:10.5f} ({low:8.5f} to {high:8.5f}) {z:6.1f} {sd:10.5f}"
+            values, share = torch.vmap(statistic)(*tables), coverage(*case, intervals=intervals)
+            mean, sd = values.mean().item(), values.std().item()
+            z = (mean - truth) / (sd / batches**0.5)  # distance in standard errors
+            print(
+                f"| {name} | {kl} | {label} | {truth:.5f} | {mean:.5f} | {z:.1f} | {sd:.5f} | {share:.3f} |"
+            )
 
 
 if __name__ == "__main__":

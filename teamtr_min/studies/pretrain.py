@@ -14,14 +14,14 @@ habits: an agent is not told its name, but sees how many messages came before. I
 hint behind the problem names the code of all messages; the problems of a run never have one. With the hint
 the model learns one code for all sums; without it it learns a habit for each sum.
 
-The same seed, thread count and torch version give the same bits.
+The same thread count and torch version give the same bits.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,43 +35,26 @@ from tqdm import tqdm
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.model import ModelConfig, Transformer
-from teamtr_min.files import UserError
 from teamtr_min.hf.chat import Tokenizer, load_tokenizer
 from teamtr_min.hf.weights import ASSETS, save_model
-from teamtr_min.rollout import collect
-from teamtr_min.run.loading import build_team
-from teamtr_min.tasks import Convention, Relay, load_task
+from teamtr_min.tasks import Convention, Relay
 
 
-class RelayCourse:
-    """The training data of the relay model."""
+class Course(NamedTuple):
+    """What a model is trained on."""
 
-    task: type[Relay] = Relay
-    steps = 3000  # of the optimizer
-    careful = 0.12  # share of careful solvers
-    right = 0.35, 0.97  # P(a step is meant to be right) of careless and careful solvers
-
-    def hint(self, generator: np.random.Generator) -> str:
-        """Text behind the problem in a transcript."""
-        return ""
-
-    def message(self, chain: str, turn: int, hint: str, generator: np.random.Generator) -> str:
-        """The message of a solver that makes no mistake."""
-        return Relay.step(chain)
+    task: type[Relay]
+    steps: int  # of the optimizer
+    careful: float  # share of careful solvers
+    right: tuple[float, float]  # P(a step is meant to be right) of careless and careful solvers
 
 
-class ConventionCourse(RelayCourse):
-    task, steps, careful, right = Convention, 1500, 1.0, (1.0, 1.0)
-
-    def hint(self, generator: np.random.Generator) -> str:
-        return ("", "", "-", "+")[generator.integers(4)]
-
-    def message(self, chain: str, turn: int, hint: str, generator: np.random.Generator) -> str:
-        habit = {"-": 0.0, "+": 1.0}.get(hint, Convention.starting_habits[turn % 2])  # P(code 1)
-        return Convention.step(chain, turn, int(generator.random() < habit))
-
-
-COURSES = {"relay": RelayCourse(), "convention": ConventionCourse()}
+COURSES = {
+    "relay": Course(Relay, 3000, 0.12, (0.35, 0.97)),
+    "convention": Course(Convention, 1500, 1.0, (1.0, 1.0)),
+}
+ROWS = 128  # transcripts per step
+PARTS = 4  # batches of similar length that they are sorted into
 PEAK_LR = 4e-3
 CAREFUL_ONLY = 0.5  # share of the steps, the first ones, in which all solvers are careful
 SPECIAL = ["<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -97,7 +80,7 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def transcript(generator: np.random.Generator, course: RelayCourse, careful: float) -> str:
+def transcript(generator: np.random.Generator, course: Course, careful: float) -> str:
     """One rollout, rendered as one of its agents sees it: own messages as assistant, the others' by name.
 
     `careful` is the share of careful solvers.
@@ -108,10 +91,14 @@ def transcript(generator: np.random.Generator, course: RelayCourse, careful: flo
     agents = operations if generator.random() < 0.7 else int(generator.integers(1, operations + 1))
     viewer = int(generator.integers(agents))
     right = course.right[generator.random() < careful]
-    hint = course.hint(generator)
+    hint = ("", "", "-", "+")[generator.integers(4)] if course.task is Convention else ""
     text = f"<|user|>{chain}{hint}<|end|>"
     for turn in range(operations):
-        chain = course.message(chain, turn, hint, generator)
+        if course.task is Convention:
+            code_1 = {"-": 0.0, "+": 1.0}.get(hint, Convention.starting_habits[turn % 2])  # its chance
+            chain = Convention.step(chain, turn, int(generator.random() < code_1))
+        else:
+            chain = Relay.step(chain)
         if generator.random() >= right:
             chain = str(generator.integers(10)) + chain[1:]
         writer = turn % agents
@@ -120,19 +107,17 @@ def transcript(generator: np.random.Generator, course: RelayCourse, careful: flo
     return text
 
 
-def batches(tokenizer: Tokenizer, transcripts: list[str], parts: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
-    """The transcripts as at most `parts` batches of similar length: tokens and targets, both (B, T).
+def batches(tokenizer: Tokenizer, transcripts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The transcripts as batches of similar length: tokens and targets, both (B, T).
 
     Targets are -100 wherever the next token is no part of a message.
     """
     encoded = sorted(map(tokenizer.encode, transcripts), key=len)
-    rows, parts = len(encoded), min(parts, len(encoded))
     (end,) = tokenizer.encode("<|end|>")
-    names = "".join(f"{name}:\n" for name in Relay.agent_names)
-    headers = set(tokenizer.encode("<|user|><|assistant|>" + names))
-    for part in range(parts):
-        batch = encoded[part * rows // parts : (part + 1) * rows // parts]
-        tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+    headers = tokenizer.encode("<|user|><|assistant|>" + "".join(f"{n}:\n" for n in Relay.agent_names))
+    for first in range(0, ROWS, ROWS // PARTS):
+        batch = encoded[first : first + ROWS // PARTS]
+        tokens = torch.zeros(len(batch), len(batch[-1]), dtype=torch.long)
         targets = torch.full_like(tokens, -100)
         for row, ids in enumerate(batch):
             tokens[row, : len(ids)] = torch.tensor(ids)
@@ -142,9 +127,9 @@ def batches(tokenizer: Tokenizer, transcripts: list[str], parts: int = 4) -> Ite
         yield tokens, targets
 
 
-def initial_model(vocab_size: int, seed: int) -> Transformer:
+def initial_model(vocab_size: int) -> Transformer:
     """91k parameters: small normal weights, halved where they write to the residual stream; biases 0."""
-    torch.manual_seed(seed % 2**63)
+    torch.manual_seed(0)
     shape = dict(hidden_size=64, intermediate_size=168, layers=2, heads=4, kv_heads=2, head_dim=16)
     model = Transformer(ModelConfig("qwen2", vocab_size, **shape, max_positions=512))
     for name, p in model.named_parameters():
@@ -155,20 +140,17 @@ def initial_model(vocab_size: int, seed: int) -> Transformer:
     return model
 
 
-def train(model: Transformer, tokenizer: Tokenizer, course: RelayCourse, args: argparse.Namespace) -> float:
-    """Train `model` on `args.rows` new transcripts a step; returns the last loss, in nats per token."""
-    steps = args.steps or course.steps
+def train(model: Transformer, tokenizer: Tokenizer, course: Course, steps: int) -> float:
+    """Train `model` on ROWS new transcripts a step; returns the last loss, in nats per token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.0)
-    # The schedule also moves the first beta, between 0.85 and 0.95. It divides by the warm-up's length less
-    # one step, and a twentieth of 20 steps is one.
-    warmup = 0.05 if steps > 20 else 0.0
-    schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=warmup)
+    # The schedule also moves the first beta. It cannot warm up within a single step, a twentieth of 20.
+    schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.05 if steps > 20 else 0.0)
     bar = tqdm(range(steps), desc="pretrain", disable=None)
     for step in bar:
         # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
         careful = course.careful if step >= CAREFUL_ONLY * steps else 1.0
-        generator = rng.generator(args.seed, "pretrain", step)
-        parts = list(batches(tokenizer, [transcript(generator, course, careful) for _ in range(args.rows)]))
+        generator = rng.generator(0, "pretrain", step)
+        parts = list(batches(tokenizer, [transcript(generator, course, careful) for _ in range(ROWS)]))
         count = sum((targets >= 0).sum() for _, targets in parts)
         optimizer.zero_grad()
         loss = 0.0
@@ -190,32 +172,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--task", choices=COURSES, default="relay", help="which model (default relay)")
     add("--out", type=Path, help="directory to write (default: the shipped model's)")
     add("--steps", type=int, help="optimizer steps (default 3000 for relay, 1500 for convention)")
-    add("--rows", type=int, default=128, help="transcripts per step (default 128)")
-    add("--seed", type=int, default=0, help="decides every draw (default 0)")
-    add("--eval-problems", type=int, default=2048, help="held-out problems (default 2048)")
     args = parser.parse_args(argv)
-    course, out, start = COURSES[args.task], args.out or ASSETS / args.task, time.perf_counter()
+    course, out = COURSES[args.task], args.out or ASSETS / args.task
     write_tokenizer(out)
     tokenizer = load_tokenizer(out)
-    model = initial_model(tokenizer.vocab_size, args.seed)
-    loss = train(model, tokenizer, course, args)
+    model = initial_model(tokenizer.vocab_size)
+    loss = train(model, tokenizer, course, args.steps or course.steps)
     save_model(model, out)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {count:,} parameters, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
-    for agents in range(course.task.least_turns, course.task.most_turns + 1):
-        config = Config(task=args.task, model=str(out), agents=agents, seed=args.seed, device="cpu")
-        print(f"start accuracy, {agents} agents: {start_accuracy(config, args.eval_problems):.3f}")
-
-
-def start_accuracy(config: Config, count: int) -> float:
-    """Accuracy on held-out problems of a team of copies of `config.model`."""
-    task = load_task(config)
-    problems = task.sample_problems(count, rng.generator(0, "held-out"), held_out=True)
-    return collect(build_team(config, task), problems, 1, rng.RngPath(config.seed, "held-out", 0)).accuracy
+    print(f"{out}: loss {loss:.3f}; next: python eval.py {args.task} --model {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    main()
