@@ -118,7 +118,7 @@ def test_the_gradient_of_eq_10_equals_finite_differences(returns):
     game = random_game(0, 2, 3, length=2, features=SEEN["rows"])
     old, new, _ = stage(game, (0, 1), seed=1)
     advantage = exact.centred_return(old) if returns else None
-    gradient = exact.objective_gradient(old, new, 0, advantage, clip=0.2, beta=0.3)
+    gradient = exact.objective_gradient(old, new, 0, advantage=advantage, clip=0.2, beta=0.3)
 
     def value(theta: torch.Tensor) -> torch.Tensor:
         return exact.objective(old, new.replace(0, theta), 0, advantage, clip=0.2, beta=0.3)
@@ -138,7 +138,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient_per_message_whate
         wanted = torch.autograd.grad(team.J, theta)[0]
         team = Team(game, theta.detach())
         for j, advantage in itertools.product(range(agents), (None, exact.centred_return(team))):
-            gradient = exact.objective_gradient(team, team, j, advantage, beta=0.7)
+            gradient = exact.objective_gradient(team, team, j, advantage=advantage, beta=0.7)
             assert_equal(gradient * team.messages_per_rollout(j), wanted[j])
 
 

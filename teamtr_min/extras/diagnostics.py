@@ -86,7 +86,7 @@ def before_turn(log_ratio: Tensor) -> Tensor:
 
 
 def penalty_constant(gamma: float = GAMMA, largest_advantage: float = 1.0) -> float:
-    """c = sqrt(2) gamma A_max / (1 - gamma)^2 of Prop. 3.3 and Thm 3.4 to 3.7."""
+    """c of Prop. 3.3 and Thm 3.4 to 3.7: sqrt(2) gamma A_max / (1 - gamma)^2."""
     return math.sqrt(2) * gamma * largest_advantage / (1 - gamma) ** 2
 
 
@@ -229,18 +229,14 @@ def weights_of(model: Transformer) -> list[Tensor]:
 @contextlib.contextmanager
 def swapped(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
     """Within, the model has these weights in place of its own."""
-    own = weights_of(model)
-
-    @torch.no_grad()
-    def put(values: list[Tensor]) -> None:
-        for p, value in zip([p for p in model.parameters() if p.requires_grad], values):
-            p.copy_(value)
-
+    own, parameters = weights_of(model), [p for p in model.parameters() if p.requires_grad]
     try:
-        put(weights)
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, weights)
         yield
     finally:
-        put(own)
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, own)
 
 
 @torch.no_grad()

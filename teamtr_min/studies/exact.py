@@ -21,7 +21,6 @@ E_{s ~ d^pi} for gamma < 1 and the finite-horizon sum for gamma = 1, so one code
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
@@ -33,40 +32,26 @@ Context = tuple[int, ...]  # (problem, message numbers so far); its length less 
 MOST_ROLLOUTS = 2**20  # of one game
 
 
-@dataclass(eq=False)
 class Game:
-    """The part of a team's work that training does not change. Raises ValueError for one that cannot be."""
+    """The part of a team's work that training does not change. Raises ValueError for one that cannot be.
 
-    agents: int
-    vocabulary: int
-    turns: int
-    reward: Tensor | Callable[[Context], float]  # (X,) in [0, 1], or a function of the finished context
-    length: int = 1  # U; message number m spells tokens[m] (U,) in base V
-    gamma: float = 1.0
-    start: Tensor | None = None  # (P,) law of the problems; None: one problem
-    router: Callable[[Context], int] | None = None  # names the next agent; None: round-robin
-    # (agent, context, token prefix) -> what the agent's logits may depend on there: the number of a row in
-    # its table of logits, so equal numbers are tied; or floats, in which they are linear. None: a row each.
-    features: Callable | None = None
-    # made of these:
-    messages: int = field(init=False)  # M
-    tokens: Tensor = field(init=False)  # (M, U)
-    prefix: Tensor = field(init=False)  # (M, U): number of the prefix before each token
-    passes: Tensor = field(init=False)  # (M, prefixes): 1 where the message begins with the prefix
-    sizes: list[int] = field(init=False)  # states of each turn
-    turn: Tensor = field(init=False)  # (S,)
-    discount: Tensor = field(init=False)  # (S,) gamma^turn
-    state: Tensor = field(init=False)  # (X, turns): the states of each rollout
-    message: Tensor = field(init=False)  # (X, turns): the message written there
-    actor: Tensor = field(init=False)  # (S,): the agent that writes there
-    seen: Tensor = field(init=False)  # (S, prefixes) numbers of rows, or (S, prefixes, rows) floats
-    rows: int = field(init=False)  # of an agent's parameters (rows, V)
+    reward: (X,) in [0, 1], or a function of the finished context. start: law (P,) of the problems; None: one
+    problem. router(context) names the next agent; None: round-robin. features(agent, context, token prefix)
+    is what the agent's logits may depend on there: the number of a row in its table of logits, so equal
+    numbers are tied; or floats, in which they are linear. None: a row each.
+    """
 
-    def __post_init__(self):
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}; it must be in (0, 1]")
-        self.start = torch.ones(1).double() if self.start is None else self.start.double()
-        V, U, turns, P = self.vocabulary, self.length, self.turns, len(self.start)
+    def __init__(
+        self, agents: int, vocabulary: int, turns: int, reward: Tensor | Callable[[Context], float], *,
+        length: int = 1, gamma: float = 1.0, start: Tensor | None = None,
+        router: Callable[[Context], int] | None = None, features: Callable | None = None,
+    ):  # fmt: skip
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is {gamma}; it must be in (0, 1]")
+        self.agents, self.vocabulary, self.turns = agents, vocabulary, turns
+        self.length, self.gamma = length, gamma
+        self.start = torch.ones(1).double() if start is None else start.double()
+        V, U, P = vocabulary, length, len(self.start)
         M = self.messages = V**U
         X = P * M**turns
         if X > MOST_ROLLOUTS:
@@ -74,35 +59,34 @@ class Game:
             raise ValueError(f"{count} are more than the {MOST_ROLLOUTS:,} that can be enumerated")
 
         m, u = torch.arange(M)[:, None], torch.arange(U)
-        self.tokens = m // V ** (U - 1 - u) % V
-        self.prefix = (V**u).cumsum(0) - V**u + m // V ** (U - u)
+        self.tokens = m // V ** (U - 1 - u) % V  # (M, U): message number m spells tokens[m] in base V
+        self.prefix = (V**u).cumsum(0) - V**u + m // V ** (U - u)  # (M, U): number of the prefix before each
         prefixes = [p for n in range(U) for p in product(range(V), repeat=n)]
-        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()
+        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()  # (M, prefixes): 1 on its way
 
-        self.sizes = [P * M**t for t in range(turns)]
+        self.sizes = [P * M**t for t in range(turns)]  # states of each turn
         first = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
         x, t = torch.arange(X)[:, None], torch.arange(turns)
-        self.turn = t.repeat_interleave(torch.tensor(self.sizes))
-        self.discount = self.gamma ** self.turn.double()  # an integer exponent would give float32
-        self.state = first + x // M ** (turns - t)
-        self.message = x // M ** (turns - 1 - t) % M
+        self.turn = t.repeat_interleave(torch.tensor(self.sizes))  # (S,)
+        self.discount = gamma ** self.turn.double()  # (S,); an integer exponent would give float32
+        self.state = first + x // M ** (turns - t)  # (X, turns): the states of each rollout
+        self.message = x // M ** (turns - 1 - t) % M  # (X, turns): the message written there
 
         before = [c for t in range(turns) for c in product(range(P), *[range(M)] * t)]
-        self.actor = (
-            torch.tensor([self.router(c) for c in before]) if self.router else self.turn % self.agents
-        )
-        if not ((self.actor >= 0) & (self.actor < self.agents)).all():
-            raise ValueError(f"the router names an agent outside 0..{self.agents - 1}")
+        self.actor = torch.tensor([router(c) for c in before]) if router else self.turn % agents  # (S,)
+        if not ((self.actor >= 0) & (self.actor < agents)).all():
+            raise ValueError(f"the router names an agent outside 0..{agents - 1}")
+        # (S, prefixes) numbers of rows, or (S, prefixes, rows) floats; an agent's parameters are (rows, V)
         self.seen = torch.arange(len(before) * len(prefixes)).view(-1, len(prefixes))
-        if self.features:
-            values = [[self.features(a, c, p) for p in prefixes] for a, c in zip(self.actor.tolist(), before)]
+        if features:
+            values = [[features(a, c, p) for p in prefixes] for a, c in zip(self.actor.tolist(), before)]
             linear = not isinstance(values[0][0], int)
             self.seen = torch.tensor(values, dtype=torch.float64 if linear else torch.long)
         self.rows = self.seen.shape[-1] if self.seen.is_floating_point() else int(self.seen.max()) + 1
 
-        if callable(self.reward):
-            self.reward = torch.tensor([self.reward(c) for c in product(range(P), *[range(M)] * turns)])
-        self.reward = self.reward.double()
+        if callable(reward):
+            reward = torch.tensor([reward(c) for c in product(range(P), *[range(M)] * turns)])
+        self.reward = reward.double()
         if self.reward.shape != (X,) or not ((self.reward >= 0) & (self.reward <= 1)).all():
             raise ValueError(f"the reward must be ({X},) numbers in [0, 1], not {tuple(self.reward.shape)}")
 
@@ -278,10 +262,8 @@ def objective(
     return (weight * clipped).sum() / weight.sum() - beta * mean_message_kl(old, new, agent)
 
 
-def objective_gradient(
-    old: Team, new: Team, agent: int, advantage: Tensor | None = None, clip: float = 0.2, beta: float = 0.0
-) -> Tensor:
+def objective_gradient(old: Team, new: Team, agent: int, **options) -> Tensor:
     """The exact gradient (rows, V) of `objective` in the agent's parameters, at those of `new`."""
     theta = new.theta[agent].detach().clone().requires_grad_()
-    value = objective(old, new.replace(agent, theta), agent, advantage, clip, beta)
+    value = objective(old, new.replace(agent, theta), agent, **options)
     return torch.autograd.grad(value, theta)[0]
