@@ -144,7 +144,7 @@ def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
     for question in questions or map(str.strip, sys.stdin):
         for answer in team.solve(question, samples=args.k, seed=subject.config.seed):
             messages = [message._asdict() for message in answer.messages]
-            lines = [accuracy.said(m.name, m.agent, m.text) for m in answer.messages]
+            lines = [f"  {m.name}: {m.text}" for m in answer.messages]
             result = {"question": question, "messages": messages, "answer": answer.answer}
             yield result, "\n".join([*lines, f"answer: {answer.answer}"])
 

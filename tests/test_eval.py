@@ -206,15 +206,6 @@ def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
     assert "; return 0." in text and "right" not in text and "grader length" in " ".join(text.split())
 
 
-def test_transcripts_are_coloured_on_a_terminal_alone(capsys, monkeypatch):
-    plain = printed(capsys, *PAIR, "--problems", "8")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    coloured = printed(capsys, *PAIR, "--problems", "8")
-    assert "\033" not in plain and "\033[36mA\033[0m: " in coloured
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\033" not in printed(capsys, *PAIR, "--problems", "8")
-
-
 def test_solo_takes_the_teams_turns_and_as_many_tokens(capsys):
     """A copy of the same model spends what the team does; one that writes less gets more rollouts."""
     result = evaluate(capsys, "relay", "--problems", "40", "--k", "2", "--mode", "solo")

@@ -125,8 +125,8 @@ def test_the_plain_step_is_the_same_step_in_other_passes(monkeypatch):
     model, norms = team.agents[1].model, []
     for tokens, scale in ((10_000, 1), (150, 1), (150, 3)):
         monkeypatch.setattr(speed, "BATCH_TOKENS", tokens)
-        passes = speed.padded_rows(team, rollouts, advantages * scale, 1)
-        norms += [len(passes), speed.plain_step(model, passes, config)[0].item()]
+        passes = [*speed.padded_rows(team, rollouts, advantages * scale, 1)]
+        norms += [len(passes), speed.plain_step(model, passes, config.temperature)[0].item()]
     assert norms[0] == 1 < norms[2] and norms[1] == pytest.approx(norms[3], rel=1e-5)
     assert norms[5] == pytest.approx(3 * norms[3], rel=1e-5)
 

@@ -16,8 +16,6 @@ import dataclasses
 import gc
 import hashlib
 import math
-import os
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -334,19 +332,10 @@ def show(rollouts: Rollouts, roles: list[str], count: int = 3) -> str:
     lines = []
     for r in range(0, len(rollouts.messages), rollouts.group_size)[:count]:
         problem, value = rollouts.problems[r], rollouts.returns[r].item()
-        verdict, colour = {0.0: ("wrong", 31), 1.0: ("right", 32)}.get(value, (f"return {value:.3g}", 33))
-        lines.append(f"\n{problem.text}   (answer {problem.answer}; {ink(colour, verdict)})")
-        lines += [said(roles[m.agent], m.agent, m.text) for m in rollouts.messages[r]]
+        verdict = {0.0: "wrong", 1.0: "right"}.get(value, f"return {value:.3g}")
+        lines.append(f"\n{problem.text}   (answer {problem.answer}; {verdict})")
+        lines += [f"  {roles[m.agent]}: {m.text}" for m in rollouts.messages[r]]
     return "\n".join(lines)
-
-
-def said(name: str, agent: int, text: str) -> str:
-    """A message, its writer in a colour that means neither right nor wrong."""
-    return f"  {ink((36, 35, 34, 96, 95, 94)[agent % 6], name)}: {text}"
-
-
-def ink(colour: int, text: str) -> str:
-    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
 
 
 def samples(result: dict, rollouts: dict[str, Rollouts]) -> Iterator[dict]:

@@ -7,8 +7,6 @@ import io
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from teamtr_min.files import UserError
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; the last is a grey.
@@ -58,7 +56,7 @@ def score(figure, record) -> None:
     figure.set_size_inches(8, 5)
     top, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     name, y, held_out = record.score, record.of_stages("return_mean"), record.held_out
-    stages = np.arange(len(y))
+    stages = range(len(y))
     top.plot(stages, y, ".-", color=COLOURS[0], label=f"on each stage's problems,\n{y[-1]:.3f} on the last")
     if name == "return":
         top.plot(stages, record.of_stages("accuracy"), "--", color=COLOURS[-1], label="accuracy there")

@@ -1,4 +1,4 @@
-"""What a run did, to look at: three figures, and one page with them, the transcripts and the configuration.
+"""What a run did, to look at: two figures, and one page with them, the transcripts and the configuration.
 
 Everything is read from the run's directory, so a run that was stopped, or still goes on, has a report too.
 report.html stands alone: images, style and script are inside, and its policy forbids any request.

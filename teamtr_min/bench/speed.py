@@ -1,13 +1,12 @@
 """How fast the code is: kernels, sampling, a training step, a stage; beside other libraries, on one machine.
 
-Each benchmark is a list of cases in one form of table. A case is some work, done by several contestants with
+A benchmark is a list of cases, in one form of table. A case is some work, done by several contestants with
 the same inputs in one process: ours first, then what others would write. They take turns; medians count.
 
     x ours   time over our time
     floor    share of the time that the work must take here at least: its FLOPs at the rate of one large
              product, or its bytes at the rate of one large copy, both measured in the same run
     error    largest difference from float64, or where that is not computed from ours, over the largest entry
-    MiB      most memory over what was there before, on a GPU
 
 With one thread (OMP_NUM_THREADS=1) a CPU's clock is that thread's: other work on the machine does not count.
 """
@@ -20,15 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from kernels.layer import rms_norm, swiglu
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.model import Transformer, checkpoint_tensors
@@ -43,15 +42,14 @@ from teamtr_min.run.log import read_log
 from teamtr_min.tasks import Sums, load_task
 from teamtr_min.team import Team
 
-ROOT = Path(__file__).parents[2]
+TRAIN = Path(__file__).parents[2] / "train.py"
 PROMPT, NEW = 32, 64  # tokens of `sampling`
 BATCH_TOKENS = 4096  # of a forward pass of `training`, for all contestants
 VARIANTS = {"fresh": [], "corrected": ["--min-ess", "0.5"], "stale": ["--occupancy", "stale"]}  # of `stage`
 
 
-@dataclass
-class Case:
-    """Some work, and the functions that do it; tensors that they return are compared."""
+class Case(NamedTuple):
+    """Some work, and the functions that do it; tuples of tensors that they return are compared."""
 
     name: str
     contestants: dict[str, Callable]  # "ours" first
@@ -71,10 +69,8 @@ class Machine:
         source = torch.ones(64 * n * n, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         seconds = self.medians({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, repeats=5)
-        self.flops = 2 * n**3 / seconds["product"]  # a second
-        self.bytes = 2 * source.nbytes / seconds["copy"]  # a second
-        threads = torch.get_num_threads()
-        self.name = torch.cuda.get_device_name() if self.cuda else f"a CPU, {threads} threads"
+        self.flops, self.bytes = 2 * n**3 / seconds["product"], 2 * source.nbytes / seconds["copy"]
+        self.name = torch.cuda.get_device_name() if self.cuda else f"a CPU, {torch.get_num_threads()} threads"
 
     def now(self) -> float:
         """Seconds, once the device is done."""
@@ -159,20 +155,20 @@ LOGPROBS = {
 
 
 def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Iterator[Case]:
-    """linear_logprob at hidden (N, H), weight (V, H); the loss; two operations of a layer."""
+    """linear_logprob at hidden (N, H), weight (V, H), and the loss."""
     N, H, V = (8, 16, 40) if short else (16384, 1536, 151936) if device.type == "cuda" else (512, 256, 8192)
     draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     hidden, weight = draw(N, H).to(dtype), (draw(V, H) * 4 / H**0.5).to(dtype)  # logits spread by 4
-    targets, grad, old, message = torch.arange(N, device=device) % V, draw(N), -draw(N).abs(), torch.arange(N)
-    advantage, message = draw(-(-N // 64)), message.to(device) // 64
+    tokens = torch.arange(N, device=device)
+    grad, old, advantage = draw(N), -draw(N).abs(), draw(-(-N // 64))
 
     def forward(f: Callable) -> tuple:
         with torch.no_grad():
-            return (f(hidden, weight, targets),)
+            return (f(hidden, weight, tokens % V),)
 
     def both(f: Callable, dtype: torch.dtype = dtype) -> tuple:
         x, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
-        logp = f(x, w, targets)
+        logp = f(x, w, tokens % V)
         logp.backward(grad.to(logp.dtype))
         return logp.detach(), x.grad, w.grad
 
@@ -181,7 +177,7 @@ def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Itera
 
     def loss(f: Callable) -> tuple:
         new = (old + 0.01).requires_grad_()
-        value, _ = f(new, old, message, advantage, beta=0.1)
+        value, _ = f(new, old, tokens // 64, advantage, beta=0.1)
         value.backward()
         return value.detach()[None], new.grad
 
@@ -193,12 +189,6 @@ def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Itera
     yield Case("log-probs", each(forward, LOGPROBS), N, 2 * N * H * V)
     yield Case("and gradients", each(both, LOGPROBS), N, 6 * N * H * V, exact=right)
     yield Case("Eq. 10, gradient", each(loss, losses), N, bytes=16 * N)
-    x, gate_up, gain = draw(N, H).to(dtype), draw(N, 2 * H).to(dtype), draw(H).to(dtype)
-    gate, up = gate_up.chunk(2, -1)
-    norms = {"ours": lambda: (rms_norm(x, gain, 1e-6),), "torch": lambda: (F.rms_norm(x, (H,), gain, 1e-6),)}
-    yield Case("RMSNorm", norms, N, bytes=2 * x.nbytes)
-    gates = {"ours": lambda: (swiglu(gate_up),), "torch": lambda: (F.silu(gate) * up,)}
-    yield Case("SwiGLU", gates, N, bytes=3 * x.nbytes)
 
 
 # Sampling
@@ -206,13 +196,13 @@ def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Itera
 
 def sampling_cases(team: Team, config: Config, short: bool) -> Iterator[Case]:
     """Random prompts of 32 tokens, 64 more of each; the floor is products, or reading weights and cache."""
-    sampler, model = team.agents[0].sampler, team.agents[0].model
+    model = team.agents[0].model
     c, head, many = model.config, model.head.numel(), config.shipped or model.device.type == "cuda"
     layers = sum(p.numel() for p in model.model.layers.parameters())
     for B in [3] if short else [1, 16, 64, 256] if many else [16]:
         new, g = 5 if short else NEW, torch.Generator().manual_seed(B)
         prompts = torch.randint(c.vocab_size, (B, PROMPT), generator=g)
-        both = {"ours": functools.partial(sample, sampler, prompts.tolist(), new)}
+        both = {"ours": functools.partial(sample, team.agents[0].sampler, prompts.tolist(), new)}
         both["transformers"] = functools.partial(plain_sample, model, prompts.to(model.device), new)
         flops = 2 * B * (layers * (PROMPT + new - 1) + head * new)
         cached = B * (PROMPT + new / 2) * c.kv_per_token  # mean over the steps
@@ -238,18 +228,18 @@ def plain_sample(model: Transformer, prompts: Tensor, new: int) -> None:
 def training_cases(team: Team, config: Config, short: bool) -> Iterator[Case]:
     """One optimizer step of each agent on the same rollouts, at a rate of 0, so that all repeats are alike.
 
-    The plain step has a row for each rollout, padded on the right, all logits, Eq. 10 by definition, AdamW.
-    Ours computes what rollouts have in common once, and logits only where something is trained. Advantages
-    are drawn at random, so no group lacks them. The norms of the gradients are compared.
+    The plain step has a row for each rollout, padded on the right, all logits and AdamW. Ours computes what
+    rollouts have in common once, and logits only where something is trained. Advantages are drawn at random,
+    so no group lacks them. The norms of the gradients are compared.
     """
     problems = team.task.sample_problems(2 if short else config.problems, rng.generator(0, "problems"))
     rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
     advantages = torch.randn(len(rollouts.returns), generator=torch.Generator().manual_seed(0))  # (R,)
     for j, agent in enumerate(team.agents):
         batches = agent_batches(team, rollouts, [j], advantages, BATCH_TOKENS)
+        rows = [*padded_rows(team, rollouts, advantages, j)]
         ours = functools.partial(step, Learner(team, [j], beta=0.0), batches, config)
-        rows = padded_rows(team, rollouts, advantages, j)
-        plain = functools.partial(plain_step, agent.model, rows, config)
+        plain = functools.partial(plain_step, agent.model, rows, config.temperature)
         flops = step_flops(team, rollouts, j, sum(len(batch.targets) for batch in batches.own))
         yield Case(f"agent {j}", {"ours": ours, "transformers": plain}, batches.tokens, flops)
 
@@ -259,21 +249,16 @@ def step(learner: Learner, batches: Batches, config: Config) -> tuple[Tensor]:
     return (torch.tensor([learner.step(lr=0.0)]),)
 
 
-def padded_rows(team: Team, rollouts: Rollouts, advantages: Tensor, j: int) -> list[tuple[Tensor, ...]]:
-    """Of each pass: ids (B, T), message (B, T) of each trained token, else -1, and advantages (M,)."""
+def padded_rows(team: Team, rollouts: Rollouts, advantages: Tensor, j: int) -> Iterator[list[Tensor]]:
+    """Of each pass: ids (B, T), padded by -1, what is trained (B, T) bool, and advantages (B,)."""
     seen = [team.render(j, p, m, False) for p, m in zip(rollouts.problems, rollouts.messages)]
-    rows, passes = max(1, BATCH_TOKENS // max(len(s.ids) for s in seen)), []
-    for first in range(0, len(seen), rows):
-        part = seen[first : first + rows]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.ids) for s in part], True, -1)
-        owner, message = [], torch.full_like(ids, -1)
-        for r, s in enumerate(part):
-            for start, stop in s.spans:
-                message[r, start:stop] = len(owner)
-                owner.append(first + r)
-        tensors = ids, message, advantages[owner]
-        passes.append(tuple(x.to(team.agents[j].model.device) for x in tensors))
-    return passes
+    trained = [[any(a <= t < b for a, b in s.spans) for t in range(len(s.ids))] for s in seen]
+    B, device = max(1, BATCH_TOKENS // max(map(len, trained))), team.agents[j].model.device
+    for first in range(0, len(seen), B):
+        part = slice(first, first + B)
+        columns = ([s.ids for s in seen[part]], -1), (trained[part], False)
+        padded = [pad_sequence([*map(torch.tensor, rows)], True, value) for rows, value in columns]
+        yield [x.to(device) for x in (*padded, advantages[part])]
 
 
 @functools.lru_cache(maxsize=1)  # the moments of one agent at a time
@@ -281,17 +266,17 @@ def adamw(model) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def plain_step(ours: Transformer, passes: list[tuple[Tensor, ...]], config: Config) -> tuple[Tensor]:
-    """One step on Eq. 10; the norm of the gradient before clipping."""
+def plain_step(ours: Transformer, passes: list[list[Tensor]], temperature: float) -> tuple[Tensor]:
+    """One step on Eq. 10, whose gradient at pi_old is that of a message's log-prob times its advantage.
+
+    Each rollout holds one message of the agent. Returns the norm of the gradient before clipping.
+    """
     model, messages = in_transformers(ours), sum(len(advantage) for *_, advantage in passes)
-    for ids, message, advantage in passes:
+    for ids, trained, advantage in passes:
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
-        logp = (logits.float() / config.temperature).log_softmax(-1)
-        logp, message = logp.gather(2, ids[:, 1:, None])[..., 0], message[:, 1:]  # (B, T-1)
-        logp, message = logp[message >= 0], message[message >= 0]  # (N,)
-        loss, _ = teamtr_loss(logp, logp.detach(), message, advantage, clip=config.clip)
-        (loss * len(advantage) / messages).backward()
+        logp = (logits.float() / temperature).log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        (-(logp * trained[:, 1:]).sum(1) @ advantage / messages).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
     adamw(model).step()
     adamw(model).zero_grad(set_to_none=True)
@@ -323,7 +308,7 @@ def task(config: Config) -> Sums:
 
 
 def stage_rows(config: Config, flags: dict, short: bool) -> Iterator[dict]:
-    """Seconds a stage of `python train.py` by phase, as it logs them, without the first stage."""
+    """Seconds a stage of `python train.py` by phase, as it logs them."""
     what = flags | {"stages": 3, "eval_problems": 1, "warm_start": 0}
     what |= {"problems": 2, "group": 4, "stages": 2, "inner_steps": 1} if short else {}
     what |= {} if config.shipped else {"task": __file__}
@@ -331,17 +316,16 @@ def stage_rows(config: Config, flags: dict, short: bool) -> Iterator[dict]:
     for variant, more in [*VARIANTS.items()][: 2 if short else None]:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "run"
-            command = [sys.executable, ROOT / "train.py", *words, *more, "--out", out]
+            command = [sys.executable, TRAIN, *words, *more, "--out", out]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-                raise UserError(f"train.py failed: {said}")
+                raise UserError(f"train.py ended with {done.returncode}: {done.stderr[-300:]}")
             lines = read_log(out / "metrics.jsonl")
         yield from ({"case": variant, **row} for row in phases(lines))
 
 
 def phases(lines: list[dict]) -> Iterator[dict]:
-    """From a run's metrics.jsonl: what a stage spends on sampling, training and the rest."""
+    """From metrics.jsonl: seconds of a stage by purpose, without the first one, which makes buffers."""
     updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
     ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
     stages, rest = len(ends) - 1, ends[-1] - ends[0]
@@ -384,26 +368,27 @@ def run(name: str, flags: dict, short: bool = False) -> dict:
     }  # fmt: skip
 
 
+COLUMNS = {  # of a row: title, width, form, factor
+    "seconds": ("ms", 9, ",.2f", 1e3),
+    "tokens_per_second": ("tokens/s", 11, ",.0f", 1),
+    "times_ours": ("x ours", 7, ".2f", 1),
+    "floor_share": ("floor", 6, ".0%", 1),
+    "error": ("error", 7, ".0e", 1),
+    "peak_mib": ("MiB", 8, ",.0f", 1),
+}
+
+
 def table(result: dict) -> str:
-    r = result
-    what = f"{r['benchmark']}, {r['model']}, {r['dtype']}, on {r['device']}, median of {r['repeats']}"
+    r, columns = result, {k: how for k, how in COLUMNS.items() if any(k in row for row in result["rows"])}
     rates = f"{r['flops_per_second'] / 1e12:.3g} TFLOP/s, {r['bytes_per_second'] / 1e9:.3g} GB/s"
-    columns = {  # of a row: width, form, factor
-        "seconds": ("ms", 9, ",.2f", 1e3),
-        "tokens_per_second": ("tokens/s", 11, ",.0f", 1),
-        "times_ours": ("x ours", 7, ".2f", 1),
-        "floor_share": ("floor", 6, ".0%", 1),
-        "error": ("error", 7, ".0e", 1),
-        "peak_mib": ("MiB", 8, ",.0f", 1),
-    }
-    columns = {key: how for key, how in columns.items() if any(key in row for row in r["rows"])}
-    titles = "".join(f"{title:>{width}}" for title, width, *_ in columns.values())
-    lines = [what, f"{rates:39}{titles}"]
-    for row, above in zip(r["rows"], [None, *r["rows"]]):
-        case = "" if above and above["case"] == row["case"] else row["case"]
-        line = f"{case:16} {row['by']:22}" + row.get("missing", "")
+    lines = [
+        f"{r['benchmark']}, {r['model']}, {r['dtype']}, on {r['device']}, median of {r['repeats']}",
+        f"{rates:39}" + "".join(f"{title:>{width}}" for title, width, *_ in columns.values()),
+    ]
+    for row, above in zip(r["rows"], [{"case": ""}, *r["rows"]]):
+        case = "" if above["case"] == row["case"] else row["case"]
+        line = f"{case:16} {row['by']:22}{row.get('missing', '')}"
         for key, (_, width, form, factor) in columns.items():
-            value = row.get(key)
-            line += " " * width if value is None else f"{value * factor:>{width}{form}}"
+            line += f"{row[key] * factor:>{width}{form}}" if row.get(key) is not None else " " * width
         lines.append(line.rstrip())
     return "\n".join(lines)
