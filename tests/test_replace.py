@@ -201,9 +201,8 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
         low, high = line[f"shock_{when}_ci"]
         assert line[f"shock_{when}"] == pytest.approx(line["return_before"] - line[f"return_{when}"])
         assert low <= line[f"shock_{when}"] <= high and f"agent 1 {when}: held-out return" in text
-    section = (
-        (ROOT / "docs/metrics.md").read_text().partition('(`kind` is "replace")')[2].partition("\n## ")[0]
-    )
+    metrics = (ROOT / "docs/metrics.md").read_text()
+    section = metrics.partition('(`kind` is "replace")')[2].partition("\n## ")[0]
     assert not [key for key in line if key != "kind" and f"`{key}`" not in section]
     config, old = Config.load(out / "config.json"), Config.load(stopped / "config.json")
     assert (config.model, config.stages) == ("relay,relay,relay", 3) and config.lr == old.lr
@@ -214,9 +213,8 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
     summary, updates, stages = results(out)
     assert [u["stage"] for u in updates] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and summary["stages"] == 3
     assert timeless(updates) == timeless(results(copied)[1])
-    assert (out / "transcripts.jsonl").read_bytes()[:500] == (stopped / "transcripts.jsonl").read_bytes()[
-        :500
-    ]
+    new, old = ((directory / "transcripts.jsonl").read_bytes()[:500] for directory in (out, stopped))
+    assert new == old
 
 
 def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(stopped, tmp_path):
@@ -230,11 +228,9 @@ def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(stopped, t
     )
     shipped = Prepared(agents=1).model.state_dict()
     assert all(torch.equal(after[f"master.0.{name}"], p) for name, p in shipped.items())
-    beta = [
-        json.loads((d / "checkpoints/000002/state.json").read_text())["beta"]
-        for d in (stopped, tmp_path / "new")
-    ]
-    assert beta[1] == [beta[0][0], 1e-3, beta[0][2]]
+    states = [directory / "checkpoints/000002/state.json" for directory in (stopped, tmp_path / "new")]
+    old, new = (json.loads(state.read_text())["beta"] for state in states)
+    assert new == [old[0], 1e-3, old[2]]
 
 
 def test_an_agent_replaced_by_itself_is_no_shock_and_needs_no_alignment(stopped, tmp_path):
@@ -262,18 +258,8 @@ def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path
     monkeypatch.setattr(Relay, "grade", parity)
     flags = [*kind.split(), "--agents", "2", "--eval-problems", "16", "--delta", "0.02", "--kl", "fixed"]
     run(tmp_path / "old", *flags)
-    line = put(
-        tmp_path / "old",
-        tmp_path / "new",
-        "--agent",
-        "1",
-        "--model",
-        "relay",
-        "--stages",
-        "3",
-        "--align",
-        "20",
-    )
+    newcomer = "--agent 1 --model relay --stages 3 --align 20".split()
+    line = put(tmp_path / "old", tmp_path / "new", *newcomer)
     assert line["stage"] == 2 and line["align_loss_after"] < line["align_loss_before"]
     assert train.main(["--resume", str(tmp_path / "new")]) == 0
 

@@ -106,12 +106,9 @@ class Lesson(NamedTuple):
         with torch.no_grad():
             target, _ = self.target()
         head = model.head[: len(self.heads[0])]
-        return kl_divergence(target, log_probs(hidden_of(model, self.batch), head, self.temperature)).sum()
-
-
-def hidden_of(model: Transformer, batch: AgentBatch) -> Tensor:
-    """(N, H) hidden states that predict each of the batch's tokens."""
-    return batch.hidden(model)[batch.pair]
+        return kl_divergence(
+            target, log_probs(self.batch.hidden(model)[self.batch.pair], head, self.temperature)
+        ).sum()
 
 
 def log_probs(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
@@ -132,17 +129,15 @@ def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) ->
     tokens = min(config.batch_tokens, MOST_LOGITS // vocabulary)
     own, its = (agent_batches(team, rollouts, [j], none, tokens).own for team in (new, old))
 
-    def places(batch: AgentBatch) -> list[tuple[int, int]]:
-        return list(zip(batch.rollout.tolist(), batch.turn.tolist()))
-
     seen = {}  # (rollout, turn) -> the incumbent's hidden states (tokens, H) of that message
     for batch in its:
-        lengths = torch.bincount(batch.message).tolist()
-        seen |= zip(places(batch), hidden_of(models[1], batch).cpu().split(lengths))
+        hidden, lengths = batch.hidden(models[1])[batch.pair].cpu(), torch.bincount(batch.message).tolist()
+        seen |= zip(zip(batch.rollout.tolist(), batch.turn.tolist()), hidden.split(lengths))
     found = []
     for batch in own:
-        hidden = [hidden_of(models[0], batch).cpu(), torch.cat([seen[place] for place in places(batch)])]
-        found.append(Lesson(batch, hidden, heads, config.temperature, config.delta))
+        its_own = batch.hidden(models[0])[batch.pair].cpu()
+        incumbents = [seen[place] for place in zip(batch.rollout.tolist(), batch.turn.tolist())]
+        found.append(Lesson(batch, [its_own, torch.cat(incumbents)], heads, config.temperature, config.delta))
     return found
 
 
