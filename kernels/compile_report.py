@@ -48,6 +48,7 @@ def calls(H: int) -> list[tuple]:
         ("", layer.swiglu, empty(B, 2 * H)),
         ("+product", layer.swiglu, empty(B, 2 * H), empty(H, H).requires_grad_()),
         ("", decode.attend_cached, qkv, table, table, ids[:B], cache, cache),
+        ("+fp32", decode.attend_cached, qkv.float(), *[table.float()] * 2, ids[:B], *[cache.float()] * 2),
         ("+norms", decode.attend_cached, qkv, table, table, ids[:B], cache, cache, (norm, norm), 1e-6),
         ("", decode.draw, empty(B, V, dtype=torch.float32), floats[:B], 1.0),
     ]

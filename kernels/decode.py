@@ -140,7 +140,7 @@ def attend_cached(
     start(
         decode_attend, B * K * splits, qkv.contiguous(), cos, sin, at, *(norms or (None, None)), keys, values,
         partial, most, total, eps, K, capacity, splits, math.log2(math.e) / math.sqrt(D), **sizes,
-        HEADS=max(16, triton.next_power_of_2(heads // K)), num_warps=4, num_stages=2,
+        HEADS=max(16, triton.next_power_of_2(heads // K)), num_warps=2 * qkv.itemsize, num_stages=2,
     )  # fmt: skip
     start(decode_merge, B * heads, partial, most, total, at, out, K, splits, **sizes, num_warps=1)
     return out

@@ -8,10 +8,9 @@ One kernel forward and one backward each. All are bound by memory: forward reads
 with under 20 FLOPs for it. At Qwen2.5-1.5B's shape in bf16 that is 6, 7 and 54 KB a token: at 16,384 tokens
 and 3 TB/s 34, 39 and 293 microseconds.
 
-Little is kept for the way back: a norm's input, SwiGLU's input, of a rotation nothing. With the weight of the
-down projection SwiGLU makes what that product reads again. At that shape a token leaves 55,344 bytes in each
-layer; by torch's operations alone it would leave 103,480. Sums are added up in an order that depends on the
-number of rows alone, and by the kernels a row's outputs have the same bits in every batch.
+Little is kept for the way back: a norm's input, SwiGLU's input, of a rotation nothing; SwiGLU makes what the
+down projection reads again. At that shape a token leaves 55,344 bytes in each layer, not 103,480. The order
+of sums depends on the number of rows alone; by the kernels a row has the same bits in every batch.
 """
 
 import torch
