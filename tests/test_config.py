@@ -122,7 +122,7 @@ def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
         ("--kl adaptive --delta inf", "--kl adaptive needs"),
         ("--occupancy fresh --min-ess 0.5", "--occupancy fresh means --min-ess 1"),
         ("--occupancy stale --min-ess 0.5", "--min-ess is about --occupancy corrected"),
-        ("--max-new-tokens 600", "leaves no room in the 512 positions"),
+        ("--max-new-tokens 600", "the model has 512 positions"),
         ("--temperature 0", "nothing to compare"),
         ("--model relay,relay", "2 models for 3 agents"),
         ("--task relay --model nonesuch", "no model 'nonesuch'"),

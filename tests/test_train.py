@@ -1,7 +1,6 @@
 """A run at toy size: what it writes, that it repeats, what ends it; and the README's commands."""
 
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -17,7 +16,6 @@ import torch
 from commands import refusal
 from conftest import SHARED
 from toy_runs import TOY, bits, results, run, weights
-from tqdm import tqdm
 
 import train
 from teamtr_min.config import Config
@@ -54,21 +52,6 @@ def test_a_run_writes_what_it_promises(finished):
         assert [m["agent"] for m in record["messages"]] == [0, 1, 2]
         assert Relay.is_held_out(record["text"]) == (record["split"] == "held-out")
         assert record["return"] == float(record["messages"][-1]["text"] == record["answer"])
-
-
-def test_every_bar_counts_to_its_total(tmp_path, monkeypatch):
-    bars = []
-
-    class Seen(tqdm):
-        def __init__(self, *given, **named):
-            super().__init__(*given, **named | {"disable": False, "file": io.StringIO()})
-            bars.append(self)
-
-    for module in ("rollout", "learner", "run.run"):
-        monkeypatch.setattr(f"teamtr_min.{module}.tqdm", Seen)
-    run(tmp_path / "run", "--stages", "1", "--router", "random", "--batch-rows", "5")
-    assert {bar.desc.rstrip(": ") for bar in bars} == {"", "sampling", "training", "evaluating"}
-    assert all(bar.n == bar.total > 0 for bar in bars)
 
 
 def test_the_knobs_of_the_advantage_reach_it(tmp_path, monkeypatch):

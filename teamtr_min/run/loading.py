@@ -63,8 +63,7 @@ def roles_of(config: Config, task: Task) -> list[Role]:
             given = json.loads(Path(config.roles).read_text("utf-8"))
             roles = [as_role(j, role) for j, role in enumerate(given)]
         except (OSError, ValueError, TypeError) as error:
-            why = f'not a JSON list of {{"name", "system"}}: {error}'
-            raise UserError(f"--roles {config.roles}: {why}") from None
+            raise UserError(f"--roles {config.roles}: not a JSON list of roles: {error}") from None
     if len(roles) != config.agents:
         raise UserError(f"{config.roles or config.task} has {len(roles)} roles for {config.agents} agents")
     return roles
@@ -82,12 +81,8 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
     first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
     models = load_models(names, first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed)
     for j, name, path, (model, adapter) in zip(speakers, names, directories, models):
-        chat, tokens, positions = chats[path], config.max_new_tokens, model.config.max_positions
+        chat = chats[path]
         known, embedded = chat.tokenizer.vocab_size, model.config.vocab_size
-        if tokens >= positions:
-            raise UserError(
-                f"--max-new-tokens {tokens} leaves no room in the {positions} positions of {name}"
-            )
         if known > embedded:
             raise UserError(f"{name}: the tokenizer has {known} tokens, but the model only {embedded}")
         if ranks.size > 1:
