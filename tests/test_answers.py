@@ -49,6 +49,7 @@ def lines(file: str) -> list[dict]:
     (r"\boxed{unbalanced", None),
     # #### in front of a heading
     ("#### 18\n\n#### Check\nfine", "18"), ("#### Check\n9 * 2 = 18", None), ("#### Check", None),
+    ("#### Sanity test\n9 * 2 = 18", None),
     ("#### Step 2: add 18", None), ("#### 2. Check the work\n9 * 2 = 18", None), ("#### Answer\n18", None),
     ("#### Final Answer: 18\nDone.", "18"), ("#### **18**", "18"), ("##### 5", None), ("####   \n", None),
     ("so #### Paris", "Paris"), ("#### $18 per day\n\nThat is all.", "$18 per day"),
@@ -145,7 +146,7 @@ def test_an_answer_that_takes_long_is_wrong_and_the_next_is_graded_at_once():
 
 def test_closed_forms_have_exact_values():
     values = {
-        "-2^2": -4, "2^{-1}": F(1, 2), "2*-3+1": -5, "8/2/2": 2, "2^3^2": 512, "3!^2": 36,
+        "-2^2": -4, "2^{-1}": F(1, 2), "2*-3+1": -5, "7-2-1": 4, "8/2/2": 2, "2^3^2": 512, "3!^2": 36,
         r"3\frac{1}{2}": F(7, 2), r"\frac{1}{\frac{2}{3}}": F(3, 2), "1,234.5": F(2469, 2), ".5e3": 500,
         "10^{4000}": 10**4000, "10^{5000}": None, "9^{9^{9^9}}": None, "2000!": None, "9999!": None,
         "True": None, r"\{5\}": None, "3 1/2": F(7, 2), "(1,234)": None, "5 6": None, "1/0": None,
