@@ -39,8 +39,9 @@ from teamtr_min.tasks import TASKS, load_task
 SPEED = ("kernels", "sampling", "training", "stage")
 OTHERS = (*SPEED, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
 TEAM_FLAGS = (
-    "model agents rounds router roles temperature max_new_tokens seed device dtype batch_rows fields".split()
-)
+    "model agents rounds router roles fields drop_long temperature max_new_tokens "
+    "seed device dtype batch_rows"
+).split()
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 
 

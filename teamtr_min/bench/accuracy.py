@@ -29,6 +29,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
 from teamtr_min.files import UserError
+from teamtr_min.hf.weights import pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, roles_of
 from teamtr_min.run.log import mean_interval
@@ -71,7 +72,7 @@ def find_subject(team: str | None, flags: dict, task: str | None = None) -> Subj
     if not team and not untrained:
         team = newest_run("summary.json", lambda run: is_of(run, task))
     if not team:
-        return Subject("untrained team", Config(**{"task": task, **flags}))
+        return Subject("untrained team", pinned(Config(**{"task": task, **flags})))
     run = Path(team)
     config = Config.load(run / "config.json", **{"batch_rows": 0, **flags})  # 0: as many as fit here
     if not (run / "agents").is_dir():
@@ -135,6 +136,7 @@ class Evaluator:
         votes = callable(getattr(task, "answer", None))
         if not votes and (self.mode == "vote" or solo and self.k > 1):
             raise UserError("to vote, a task needs a method answer(messages) -> str | None")
+        exam = self.without_long(exam) if exam.subject.config.drop_long else exam
         result = {"benchmark": exam.subject.config.task, "mode": self.mode, "k": self.k} | setting(exam)
         exams = {"team": exam, "solo": exam.alone} if solo else {"team": exam}
         rollouts = {who: self.sample(its, self.k) for who, its in exams.items()}
@@ -148,6 +150,14 @@ class Evaluator:
         result |= scores([*rollouts.values()][-1], self.mode, self.k, task)
         result |= {"memory_peak": peak(self.plan.device), "memory_planned": self.plan.total}
         return result | {"seconds": time.perf_counter() - begin}, rollouts
+
+    def without_long(self, exam: Exam) -> Exam:
+        """Without problems that outgrow a model: the plan of memory makes the task leave them out."""
+        config, sources = exam.subject.config, exam.subject.sources or exam.subject.config.model_of_each
+        before = {problem.id for problem in exam.task.all_problems()}
+        plan_evaluation(config, exam.task, exam.problems, self.k, sources, ranks=self.ranks)
+        gone = before - {problem.id for problem in exam.task.all_problems()}
+        return exam._replace(problems=[problem for problem in exam.problems if problem.id not in gone])
 
     def sample(self, exam: Exam, k: int) -> Rollouts:
         """k rollouts of the subject on every problem."""
