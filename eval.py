@@ -32,7 +32,7 @@ from teamtr_min.bench import accuracy, export, report, speed
 from teamtr_min.config import Parser, add_flags
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
 from teamtr_min.files import UserError, to_json, users_line
-from teamtr_min.run.loading import build_team
+from teamtr_min.run.loading import build_team, load_team
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS, load_task
 
@@ -141,7 +141,11 @@ def evaluate(exam: accuracy.Exam, evaluator: accuracy.Evaluator, table: accuracy
 def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
     """The team's messages and answer to each question; without any, to each line of the standard input."""
     subject = accuracy.find_subject(args.team or None, flags)
-    team = build_team(subject.config, load_task(subject.config), sources=subject.sources)
+    if subject.sources or subject.config.shipped:
+        team = build_team(subject.config, load_task(subject.config), sources=subject.sources)
+    else:  # no data set is needed
+        knobs = {name: value for name, value in flags.items() if name not in ("model", "agents")}
+        team = load_team(subject.config.model_of_each, **knobs)
     for question in questions or map(str.strip, sys.stdin):
         for answer in team.solve(question, samples=args.k, seed=subject.config.seed):
             messages = [message._asdict() for message in answer.messages]

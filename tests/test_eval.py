@@ -314,3 +314,6 @@ def test_a_team_can_be_asked(capsys, monkeypatch):
         assert [m["text"] for m in line["messages"]] == [m.text for m in answer.messages]
         assert line["answer"] == answer.answer
     assert "nowhere" in refusal(capsys, evaluation.main, "ask", "1+1", "--team", "nowhere")
+    stories = str(shared("stories260K/hf_qwen2"))  # of its default task, no data are needed
+    text = printed(capsys, "ask", "Hi", "--model", stories, "--agents", "2", "--max-new-tokens", "4")
+    assert text.startswith("  Agent 1: ") and "\n  Agent 2: " in text and text.endswith("answer: None\n")
