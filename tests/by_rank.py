@@ -101,7 +101,7 @@ def loss_of(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def adapted(model: Transformer) -> Transformer:
-    model = add_lora(model, Adapter("", "", 3, 6.0))
+    model = add_lora(model, Adapter("", rank=3, alpha=6.0))
     for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(p.data, std=0.1, generator=torch.Generator().manual_seed(i))
     return model
