@@ -211,7 +211,10 @@ class Run:
             reason = "interrupted"
         elif isinstance(error, Diverged | FloatingPointError):
             reason = "diverged"
-        self.summary = {
+        missing = dict.fromkeys(
+            f"{name}_{at}" for name in ("accuracy", "return") for at in ("start", "final")
+        )
+        self.summary = missing | {
             **self.results, **log.totals(self.updates), **self.costs,
             "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
             "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
