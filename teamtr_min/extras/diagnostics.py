@@ -230,13 +230,17 @@ def weights_of(model: Transformer) -> list[Tensor]:
 def swapped(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
     """Within, the model has these weights in place of its own."""
     own, parameters = weights_of(model), [p for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def fill(values: list[Tensor]) -> None:
+        for p, value in zip(parameters, values):
+            p.copy_(value)
+
     try:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, weights)
+        fill(weights)
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, own)
+        fill(own)
 
 
 @torch.no_grad()

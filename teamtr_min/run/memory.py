@@ -276,10 +276,10 @@ def count(parameters, trained: bool) -> int:
 
 
 def layer_numbers(m: ModelConfig) -> int:
-    """Numbers of one token that a layer keeps for its backward pass: residuals and their norms; queries, keys
-    and values before and after the rotation; attention's output twice; gate and up."""
+    """Numbers of one token that a layer keeps for its backward pass: what its norms read; queries, keys and
+    values before and after the rotation; attention's output twice; gate and up."""
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    return 4 * m.hidden_size + 4 * query + 3 * key + 2 * m.intermediate_size
+    return 2 * m.hidden_size + 4 * query + 3 * key + 2 * m.intermediate_size
 
 
 def layer_work(m: ModelConfig) -> int:
