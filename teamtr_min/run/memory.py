@@ -42,7 +42,6 @@ FRAGMENTATION = 1.1  # freed blocks that the allocator cannot use again at once
 TOKENS, TOKENS_CUDA = 4096, 16384  # usual size of a training forward; of pretrained models on CUDA
 DRAW_COPIES = 4  # of (rows, V) fp32: logits, scaled, probabilities, their sums
 CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob
-TOKEN_BYTES = 100  # a sampled token with its log-prob in Python's lists
 CHECKPOINTS = 3  # two are kept, and one is being written
 LOOKED_AT = 64  # stages whose problems are looked at, and texts: more characters are more tokens
 
@@ -102,35 +101,35 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
     # have equal returns, so their batches leave nothing for a backward pass.
     most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2) // 2
-    needs.messages = config.turns * max(2 * config.problems * config.group, len(held_out))
     groups = [needs.speakers] if config.occupancy == "joint" else [[j] for j in needs.speakers]
     optimizers = [needs.optimizer(group) for group in groups]
     cuda = needs.start.device.type == "cuda"
+    usual = TOKENS_CUDA if cuda and not config.shipped else TOKENS
 
     def plan(checkpointing: bool, offload: bool) -> Plan:
         def update(tokens: int) -> int:
             return max(needs.update(group, min(tokens, most_tokens), checkpointing) for group in groups)
 
         begun = dataclasses.replace(needs.start, optimizer=max(optimizers) if offload else sum(optimizers))
-        usual = TOKENS_CUDA if cuda and not config.shipped else TOKENS
         tokens = fitting(config.batch_tokens, usual, update, begun, least=needs.longest)
         return dataclasses.replace(
             needs.with_rows(begun, most_rows),
             tokens=tokens, update=update(tokens), checkpointing=checkpointing, offload=offload,
         )  # fmt: skip
 
-    ways = [(False, False), (False, True), (True, True)] if cuda and ranks.size == 1 else [(False, False)]
-    plans = [plan(*way) for way in [*ways, (True, False)]]
-    found = next((p for p in plans if p.total <= p.budget), plans[-1])
+    found = plan(checkpointing=False, offload=False)
+    smaller = found.tokens < (config.batch_tokens or usual) or found.total > found.budget
+    if smaller and cuda and ranks.size == 1 and sum(optimizers) < free_memory(torch.device("cpu")):
+        found = plan(checkpointing=False, offload=True)
+    if found.total > found.budget:
+        found = plan(checkpointing=True, offload=found.offload)
     # Each process has looked at its own memory; all go through the same batches.
     rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
     refuse(found, config)
     out = Path(config.resume or config.out or ".").absolute()
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.is_dir())).free
-    disk = CHECKPOINTS * 12 * sum(needs.trained.values())
-    found = dataclasses.replace(
-        found, rows=rows, tokens=tokens, checkpointing=not kept, disk=disk, disk_free=free
-    )
+    disk = {"disk": CHECKPOINTS * 12 * sum(needs.trained.values()), "disk_free": free}
+    found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, **disk)
     return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), found
 
 
@@ -145,7 +144,6 @@ def plan_evaluation(
 ) -> tuple[Config, Plan]:
     """The same for k rollouts of each problem; `loaded`: the team is in memory already."""
     needs = Needs(config, task, problems, sources, ranks)
-    needs.messages = config.turns * len(problems) * k
     start = dataclasses.replace(needs.start, weights=0) if loaded else needs.start
     plan = needs.with_rows(start, ranks.largest_share(len(problems)) * k)
     refuse(plan, config)
@@ -170,7 +168,6 @@ class Needs:
         self.models = meta_models(self.sources, config.lora_rank)
         self.trained = {j: count(m.parameters(), True) for j, m in self.models.items()}
         self.prompt, self.longest = self.longest_transcript(task, problems)
-        self.messages = 0  # that are in memory at once
         device, dtype = placement(config)
         self.width, self.copied, self.cpu = dtype.itemsize, dtype != torch.float32, device.type == "cpu"
         used, free = in_use(device), int(free_memory(device) * (1 - LEFT_FREE))
@@ -179,14 +176,16 @@ class Needs:
         self.start = Plan(device, budget, program, self.weights(), longest=self.longest)
 
     def weights(self) -> int:
-        """Frozen bases once. Several processes have a part of what is trained, in fp32, and the agent that
-        works as a whole. --diagnostics keeps weights of three moments."""
-        bases = {id(p): p for m in self.models.values() for p in m.parameters()}.values()
-        trained, largest = sum(self.trained.values()), max(self.trained.values())
-        kept = 2 * (trained + largest) if self.config.diagnostics else trained
+        """Frozen bases once. Several processes have a part of what is trained, in fp32, and in whole the
+        agents at work. --diagnostics keeps the weights of three moments."""
+        frozen = count({id(p): p for m in self.models.values() for p in m.parameters()}.values(), False)
+        trained, moved = sum(self.trained.values()), max(self.trained.values())
+        if self.config.occupancy == "joint":
+            moved = trained
+        kept = 2 * (trained + moved) if self.config.diagnostics else trained
         if self.ranks.size == 1:
-            return self.width * (count(bases, False) + kept)
-        return self.width * (count(bases, False) + largest) + 4 * kept // self.ranks.size
+            return self.width * (frozen + kept)
+        return self.width * (frozen + moved) + 4 * kept // self.ranks.size
 
     def optimizer(self, agents: list[int]) -> int:
         return (8 + 4 * self.copied) * sum(self.trained[j] for j in agents) // self.ranks.size
@@ -197,7 +196,7 @@ class Needs:
         return dataclasses.replace(plan, rows=rows, sampling=self.sampling(min(rows, most)))
 
     def sampling(self, rows: int) -> int:
-        """KV caches, prefill and draw of `rows` rollouts at once, and the messages of a collection."""
+        """KV caches, prefill and draw of `rows` rollouts at once."""
         configs = [m.config for m in self.models.values()]
         caches = [rows * self.longest * m.kv_per_token * self.width for m in configs]
         # An agent that writes once frees its cache for the next; on CUDA recorded graphs keep it.
@@ -207,8 +206,7 @@ class Needs:
             prefill * (layer_work(m) * self.width + mask) + DRAW_COPIES * rows * m.vocab_size * 4
             for m in configs
         ]
-        lists = self.messages * self.config.max_new_tokens * TOKEN_BYTES * self.cpu
-        return int(FRAGMENTATION * (max(work) + (max(caches) if once else sum(caches)))) + lists
+        return int(FRAGMENTATION * (max(work) + (max(caches) if once else sum(caches))))
 
     def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
         """An update of `agents` together, with `tokens` padded tokens in one forward pass."""
@@ -219,6 +217,7 @@ class Needs:
         for m in (self.models[j].config for j in agents):
             head = 0 if config.lora_rank else 2 * width  # its gradient, and the embedding's to add
             head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies
+            head += 4 * (self.ranks.size > 1)  # in fp32, to be summed
             own = tokens // 2  # of them the agent has written itself
             chunk = CHUNK_COPIES * min(CHUNK_BYTES, own * m.vocab_size * 4)
             row = min(tokens, max(self.longest, min(LONGEST_TREE, config.group * self.longest)))  # of a mask
@@ -275,21 +274,19 @@ def count(parameters, trained: bool) -> int:
     return sum(p.numel() for p in parameters if p.requires_grad == trained)
 
 
-def layer_numbers(m: ModelConfig) -> int:
-    """Numbers of one token that a layer keeps for its backward pass: what its norms read; queries, keys and
-    values before and after the rotation; attention's output twice; gate and up."""
-    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    return 2 * m.hidden_size + 4 * query + 3 * key + 2 * m.intermediate_size
-
-
 def layer_work(m: ModelConfig) -> int:
     """Numbers of one token that come and go while a layer is computed, at most."""
     return 3 * (m.hidden_size + max(m.intermediate_size, (m.heads + m.kv_heads) * m.head_dim))
 
 
-def token_bytes(m: ModelConfig, width: int, checkpointing: bool, lora: bool = False) -> int:
-    """Activations of one token in a training forward, with gradients of the layer that is under way."""
-    layer = layer_numbers(m) + m.intermediate_size * lora  # adapters keep what they read
+def token_bytes(m: ModelConfig, width: int, checkpointing: bool = False, lora: bool = False) -> int:
+    """Activations of one token in a training forward, with gradients of the layer that is under way.
+
+    A layer keeps the inputs of its norms; queries, keys and values before and after the rotation;
+    attention's output twice; gate and up. Adapters also keep the input of the last product.
+    """
+    query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    layer = 2 * m.hidden_size + 4 * query + 3 * key + (2 + lora) * m.intermediate_size
     kept = m.layers * m.hidden_size + layer if checkpointing else m.layers * layer
     return (kept + layer_work(m)) * width + 32 * m.hidden_size  # fp32 below the first layer, above the last
 
