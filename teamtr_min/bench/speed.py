@@ -98,7 +98,7 @@ class Machine:
             except Exception as error:  # a peer may be missing, or refuse this shape, device or torch
                 if name == "ours":
                     raise
-                rows[name]["missing"] = (str(error) or type(error).__name__)[:40]
+                rows[name]["missing"] = " ".join((str(error) or type(error).__name__).split())[:40]
                 continue
             works[name], right = work, got if right is None else right
             if isinstance(got, tuple):

@@ -125,8 +125,9 @@ def _equal(given: str, wanted: str) -> bool:
         given, wanted = _nameless(given), _nameless(wanted)
     if _canonical(given) == _canonical(wanted):
         return True
-    if None not in (closed_form(given), closed_form(wanted)):
-        return False  # two exact values differ
+    values = _closed_form(given), _closed_form(wanted)
+    if None not in values and values != (math.inf, math.inf):
+        return False  # two values differ, of which at most one is too large to work out
     same_brackets = given.startswith(r"\{") == wanted.startswith(r"\{") or "(" not in (given[:1], wanted[:1])
     return same_brackets and _is_maths(given) and _is_maths(wanted) and equivalent(given, wanted)
 
@@ -182,7 +183,7 @@ def _is_maths(text: str) -> bool:
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:[, ]\d{3})+(?![\d,])")
 _MIXED = re.compile(r"(?<![\d.^])(\d+)(?: ?\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))")
-_FACTORIAL = re.compile(r"(?<![\d.^])(\d{1,4})!(?!!)")  # 2^3! may be read in two ways
+_FACTORIAL = re.compile(r"(?<![\d.^])(\d+)!(?!!)")  # 2^3! may be read in two ways
 _NUMERAL = re.compile(r"(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d{1,3}+)?+")
 _PYTHON = {"{": "(", "}": ")", "^": "**", r"\cdot": "*", r"\times": "*", r"\div": "/", r"\frac": "frac"}
 _ALLOWED = re.compile(r"(?:[0-9+*/() -]|frac)*+")
@@ -191,17 +192,25 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 def closed_form(text: str) -> Fraction | None:
     r"""The exact value of numerals with + - * / ^ !, `\frac` and brackets, or None; also None beyond BITS."""
+    value = _closed_form(text)
+    return None if value == math.inf else value
+
+
+def _closed_form(text: str) -> Fraction | float | None:
+    """The same, but math.inf beyond BITS."""
     if len(text) > LONGEST or not text.isascii():
         return None
     if "(" not in text:  # (1,234) is a pair
         text = _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
     text = _MIXED.sub(r"(\1+\2\4/\3\5)", text.removesuffix("%"))
     try:
-        text = _FACTORIAL.sub(lambda m: str(math.factorial(int(m[1]))), text)
+        text = _FACTORIAL.sub(lambda m: str(_factorial(int(m[1]))), text)
         text = _NUMERAL.sub(lambda m: "({}/{})".format(*Fraction(m[0]).as_integer_ratio()), text)
         for latex, python in _PYTHON.items():
             text = text.replace(latex, python)
         return _evaluate(ast.parse(text.strip(), mode="eval").body) if _ALLOWED.fullmatch(text) else None
+    except OverflowError:
+        return math.inf
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
         return None
 
@@ -216,16 +225,24 @@ def _evaluate(node: ast.expr) -> Fraction:
             value = _evaluate(over) / _evaluate(under)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             base, exponent = _evaluate(left), _evaluate(right)
-            if exponent.denominator != 1 or abs(exponent) * _bits(base) > 2 * BITS:
+            if exponent.denominator != 1:
                 raise ValueError
+            if abs(exponent) * _bits(base) > 2 * BITS:
+                raise OverflowError
             value = base**exponent
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             value = _OPERATORS[type(op)](_evaluate(left), _evaluate(right))
         case _:
             raise ValueError
     if _bits(value) > BITS:
-        raise ValueError
+        raise OverflowError
     return value
+
+
+def _factorial(n: int) -> int:
+    if n > 1500:  # 1500! has 13,664 bits
+        raise OverflowError
+    return math.factorial(n)
 
 
 def _bits(value: Fraction) -> int:
