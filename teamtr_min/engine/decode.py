@@ -9,12 +9,11 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import use_triton
 from kernels.decode import attend_cached, draw
-from kernels.layer import rms_norm, rotate_reference, swiglu, swiglu_reference
+from kernels.layer import rotate_reference, swiglu, swiglu_reference
 from teamtr_min.engine.cache import KVCache, Step, attend
 from teamtr_min.engine.model import RMSNorm, Transformer, rope_table
 
@@ -33,7 +32,15 @@ class Decode:
         self.records = self.by_kernels and model.device.type == "cuda" and not model.sharded
         self.token = torch.zeros_like(cache.length)  # (rows,) what graphs read
         self.uniform = torch.zeros(len(cache.length), device=model.device)
+        self.eps = torch.tensor(model.config.norm_eps, device=model.device)
         self.graphs: dict[tuple, Callable] = {}  # (rows, temperature) -> replay
+        self.layers = [  # looked up once
+            (
+                block.input_layernorm, block.self_attn, block.self_attn.qkv_proj, block.self_attn.o_proj,
+                block.post_attention_layernorm, block.mlp.gate_up_proj, block.mlp.down_proj,
+            )
+            for block in model.model.layers
+        ]  # fmt: skip
         self.pool, self.table, self.capacity = None, None, -1  # of the graphs; of `table`
 
     def next(
@@ -75,32 +82,37 @@ class Decode:
         )
         silu = swiglu if self.by_kernels else swiglu_reference
         x = self.model.model.embed_tokens(token)  # (B, H)
-        for layer, block in enumerate(self.model.model.layers):
-            y = attend(layer, block.self_attn, block.self_attn.qkv_proj(self._norm(x, block.input_layernorm)))
-            add_product(x, block.self_attn.o_proj, y)
-            gate_up = block.mlp.gate_up_proj(self._norm(x, block.post_attention_layernorm))  # (B, 2 * I)
-            add_product(x, block.mlp.down_proj, silu(gate_up))
+        for number, (norm, attention, qkv, out, other_norm, gate_up, down) in enumerate(self.layers):
+            add_product(x, out, attend(number, attention, qkv(self._norm(x, norm))))
+            add_product(x, down, silu(gate_up(self._norm(x, other_norm))))
         return self._norm(x, self.model.model.norm)
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        if self.by_kernels:
-            return rms_norm(x, norm.weight, norm.eps)
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        if self.by_kernels or x.dtype != torch.float32:
+            return norm(x)
+        length = torch.linalg.vector_norm(x, 2, -1, True)  # the same in fewer operations
+        inverse = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (x * inverse).mul_(norm.weight)
 
     def _attend(self, B: int, span: int, even: bool) -> Callable[[int, nn.Module, Tensor], Tensor]:
         """How a layer attends: its number, the layer, qkv (B, (Q + 2K) * D) -> (B, Q * D)."""
         c, step = self.model.config, Step.after(self.cache, slice(0, B), 1, span, even)
         table = rope_table(c, 1 << step.span.bit_length(), self.model.device, self.model.dtype)
-        cos, sin = (x[step.positions[:, 0]] for x in table)  # (B or 1, 1, D)
+        cos, sin = (x[step.positions] for x in table)  # (B or 1, 1, 1, D)
         Q, K, D = c.heads, c.kv_heads, c.head_dim
 
         def of_layer(layer: int, attention: nn.Module, qkv: Tensor) -> Tensor:
-            turned, v = qkv.view(B, Q + 2 * K, D).split([Q + K, K], 1)
+            heads = qkv.view(B, Q + 2 * K, 1, D)
+            turned, v = heads[:, : Q + K], heads[:, Q + K :]
             if c.qk_norm:
-                q, k = turned.split([Q, K], 1)
-                turned = torch.cat([self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)], 1)
-            q, k = rotate_reference(turned, cos, sin).unsqueeze(2).split([Q, K], 1)  # (B, Q or K, 1, D)
-            return attend(q, *step.exchange(layer, k, v.unsqueeze(2)), step.mask).view(B, Q * D)
+                q, k = (
+                    self._norm(turned[:, :Q], attention.q_norm),
+                    self._norm(turned[:, Q:], attention.k_norm),
+                )
+                turned = torch.cat([q, k], 1)
+            turned = rotate_reference(turned, cos, sin)
+            k, v = step.exchange(layer, turned[:, Q:], v)  # (B, K, S, D)
+            return attend(turned[:, :Q], k, v, step.mask).view(B, Q * D)
 
         return of_layer
 

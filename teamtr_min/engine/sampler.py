@@ -63,9 +63,7 @@ class Sampler:
 
     def __init__(self, model: Transformer):
         self.model, self.prefill_tokens = model, PREFILL_TOKENS
-        self.check_every = (
-            16 if model.device.type == "cuda" else 1
-        )  # steps between two looks at what has ended
+        self.check_every = 16 if model.device.type == "cuda" else 1  # steps until the host waits for results
         self.cache: KVCache | None = None
         self.decode: Decode | None = None
         self.row_at = self.held = torch.empty(0, dtype=torch.long)
@@ -120,26 +118,27 @@ class Sampler:
         message_of = torch.empty_like(self.row_at)
         message_of[rows] = torch.arange(count)
         live = message_of[self.row_at[:count]]  # place -> number of the message that is written there
-        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        is_stop = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=device)
+        is_stop[list(stop_ids)] = True
         uniforms = rng.uniforms(keys, max_new_tokens, device).t()  # (max_new_tokens, B)
         tokens = torch.zeros(max_new_tokens, count, dtype=torch.long, device=device)
         logprobs = torch.zeros(max_new_tokens, count, device=device)
 
         # 1. Prefill: what the cache lacks of each prompt.
         hidden = self._prefill([prompts[i] for i in live.tolist()])  # (B, H)
-        index = live.to(device)
-        ended = torch.zeros(count, dtype=torch.bool, device=device)
+        index, ended = live.to(device), torch.zeros(count, dtype=torch.bool, device=device)
+        longest, even = _longest(lengths)
         for t in range(max_new_tokens):
+            uniform = uniforms[t].index_select(0, index)
             if t == 0:
                 # 2. The first token of each message.
-                token, logprob = draw(self.model.logits(hidden), uniforms[0, index], temperature)
+                token, logprob = draw(self.model.logits(hidden), uniform, temperature)
             else:
                 # 3. Decode: feed the last token, draw the next.
-                now = lengths[live] + t  # (live,) tokens of each row that the cache holds after this step
-                span, even = int(now.max()), bool((now == now[0]).all())
-                token, logprob = self.decode.next(token, uniforms[t, index], temperature, span, even)
-            tokens[t, index], logprobs[t, index] = token, logprob
-            ended |= torch.isin(token, stops)
+                token, logprob = self.decode.next(token, uniform, temperature, longest + t, even)
+            tokens[t].index_copy_(0, index, token)
+            logprobs[t].index_copy_(0, index, logprob)
+            ended |= is_stop[token]
             if (t + 1) % self.check_every == 0 and ended.any():
                 # 4. Messages that have ended leave the batch.
                 goes_on = ~ended.cpu()
@@ -149,25 +148,23 @@ class Sampler:
                 token, ended = token[order.to(device)], ended[order.to(device)]
                 if not len(live):
                     break
+                longest, even = _longest(lengths[live])
         progress(len(live))
 
         # 5. Cut each message behind its first stop id.
-        stop = torch.isin(tokens, stops)  # (max_new_tokens, B)
-        stopped = stop.any(0)
-        size = torch.where(stopped, stop.int().argmax(0) + 1, max_new_tokens)  # (B,)
-        inside = torch.arange(max_new_tokens, device=device)[:, None] < size
-        if not (logprobs[inside] > -math.inf).all():  # also catches NaN
+        completions, stops = [], set(stop_ids)
+        for ids, values in zip(tokens.t().tolist(), logprobs.t().tolist()):
+            end = next((t for t, token in enumerate(ids) if token in stops), None)
+            size = max_new_tokens if end is None else end + 1
+            completions.append(Completion(ids[:size], values[:size], end is not None))
+        if not all(math.isfinite(sum(c.logprobs)) for c in completions):
             raise FloatingPointError(
                 "the model's output is not finite: its weights hold NaN, or the temperature is too low"
             )
-        self.held[rows] = lengths + size.cpu() - 1  # the last token of a message was drawn, not fed
+        written = torch.tensor([len(c.tokens) for c in completions])
+        self.held[rows] = lengths + written - 1  # the last token of a message was drawn, not fed
         self.cache.length[: len(self.row_at)] = self.held[self.row_at].to(device)
-        tokens, logprobs = (x.t().flatten().tolist() for x in (tokens, logprobs))
-        starts = range(0, count * max_new_tokens, max_new_tokens)
-        return [
-            Completion(tokens[i : i + n], logprobs[i : i + n], end)
-            for i, n, end in zip(starts, size.tolist(), stopped.tolist())
-        ]
+        return completions
 
     def _to_front(self, wanted: Tensor) -> Tensor:
         """Let the wanted ones of the first places come first, by swapping. Returns the old place of each."""
@@ -212,3 +209,9 @@ class Sampler:
             last[rows] = model.hidden(torch.tensor(padded, device=device), step, ends)
         cache.length[: len(prompts)] = torch.tensor([len(ids) for ids in prompts], device=device)
         return last
+
+
+def _longest(lengths: Tensor) -> tuple[int, bool]:
+    """The largest, and whether all are equal."""
+    least, most = lengths.aminmax()
+    return int(most), bool(least == most)
