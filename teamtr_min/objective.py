@@ -26,7 +26,7 @@ def group_advantages(
     """Eq. 9 [paper]: returns (P, G) of G rollouts for each of P problems -> advantages (P, G).
 
     Mean and variance are the population's. `weight` (P, G), at least 0, makes them weighted within each group
-    [ours, SPEC 10]; only the ratios of a group's weights count. Without `normalise` advantages stay in units
+    [ours]; only the ratios of a group's weights count. Without `normalise` advantages stay in units
     of the return, only centred and clipped. A group of equal returns is exactly 0: tested as max == min,
     since in floating point the mean of equal numbers need not be that number.
     """
@@ -58,7 +58,7 @@ def teamtr_loss(
         loss = -sum_m v_m [ min(w_m A_m, clip(w_m, 1 - eps, 1 + eps) A_m) - beta KL_m ] / sum_m v_m
 
     logp (N,) carries the gradient; old_logp (N,), message (N,) int64, advantage (M,), weight (M,), agent (M,)
-    int64 do not. `weight` is v [ours, SPEC 10], at least 0; None counts every message once. beta is a number
+    int64 do not. `weight` is v [ours], at least 0; None counts every message once. beta is a number
     or (A,), one per agent. `ratio`: w_m is the product over the message's tokens ("message"), its geometric
     mean ("mean"), or stands at every token, whose clipped terms are averaged over the message ("token"). KL_m
     is the k3 form, because k1's gradient does not vanish at the old policy; a sum over the message's tokens,

@@ -2,7 +2,7 @@
 
 An update's surrogate must be evaluated under the team as it now is. The paper samples that team again before
 every update. [paper] The stage's first rollouts can be used again instead, if each is weighted by the density
-ratio of the agents that have changed since (SPEC of --min-ess): [ours]
+ratio of the agents that have changed since: [ours]
 
     rho_r = prod over updated agents k, over messages m of k in rollout r, of pi_k now(m) / pi_k then(m)
     E_then[rho f] = E_now[f] for every f;   ESS = (sum rho)^2 / (R sum rho^2)

