@@ -103,7 +103,7 @@ def test_a_users_file_is_named_by_the_line_in_which_it_failed(tmp_path, monkeypa
 
 def test_a_users_file_that_lacks_the_function_or_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "mine.py"
-    with pytest.raises(FileNotFoundError, match="mine.py"):
+    with pytest.raises(UserError, match="mine.py does not exist"):
         function_from_file(str(path), "grade")
     for text in ("x = 1", "grade = 1"):
         path.write_text(text)

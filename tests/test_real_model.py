@@ -12,7 +12,7 @@ import train
 
 SMALL = ["--agents", "2", "--task", "sums", "--device", "cpu", "--warm-start", "4", "--problems", "2",
          "--stages", "1", "--group", "4", "--inner-steps", "1", "--eval-problems", "2",
-         "--max-new-tokens", "12", "--keep", "1"]  # fmt: skip
+         "--max-new-tokens", "12"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

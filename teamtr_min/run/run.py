@@ -32,8 +32,7 @@ class Run:
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
         self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
-        name = f"{Path(config.task).stem}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
-        self.directory = Path(config.resume or config.out or Path("runs", name))
+        self.directory = Path(config.resume or config.out or unused_name(config))
         generator = rng.generator(0, "held-out")
         self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
         self.begin = time.perf_counter()
@@ -228,6 +227,12 @@ class Run:
         if self.files:
             write_json(self.directory / "summary.json", self.summary)
             log.say(log.closing(self.config, self.directory, self.summary, self.stages))
+
+
+def unused_name(config: Config) -> Path:
+    name = f"{Path(config.task).stem}-{config.agents}x-{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    taken = len(list(Path("runs").glob(f"{name}*")))  # runs that began in the same second
+    return Path("runs", f"{name}-{taken + 1}" if taken else name)
 
 
 def check_out(config: Config) -> None:
