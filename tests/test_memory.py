@@ -16,7 +16,7 @@ from toy_runs import TOY, run, same, weights
 
 import train
 from teamtr_min.config import Config
-from teamtr_min.engine import rng
+from teamtr_min.engine import model, rng
 from teamtr_min.engine.distributed import ALONE, Ranks, halving
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
@@ -179,13 +179,27 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
 
 
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
-    """By smaller waves, which config.json names."""
+    """By smaller waves, which config.json names, and with activations computed twice."""
+
+    def tight(*given):
+        config, plan = plan_training(*given)
+        return config, dataclasses.replace(plan, checkpointing=True)
+
+    def again(*given, **options):
+        calls.append(1)
+        return checkpoint(*given, **options)
+
+    calls, checkpoint = [], model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", again)
     flags = "--batch-tokens", "256", "--eval-problems", "64"
     run(tmp_path / "plenty", *flags)
     assert "\nmemory  " in capsys.readouterr().out
     monkeypatch.setattr(memory, "in_use", lambda device: 300 << 20)
     monkeypatch.setenv("TEAMTR_MEMORY", "352MiB")
+    monkeypatch.setattr(train, "plan_training", tight)
+    assert not calls
     run(tmp_path / "lean", *flags)
+    assert calls
     lean, plenty = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("lean", "plenty"))
     assert lean["batch_rows"] < 64 < plenty["batch_rows"] == 2048
     assert same(weights(tmp_path / "plenty"), weights(tmp_path / "lean"))

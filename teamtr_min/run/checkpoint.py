@@ -76,14 +76,16 @@ def _undamaged(checkpoint: Path) -> bool:
 
 
 def _tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    """Masters and AdamW's state on the host, at the first process; the others help to gather them."""
+    """Masters and AdamW's state on the host of the first process; the others help to gather them."""
     found = {}
     for name, p in zip(learner.names, learner.masters):
-        found[f"master.{name}"] = whole(p.detach()).cpu()
-        for key, value in learner.optimizer.state[p].items():
-            found[f"adam.{key}.{name}"] = whole(value).cpu()
-        if not found[f"master.{name}"].isfinite().all():
-            raise Diverged("a weight is not finite")
+        state = {f"adam.{key}.{name}": value for key, value in learner.optimizer.state[p].items()}
+        for key, part in {f"master.{name}": p.detach(), **state}.items():
+            tensor = whole(part)
+            if key.startswith("master.") and not tensor.isfinite().all():
+                raise Diverged("a weight is not finite")
+            if learner.ranks.first:
+                found[key] = tensor.cpu()
     return found
 
 

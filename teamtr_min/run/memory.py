@@ -37,7 +37,7 @@ from teamtr_min.team import Team
 
 LEFT_FREE = 0.1  # of what is free, for other programs
 PROGRAM = 40 << 20  # parts of torch that load late, and their buffers
-BF16_ON_CPU = 80 << 20  # compiled products: next to nothing with AVX2, about 200 MiB with AMX
+BF16_ON_CPU = 60 << 20  # compiled products: next to nothing with AVX2, about 200 MiB with AMX
 FRAGMENTATION = 1.1  # freed blocks that the allocator cannot use again at once
 TOKENS, TOKENS_CUDA = 4096, 16384  # usual size of a training forward; of pretrained models on CUDA
 DRAW_COPIES = 4  # of (rows, V) fp32: logits, scaled, probabilities, their sums
