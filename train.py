@@ -122,19 +122,8 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
         raise
     finally:
         learner.offload()
-    trained = steps * batches.tokens
-    outcome = Update(
-        first.stats,
-        attempted.stats,
-        here.stats,
-        here.log_ratio,
-        steps,
-        halvings,
-        grad_norm,
-        lr,
-        learner.beta,
-        trained,
-    )
+    measured = first.stats, attempted.stats, here.stats, here.log_ratio
+    outcome = Update(*measured, steps, halvings, grad_norm, lr, learner.beta, steps * batches.tokens)
     if steps and config.kl in ("hard", "adaptive"):
         learner.adapt_beta(attempted.kl, config.delta)
     return outcome

@@ -6,14 +6,13 @@ A knob whose default is None takes its value from PRESETS, by kind of model and 
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from teamtr_min.files import UserError, write_json
+from teamtr_min.files import UserError, read_json, write_json
 
 SHIPPED = ("relay", "convention")  # tasks that bring a small model of the same name
 LORA_LR = 10  # LoRA needs about ten times the learning rate that suits all weights
@@ -157,10 +156,9 @@ class Config:
     @property
     def lr_scales(self) -> list[float]:
         """One factor per agent."""
+        words = self.lr_scale.split(",") if self.lr_scale else ["1"] * self.agents
         try:
-            scales = (
-                [float(word) for word in self.lr_scale.split(",")] if self.lr_scale else [1.0] * self.agents
-            )
+            scales = [float(word) for word in words]
         except ValueError:
             scales = []
         if len(scales) != self.agents or not all(0 < scale < math.inf for scale in scales):
@@ -189,16 +187,12 @@ class Config:
 
     @classmethod
     def load(cls, path: Path, **changes) -> "Config":
-        """Read a run's config.json; a knob that it lacks takes its default."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not the configuration of a run: {error}") from None
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        saved = {name: value for name, value in raw.items() if name in known}
+        """Read a run's config.json; a knob that it lacks takes its default. Raises UserError."""
+        kinds, saved = {f.name: f.type for f in dataclasses.fields(cls)}, read_json(path)
+        saved = {name: value for name, value in saved.items() if name in kinds}
         saved |= {
-            n: float(v) for n, v in saved.items() if known[n].type is float and isinstance(v, str)
-        }  # "inf"
+            name: float(v) for name, v in saved.items() if kinds[name] is float and v in ("inf", "-inf")
+        }
         return cls(**saved | changes)
 
 
@@ -221,9 +215,8 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown flag is answered with the one that it resembles."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str):
         known, _, typed = [*self._option_string_actions], *message.partition("unrecognized arguments: ")[1:]
@@ -264,11 +257,8 @@ def resumed(given: dict) -> Config:
     model = given.get("model", "")
     if saved.model.split("@")[0] in (model.split("@")[0], os.path.abspath(model)):
         given.pop("model", None)  # a saved name carries its commit, a saved path is absolute
-    changed = [
-        f"--{name.replace('_', '-')} {value} (the run has {getattr(saved, name)})"
-        for name, value in given.items()
-        if value != getattr(saved, name)
-    ]
+    others = {name: value for name, value in given.items() if value != getattr(saved, name)}
+    changed = [f"--{n.replace('_', '-')} {v} (the run has {getattr(saved, n)})" for n, v in others.items()]
     if changed:
         raise UserError(f"--resume continues a run as it was started, not with {', '.join(changed)}")
     return saved

@@ -76,13 +76,11 @@ class Learner:
         self.agents, self.beta, self.ranks, self.offloads = agents, beta, team.ranks, offload
         self.models = [team.agents[j].model for j in agents]
         named = [(f"{i}.{name}", p) for i, m in enumerate(self.models) for name, p in m.named_parameters()]
-        named = [(name, p) for name, p in named if p.requires_grad]
-        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        dtype = self.models[0].dtype
-        self.copied = dtype != torch.float32
+        self.names, self.parameters = zip(*((name, p) for name, p in named if p.requires_grad))
+        self.copied = self.models[0].dtype != torch.float32
         self.masters = self.parameters
         if self.copied:
-            self.masters = [p.detach().to(dtype, copy=True).float() for p in self.parameters]
+            self.masters = [p.detach().to(self.models[0].dtype, copy=True).float() for p in self.parameters]
             self._round()
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
@@ -103,7 +101,7 @@ class Learner:
             return self._forward(batches, config, backward=False)
 
     def backward(self, batches: Batches, config: Config) -> Measured:
-        """The same; it also adds the gradient of the loss, minus Eq. 10, to the masters' gradients."""
+        """The same; also adds the gradient of the loss, minus Eq. 10, to the masters'."""
         with unsharded(*self.models):
             return self._forward(batches, config, backward=True)
 
@@ -153,13 +151,9 @@ class Learner:
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
         """[ours] Follow the KL of the attempted update, within bounds; a beta of 0 stays 0."""
-        if self.beta == 0 or math.isinf(delta):
-            return
-        if attempted > 1.5 * delta:
-            self.beta *= 1.5
-        elif attempted < delta / 1.5:
-            self.beta /= 1.5
-        self.beta = min(max(self.beta, BETA_LEAST), BETA_MOST)
+        if self.beta and math.isfinite(delta):
+            factor = 1.5 if attempted > 1.5 * delta else 1 / 1.5 if attempted < delta / 1.5 else 1.0
+            self.beta = min(max(self.beta * factor, BETA_LEAST), BETA_MOST)
 
     def _forward(self, batches: Batches, config: Config, backward: bool) -> Measured:
         estimate, together, total = f"kl_{config.kl_estimator}", len(self.agents) > 1, sum(batches.weight)

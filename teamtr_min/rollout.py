@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from teamtr_min.engine import rng
 from teamtr_min.engine.cache import Step
-from teamtr_min.engine.distributed import Ranks, halving
+from teamtr_min.engine.distributed import halving
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.packing import Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
-from teamtr_min.team import Rendered, Team
+from teamtr_min.team import Team
 
 
 @dataclass(frozen=True)
@@ -145,18 +145,16 @@ def agent_batches(
     pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
     own, weights = [], []
     for number, j in enumerate(agents):
-        model, batches = team.agents[j].model, []
-        seen = {
-            r: team.render(j, rollouts.problems[r], rollouts.messages[r], add_generation_prompt=False)
-            for r in range(share.start * size, share.stop * size)
-        }
+        model, batches, seen = team.agents[j].model, [], {}
+        for r in range(share.start * size, share.stop * size):
+            seen[r] = team.render(j, rollouts.problems[r], rollouts.messages[r], add_generation_prompt=False)
         cost = model.config.pairs_per_token
         for pulling in (True, False):
             # Nothing is predicted from a rollout's last token.
             sequences = [(r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling]
             trees = trees_of(sequences, batch_tokens, cost)
             for rows in batches_of(trees, batch_tokens, cost, model.device):
-                batches.append(_batch(team, rollouts, (number, j), rows, seen, advantages))
+                batches.append(_batch(model, (number, j), rollouts, rows, seen, advantages))
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
         passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
         own += batches + [model] * (passes - len(batches))
@@ -167,15 +165,15 @@ def agent_batches(
 
 
 def _batch(
-    team: Team,
-    rollouts: Rollouts,
+    model: Transformer,
     agent: tuple[int, int],
+    rollouts: Rollouts,
     rows: list[Tree],
-    seen: dict[int, Rendered],
+    seen: dict,
     advantages: Tensor,
 ) -> AgentBatch:
+    """One batch of the trees `rows`; `seen`: rollout -> Rendered, advantages (R,)."""
     number, j = agent
-    model = team.agents[j].model
     packed = pack(rows, model.device)
     pair, message, sampled_logp, rollout, turns = [], [], [], [], []
     pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
@@ -196,23 +194,13 @@ def _batch(
         return torch.as_tensor(values, device=model.device)
 
     return AgentBatch(
-        model=model,
-        agent=number,
-        tokens=packed.tokens,
-        positions=packed.positions,
-        end=packed.end,
-        where=tensor(where),
-        targets=tensor(targets),
-        pair=tensor(pair),
-        message=tensor(message),
-        sampled_logp=tensor(sampled_logp),
-        advantage=tensor(advantage),
+        model, number, packed.tokens, packed.positions, packed.end,
+        where=tensor(where), targets=tensor(targets), pair=tensor(pair), message=tensor(message),
+        sampled_logp=tensor(sampled_logp), advantage=tensor(advantage),
         weight=None if weight is None else tensor(weight),
-        rollout=tensor(rollout),
-        turn=tensor(turns),
-        pulls=bool(advantage.any()),
+        rollout=tensor(rollout), turn=tensor(turns), pulls=bool(advantage.any()),
         total_weight=float(len(rollout)) if weight is None else weight.double().sum().item(),
-    )
+    )  # fmt: skip
 
 
 def collect(
@@ -243,17 +231,8 @@ def collect(
 
     messages, team.batch_rows = halving(sample, team.batch_rows, team.ranks)
     returns = [team.task.grade(problem, row) for problem, row in zip(repeated[start:stop], messages)]
-    messages, returns = _gathered(team.ranks, messages, returns)
+    if team.ranks.size > 1:  # then all have all, in order
+        parts = team.ranks.gather([[[vars(m) for m in row] for row in messages], returns])
+        messages = [[Message(**fields) for fields in row] for rows, _ in parts for row in rows]
+        returns = [value for _, part in parts for value in part]
     return Rollouts(repeated, messages, torch.tensor(returns), group, time.perf_counter() - begin)
-
-
-def _gathered(
-    ranks: Ranks, messages: list[list[Message]], returns: list[float]
-) -> tuple[list[list[Message]], list[float]]:
-    """The messages and returns of all processes' rollouts, in order, from those of this one."""
-    if ranks.size == 1:
-        return messages, returns
-    fields = [[[m.agent, m.tokens, m.text, m.logprobs, m.stopped] for m in row] for row in messages]
-    parts = ranks.gather([fields, returns])
-    rows = [[Message(*values) for values in row] for fields, _ in parts for row in fields]
-    return rows, [value for _, part in parts for value in part]

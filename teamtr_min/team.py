@@ -102,16 +102,11 @@ class Team:
         """The agent whose turn is next. Raises UserError for a router that returns no agent's number."""
         n = len(self.agents)
         choice = self.router(turn, messages, n, uniform)
-        try:
-            chosen = -1 if isinstance(choice, bool) else operator.index(choice)
-        except TypeError:
-            chosen = -1
-        if not 0 <= chosen < n:
+        whole = hasattr(choice, "__index__") and not isinstance(choice, bool)
+        if not whole or not 0 <= operator.index(choice) < n:
             place = f"{self.router.__module__}, line {self.router.__code__.co_firstlineno}"
-            raise UserError(
-                f"{place}: `router` returned {choice!r} at turn {turn}; agents are numbered 0 to {n - 1}"
-            )
-        return chosen
+            raise UserError(f"{place}: `router` returned {choice!r} at turn {turn}; agents are 0 to {n - 1}")
+        return operator.index(choice)
 
     def render(
         self, j: int, problem: Problem, messages: list[Message], add_generation_prompt: bool
@@ -132,12 +127,8 @@ class Team:
             if message.agent == j:
                 ids += chat.assistant_header
                 spans.append((len(ids), len(ids) + len(message.tokens)))
-                ids += message.tokens
-                ids += (
-                    chat.assistant_footer
-                    if message.stopped
-                    else [chat.end_of_message, *chat.assistant_footer]
-                )
+                ids += message.tokens if message.stopped else [*message.tokens, chat.end_of_message]
+                ids += chat.assistant_footer
             elif writer.model is not None and writer.tokenizer.hash == agent.tokenizer.hash:
                 ids += chat.teammate_ids(writer.role.name, message.content)
             else:  # a message cannot end, or begin another, by spelling a special token of its reader
@@ -153,7 +144,7 @@ class Team:
         problems: list[Problem],
         path: rng.RngPath,
         first: int = 0,
-        progress: Callable[[int], None] = lambda messages: None,
+        progress: Callable = lambda count: None,
     ) -> list[list[Message]]:
         """All turns of one rollout per problem, side by side. The first is number `first` of its collection;
         `progress` is told how many more messages are written."""
@@ -162,10 +153,8 @@ class Team:
         for agent in models:
             agent.sampler.start(len(problems))
         for turn in range(self.turns):
-            routed = [
-                self.route(turn, messages, path.key("route", first + r, turn) / 2**64)
-                for r, messages in enumerate(transcripts)
-            ]
+            draws = [path.key("route", first + r, turn) / 2**64 for r in range(len(problems))]
+            routed = [self.route(turn, messages, draw) for messages, draw in zip(transcripts, draws)]
             for j, agent in enumerate(self.agents):
                 rows = [r for r, chosen in enumerate(routed) if chosen == j]
                 if agent.model is None:
@@ -178,16 +167,9 @@ class Team:
                     continue
                 prompts = [self.render(j, problems[r], transcripts[r], True).ids for r in rows]
                 keys = [path.key("rollout", first + r, turn) for r in rows]
+                how = self.max_new_tokens, self.temperature, agent.chat.end_tokens
                 with unsharded(agent.model):
-                    done = agent.sampler.generate(
-                        rows,
-                        prompts,
-                        keys,
-                        self.max_new_tokens,
-                        self.temperature,
-                        agent.chat.end_tokens,
-                        progress,
-                    )
+                    done = agent.sampler.generate(rows, prompts, keys, *how, progress)
                 texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in done])
                 for r, c, text in zip(rows, done, texts):
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
@@ -206,7 +188,7 @@ class Team:
         return [*ids, *chat.assistant_header]
 
     def solve(
-        self, question: str, samples: int = 1, temperature: float | None = None, seed: int = 0
+        self, question: str, samples: int = 1, temperature: float = None, seed: int = 0
     ) -> list[Answer]:
         """Let the team work on a question `samples` times, at its own temperature unless one is given."""
         team = self if temperature is None else dataclasses.replace(self, temperature=temperature)

@@ -89,7 +89,7 @@ def test_resume_takes_a_run_as_it_was_started(tmp_path):
     assert resumed == dataclasses.replace(config, resume=str(tmp_path), accept_changes=True)
     with pytest.raises(UserError, match=r"as it was started, not with --lr 1.0 \(the run has 0.0005\)"):
         parse(["--resume", str(tmp_path), "--lr", "1"], "")
-    with pytest.raises(UserError, match="is not the configuration of a run"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         parse(["--resume", str(tmp_path / "nowhere")], "")
 
 

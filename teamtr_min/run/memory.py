@@ -43,6 +43,7 @@ TOKENS, TOKENS_CUDA = 4096, 16384  # usual size of a training forward; of pretra
 DRAW_COPIES = 4  # of (rows, V) fp32: logits, scaled, probabilities, their sums
 CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob
 CHECKPOINTS = 3  # two are kept, and one is being written
+STATUS = Path("/proc/self/status")
 LOOKED_AT = 64  # stages whose problems are looked at, and texts: more characters are more tokens
 
 
@@ -134,13 +135,7 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
 
 
 def plan_evaluation(
-    config: Config,
-    task: Task,
-    problems: list[Problem],
-    k: int,
-    sources: Sequence,
-    loaded: bool = False,
-    ranks: Ranks = ALONE,
+    config: Config, task: Task, problems: list[Problem], k: int, sources: Sequence, loaded=False, ranks=ALONE
 ) -> tuple[Config, Plan]:
     """The same for k rollouts of each problem; `loaded`: the team is in memory already."""
     needs = Needs(config, task, problems, sources, ranks)
@@ -202,11 +197,9 @@ class Needs:
         # An agent that writes once frees its cache for the next; on CUDA recorded graphs keep it.
         once = self.config.router == "round-robin" and self.config.rounds == 1 and self.cpu
         prefill, mask = min(PREFILL_TOKENS, rows * self.longest), 5 * max(PREFILL_TREE, self.longest)
-        work = [
-            prefill * (layer_work(m) * self.width + mask) + DRAW_COPIES * rows * m.vocab_size * 4
-            for m in configs
-        ]
-        return int(FRAGMENTATION * (max(work) + (max(caches) if once else sum(caches))))
+        draw = DRAW_COPIES * rows * 4 * max(m.vocab_size for m in configs)
+        work = draw + prefill * (max(map(layer_work, configs)) * self.width + mask)
+        return int(FRAGMENTATION * (work + (max(caches) if once else sum(caches))))
 
     def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
         """An update of `agents` together, with `tokens` padded tokens in one forward pass."""
@@ -245,16 +238,16 @@ class Needs:
                 prompts.append(min(prompt, limit - messages))
                 lengths.append(min(prompt + messages, limit))
                 if prompt + messages > limit:
-                    overlong[name] = f"a prompt of {prompt:,} tokens and messages of up to {messages:,}, but "
-                    overlong[name] += f"the model has {limit:,} positions"
+                    overlong[name] = (
+                        f"problem {name} makes a prompt of {prompt:,} tokens and messages of up to "
+                    )
+                    overlong[name] += f"{messages:,}, but the model has {limit:,} positions"
         if overlong and config.drop_long and hasattr(task, "leave_out"):
             task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
         elif overlong:
-            name, why = next(iter(overlong.items()))
-            raise UserError(
-                f"problem {name} makes {why} ({len(overlong):,} of {len(problems):,} problems are too long): "
-                "--drop-long leaves them out, a lower --max-new-tokens makes room"
-            )
+            some = f"({len(overlong):,} of {len(problems):,} problems are too long)"
+            helps = "--drop-long leaves them out, a lower --max-new-tokens makes room"
+            raise UserError(f"{next(iter(overlong.values()))} {some}: {helps}")
         return max(prompts), max(lengths)
 
 
@@ -328,16 +321,14 @@ def memory_limit() -> int | None:
 
 def in_use(device: torch.device) -> int:
     """Bytes that this process holds: of tensors on CUDA, else resident (0 where there is no /proc)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return 1024 * fields(Path("/proc/self/status")).get("VmRSS", 0)
+    cuda = device.type == "cuda"
+    return torch.cuda.memory_allocated(device) if cuda else 1024 * fields(STATUS).get("VmRSS", 0)
 
 
 def peak(device: torch.device) -> int:
     """The most that it has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * fields(Path("/proc/self/status")).get("VmHWM", 0)
+    cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if cuda else 1024 * fields(STATUS).get("VmHWM", 0)
 
 
 def size(count: float) -> str:

@@ -97,10 +97,12 @@ class Run:
         updates = self.updates[-len(self.learners) :]
         if every and self.stages_done % every == 0 and not last:
             more |= self._measure("held_out")
-        line = {"kind": "stage", "stage": stage, **more}
-        line |= {name: updates[0][name] for name in ("accuracy", "return_mean")}
-        line["rollouts_so_far"] = log.totals(self.updates)["rollouts"]
-        line["seconds"], line["seconds_evaluation"] = self._seconds(), self.costs["seconds_evaluation"]
+        line = {
+            "kind": "stage", "stage": stage, **more,
+            "accuracy": updates[0]["accuracy"], "return_mean": updates[0]["return_mean"],
+            "rollouts_so_far": log.totals(self.updates)["rollouts"],
+            "seconds": self._seconds(), "seconds_evaluation": self.costs["seconds_evaluation"],
+        }  # fmt: skip
         self.stages += self._append(METRICS, [line])
         names = [agent.role.name for agent in self.team.agents]
         log.say(log.stage_text(self.stages[-1], updates, self.config, names))
