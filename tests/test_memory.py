@@ -119,7 +119,7 @@ def planned(**knobs) -> memory.Plan:
 
 def test_the_plan_counts_parameters_by_purpose():
     one, joint, bf16 = planned(), planned(occupancy="joint"), planned(dtype="bf16")
-    assert one.weights == 3 * 4 * N and one.optimizer == 3 * 8 * N and one.disk == 3 * 12 * 3 * N
+    assert one.weights == 3 * 4 * N and one.optimizer == 3 * 8 * N
     assert joint.update - one.update == 2 * N * (4 + 2 * 12)  # gradients, two snapshots
     assert planned(occupancy="joint", inner_steps=1).update == joint.update - 3 * N * 12
     assert bf16.weights == 3 * 2 * N and bf16.optimizer == 3 * 12 * N

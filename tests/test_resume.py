@@ -75,7 +75,7 @@ def test_the_newest_two_checkpoints_stay_whole_and_nothing_else_does(finished, s
         (lambda out: shutil.rmtree(out / "checkpoints"), "has finished 2 stages but has no checkpoints"),
         (lambda out: cut(out / "metrics.jsonl"), "metrics.jsonl was cut short"),
         (lambda out: cut(out / "transcripts.jsonl"), "transcripts.jsonl was cut short"),
-        (lambda out: cut(out / "config.json"), "is not the configuration of a run"),
+        (lambda out: cut(out / "config.json"), "config.json cannot be read"),
     ],
 )
 def test_where_nothing_can_be_resumed_nothing_is_touched(copy, capsys, spoil, sentence):

@@ -51,8 +51,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
 
 
 def as_role(j: int, given: Role | dict | str) -> Role:
-    if isinstance(given, str):
-        return Role(f"Agent {j + 1}", given)
+    given = {"name": f"Agent {j + 1}", "system": given} if isinstance(given, str) else given
     return Role(**given) if isinstance(given, dict) else given
 
 
@@ -75,22 +74,20 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
     if config.shipped and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # with models so small a second thread mostly waits: 1.4 times as long
     device, dtype = placement(config)
-    roles = roles_of(config, task)
-    agents = [Agent(role) for role in roles]
-    speakers = [j for j, role in enumerate(roles) if role.tool is None]
+    agents = [Agent(role) for role in roles_of(config, task)]
+    speakers = [j for j, agent in enumerate(agents) if agent.role.tool is None]
     names = [(sources or config.model_of_each)[j] for j in speakers]
     directories = [find_model(name) for name in names]
     chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(directories)}
     first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
     models = load_models(names, first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed)
     for j, name, path, (model, adapter) in zip(speakers, names, directories, models):
-        chat = chats[path]
-        known, embedded = chat.tokenizer.vocab_size, model.config.vocab_size
-        if known > embedded:
+        chat, embedded = chats[path], model.config.vocab_size
+        if (known := chat.tokenizer.vocab_size) > embedded:
             raise UserError(f"{name}: the tokenizer has {known} tokens, but the model only {embedded}")
         if ranks.size > 1:
             shard(model, ranks, device, dtype)
-        agents[j] = Agent(roles[j], model, chat.tokenizer, chat, adapter, Sampler(model))
+        agents[j] = Agent(agents[j].role, model, chat.tokenizer, chat, adapter, Sampler(model))
     rows, router = config.batch_rows or Team.batch_rows, load_router(config.router)
     return Team(agents, task, router, config.rounds, config.temperature, config.max_new_tokens, rows, ranks)
 

@@ -147,9 +147,10 @@ def score(accuracy: str, mean_return: str, interval: str = "") -> str:
 
 def held_out_score(results: dict, name: str, since: str = "") -> str:
     """`accuracy 0.250 [0.221, 0.281]`, or since another evaluation `accuracy 0.020 -> 0.250 [...]`."""
-    names = [since, name] if since else [name]
-    accuracy, mean_return = (" -> ".join(f"{results[f'{key}_{n}']:.3f}" for n in names)
-                             for key in ("accuracy", "return"))  # fmt: skip
+    at = [since, name] if since else [name]
+    accuracy, mean_return = (
+        " -> ".join(f"{results[f'{key}_{n}']:.3f}" for n in at) for key in ("accuracy", "return")
+    )
     low, high = results[f"return_{name}_ci"]
     return score(accuracy, mean_return, f" [{low:.3f}, {high:.3f}]")
 
@@ -161,8 +162,7 @@ def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str
     """
     kls = []
     for u in sorted(updates, key=lambda u: u.get("agent", 0)):
-        star = "*" if u["halvings"] else " "
-        kl = f"{u['kl_after']:.4f}{star}" if "kl_after" in u else "no turn"
+        kl = f"{u['kl_after']:.4f}{'*' if u['halvings'] else ' '}" if "kl_after" in u else "no turn"
         kls.append(f"{names[u['agent']] if 'agent' in u else 'team'} {kl}")
     scores = score(f"{stage['accuracy']:.3f}", f"{stage['return_mean']:.3f}")
     if "accuracy_held_out" in stage:
@@ -182,9 +182,8 @@ def advice(config: Config, updates: list[dict]) -> str:
     if any(u["zero_variance_groups"] < 1 for u in updates):
         return ""
     mean = sum(u["return_mean"] for u in updates) / len(updates)
-    helps = f"a --group larger than {config.group}, or a task that gives partial credit"
-    if not config.warm_start:
-        helps = f"--warm-start STEPS, which shows the form of a right answer; {helps}"
+    form = "" if config.warm_start else "--warm-start STEPS, which shows the form of a right answer; "
+    helps = f"{form}a --group larger than {config.group}, or a task that gives partial credit"
     return (
         f"nothing to learn from yet: all rollouts of a problem have the same return (on average {mean:.2f}), "
         f"and an update compares them. What helps: {helps if mean < 1 else 'harder problems'}"
@@ -201,10 +200,10 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
     if summary["reason"]:
         lines.append(f"stopped early: {summary['stopped']}; to go on: python train.py --resume {directory}")
     else:
-        lines.append(
-            f"held-out {held_out_score(summary, 'final', since='start')}, {summary['problems_held_out']:,} "
-            f"problems; {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
+        result = (
+            f"{held_out_score(summary, 'final', since='start')}, {summary['problems_held_out']:,} problems"
         )
+        lines.append(f"held-out {result}; {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts")
     if summary["violation_rate_before"] is not None:
         then = " and were taken back" if config.kl == "hard" else ""
         lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{then}")

@@ -63,25 +63,22 @@ class Plan:
     update: int = 0  # gradients, snapshots and activations
     checkpointing: bool = False  # activations are computed again in the backward pass
     offload: bool = False  # optimizers wait in host memory between their updates
-    disk: int = 0  # of the run's checkpoints
-    disk_free: int = 0
+    warning: str = ""  # if the disk is too small for the checkpoints
 
     @property
     def total(self) -> int:
         return self.program + self.weights + self.optimizer + max(self.sampling, self.update)
 
     def __str__(self) -> str:
-        text = f"memory  {size(self.total)} planned of {size(self.budget)} usable on {self.device}: program "
-        text += f"{size(self.program)}, weights {size(self.weights)}, optimizer {size(self.optimizer)}"
-        text += " (one at a time; the others wait in host memory)" if self.offload else ""
-        text += f",\n        and sampling {size(self.sampling)}: {self.rows:,} rollouts at once, of up to "
-        text += f"{self.longest:,} tokens"
-        if self.tokens:
-            text += f",\n        or an update {size(self.update)}: {self.tokens:,} tokens per forward"
-            text += ", activations computed twice" if self.checkpointing else ""
-        if self.disk > self.disk_free:
-            text += f"\ndisk    checkpoints take {size(self.disk)}, and {size(self.disk_free)} are free"
-        return text
+        waits = " (one at a time; the others wait in host memory)" if self.offload else ""
+        twice = ", activations computed twice" if self.checkpointing else ""
+        update = f",\n        or an update {size(self.update)}: {self.tokens:,} tokens per forward{twice}"
+        return (
+            f"memory  {size(self.total)} planned of {size(self.budget)} usable on {self.device}: program "
+            f"{size(self.program)}, weights {size(self.weights)}, optimizer {size(self.optimizer)}{waits},\n"
+            f"        and sampling {size(self.sampling)}: {self.rows:,} rollouts at once, of up to "
+            f"{self.longest:,} tokens{update if self.tokens else ''}{self.warning}"
+        )
 
 
 def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Config, Plan]:
@@ -127,10 +124,13 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     # Each process has looked at its own memory; all go through the same batches.
     rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
     refuse(found, config)
-    out = Path(config.resume or config.out or ".").absolute()
+    out, disk = (
+        Path(config.resume or config.out or ".").absolute(),
+        CHECKPOINTS * 12 * sum(needs.trained.values()),
+    )
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.is_dir())).free
-    disk = {"disk": CHECKPOINTS * 12 * sum(needs.trained.values()), "disk_free": free}
-    found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, **disk)
+    warning = f"\ndisk    checkpoints take {size(disk)}, and {size(free)} are free" if disk > free else ""
+    found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, warning=warning)
     return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), found
 
 

@@ -35,7 +35,7 @@ class Run:
         self.directory = Path(config.resume or config.out or unused_name(config))
         generator = rng.generator(0, "held-out")
         self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
-        self.begin = time.perf_counter()
+        self.begin = time.perf_counter()  # later by the time in which the run was stopped
         self.warm_steps_done = self.stages_done = 0
         self.updates: list[dict] = []  # their lines in metrics.jsonl
         self.stages: list[dict] = []  # and those of the stages
@@ -115,11 +115,9 @@ class Run:
         """Write all that the run needs to go on from here."""
         for file in self.files.values():
             os.fsync(file.fileno())
-        state = {
-            "bytes": {name: self._length(name) for name in self.files}, "seconds": self._seconds(),
-            "warm_steps_done": self.warm_steps_done, "stages_done": self.stages_done,
-            "results": self.results, "costs": self.costs,
-        }  # fmt: skip
+        names = ("warm_steps_done", "stages_done", "results", "costs")
+        state = {name: getattr(self, name) for name in names} | {"seconds": self._seconds()}
+        state["bytes"] = {name: self._length(name) for name in self.files}
         checkpoint.save(self.directory, self.warm_steps_done + self.stages_done, self.learners, state)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
@@ -167,17 +165,17 @@ class Run:
             if stages > self.config.checkpoint_every:  # a checkpoint has been there
                 raise UserError(f"{self.directory} has finished {stages} stages but has no checkpoints")
         lengths = state["bytes"] if state else dict.fromkeys(LOGS, 0)
-        if short := [name for name in self.files if self._length(name) < lengths[name]]:
-            raise UserError(f"{self.directory / short[0]} was cut short since its newest checkpoint")
+        for name in self.files:
+            if self._length(name) < lengths[name]:
+                raise UserError(f"{self.directory / name} was cut short since its newest checkpoint")
         for name, file in self.files.items():
             file.truncate(lengths[name])
         lines = log.read_log(self.directory / METRICS) if self.files else []
         self.updates = [line for line in lines if line["kind"] == "update"]
         self.stages = [line for line in lines if line["kind"] == "stage"]
         self.bar.update(len(self.updates))
-        warm = f"{self.warm_steps_done} of {self.config.warm_start} steps of warm start and "
-        done = f"{self.stages_done} of {self.config.stages} stages"
-        log.say(f"resumed after {warm if self.config.warm_start else ''}{done}")
+        warm = f"{self.warm_steps_done} steps of warm start and " if self.config.warm_start else ""
+        log.say(f"resumed after {warm}{self.stages_done} of {self.config.stages} stages")
 
     def _append(self, name: str, lines: list[dict]) -> list[dict]:
         """Write lines at once, so that a kill loses none; returns them without what was not measured."""
@@ -191,7 +189,6 @@ class Run:
         return (self.directory / name).stat().st_size
 
     def _seconds(self) -> float:
-        """Since the run began, without the time in which it was stopped."""
         return time.perf_counter() - self.begin
 
     def _measure(self, name: str) -> dict:
@@ -207,15 +204,10 @@ class Run:
 
     def _finish(self, error: BaseException | None) -> None:
         """Save the agents and summary.json, whose `reason` and `stopped` say why the run ended early."""
-        reason = "error" if error else None
-        if isinstance(error, KeyboardInterrupt):
-            reason = "interrupted"
-        elif isinstance(error, Diverged | FloatingPointError):
-            reason = "diverged"
-        missing = dict.fromkeys(
-            f"{name}_{at}" for name in ("accuracy", "return") for at in ("start", "final")
-        )
-        self.summary = missing | {
+        reasons = {KeyboardInterrupt: "interrupted", Diverged: "diverged", FloatingPointError: "diverged"}
+        reason = reasons.get(type(error), "error") if error else None
+        self.summary = {
+            "accuracy_start": None, "accuracy_final": None, "return_start": None, "return_final": None,
             **self.results, **log.totals(self.updates), **self.costs,
             "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
             "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
@@ -239,13 +231,11 @@ def unused_name(config: Config) -> Path:
 
 def check_out(config: Config) -> None:
     """Raises UserError if --out holds anything but what a run leaves that is killed as it begins."""
-    directory = Path(config.out)
-    if config.resume or not config.out or not directory.exists():
-        return
-    for path in directory.iterdir():
+    given = config.out and not config.resume and Path(config.out).exists()
+    for path in Path(config.out).iterdir() if given else ():
         empty_log = path.name in LOGS and not path.stat().st_size
         if not empty_log and path.name != ".config.json.part":
-            raise UserError(f"--out {directory} exists and is not empty; give another, or remove it first")
+            raise UserError(f"--out {config.out} exists and is not empty; give another, or remove it first")
 
 
 def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
