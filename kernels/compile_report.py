@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and say what came out.
 
-    python -m kernels.compile_report [--json] [--hidden 64 896 1536 2048 3584]
+    python -m kernels.compile_report [--hidden 64 896 1536 2048 3584]
 
 Triton brings its own assembler, so a machine without a GPU builds the code that an A100 (sm_80), H100 (sm_90)
 or B200 (sm_100) would run. The product's own functions are called on tensors without storage, and each launch
@@ -10,7 +10,6 @@ memory than there is, or if on sm_90 its large matrix product is not wgmma.
 
 import argparse
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -27,12 +26,12 @@ logprob = importlib.import_module("kernels.linear_logprob")  # the package's nam
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have, by architecture
 HEADS = {64: (4, 2, 16), 896: (14, 2, 64), 1536: (12, 2, 128), 2048: (16, 2, 128), 3584: (28, 4, 128)}
 N, B, V = 16384, 256, 151936  # tokens of a training step, rows of a decode step, vocabulary
-COLUMNS = ("kernel", "arch", "H", "V", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma")
+COLUMNS = ("kernel", "arch", "H", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma")
 
 
 def calls(H: int) -> list[tuple]:
     """(variant, function, arguments) of all that training and decoding with a model of this size start."""
-    Q, K, D = HEADS.get(H, (H // 64, H // 64, 64))
+    Q, K, D = HEADS[H]
     empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     ids, floats = empty(N, dtype=torch.int64), empty(N, dtype=torch.float32)
     x, weight, qkv, norm = empty(B, H), empty(H), empty(B, (Q + 2 * K) * D), empty(D)
@@ -67,9 +66,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object per row, nothing else")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[*HEADS], help="hidden sizes")
-    flags = parser.parse_args()
+    parser.add_argument("--hidden", type=int, nargs="+", default=[*HEADS], choices=HEADS, help="hidden sizes")
+    hidden = parser.parse_args().hidden
     if triton is None or INTERPRETED:
         sys.exit("error: compiling needs Triton (Linux), and TRITON_INTERPRET unset")
     rows, failures = {}, []
@@ -79,12 +77,11 @@ def main() -> int:
         built = kernel.warmup(*arguments, grid=(programs,), **options)
         if built.hash in rows:  # one build serves every H, or every ratio
             return
-        product, sized = "DEPTH" in options, "H" in options or "D" in options
         dtype = str(getattr(arguments[0], "base", arguments[0]).dtype).removeprefix("torch.")
-        wgmma = "wgmma.mma_async" in built.asm["ptx"] if product else None
+        wgmma = "wgmma.mma_async" in built.asm["ptx"] if "DEPTH" in options else "-"  # of products alone
         shared, (registers, spilled) = built.metadata.shared, resources(built.asm["cubin"])
-        cells = kernel.__name__ + variant, arch, H if sized else None, V if product else None, dtype
-        rows[built.hash] = dict(zip(COLUMNS, (*cells, registers, spilled, shared, wgmma)))
+        size = H if "H" in options or "D" in options else "-"
+        rows[built.hash] = (kernel.__name__ + variant, arch, size, dtype, registers, spilled, shared, wgmma)
         if spilled or shared > SHARED_LIMIT[arch] or (arch == 90 and wgmma is False):
             failures.append(f"spills, takes too much shared memory or has no wgmma: {rows[built.hash]}")
 
@@ -96,7 +93,7 @@ def main() -> int:
         answers = {"target": target, "device": arch, "stream": 0}  # of a GPU's driver
         driver = {f"get_current_{name}": lambda *_, value=value: value for name, value in answers.items()}
         triton.runtime.driver.set_active(SimpleNamespace(**driver))
-        for H in flags.hidden:
+        for H in hidden:
             for variant, function, x, *others in calls(H):
                 try:
                     out = function(x.requires_grad_(), *others)
@@ -105,9 +102,8 @@ def main() -> int:
                         out.backward(torch.empty_like(out))
                 except Exception as error:  # whatever the compiler raises is the finding
                     failures.append(f"{function}{variant} on sm_{arch} at H {H}: {error}")
-    for row in rows.values() if flags.json else [dict(zip(COLUMNS, COLUMNS)), *rows.values()]:
-        cells = ["-" if cell is None else str(cell) for cell in row.values()]
-        print(json.dumps(row) if flags.json else ("{:24}" + "{:>13}" * 8).format(*cells))
+    for row in (COLUMNS, *rows.values()):
+        print(("{:24}" + "{:>13}" * 7).format(*map(str, row)))
     print(*failures, sep="\n", end="", file=sys.stderr)
     return 1 if failures else 0
 

@@ -202,7 +202,7 @@ class Learner:
         parts = [part for part in self.ranks.gather(stats) if part]  # a process without batches has none
         stats = {n: (max if n.endswith("_max") else sum)(part[n] for part in parts) for n in parts[0]}
         log_ratio = log_ratio.cpu()
-        self.ranks.sum([log_ratio])
+        self.ranks.sum(log_ratio)
         for name, value in stats.items():
             if not math.isfinite(value):
                 raise Diverged(f"{name} is {value}")

@@ -160,7 +160,7 @@ def agent_batches(
         own += batches + [model] * (passes - len(batches))
     real = [batch for batch in own if isinstance(batch, AgentBatch)]
     messages, tokens = sum(len(b.advantage) for b in real), sum(len(b.pair) for b in real)
-    pulled = ranks.any(any(batch.pulls for batch in real))
+    pulled = any(ranks.gather(any(batch.pulls for batch in real)))
     return Batches(own, len(rollouts.messages), weights, ranks.total(messages), ranks.total(tokens), pulled)
 
 

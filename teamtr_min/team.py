@@ -163,7 +163,9 @@ class Team:
                         transcripts[r].append(Message(j, [], text, [], stopped=True))
                     progress(len(rows))
                     continue
-                if not self.ranks.any(bool(rows)):  # sharded weights are gathered by all processes, or none
+                if not any(
+                    self.ranks.gather(bool(rows))
+                ):  # sharded weights are gathered by all processes, or none
                     continue
                 prompts = [self.render(j, problems[r], transcripts[r], True).ids for r in rows]
                 keys = [path.key("rollout", first + r, turn) for r in rows]

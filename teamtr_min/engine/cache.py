@@ -23,11 +23,10 @@ class KVCache:
     """
 
     def __init__(self, model, rows: int, capacity: int = 0):
-        """For `model`, a Transformer: with its shapes, on its device, in its dtype."""
-        c = model.config
+        c, device = model.config, model.device
         shape = (c.layers, rows, c.kv_heads, capacity, c.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in "kv")
-        self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=model.dtype) for _ in "kv")
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
 
     @property
     def capacity(self) -> int:
@@ -37,8 +36,7 @@ class KVCache:
     def reserve(self, positions: int) -> None:
         """Make room for so many in each row. Storage grows by half at least, so that it rarely grows."""
         if positions > self.capacity:
-            longer = max(positions, self.capacity * 3 // 2)
-            longer = aligned(longer, self.keys.device)
+            longer = aligned(max(positions, self.capacity * 3 // 2), self.keys.device)
             self.keys, self.values = (_longer(x, longer) for x in (self.keys, self.values))
 
     def permute(self, to: Tensor, source: Tensor) -> None:
@@ -60,12 +58,8 @@ def _longer(x: Tensor, capacity: int) -> Tensor:
 
 
 class Step:
-    """One forward pass over tokens (B, T), as every layer needs it. There are three kinds:
-
-    `Step.plain`: each row is a sequence from position 0 on, which may be padded on the right.
-    `Step.trees`: each row is a prefix tree (packing.py); the cache can get what its sequences leave.
-    `Step.after`: each row continues a row of the cache.
-    """
+    """One forward pass over tokens (B, T), as every layer needs it. Rows begin at position 0, or they are
+    prefix trees (`Step.trees`), or each continues a row of the cache (`Step.after`)."""
 
     def __init__(self, positions: Tensor, span: int, mask: Tensor | None = None):
         self.positions = positions  # (B or 1, T) int64, of each token in its sequence
@@ -78,10 +72,6 @@ class Step:
         self.index: Tensor | None = None  # (E * K,) where they go in the flattened (rows * K * capacity)
 
     @classmethod
-    def plain(cls, tokens: Tensor) -> "Step":
-        return cls(torch.arange(tokens.shape[1], device=tokens.device)[None], tokens.shape[1])
-
-    @classmethod
     def trees(cls, positions: Tensor, end: Tensor | None, dtype: torch.dtype) -> "Step":
         """positions and end (B, T) as in packing.Packed: token i sees token k where k <= i < end[k]."""
         step = cls(positions, positions.shape[1])
@@ -92,16 +82,11 @@ class Step:
 
     @classmethod
     def after(cls, cache: KVCache, rows: slice | Tensor, T: int, span: int, even: bool = False) -> "Step":
-        """T new tokens in each of these rows, none of which gets longer than `span`.
-
-        A slice of rows costs no copy. `even`: all rows are equally long, and reach `span`.
-        """
+        """T new tokens in each of these rows, none of which gets longer than `span`; a slice of rows costs no
+        copy. `even`: all rows are equally long, and reach `span`."""
         new = torch.arange(T, device=cache.keys.device)
-        if even:
-            step = cls((span - T + new)[None], span)  # (1, T)
-        else:
-            span = aligned(span, cache.keys.device)
-            step = cls(cache.length[rows][:, None] + new, span)  # (B, T)
+        span = span if even else aligned(span, new.device)
+        step = cls((span - T + new)[None] if even else cache.length[rows][:, None] + new, span)  # (1 or B, T)
         cache.reserve(span)
         step.cache, step.seen = cache, rows
         if not even or T > 1:
@@ -116,8 +101,8 @@ class Step:
         return step
 
     def keep(self, cache: KVCache, rows: Tensor, positions: Tensor, source: Tensor | None = None) -> None:
-        """Let the cache have an entry (E,) at each of these rows and positions: that of the token at `source`
-        in the flattened B * T, or of all in order."""
+        """The cache gets an entry at each of these rows and positions (E,): that of the token at `source` in
+        the flattened B * T, or of all in order."""
         _, _, K, capacity, _ = cache.keys.shape
         first = (rows[:, None] * K + torch.arange(K, device=rows.device)) * capacity  # (E, K)
         self.cache, self.source, self.index = cache, source, (first + positions[:, None]).flatten()
@@ -146,17 +131,13 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention, Q/K query heads to a key head. q (B, Q, T, D), k and v (B, K, S, D).
-
-    `mask` (B or 1, 1, T, S) is added to the scores. Without it attention is causal, and the last query sees
-    everything; T is then 1 or S.
-    """
+    `mask` (B or 1, 1, T, S) is added to the scores; without it attention is causal, and T is 1 or S."""
     (B, Q, T, D), K = q.shape, k.shape[1]
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():  # cuDNN plans for every new shape
         if T == 1:  # the queries of a group stand where tokens do, so that K and V need no repetition
-            q = q.reshape(B, K, Q // K, D)
             by_products = not q.is_cuda and B >= PRODUCTS_FROM_ROWS
-            y = _products(q, k, v, mask) if by_products else F.scaled_dot_product_attention(q, k, v, mask)
-            return y.view(B, Q, 1, D)
+            one_token = _products if by_products else F.scaled_dot_product_attention
+            return one_token(q.reshape(B, K, Q // K, D), k, v, mask).view(B, Q, 1, D)
         if q.is_cuda and mask is not None:  # the only kernel that takes masks takes no groups
             k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, S, D)
         grouped = k.shape[1] != Q

@@ -17,13 +17,15 @@ from kernels.layer import rotate_reference, swiglu, swiglu_reference
 from teamtr_min.engine.cache import KVCache, Step, attend
 from teamtr_min.engine.model import RMSNorm, Transformer, rope_table
 
+Drawn = tuple[Tensor, Tensor]  # tokens (B,) int64 and their log-probs (B,) fp32
+
 
 class Decode:
     """Decode steps of one model over one cache.
 
     On CUDA a step for 1, 2, 4, ... rows is recorded when it is first wanted, and replayed from then on. Rows
     behind the live ones come along up to the next power of two; their new keys and values lie where no query
-    looks. All graphs share one pool of memory, so what a step returns is copied before the next one.
+    looks. Graphs share a pool of memory, so what a step returns is copied before the next one.
     """
 
     def __init__(self, model: Transformer, cache: KVCache):
@@ -34,22 +36,18 @@ class Decode:
         self.uniform = torch.zeros(len(cache.length), device=model.device)
         self.eps = torch.tensor(model.config.norm_eps, device=model.device)
         self.graphs: dict[tuple, Callable] = {}  # (rows, temperature) -> replay
-        self.layers = [  # looked up once
-            (
-                block.input_layernorm, block.self_attn, block.self_attn.qkv_proj, block.self_attn.o_proj,
-                block.post_attention_layernorm, block.mlp.gate_up_proj, block.mlp.down_proj,
-            )
-            for block in model.model.layers
+        self.layers = [  # looked up once: a tiny model would spend a fifth of its time on that
+            (b.input_layernorm, b.self_attn, b.self_attn.qkv_proj, b.self_attn.o_proj,
+             b.post_attention_layernorm, b.mlp.gate_up_proj, b.mlp.down_proj)
+            for b in model.model.layers
         ]  # fmt: skip
         self.pool, self.table, self.capacity = None, None, -1  # of the graphs; of `table`
 
-    def next(
-        self, token: Tensor, uniform: Tensor, temperature: float, span: int, even: bool
-    ) -> tuple[Tensor, Tensor]:
+    def next(self, token: Tensor, uniform: Tensor, temperature: float, span: int, even: bool) -> Drawn:
         """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> as `draw`.
 
-        The first B rows of the cache grow by one, to at most `span`; with `even` all of them to just that. It
-        must have room for them.
+        The first B rows of the cache grow by one, to at most `span`, for which it has room; with `even` all
+        of them to just that.
         """
         if not self.records:
             return self._step(token, uniform, temperature, span, even)
@@ -61,31 +59,27 @@ class Decode:
         if (rows, temperature) in self.graphs:
             drawn = self.graphs[rows, temperature]()
         else:
-            step = functools.partial(
-                self._step, self.token[:rows], self.uniform[:rows], temperature, span, even
-            )
+            inputs = (self.token[:rows], self.uniform[:rows], temperature, span, even)
+            step = functools.partial(self._step, *inputs)
             drawn = step()  # which also compiles kernels; recording a step does not do it
             self.graphs[rows, temperature], self.pool = record(step, self.pool)
         return drawn[0][:live].clone(), drawn[1][:live].clone()
 
-    def _step(
-        self, token: Tensor, uniform: Tensor, temperature: float, span: int, even: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _step(self, token: Tensor, uniform: Tensor, temperature: float, span: int, even: bool) -> Drawn:
         hidden = self.hidden(token, span, even)
         self.cache.length[: len(token)] += 1
         return draw(self.model.logits(hidden), uniform, temperature)
 
     def hidden(self, token: Tensor, span: int, even: bool) -> Tensor:
         """Final hidden states (B, H)."""
-        attend = (
-            self._attend_by_kernels(len(token)) if self.by_kernels else self._attend(len(token), span, even)
-        )
+        decoder, B = self.model.model, len(token)
+        attend = self._attend_by_kernels(B) if self.by_kernels else self._attend(B, span, even)
         silu = swiglu if self.by_kernels else swiglu_reference
-        x = self.model.model.embed_tokens(token)  # (B, H)
-        for number, (norm, attention, qkv, out, other_norm, gate_up, down) in enumerate(self.layers):
-            add_product(x, out, attend(number, attention, qkv(self._norm(x, norm))))
+        x = decoder.embed_tokens(token)  # (B, H)
+        for layer, (norm, attention, qkv, out, other_norm, gate_up, down) in enumerate(self.layers):
+            add_product(x, out, attend(layer, attention, qkv(self._norm(x, norm))))
             add_product(x, down, silu(gate_up(self._norm(x, other_norm))))
-        return self._norm(x, self.model.model.norm)
+        return self._norm(x, decoder.norm)
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         if self.by_kernels or x.dtype != torch.float32:
@@ -105,11 +99,8 @@ class Decode:
             heads = qkv.view(B, Q + 2 * K, 1, D)
             turned, v = heads[:, : Q + K], heads[:, Q + K :]
             if c.qk_norm:
-                q, k = (
-                    self._norm(turned[:, :Q], attention.q_norm),
-                    self._norm(turned[:, Q:], attention.k_norm),
-                )
-                turned = torch.cat([q, k], 1)
+                q, k = turned[:, :Q], turned[:, Q:]
+                turned = torch.cat([self._norm(q, attention.q_norm), self._norm(k, attention.k_norm)], 1)
             turned = rotate_reference(turned, cos, sin)
             k, v = step.exchange(layer, turned[:, Q:], v)  # (B, K, S, D)
             return attend(turned[:, :Q], k, v, step.mask).view(B, Q * D)

@@ -4,19 +4,16 @@
 
 Each process, a rank, samples the rollouts of its share of the problems and computes their gradients. Numbers
 that decide what happens next are gathered first, so all ranks take the same branch. The first rank writes
-all files and prints.
-
-torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its gradient and of Adam's
-moments, in fp32. These tensors are DTensors, which most of torch treats like others. A rank gathers the
-weights of one model, in the compute dtype, for a turn of sampling or for a pass over its batches
-(`unsharded`). In a backward pass each layer's gradients are summed over the ranks, straight into their parts.
+all files and prints. torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its
+gradient and of Adam's moments, as fp32 DTensors. It gathers the weights of one model, in the compute dtype,
+for a turn of sampling or for a pass over its batches (`unsharded`). A backward pass sums each layer's
+gradients over the ranks, straight into their parts.
 
 When a process dies, its connections break. Others that wait for it raise `Lost`; torchrun ends the rest.
 """
 
 import contextlib
 import datetime
-import functools
 import gc
 import json
 import os
@@ -24,7 +21,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +30,6 @@ from torch import Tensor
 from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError
 
-Result = TypeVar("Result")
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
 ENDED = "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
 
@@ -42,15 +38,23 @@ class Lost(Exception):
     """Another rank cannot be reached."""
 
 
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Around code that communicates: raises Lost where a connection breaks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE):
+            raise
+        raise Lost(ENDED) from error
+
+
 class Ranks:
     """This process, number `rank` of `size`. Where a method communicates, all ranks must call it."""
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1, store=None):
         self.rank, self.size, self.on_this_machine, self.store = rank, size, on_this_machine, store
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
+        self.first = rank == 0
 
     def share(self, count: int) -> range:
         """This rank's part of `count` things, such as problems: neighbours, split as evenly as possible."""
@@ -59,43 +63,32 @@ class Ranks:
     def largest_share(self, count: int) -> int:
         return -(-count // self.size)
 
+    @connected()
     def gather(self, value) -> list:
         """The value of each rank, at all ranks. It goes through JSON, which keeps floats exactly."""
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with connected():
-            dist.all_gather(lengths, torch.tensor([len(own)]))
-            padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-            padded[: len(own)] = own
-            parts = [torch.empty_like(padded) for _ in lengths]
-            dist.all_gather(parts, padded)
+        dist.all_gather(lengths, torch.tensor([len(own)]))
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
         return [json.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths)]
-
-    def agree(self, value):
-        """The first rank's value, at all ranks."""
-        return self.gather(value if self.first else None)[0]
 
     def total(self, number: float) -> float:
         return sum(self.gather(number))
 
-    def largest(self, number: float) -> float:
-        return max(self.gather(number))
-
-    def any(self, value: bool) -> bool:
-        return any(self.gather(value))
-
-    def sum(self, tensors: list[Tensor]) -> None:
-        """Add up each tensor over the ranks, in place."""
+    @connected()
+    def sum(self, x: Tensor) -> None:
+        """Add up a tensor over the ranks, in place."""
         if self.size > 1:
-            with connected():
-                for x in tensors:
-                    dist.all_reduce(x)
+            dist.all_reduce(x)
 
     def say(self, sentence: str) -> None:
         """Print why the run ends, on stderr; only the rank that comes first does."""
-        with contextlib.suppress(RuntimeError, OSError):  # torchrun, which keeps the store, may be gone
+        with contextlib.suppress(RuntimeError):  # torchrun, which keeps the store, may be gone
             if self.store is not None and self.store.add("said", 1) > 1:
                 return
         print(sentence, file=sys.stderr, flush=True)
@@ -141,17 +134,6 @@ def _end(number: int, frame) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else Lost(ENDED)
 
 
-@contextlib.contextmanager
-def connected() -> Iterator[None]:
-    """Around code that communicates: raises Lost where a connection breaks."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE):
-            raise
-        raise Lost(ENDED) from error
-
-
 def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices.
 
@@ -164,25 +146,15 @@ def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.d
     mesh = init_device_mesh(device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    for p in frozen:
-        p.data = p.data.to(device, dtype)
+    for p in model.parameters():
+        p.data = p.data.to(device, dtype) if p in frozen else p.data.float()
     for part in (*model.model.layers, model):
-        for p in set(part.parameters()) - frozen:
-            if p.dtype != torch.float32:
-                p.data = p.data.float()
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
         part.set_gradient_divide_factor(1.0)  # gradients are summed: losses are shares of all ranks'
         part.set_force_sum_reduction_for_comms(True)
     model.set_reshard_after_backward(False)
     register_fsdp_forward_method(model, "hidden")
-    model.hidden = functools.partial(_checked, model, model.hidden)
     model.sharded, model.compute_dtype = True, dtype
-
-
-def _checked(model: Transformer, hidden: Callable, *args, **kwargs) -> Tensor:
-    if any(hasattr(p, "to_local") for p in model.model.layers[-1].parameters()):
-        raise RuntimeError("the weights are sharded: call this within `unsharded(model)`")
-    return hidden(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -205,7 +177,7 @@ def unsharded(*models: Transformer) -> Iterator[None]:
                 part.reshard()
 
 
-def halving(work: Callable[[int], Result], size: int, ranks: Ranks = ALONE) -> tuple[Result, int]:
+def halving(work: Callable[[int], Any], size: int, ranks: Ranks = ALONE) -> tuple[Any, int]:
     """work(size), and where memory runs out again with half the size; the result, and the size that did it.
 
     Several processes are in the middle of an exchange then and cannot change their minds: the error stands.
@@ -228,12 +200,10 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+@connected()
 def whole(x: Tensor) -> Tensor:
     """All of a DTensor, at all ranks, which must all ask for it; any other tensor as it is."""
-    if not hasattr(x, "full_tensor"):
-        return x
-    with connected():
-        return x.full_tensor()
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def like(x: Tensor, p: Tensor) -> Tensor:

@@ -11,7 +11,7 @@
 Modules are named as in Hugging Face checkpoints. Layers that read the same input are one product here:
 `FUSED` names those that a checkpoint holds apart, and `checkpoint_tensors` shows the model under its names.
 Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden size, Q query heads, K
-key/value heads, D head size, V vocabulary. `span` counts the cached positions that a row may attend to.
+key/value heads, D head size, V vocabulary.
 """
 
 import copy
@@ -61,10 +61,8 @@ class ModelConfig:
     @property
     def pairs_per_token(self) -> float:
         """Pairs of tokens whose attention costs as many operations as a token's matrix products."""
-        inner = self.heads * self.head_dim
-        weights = self.hidden_size * (
-            2 * inner + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate_size
-        )
+        inner, keys_and_values = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        weights = self.hidden_size * (2 * inner + keys_and_values + 3 * self.intermediate_size)
         return weights / (2 * inner)
 
     @property
@@ -106,26 +104,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-@functools.lru_cache
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Angle per position of each pair of head dimensions, (D/2,) fp32, with Llama 3's stretching if asked."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_scaling is None:
-        return frequency
-    # Long waves are slowed down by `factor`, short ones kept, those in between interpolated.
-    factor, low, high, original_length = config.rope_scaling
-    rotations = original_length * frequency / (2 * math.pi)  # full ones, within the original context
-    keep = ((rotations - low) / (high - low)).clamp(0, 1)
-    return keep * frequency + (1 - keep) * frequency / factor
-
-
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # made while sampling, it also serves training
 def rope_table(config: ModelConfig, positions: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """cos and sin of every angle, as `kernels.layer.rotate` wants them: two of (positions, 1, D)."""
-    frequencies = rope_frequencies(config, device)  # (D/2,)
-    angle = torch.arange(positions, device=device)[:, None, None] * frequencies  # (positions, 1, D/2)
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent  # (D/2,), the angle per position
+    if config.rope_scaling:  # Llama 3's: slow down long waves by `factor`, keep short ones, else interpolate
+        factor, low, high, original_length = config.rope_scaling
+        rotations = original_length * frequency / (2 * math.pi)  # full ones, within the original context
+        keep = ((rotations - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / factor
+    angle = torch.arange(positions, device=device)[:, None, None] * frequency  # (positions, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return [torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)]
 
@@ -235,33 +225,33 @@ class Transformer(nn.Module):
         Without a `step` row b starts at position 0, and shorter rows are padded on the right with any token,
         which no earlier position can see. Where a step continues a cache, the caller advances `cache.length`.
         """
-        step = step or Step.plain(tokens)
+        T = tokens.shape[1]
+        step = step or Step(torch.arange(T, device=tokens.device)[None], T)
         table = rope_table(self.config, 1 << step.span.bit_length(), tokens.device, self.dtype)
         rope = [x[step.positions] for x in table]  # cos and sin, (B or 1, T, 1, D)
         x = self.model.embed_tokens(tokens)  # (B, T, H)
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
             only = where if layer == last else None  # all that later tokens see of it is its K and V
+            inputs = (x, rope, layer, step, only)
             if self.checkpointing and torch.is_grad_enabled():
-                more = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws
-                x = checkpoint(block, x, rope, layer, step, only, **more)
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws
             else:
-                x = block(x, rope, layer, step, only)
+                x = block(*inputs)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V) fp32. The product accumulates in fp32 and is never rounded to the compute
         dtype: bf16 logits are off by 2e-2, more than a trust region of 0.01 can bear."""
+        flat, V = hidden.flatten(0, -2), len(self.head)
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
-            flat = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
-            return flat.view(*hidden.shape[:-1], -1)
-        V = len(self.head)
-        if torch.is_grad_enabled() or hidden.device.type != "cpu" or V <= 2 * HEAD_PIECE:
-            return F.linear(hidden.float(), self.head.float())
-        flat = hidden.flatten(0, -2).float()
-        logits = torch.empty(len(flat), V)
-        for piece in (slice(v, v + HEAD_PIECE) for v in range(0, V, HEAD_PIECE)):
-            torch.mm(flat, self.head[piece].float().t(), out=logits[:, piece])
+            logits = torch.mm(flat, self.head.t(), out_dtype=torch.float32)
+        elif torch.is_grad_enabled() or hidden.is_cuda or V <= 2 * HEAD_PIECE:
+            logits = F.linear(flat.float(), self.head.float())
+        else:
+            flat, logits = flat.float(), torch.empty(len(flat), V)
+            for piece in (slice(v, v + HEAD_PIECE) for v in range(0, V, HEAD_PIECE)):
+                torch.mm(flat, self.head[piece].float().t(), out=logits[:, piece])
         return logits.view(*hidden.shape[:-1], V)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ token k exactly when k <= i < end[k]. A row of one sequence is the ordinary caus
 
 A row of T tokens costs T * pairs_per_token + T^2: attention looks at every pair, and `pairs_per_token` pairs
 cost as much as what else is computed for one token. Trees are runs of neighbours among the sorted sequences,
-batches are runs of trees of like length. Both are chosen so that the sum of costs is least; a training step
-then takes 0.82 of the time that a greedy choice needs (measured with SmolLM2-135M).
+batches are runs of trees of like length, both such that the sum of costs is least; a training step then takes
+0.82 of the time that a greedy choice needs (measured with SmolLM2-135M).
 """
 
 import bisect

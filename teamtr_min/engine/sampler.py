@@ -6,6 +6,7 @@ row's key and the position alone (rng.py), so a message does not depend on the r
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -41,13 +42,12 @@ def generate(
     """Continue every prompt; temperature 0 is greedy.
 
     A completion depends on the model, the seed, its own prompt and how often that prompt stood in the list
-    before. It does not depend on the rest of the batch, its size or its order.
+    before, not on the rest of the batch, its size or its order.
     """
-    seen: dict[tuple, int] = {}
-    keys = []
+    seen, keys = Counter(), []
     for prompt in map(tuple, prompts):
-        seen[prompt] = seen.get(prompt, -1) + 1
         keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
+        seen[prompt] += 1
     sampler = Sampler(model)
     sampler.start(len(prompts))
     return sampler.generate(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
@@ -99,9 +99,9 @@ class Sampler:
     ) -> list[Completion]:
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
 
-        Each prompt must extend what the cache holds of its row; only the rest is computed. `progress` is told
-        now and then how many more messages are written. Raises ValueError where a sequence is too long for
-        the model, FloatingPointError where the model's output is not finite.
+        Only what a prompt adds to its row in the cache is computed. `progress` is told now and then how many
+        more messages are written. Raises ValueError where a sequence is too long for the model or a prompt
+        adds nothing, FloatingPointError where the model's output is not finite.
         """
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
@@ -112,8 +112,7 @@ class Sampler:
         longest, most = int(lengths.max()) + max_new_tokens, self.model.config.max_positions
         if longest > most:
             raise ValueError(f"a transcript could reach {longest} tokens; the model has {most} positions")
-        # All at once, so that graphs find the cache in its place, with room behind what any row holds.
-        self.cache.reserve(max(longest, int(self.held.max()) + 1))
+        self.cache.reserve(max(longest, int(self.held.max()) + 1))  # at once: graphs find it in its place
         self._to_front(torch.isin(self.row_at, rows))
         message_of = torch.empty_like(self.row_at)
         message_of[rows] = torch.arange(count)
@@ -130,17 +129,14 @@ class Sampler:
         longest, even = _longest(lengths)
         for t in range(max_new_tokens):
             uniform = uniforms[t].index_select(0, index)
-            if t == 0:
-                # 2. The first token of each message.
+            if t == 0:  # 2. The first token of each message.
                 token, logprob = draw(self.model.logits(hidden), uniform, temperature)
-            else:
-                # 3. Decode: feed the last token, draw the next.
+            else:  # 3. Decode: feed the last token, draw the next.
                 token, logprob = self.decode.next(token, uniform, temperature, longest + t, even)
             tokens[t].index_copy_(0, index, token)
             logprobs[t].index_copy_(0, index, logprob)
             ended |= is_stop[token]
-            if (t + 1) % self.check_every == 0 and ended.any():
-                # 4. Messages that have ended leave the batch.
+            if (t + 1) % self.check_every == 0 and ended.any():  # 4. What has ended leaves the batch.
                 goes_on = ~ended.cpu()
                 order = self._to_front(goes_on)[: int(goes_on.sum())]
                 progress(len(live) - len(order))

@@ -253,5 +253,5 @@ def message_logps(team: Team, rollouts: Rollouts, j: int, batch_tokens: int) -> 
         for batch in (b for b in batches if isinstance(b, AgentBatch)):
             logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
             table[batch.rollout.cpu(), batch.turn.cpu()] = batch.per_message(logp[batch.pair]).cpu()
-    team.ranks.sum([table])
+    team.ranks.sum(table)
     return table

@@ -52,7 +52,7 @@ def load(directory: Path, learners: list[Learner]) -> dict | None:
     """
     checkpoints, ranks = _newest_first(directory), learners[0].ranks
     for checkpoint in checkpoints:
-        if ranks.agree(ranks.first and _undamaged(checkpoint)):
+        if ranks.gather(ranks.first and _undamaged(checkpoint))[0]:  # the first rank decides
             state = read_json(checkpoint / "state.json")
             for j, learner in enumerate(learners):
                 learner.beta = state["beta"][j]
