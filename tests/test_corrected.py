@@ -101,7 +101,7 @@ def test_a_stage_of_corrected_reuse_has_the_bound_of_thm_36():
             gains = (discount * log_w.expm1() * base.advantage[x.state, x.message] * own).sum(1)
             moves = (1 - game.gamma) * (discount * exact.message_kl(base, new)[x.state] * own).sum(1)
             assert_equal(weight @ gains, exact.surrogate(base, new))
-            assert_equal(weight @ moves, exact.discounted_kl(base, new))
+            assert_equal(weight @ moves, base.occupancy @ exact.message_kl(base, new))
             estimate = log_weight[number].softmax(0) @ gains[number]
             zeta = (1 - game.gamma) * (estimate - weight @ gains).abs()
             bound += estimate - c * (weight @ moves).clamp(min=0).sqrt() - zeta / (1 - game.gamma)

@@ -38,7 +38,7 @@ def small_game(router=None) -> Game:
         return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
 
     start = torch.full((4,), 0.25)
-    return Game(AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=start, router=router, features=row)
+    return Game(AGENTS, 2, AGENTS * ROUNDS, reward, length=2, start=start, router=router, row=row)
 
 
 def climb(team: Team, j: int, kl: float) -> Team:
@@ -48,13 +48,15 @@ def climb(team: Team, j: int, kl: float) -> Team:
     def at(step: float) -> Team:
         return team.replace(j, team.theta[j] + step * direction)
 
+    def inside(step: float) -> bool:
+        return exact.mean_message_kl(team, at(step), j).item() <= kl
+
     low, high = 0.0, 1.0
-    while exact.mean_message_kl(team, at(high), j) <= kl:
+    while inside(high):
         high *= 2
     for _ in range(40):
         middle = (low + high) / 2
-        inside = exact.mean_message_kl(team, at(middle), j) <= kl
-        low, high = (middle, high) if inside else (low, middle)
+        low, high = (middle, high) if inside(middle) else (low, middle)
     return at(low)
 
 
@@ -73,21 +75,14 @@ def sample_batches(team: Team, batches: int, seed: int, problems: int = PROBLEMS
     return exact.sample_rollouts(team, problem.repeat_interleave(GROUP), g)
 
 
-def effective_share(first: Team, base: Team) -> Tensor:
-    """(E rho)^2 / E rho^2 over LAST's messages in rollouts of `first`: the truth of ESS/B."""
-    own = first.game.actor == LAST
-    old, new = first.law[own], base.law[own]
+def share(old: Tensor, new: Tensor) -> Tensor:
+    """(E rho)^2 / E rho^2 of rho = new / old, of probabilities: the truth of an effective sample share."""
     return new.sum() ** 2 / (old.sum() * (new**2 / old).sum())
 
 
 def rollout_share(first: Team, base: Team) -> Tensor:
-    """1 / E rho^2 over whole rollouts of `first`: the truth of Rollouts.ess, which --min-ess reads."""
-    return 1 / (base.rollout_law**2 / first.rollout_law).sum()
-
-
-def sampled_share(log_rho: Tensor) -> Tensor:
-    """ESS of weights rho (R,): (sum rho)^2 / (R sum rho^2)."""
-    return 1 / (len(log_rho) * log_rho.softmax(0).square().sum())
+    """Over whole rollouts of `first`: the truth of Rollouts.ess, which --min-ess reads."""
+    return share(first.rollout_law, base.rollout_law)
 
 
 def weighted_mean(log_rho: Tensor, terms: Tensor) -> Tensor:
@@ -110,21 +105,21 @@ def diagnoses(teams: list[Team], batches: int, seed: int) -> dict:
     x, y = sample_batches(base, batches, seed), sample_batches(first, batches, seed + 1)
     writes, wrote = x.agent == LAST, y.agent == LAST
     log_w, log_w_first = log_ratio(x, new, base) * writes, log_ratio(y, new, base) * wrote
-    returns, drift = x.returns.view(-1, GROUP), log_ratio(y, base, first)
+    returns, drift, own = x.returns.view(-1, GROUP), log_ratio(y, base, first), first.game.actor == LAST
     seq = diagnostics.surrogate_terms(returns, log_w, writes)
     gap = diagnostics.gap_terms(returns, log_w, before_turn(log_ratio(x, base, first)), writes)
     old = diagnostics.surrogate_terms(y.returns.view(-1, GROUP), log_w_first, wrote)
-    before, rho = before_turn(drift), drift.sum(1)
+    before, rho, ess = before_turn(drift), drift.sum(1), diagnostics.effective_sample_share
     found = {
         "L^seq": (exact.surrogate(base, new), torch.mean, seq),
         "gap": (exact.stale_gap(first, base, new), torch.mean, gap),
         "L^stale": (exact.surrogate(base, new, states=first), torch.mean, seq - gap),
         "D_occ": (exact.occupancy_shift(first, base, LAST), diagnostics.occupancy_shift, before, wrote),
-        "ESS/B": (effective_share(first, base), diagnostics.effective_sample_share, before, wrote),
+        "ESS/B": (share(first.law[own], base.law[own]), ess, before, wrote),
         "KL held out": (exact.mean_message_kl(base, new, LAST), diagnostics.message_kl, log_w, writes),
         "L corrected": (exact.surrogate(base, new), weighted_mean, rho, old),
         "KL corrected": (exact.mean_message_kl(base, new, LAST), weighted_kl, rho, log_w_first, wrote),
-        "ESS": (rollout_share(first, base), sampled_share, rho),
+        "ESS": (rollout_share(first, base), ess, rho, torch.ones_like(rho)),
     }
     return {
         name: (truth.item(), statistic, *(t.unflatten(0, (batches, -1)) for t in tables))
@@ -134,29 +129,23 @@ def diagnoses(teams: list[Team], batches: int, seed: int) -> dict:
 
 def coverage(truth: float, statistic, *tables: Tensor, intervals: int) -> float:
     """Share of the first batches whose 95% bootstrap interval holds the truth."""
-    held = 0
-    for b in range(intervals):
-        low, high = bootstrap(statistic, *(t[b] for t in tables), group=GROUP, seed=b)[1]
-        held += low <= truth <= high
-    return held / intervals
+    found = [bootstrap(statistic, *(t[b] for t in tables), group=GROUP, seed=b)[1] for b in range(intervals)]
+    return sum(low <= truth <= high for low, high in found) / intervals
 
 
 def main(batches: int = 1000, intervals: int = 200) -> None:
-    print(
-        f"| team | KL per update | estimate | truth | mean of {batches} batches | z | sd | coverage of 95% |"
-    )
-    print("|---" * 8 + "|")
+    heads = f"team | KL per update | estimate | truth | mean of {batches} batches | z | sd | coverage of 95%"
+    print(f"| {heads} |\n{'|---' * 8}|")
     cases = [("round-robin", None, kl) for kl in (0.02, 0.2, 1.0, 4.0)]
     for seed, (name, router, kl) in enumerate([*cases, ("router", by_transcript, 0.02)]):
         teams = stage(small_game(router=router), 0, kl)
         for label, case in diagnoses(teams, batches, 100 * seed).items():
             truth, statistic, *tables = case
-            values, share = torch.vmap(statistic)(*tables), coverage(*case, intervals=intervals)
+            values, covered = torch.vmap(statistic)(*tables), coverage(*case, intervals=intervals)
             mean, sd = values.mean().item(), values.std().item()
             z = (mean - truth) / (sd / batches**0.5)  # distance in standard errors
-            print(
-                f"| {name} | {kl} | {label} | {truth:.5f} | {mean:.5f} | {z:.1f} | {sd:.5f} | {share:.3f} |"
-            )
+            numbers = f"{truth:.5f} | {mean:.5f} | {z:.1f} | {sd:.5f} | {covered:.3f}"
+            print(f"| {name} | {kl} | {label} | {numbers} |")
 
 
 if __name__ == "__main__":

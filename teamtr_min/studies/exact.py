@@ -4,7 +4,7 @@ A rollout is one problem and `turns` messages. A state is the shared context (pr
 the states of turn t are numbers with t digits in base M behind the problem, and message m leads from state s
 of turn t to state s * M + m of turn t + 1:
 
-    theta  --features-->  token_logp  --sum over tokens-->  logp (S, M)    the policy in each state
+    theta  --rows-->  token_logp  --sum over tokens-->  logp (S, M)        the policy in each state
     law of turn t + 1  =  flatten(law of turn t [:, None] * pi)            forward: probability of each state
     value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)  backward: expected return
 
@@ -29,34 +29,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Context = tuple[int, ...]  # (problem, message numbers so far); its length less one is the turn
-MOST_ROLLOUTS = 2**20  # of one game
 
 
 class Game:
-    """The part of a team's work that training does not change. Raises ValueError for one that cannot be.
+    """The part of a team's work that training does not change.
 
     reward: (X,) in [0, 1], or a function of the finished context. start: law (P,) of the problems; None: one
-    problem. router(context) names the next agent; None: round-robin. features(agent, context, token prefix)
-    is what the agent's logits may depend on there: the number of a row in its table of logits, so equal
-    numbers are tied; or floats, in which they are linear. None: a row each.
+    problem. router(context) names the next agent; None: round-robin. row(agent, context, token prefix) is
+    the number of the row in the agent's table of logits that is used there: equal numbers are tied. None: a
+    row each.
     """
 
     def __init__(
         self, agents: int, vocabulary: int, turns: int, reward: Tensor | Callable[[Context], float], *,
         length: int = 1, gamma: float = 1.0, start: Tensor | None = None,
-        router: Callable[[Context], int] | None = None, features: Callable | None = None,
+        router: Callable[[Context], int] | None = None, row: Callable | None = None,
     ):  # fmt: skip
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma is {gamma}; it must be in (0, 1]")
         self.agents, self.vocabulary, self.turns = agents, vocabulary, turns
         self.length, self.gamma = length, gamma
         self.start = torch.ones(1).double() if start is None else start.double()
         V, U, P = vocabulary, length, len(self.start)
         M = self.messages = V**U
         X = P * M**turns
-        if X > MOST_ROLLOUTS:
-            count = f"{P} problems x {M} messages ^ {turns} turns = {X:,} rollouts"
-            raise ValueError(f"{count} are more than the {MOST_ROLLOUTS:,} that can be enumerated")
 
         m, u = torch.arange(M)[:, None], torch.arange(U)
         self.tokens = m // V ** (U - 1 - u) % V  # (M, U): message number m spells tokens[m] in base V
@@ -74,25 +68,18 @@ class Game:
 
         before = [c for t in range(turns) for c in product(range(P), *[range(M)] * t)]
         self.actor = torch.tensor([router(c) for c in before]) if router else self.turn % agents  # (S,)
-        if not ((self.actor >= 0) & (self.actor < agents)).all():
-            raise ValueError(f"the router names an agent outside 0..{agents - 1}")
-        # (S, prefixes) numbers of rows, or (S, prefixes, rows) floats; an agent's parameters are (rows, V)
-        self.seen = torch.arange(len(before) * len(prefixes)).view(-1, len(prefixes))
-        if features:
-            values = [[features(a, c, p) for p in prefixes] for a, c in zip(self.actor.tolist(), before)]
-            linear = not isinstance(values[0][0], int)
-            self.seen = torch.tensor(values, dtype=torch.float64 if linear else torch.long)
-        self.rows = self.seen.shape[-1] if self.seen.is_floating_point() else int(self.seen.max()) + 1
+        self.row = torch.arange(len(before) * len(prefixes)).view(-1, len(prefixes))  # (S, prefixes)
+        if row:
+            actors = self.actor.tolist()
+            self.row = torch.tensor([[row(a, c, p) for p in prefixes] for a, c in zip(actors, before)])
 
         if callable(reward):
             reward = torch.tensor([reward(c) for c in product(range(P), *[range(M)] * turns)])
         self.reward = reward.double()
-        if self.reward.shape != (X,) or not ((self.reward >= 0) & (self.reward <= 1)).all():
-            raise ValueError(f"the reward must be ({X},) numbers in [0, 1], not {tuple(self.reward.shape)}")
 
     def theta(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
         """Normal parameters (A, rows, V) for all agents."""
-        shape = (self.agents, self.rows, self.vocabulary)
+        shape = (self.agents, int(self.row.max()) + 1, self.vocabulary)
         return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -106,11 +93,7 @@ class Team:
 
     def __init__(self, game: Game, theta: Tensor):
         self.game, self.theta = game, theta = game, theta.double()
-        if game.seen.is_floating_point():
-            logits = torch.einsum("spf,sfv->spv", game.seen, theta[game.actor])
-        else:
-            logits = theta[game.actor[:, None], game.seen]
-        self.token_logp = logits.log_softmax(-1)
+        self.token_logp = theta[game.actor[:, None], game.row].log_softmax(-1)
         self.logp = self.token_logp[:, game.prefix, game.tokens].sum(-1)  # (S, M, U) -> (S, M)
         self.pi = self.logp.exp()
         by_turn = self.pi.split(game.sizes)
@@ -132,9 +115,7 @@ class Team:
 
     @property
     def occupancy(self) -> Tensor:
-        """d^pi (S,) [paper]; its sum is 1 - gamma^turns, the rest is in the absorbing state."""
-        if self.game.gamma == 1:
-            raise ValueError("the discounted occupancy needs gamma < 1; `law` is the finite-horizon one")
+        """d^pi (S,) [paper] for gamma < 1; its sum is 1 - gamma^turns, the rest is in the absorbing state."""
         return (1 - self.game.gamma) * self.visits
 
     def replace(self, agent: int, theta: Tensor) -> "Team":
@@ -143,7 +124,7 @@ class Team:
         return Team(self.game, torch.where(chosen, theta, self.theta))
 
     def messages_per_rollout(self, agent: int) -> Tensor:
-        """Expected number () of this agent's messages in a rollout."""
+        """() in expectation."""
         return self.law[self.game.actor == agent].sum()
 
 
@@ -157,17 +138,9 @@ def message_kl(old: Team, new: Team) -> Tensor:
     return (old.pi @ old.game.passes * token_kl(old, new)).sum(-1)  # P(prefix | state) times its token KL
 
 
-def discounted_kl(old: Team, new: Team) -> Tensor:
-    """delta_i () of the bounds [paper]: the mean KL(old || new) over d^old; gamma < 1."""
-    return old.occupancy @ message_kl(old, new)
-
-
-def mean_message_kl(old: Team, new: Team, agent: int, states: Team | None = None) -> Tensor:
-    """The expectation of Eq. 11's monitor [paper]: KL () per message of the agent, undiscounted.
-
-    `states` is the team whose rollouts are counted; None: `old`.
-    """
-    own = (states or old).law * (old.game.actor == agent)
+def mean_message_kl(old: Team, new: Team, agent: int) -> Tensor:
+    """The expectation of Eq. 11's monitor [paper]: KL () per message of the agent, undiscounted."""
+    own = old.law * (old.game.actor == agent)
     return own @ message_kl(old, new) / own.sum()
 
 
@@ -187,15 +160,14 @@ def stale_gap(first: Team, base: Team, new: Team) -> Tensor:
 def occupancy_shift(first: Team, base: Team, agent: int) -> Tensor:
     """D_occ () [ours]: total variation between the laws of two teams over the states where the agent acts.
 
-    Turn by turn, of the laws given that the agent acts there (a router that reads the transcript may change
-    how often it does); then the mean over turns, weighted by how often it acts there in `first`.
+    Turn by turn, of the laws given that the agent acts there, which a router may make more or less frequent;
+    then the mean over turns, weighted by how often it acts there in `first`.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for t in range(base.game.turns):
+    for t in base.game.turn[base.game.actor == agent].unique():
         own = (base.game.turn == t) & (base.game.actor == agent)
-        if own.any():
-            old, new = first.law[own], base.law[own]
-            total = total + old.sum() * (old / old.sum() - new / new.sum()).abs().sum() / 2
+        old, new = first.law[own], base.law[own]
+        total = total + old.sum() * (old / old.sum() - new / new.sum()).abs().sum() / 2
     return total / first.messages_per_rollout(agent)
 
 
@@ -206,7 +178,6 @@ class Rollouts(NamedTuple):
     state: Tensor  # (R, turns) numbers in 0..S-1
     agent: Tensor  # (R, turns)
     message: Tensor  # (R, turns) numbers in 0..M-1
-    tokens: Tensor  # (R, turns, U)
     token_logp: Tensor  # (R, turns, U)
     logp: Tensor  # (R, turns) of whole messages
     returns: Tensor  # (R,)
@@ -217,10 +188,9 @@ def rollouts(team: Team, number: Tensor | None = None) -> Rollouts:
     game = team.game
     number = torch.arange(len(game.reward)) if number is None else number
     state, message = game.state[number], game.message[number]
-    tokens = game.tokens[message]
-    token_logp = team.token_logp[state[..., None], game.prefix[message], tokens]
+    token_logp = team.token_logp[state[..., None], game.prefix[message], game.tokens[message]]
     logp, returns = token_logp.sum(-1), game.reward[number]
-    return Rollouts(number, state, game.actor[state], message, tokens, token_logp, logp, returns)
+    return Rollouts(number, state, game.actor[state], message, token_logp, logp, returns)
 
 
 def sample_rollouts(team: Team, problem: Tensor, generator: torch.Generator) -> Rollouts:
