@@ -20,28 +20,12 @@ import torch
 from torch import Tensor
 
 from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
-from kernels.layer import norm_reference, rotate_reference, turned
+from kernels.layer import turned
 
 SPLIT = 128  # positions that one program of decode_attend reads
 TILE = tl.constexpr(64)  # of these at a time
 STRIP = 4096  # logits that decode_draw reads at a time
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
-
-
-def attend_cached_reference(qkv, cos, sin, at, keys, values, norms=(), eps=0.0) -> Tensor:
-    (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
-    Q = width // D - 2 * K
-    q, k, v = qkv.view(B, Q + 2 * K, D).split([Q, K, K], 1)
-    if norms:
-        q, k = (norm_reference(x, w, eps) for x, w in zip((q, k), norms))
-    q, k = (rotate_reference(x, cos[at], sin[at]) for x in (q, k))  # cos[at] is (B, 1, D)
-    rows = torch.arange(B, device=qkv.device)
-    keys[rows, :, at], values[rows, :, at] = k, v
-    k, v = (x[:B].repeat_interleave(Q // K, 1) for x in (keys, values))  # (B, Q, capacity, D)
-    scores = (q[:, :, None] @ k.transpose(2, 3)).float() / math.sqrt(D)  # (B, Q, 1, capacity)
-    unseen = torch.arange(capacity, device=at.device) > at[:, None]  # (B, capacity)
-    p = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(-1)
-    return (p.to(v.dtype) @ v).reshape(B, Q * D)
 
 
 @jit
@@ -129,7 +113,7 @@ def attend_cached(
     qkv (B, (Q + 2K) * D), what a layer's projection gives; cos and sin (positions, 1, D) as model.rope_table
     has them, the first half of sin negative; keys and values (rows, K, capacity, D), of which the first B
     rows are written at `at` (B,) int64; norms: weights of the queries' and the keys' norm, (D,) each, with
-    `eps`. The kernels alone: engine/decode.py takes another way where Triton cannot run.
+    `eps`. `Decode._attend` in engine/decode.py does the same in plain torch.
     """
     (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
     heads, splits = width // D - 2 * K, triton.cdiv(capacity, SPLIT)

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError
+from teamtr_min.hf.lora import Adapter, add_lora
 from teamtr_min.hf.weights import RELAY, config_json
 
 torch.set_num_threads(1)  # with models this small a second thread only waits for the first
@@ -46,6 +47,14 @@ def random_model(family: str, tied: bool = True, seed: int = 0, **changes) -> Tr
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def adapted(model: Transformer, rank: int) -> Transformer:
+    """With LoRA on all layers, every number of it random."""
+    model = add_lora(model, Adapter("", rank=rank, alpha=2.0 * rank))
+    for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p.data, std=0.2, generator=torch.Generator().manual_seed(i))
     return model
 
 
