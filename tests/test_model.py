@@ -19,11 +19,10 @@ LONG = 75  # more than twice the length that Llama's stretching starts from
 def frequencies_by_definition(config):
     """Angle per position of each pair of head dimensions; Llama 3 keeps short waves, slows down long ones."""
     plain = [config.rope_theta ** (-2 * d / config.head_dim) for d in range(config.head_dim // 2)]
-    if config.rope_scaling is None:
-        return plain
-    factor, low, high, original = config.rope_scaling
+    factor, low, high, original = config.rope_scaling or (1, 0, 1, 0)
     shares = [(original * f / (2 * math.pi) - low) / (high - low) for f in plain]
-    assert min(shares) < 0 and max(shares) > 1 and any(0 < share < 1 for share in shares)  # all kinds occur
+    if config.rope_scaling:
+        assert min(shares) < 0 and max(shares) > 1 and any(0 < s < 1 for s in shares)  # all kinds occur
     keep = [min(max(share, 0), 1) for share in shares]
     return [share * f + (1 - share) * f / factor for share, f in zip(keep, plain)]
 
@@ -40,34 +39,32 @@ def logits_by_definition(model, tokens):
         number = torch.complex(*x.chunk(2)) * torch.polar(torch.ones_like(frequencies), t * frequencies)
         return torch.cat((number.real, number.imag))
 
-    def project(layer, name, x, heads):
-        y = w[f"model.layers.{layer}.self_attn.{name}_proj.weight"] @ x
-        if c.family == "qwen2":
-            y = y + w[f"model.layers.{layer}.self_attn.{name}_proj.bias"]
-        return y.view(heads, c.head_dim)
+    def project(attention, name, x, heads):
+        bias = w[f"{attention}{name}_proj.bias"] if c.family == "qwen2" else 0
+        return (w[f"{attention}{name}_proj.weight"] @ x + bias).view(heads, c.head_dim)
 
     stream = [w["model.embed_tokens.weight"][token] for token in tokens]
     for i in range(c.layers):
-        keys, values, out = [], [], []
-        layer = f"model.layers.{i}."
+        keys, values, out, layer = [], [], [], f"model.layers.{i}."
+        attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
         for t, x in enumerate(stream):
             h = norm(x, w[layer + "input_layernorm.weight"])
-            q, k = project(i, "q", h, c.heads), project(i, "k", h, c.kv_heads)
+            q, k = project(attention, "q", h, c.heads), project(attention, "k", h, c.kv_heads)
             if c.family == "qwen3":
-                q = torch.stack([norm(head, w[layer + "self_attn.q_norm.weight"]) for head in q])
-                k = torch.stack([norm(head, w[layer + "self_attn.k_norm.weight"]) for head in k])
-            keys.append(torch.stack([turned(head, t) for head in k]))
-            values.append(project(i, "v", h, c.kv_heads))
+                q, k = (
+                    [norm(x, w[f"{attention}{n}_norm.weight"]) for x in y] for n, y in (("q", q), ("k", k))
+                )
+            keys.append([turned(head, t) for head in k])
+            values.append(project(attention, "v", h, c.kv_heads))
             mixed = []
             for head in range(c.heads):
-                other = head * c.kv_heads // c.heads
-                query = turned(q[head], t)
+                other, query = head * c.kv_heads // c.heads, turned(q[head], t)
                 scores = torch.stack([query @ key[other] for key in keys]) / math.sqrt(c.head_dim)
                 mixed.append(sum(p * v[other] for p, v in zip(scores.softmax(0), values)))
-            x = x + w[layer + "self_attn.o_proj.weight"] @ torch.cat(mixed)
+            x = x + w[attention + "o_proj.weight"] @ torch.cat(mixed)
             h = norm(x, w[layer + "post_attention_layernorm.weight"])
-            gate, up = w[layer + "mlp.gate_proj.weight"] @ h, w[layer + "mlp.up_proj.weight"] @ h
-            out.append(x + w[layer + "mlp.down_proj.weight"] @ (gate * gate.sigmoid() * up))
+            gate, up = w[mlp + "gate_proj.weight"] @ h, w[mlp + "up_proj.weight"] @ h
+            out.append(x + w[mlp + "down_proj.weight"] @ (gate * gate.sigmoid() * up))
         stream = out
     final = torch.stack([norm(x, w["model.norm.weight"]) for x in stream])
     return final @ (w["model.embed_tokens.weight"] if c.tied else w["lm_head.weight"]).t()
@@ -203,24 +200,20 @@ def test_a_tree_of_new_prompts_leaves_each_row_its_own_entries():
 
 
 @torch.no_grad()
-def test_logits_in_pieces_are_those_of_one_product(monkeypatch):
-    model = random_model("llama", tied=False)  # V = 59
-    hidden = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
-    whole = model.logits(hidden)
-    monkeypatch.setattr("teamtr_min.engine.model.HEAD_PIECE", 11)
-    torch.testing.assert_close(model.logits(hidden), whole, atol=1e-5, rtol=0)
-
-
 @each_model
-def test_bf16_models_give_fp32_logits_that_are_near_the_exact_ones(family, tied):
+def test_bf16_models_give_fp32_logits_that_are_near_the_exact_ones(family, tied, monkeypatch):
+    """Also where the head is multiplied in pieces."""
     model = random_model(family, tied)
     tokens = random_tokens(model, 2, LONG)
     exact = model(tokens)
     model = model.bfloat16()
-    hidden, logits = model.hidden(tokens), model(tokens)
-    assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    hidden = model.hidden(tokens)
     product = hidden.double() @ model.head.double().t()
-    torch.testing.assert_close(logits.double(), product, atol=1e-5, rtol=1e-5)  # never rounded to bf16
+    for piece in (2048, 11):
+        monkeypatch.setattr("teamtr_min.engine.model.HEAD_PIECE", piece)
+        logits = model.logits(hidden)
+        assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), product, atol=1e-5, rtol=1e-5)  # never rounded to bf16
     assert (logits - exact).square().mean().sqrt() / exact.std() < 0.05
 
 

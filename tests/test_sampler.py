@@ -106,16 +106,15 @@ def test_a_bf16_sampler_draws_near_its_model(family):
     off = []
     for prompt, c in zip(prompts, generate(model, prompts, 9, seed=1)):
         logp = model(torch.tensor([prompt + c.tokens]))[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        off += [
-            a - b for a, b in zip(c.logprobs, logp.gather(1, torch.tensor(c.tokens)[:, None])[:, 0].tolist())
-        ]
-    assert 0 < torch.tensor(off).abs().mean() < 0.05
+        off.append(torch.tensor(c.logprobs) - logp.gather(1, torch.tensor(c.tokens)[:, None])[:, 0])
+    assert 0 < torch.cat(off).abs().mean() < 0.05
 
 
 def test_a_completion_does_not_depend_on_the_other_prompts(relay):
-    batched = generate(relay, PROMPTS, 12, seed=5, stop_ids=[END])
-    assert_same(batched, [generate(relay, [p], 12, seed=5, stop_ids=[END])[0] for p in PROMPTS])
-    assert_same(batched[::-1], generate(relay, PROMPTS[::-1], 12, seed=5, stop_ids=[END]))
+    how = {"max_new_tokens": 12, "seed": 5, "stop_ids": [END]}
+    batched = generate(relay, PROMPTS, **how)
+    assert_same(batched, [generate(relay, [p], **how)[0] for p in PROMPTS])
+    assert_same(batched[::-1], generate(relay, PROMPTS[::-1], **how))
     again, other = (generate(relay, [PROMPTS[1]] * 16, 12, seed=seed) for seed in (5, 6))
     assert len({tuple(c.tokens) for c in again}) > 4, "equal prompts draw apart"
     assert [c.tokens for c in again] != [c.tokens for c in other]
@@ -132,15 +131,12 @@ def test_a_completion_ends_with_its_first_stop_id_or_at_the_limit(relay):
     assert [c.tokens for c in generate(relay, PROMPTS[:2], 0)] == [[], []]
 
 
-def test_finished_rows_leave_the_batch(relay, fed):
-    lengths = [len(c.tokens) for c in generate(relay, PROMPTS * 4, 12, seed=1, stop_ids=[END])]
-    decoded = [rows for rows, width in fed if width == 1]
-    assert decoded == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
-
-
-def test_a_turn_computes_only_what_the_cache_lacks(relay, fed):
+def test_finished_rows_leave_the_batch_and_a_turn_computes_only_what_the_cache_lacks(relay, fed):
     sampler = sampler_of(relay, 5)
     first = sampler.generate(range(5), PROMPTS, keys(5), 8, 1.0, [END])
+    lengths, decoded = [len(c.tokens) for c in first], [rows for rows, width in fed if width == 1]
+    assert decoded == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    assert decoded[0] > decoded[-1]
     grown = [p + c.tokens + [2, 17, 8, 1, 3] + [4] * i for i, (p, c) in enumerate(zip(PROMPTS, first))]
     fed.clear()
     sampler.generate(range(5), grown, keys(5, 10), 8, 1.0, [END])
@@ -149,7 +145,6 @@ def test_a_turn_computes_only_what_the_cache_lacks(relay, fed):
 
 
 def test_what_new_prompts_have_in_common_is_computed_once_and_passes_keep_their_bound(relay, fed):
-    """Such as a problem whose rollouts differ only in what the first agent said."""
     said = [[5, 6], [5, 6], [5, 7], [8]]
     prompts = [PROMPTS[0], *(PROMPTS[3] + message for message in said)] * 3
     sampler = sampler_of(relay, 15)
@@ -164,17 +159,14 @@ def test_what_new_prompts_have_in_common_is_computed_once_and_passes_keep_their_
     assert len(passes) > 1 and all(math.prod(shape) <= 13 for shape in passes)
 
 
-def test_a_prompt_that_cannot_be_continued_is_refused(relay):
+def test_a_prompt_that_cannot_be_continued_and_weights_that_are_no_numbers_are_refused(relay):
     sampler = sampler_of(relay, 1)
     (c,) = sampler.generate([0], [PROMPTS[0]], keys(1), 3, 1.0, [])
     with pytest.raises(ValueError, match="adds no token"):
         sampler.generate([0], [PROMPTS[0] + c.tokens[:-1]], keys(1), 3, 1.0, [])
     with pytest.raises(ValueError, match="could reach 513 tokens; the model has 512"):
         generate(relay, [[2] * 510, [2]], 3)
-
-
-def test_weights_that_are_not_numbers_stop_the_sampler():
-    broken = load_model(RELAY)
+    broken = relay.copy()
     broken.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         generate(broken, PROMPTS, 12)
