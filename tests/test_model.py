@@ -10,7 +10,6 @@ from tiny import FAMILIES, each_model, in_transformers, random_model, random_tok
 from teamtr_min import load_model, load_tokenizer
 from teamtr_min.engine.cache import KVCache, Step, attend
 from teamtr_min.engine.model import checkpoint_tensors, split_fused
-from teamtr_min.engine.packing import pack, trees_of
 from teamtr_min.engine.sampler import generate
 
 LONG = 75  # more than twice the length that Llama's stretching starts from
@@ -51,9 +50,8 @@ def logits_by_definition(model, tokens):
             h = norm(x, w[layer + "input_layernorm.weight"])
             q, k = project(attention, "q", h, c.heads), project(attention, "k", h, c.kv_heads)
             if c.family == "qwen3":
-                q, k = (
-                    [norm(x, w[f"{attention}{n}_norm.weight"]) for x in y] for n, y in (("q", q), ("k", k))
-                )
+                q = [norm(head, w[attention + "q_norm.weight"]) for head in q]
+                k = [norm(head, w[attention + "k_norm.weight"]) for head in k]
             keys.append([turned(head, t) for head in k])
             values.append(project(attention, "v", h, c.kv_heads))
             mixed = []
@@ -95,20 +93,6 @@ def test_logits_and_gradients_equal_transformers(family, tied):
             assert torch.allclose(grad, gradients[part], atol=1e-5, rtol=1e-3), part
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_sees_the_rows_of_fused_parameters(family):
-    """Writing to what it names writes to the model, and to each number of it once."""
-    model = random_model(family, tied=False)
-    tensors = checkpoint_tensors(model)
-    assert set(tensors) == set(in_transformers(model).state_dict())
-    for n, part in enumerate(tensors.values()):
-        part.fill_(n)
-    assert sum(part.numel() for part in tensors.values()) == sum(p.numel() for p in model.parameters())
-    qkv = model.model.layers[1].self_attn.qkv_proj.weight
-    parts = [tensors[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]
-    assert torch.equal(qkv, torch.cat(parts)) and len(set(qkv[:, 0].tolist())) == 3
-
-
 def attend_reference(q, k, v, mask):
     """What `attend` computes, written out."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, Q, S, D)
@@ -141,7 +125,7 @@ def test_attend_equals_its_definition(rows, T, Q, K, dtype, bound):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_steps_equal_one_pass(family):
-    """Rows of different lengths, fed in pieces, in any order, with padding, as trees, over leftovers."""
+    """Rows of different lengths, fed in pieces, in any order, with padding, over leftovers."""
     model = random_model(family)
     lengths = [41, 17, 30, 5]
     tokens = random_tokens(model, 4, max(lengths))
@@ -169,34 +153,9 @@ def test_cached_steps_equal_one_pass(family):
     for n in range(29):
         feed(slice(0, 1), [1], even=n % 2 == 0)
     assert cache.length.tolist() == lengths
+    assert (cache.keys.numel() + cache.values.numel()) == 4 * cache.capacity * model.config.kv_per_token
     for row, n in enumerate(lengths):
         torch.testing.assert_close(got[row, :n], whole[row, :n], atol=1e-4, rtol=0)
-
-
-@torch.no_grad()
-def test_a_tree_of_new_prompts_leaves_each_row_its_own_entries():
-    """Then rows trade places, and go on as if each had been fed by itself."""
-    model = random_model("qwen3")
-    tokens = random_tokens(model, 3, 9)
-    tokens[1, :5], tokens[2] = tokens[0, :5], tokens[0]
-    cache = KVCache(model, 4, 12)
-    lengths = {3: 8, 0: 6, 1: 8}  # row of the cache -> what it holds of tokens[0], [1], [2]
-    sequences = [(row, tokens[i, :n].tolist()) for i, (row, n) in enumerate(lengths.items())]
-    packed = pack(trees_of(sequences, 100, 1e9), torch.device("cpu"))
-    assert packed.tokens.numel() == 9 and packed.end is not None
-    step = Step.trees(packed.positions, packed.end, model.dtype)
-    rows = torch.tensor([row for row, path in packed.paths.items() for _ in path])
-    source = torch.tensor([t for path in packed.paths.values() for t in path])
-    step.keep(cache, rows, packed.positions.flatten()[source], source)
-    model.hidden(packed.tokens, step)
-    cache.length[list(lengths)] = torch.tensor(list(lengths.values()))
-    cache.permute(torch.tensor([0, 3]), torch.tensor([3, 0]))
-    index, at = [0, 1, 2], [8, 6, 8]  # of the places 0, 3 and 1
-    step = Step.after(cache, torch.tensor([0, 3, 1]), 1, 9)
-    last = model.hidden(tokens[index, at][:, None], step)[:, 0]
-    torch.testing.assert_close(last, model.hidden(tokens)[index, at], atol=1e-5, rtol=0)
-    entries = cache.keys[:, 0].numel() + cache.values[:, 0].numel()
-    assert entries == cache.capacity * model.config.kv_per_token
 
 
 @torch.no_grad()
