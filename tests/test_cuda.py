@@ -46,15 +46,11 @@ def test_messages_are_those_of_a_cpu_and_do_not_depend_on_the_batch(device):
 @on_each
 def test_an_update_is_that_of_a_cpu(device):
     """Two steps and the radius; returns are a function of what was said, so both have the same."""
-    kl, masters = [], []
-    for where in ("cpu", device):
-        ready = Prepared(device=where, dtype="fp32", inner_steps=2, lr=3e-4)
-        outcome = ready.update()
-        assert outcome.steps == 2
-        kl.append(outcome.kept["kl"])
-        masters.append([p.detach().cpu() for p in ready.learner.masters])
-    assert kl[1] == pytest.approx(kl[0], rel=1e-2)
-    off = torch.cat([(b - a).abs().flatten() for a, b in zip(*masters)])
+    each = [Prepared(device=where, dtype="fp32", inner_steps=2, lr=3e-4) for where in ("cpu", device)]
+    one, other = (ready.update() for ready in each)
+    assert one.steps == other.steps == 2 and other.kept["kl"] == pytest.approx(one.kept["kl"], rel=1e-2)
+    masters = zip(*(ready.learner.masters for ready in each))
+    off = torch.cat([(b.cpu() - a).abs().flatten() for a, b in masters])
     assert (off > 2e-5).float().mean() < 1e-3  # Adam divides by gradients near 0
 
 
