@@ -90,8 +90,9 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
 
         pi_old ──step──> accepted ──step──> accepted ──step──> outside: back along this step, by halves
 
-    The forward pass of each step also measures the weights that the step before it left, so monitoring costs
-    one forward pass more than the steps. An error leaves the last accepted weights in place.
+    The forward pass of each step also measures the weights that the step before it left. Where the next
+    weights are expected to lie outside, no gradient is computed there. An error leaves the last accepted
+    weights in place.
     """
     if not batches.messages:  # a router may leave an agent out of every rollout
         return Update(lr=lr, beta=learner.beta)
@@ -106,9 +107,12 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
             if steps:  # the step before this one stayed inside
                 spare, accepted = accepted, learner.snapshot(into=spare)
                 kept = here
+            leaves = steps and here.kl * (1 + 1 / steps) ** 2 > config.radius  # KL grows as the steps' square
             grad_norm = learner.step(lr)
             steps += 1
-            here = (learner.backward if steps < most else learner.measure)(batches, config)
+            here = (learner.measure if leaves or steps == most else learner.backward)(batches, config)
+            if leaves and steps < most and here.kl <= config.radius:  # the gradient is wanted after all
+                here = learner.backward(batches, config)
         attempted, outside = here, learner.clone_masters() if here.kl > config.radius else None
         while here.kl > config.radius and halvings < HALVINGS:  # backtracking line search
             halvings += 1
