@@ -18,7 +18,7 @@ from tiny import (
 from tokenizers import Tokenizer as Backend
 
 from teamtr_min import load_tokenizer
-from teamtr_min.hf.chat import CHATML, FIRST, LAST, OWN, ChatFormat
+from teamtr_min.hf.chat import CHATML, MARK, ChatFormat
 from teamtr_min.tasks.task import Message, Problem, Role
 from teamtr_min.team import Agent, Rendered, Team
 
@@ -90,7 +90,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 PIECES = [
     "a", "ab", "12", "7", "3.5", " ", "  ", "\n", "\n\n", "\t", "\r\n", "é", "日本", "🧮🇨🇭", "e\u0301",
     "Hello", " world", "?", "!\n", "<", ">", "|", "\u2581", "A:", "user", "\u200b",
-    "{{ 1 }}", FIRST, OWN, LAST,
+    "{{ 1 }}", MARK, MARK[0], MARK[1:],
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-import jinja2.ext
+import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -30,20 +30,20 @@ CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
 END_FILES = "generation_config.json", "config.json"
-FIRST, OWN, LAST = (f"\N{SECTION SIGN}{letter}\N{SECTION SIGN}" for letter in "FOL")  # stand for contents
+MARK = "\N{SECTION SIGN}M\N{SECTION SIGN}"  # stands for a content
 
 
 class Tokenizer:
     """Text <-> token ids, and conversations -> text. Two tokenizers with equal `hash` agree on every id.
 
     special: bos_token, eos_token, ... as templates know them. special_ids: ids that mere text never becomes.
-    unk_id: id of text that the tokenizer cannot write, or None. start: ids that it puts before a text.
-    end_ids: end tokens of generation_config.json and config.json. template: the checkpoint's own, or None.
+    start: ids that it puts before a text. end_ids: end tokens of generation_config.json and config.json.
+    template: the checkpoint's own, or None.
     """
 
     def __init__(self, directory: str | os.PathLike):
-        base, _ = find_base(Path(directory))  # of an adapter, which may come without a tokenizer
-        self.directory = Path(directory) if (Path(directory) / "tokenizer.json").is_file() else base
+        directory, base = Path(directory), find_base(Path(directory))[0]  # an adapter may lack a tokenizer
+        self.directory = directory if (directory / "tokenizer.json").is_file() else base
         path, config = self.directory / "tokenizer.json", self._read("tokenizer_config.json")
         if not path.is_file():
             raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
@@ -54,7 +54,6 @@ class Tokenizer:
             inside = re.sub(r'("prepend_scheme"\s*:\s*)"first"', r'\1"never"', text)
             self._inside = self.backend if inside == text else self._load(inside, config)[0]
             self.template = self._own_template(config)
-            self.unk_id = self.backend.token_to_id(self.special.get("unk_token", ""))
         except Exception as error:  # the backend raises bare Exceptions
             raise UserError(f"{self.directory} holds no usable tokenizer: {error}") from None
         added = self.backend.get_added_tokens_decoder()
@@ -78,10 +77,8 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; special tokens are those that the tokenizer puts around every text (Llama's BOS).
-
-        A special token that is spelled in `text` becomes its id, as in a rendered template.
-        """
+        """Ids of `text`, with those that the tokenizer puts around every text (Llama's BOS) unless told not
+        to. A special token that is spelled in `text` becomes its id, as in a rendered template."""
         ids = [i for i, _, _ in self._tokens(text)]
         return [*self.start, *ids, *self._end] if add_special_tokens else ids
 
@@ -118,16 +115,13 @@ class Tokenizer:
         return self.backend.decode_batch(batch)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **template_kwargs) -> str:
-        """The conversation as the chat template writes it; `messages` are {"role", "content"}.
-
-        As transformers' `apply_chat_template(tokenize=False)`. Raises UserError where the template refuses or
-        does not parse.
-        """
+        """The conversation as the chat template writes it, and transformers' `apply_chat_template` does.
+        `messages` are {"role", "content"}. Raises UserError where the template fails."""
         given = [{key: v for key, v in message.items() if v is not None} for message in messages]
-        values = {"tools": None, "documents": None, **self.special, **template_kwargs}
-        values |= {"messages": given, "add_generation_prompt": add_generation_prompt}
+        values = {"tools": None, "documents": None, **self.special, **template_kwargs, "messages": given}
         try:
-            return _compiled(CHATML if self.template is None else self.template).render(values)
+            template = _compiled(CHATML if self.template is None else self.template)
+            return template.render(values, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template may raise anything
             why = str(error) or type(error).__name__
             raise UserError(f"the chat template of {self.directory} fails on a conversation: {why}") from None
@@ -161,10 +155,8 @@ class Tokenizer:
         named |= extra if isinstance(extra, dict) else dict(enumerate(extra))
         named = {name: _special(token) for name, token in named.items() if isinstance(token, str | dict)}
         contents = {token.content for token in named.values()}
-        tokens = [
-            AddedToken(**token) for _, token in sorted((listed or {}).items(), key=lambda item: int(item[0]))
-        ]
-        new = {token.content: token for token in tokens}
+        listed = sorted((listed or {}).items(), key=lambda item: int(item[0]))
+        new = {fields["content"]: AddedToken(**fields) for _, fields in listed}
         for content in sorted(older, key=older.get):
             new.setdefault(content, known.get(content) or AddedToken(content, special=content in contents))
         for token in named.values():
@@ -177,9 +169,7 @@ class Tokenizer:
         if file.is_file():
             return file.read_text(encoding="utf-8")
         if isinstance(text, list):  # several, by name
-            text = {one["name"]: one["template"] for one in text}["default"]
-        if not isinstance(text, str | None):
-            raise ValueError(f"its chat_template is a {type(text).__name__}, not a text")
+            return {one["name"]: one["template"] for one in text}["default"]
         return text
 
 
@@ -193,8 +183,8 @@ class ChatFormat:
 
     A transcript is `opening`, then each message: `teammate`, or where the agent wrote it `assistant_header`,
     the sampled ids with their end token, `assistant_footer`. All together are the ids of the conversation,
-    rendered and encoded at once; only sampled ids stay as they are. A template that does not treat messages
-    alike wherever they stand is refused with a UserError.
+    rendered and encoded at once; only sampled ids stay as they are. Raises UserError for a template that does
+    not treat messages alike wherever they stand.
 
     date: the day that the template is told. end_tokens: the ids that end a message; end_of_message: the one
     that the template writes.
@@ -202,49 +192,43 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
         self.tokenizer, self.date = tokenizer, datetime.date.fromisoformat(date)
-        behind_first, between = self._behind_first, tokenizer.between
-        self.footer = behind_first()
-        self.header = behind_first(prompt=True).removeprefix(self.footer)
-        self.user_header = behind_first(("user", LAST)).removeprefix(self.footer).partition(LAST)[0]
-        answered = behind_first(("assistant", OWN), ("user", LAST), prompt=True).partition(OWN)[2]
-        self.closing = answered.partition(LAST)[0].removesuffix(self.user_header)
-        last = self.user_header + LAST + self.footer + self.header
-        alike = self.header and answered == self.closing + last
-        alike = alike and behind_first(("user", LAST), prompt=True) == self.footer + last
-        # Behind every message stand these characters, whoever writes the next one.
-        self.next = os.path.commonprefix([self.user_header, self.header])
+        between, self.footer = tokenizer.between, self._behind_first()
+        turns = [("user", MARK), ("assistant", MARK), ("user", MARK)] * 2
+        gaps = self._render(turns, prompt=True).split(MARK)[1:]
         try:
-            headers = [
-                [between("x" + end, header) for header in (self.header, self.user_header + "A:\n")]
-                for end in (self.footer, self.closing)
+            to_own, to_user, to_third, *_ = gaps
+            self.header = to_own.removeprefix(self.footer)
+            self.user_header = to_third.removeprefix(self.footer)
+            self.closing = to_user.removesuffix(self.user_header)
+            parts = [
+                self.footer + self.header,
+                self.closing + self.user_header,
+                self.footer + self.user_header,
             ]
+            # Behind every message stand these characters, whoever writes the next one.
+            self.next = os.path.commonprefix([self.user_header, self.header])
             self.user_footer = between("x", self.footer, self.next)
-            ends = between("x", self.closing, self.next)
-        except ValueError:
+            self.end_of_message, *self.assistant_footer = between("x", self.closing, self.next)
+            headers = self.header, self.user_header + "A:\n"
+            ids, again = ([between("x" + end, h) for h in headers] for end in (self.footer, self.closing))
+            alike = self.header and gaps == [*parts, *parts[:2], parts[0]] and ids == again
+        except ValueError:  # too few parts, or a token reaches across the end of one
             alike = False
-        if not alike or headers[0] != headers[1]:
+        if not alike or self.end_of_message not in tokenizer.special_ids:  # else mere text could hold its end
             raise UserError(
-                f"the chat template of {tokenizer.directory} does not treat messages alike wherever they "
-                "stand, so no shared transcript can be built with it"
+                f"no team can talk by the chat template of {tokenizer.directory}: it does not treat messages "
+                "alike wherever they stand, or does not end an assistant's message with a special token"
             )
-        # An end token is sampled, so it must be one that ordinary text never holds.
-        if not ends or ends[0] not in tokenizer.special_ids:
-            raise UserError(
-                f"the chat template of {tokenizer.directory} does not end an assistant's message "
-                "with a special token"
-            )
-        self.assistant_header = headers[0][0]
-        self.end_of_message, *self.assistant_footer = ends
+        self.assistant_header = ids[0]
         self.end_tokens = frozenset([self.end_of_message, *tokenizer.end_ids])
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  one format lives as long as its team
     def opening(self, system: str, problem: str) -> tuple[int, ...]:
         """System prompt and problem, up to the end of the problem's message."""
         tokenizer = self.tokenizer
-        if tokenizer.unk_id in tokenizer.encode(problem, add_special_tokens=False):
-            raise UserError(
-                f"the model in {tokenizer.directory} has no tokens for the problem {problem[:60]!r}"
-            )
+        unknown = tokenizer.backend.token_to_id(tokenizer.special.get("unk_token", ""))
+        if unknown in tokenizer.encode(problem, add_special_tokens=False):
+            raise UserError(f"the model in {tokenizer.directory} has no tokens for problem {problem[:60]!r}")
         turns = [("system", system)] * bool(system) + [("user", problem)]
         text = self._render(turns, prompt=True).removesuffix(self.header)
         # A checkpoint's own template writes its BOS. ChatML does not, so there the tokenizer adds it.
@@ -278,13 +262,13 @@ class ChatFormat:
 
     def _said(self, role: str, content: str, start: int, end: str) -> list[int]:
         """A later message, whose content the template may trim; from `start` to `end` it is mere text."""
-        rest = self._behind_first((role, content), ("user", LAST)).removeprefix(self.footer)
-        part = rest.rpartition(LAST)[0].removesuffix(self.user_header)
+        rest = self._behind_first((role, content), ("user", MARK)).removeprefix(self.footer)
+        part = rest.rpartition(MARK)[0].removesuffix(self.user_header)
         return self.tokenizer.between("x" + self.footer, part, self.next, (start, len(part) - len(end)))
 
     def _behind_first(self, *turns: tuple[str, str], prompt: bool = False) -> str:
         """What the template writes behind the content of a first message when `turns` follow it."""
-        return self._render([("user", FIRST), *turns], prompt).partition(FIRST)[2]
+        return self._render([("user", MARK), *turns], prompt).partition(MARK)[2]
 
     def _render(self, turns: list[tuple[str, str]], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -293,9 +277,8 @@ class ChatFormat:
 
 def _as_transformers_reads(text: str, config: dict) -> str:
     """tokenizer.json, of which transformers 5 takes only vocabulary and merges where the class is Llama's."""
-    if (config.get("tokenizer_class") or "").removesuffix(
-        "Fast"
-    ) != "LlamaTokenizer" or '"ByteLevel"' in text:
+    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if not llama or '"ByteLevel"' in text:
         return text
     scheme = "always" if config.get("legacy") else "first"
     spaces = {"type": "Metaspace", "replacement": "\u2581", "split": False}
@@ -312,26 +295,15 @@ def _special(token: str | dict) -> AddedToken:
 def _compiled(template: str) -> jinja2.Template:
     """A template with the filters and functions that chat templates rely on."""
 
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks what an assistant said. It changes no text."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, **options) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
+    # {% generation %} marks what an assistant said, and changes no text.
+    template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)

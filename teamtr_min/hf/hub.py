@@ -12,10 +12,8 @@ ALIASES = {
     **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", *TOKENIZER_CONFIGS, "chat_template.jinja", "generation_config.json")
 
 
 def weight_files(directory: Path) -> list[str]:
@@ -29,28 +27,18 @@ def weight_files(directory: Path) -> list[str]:
 def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
     """The directory of `repo` at `revision` (a commit, tag or branch); its name is the commit's hash.
 
-    `accept` gets the directory before any weights are fetched, and may refuse it by raising. Raises UserError
-    where the hub does not give the model.
+    `accept` may refuse the directory by raising, before any weights are fetched.
     """
     from huggingface_hub import errors, snapshot_download  # late: few runs need it
 
     try:
-        directory = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=["config.json", INDEX, *TOKENIZER_FILES]
-            )
-        )
+        wanted = ["config.json", INDEX, *TOKENIZER_FILES]
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         accept(directory)
         snapshot_download(repo, revision=directory.name, allow_patterns=weight_files(directory))
         return directory
-    except errors.GatedRepoError:
-        why = f"accept its licence on https://huggingface.co/{repo}, then `hf auth login`"
-    except errors.RevisionNotFoundError:
-        why = f"it has no revision {revision}"
-    except errors.RepositoryNotFoundError:
-        why = "there is no such model, or it is private and needs `hf auth login`"
-    except (errors.HTTPError, OSError, ValueError) as error:  # no connection, HF_HUB_OFFLINE, a full disk
-        why = (
-            f"{error}; `hf download {repo} --local-dir DIR` on a connected machine makes a directory to give"
-        )
-    raise UserError(f"{repo} cannot be had from the Hugging Face hub: {why}")
+    except (errors.HTTPError, OSError, ValueError) as error:  # which says what is wrong, also offline
+        raise UserError(
+            f"{repo}@{revision} cannot be had from the Hugging Face hub: {error}; a model with a licence to "
+            f"accept needs `hf auth login`; `hf download {repo} --local-dir DIR` makes a directory to give"
+        ) from None

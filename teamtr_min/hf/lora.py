@@ -21,38 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import whole
-from teamtr_min.engine.model import FUSED, ModelConfig, Transformer, split_fused
+from teamtr_min.engine.model import FUSED, Transformer
 from teamtr_min.files import UserError, read_json, write_json
-from teamtr_min.hf.weights import (
-    ADAPTER_CONFIG,
-    check_shapes,
-    find_base,
-    listing,
-    load_model,
-    locate,
-    read,
-    save_tensors,
-    shapes,
-)
+from teamtr_min.hf import weights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block
 WEIGHTS = "adapter_model.safetensors"
 _NAME = "base_model.model.{}.weight".format  # our name -> PEFT's
-# Fields of adapter_config.json that change no logit, and those that must have one of these values. In plain
+# Fields of adapter_config.json that change no logit, then those that must have one of these values. In plain
 # LoRA all others are false or empty.
-_INERT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
-}  # fmt: skip
+_INERT = set(
+    "auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout megatron_core peft_version "
+    "qalora_group_size r revision target_modules task_type".split()
+)
 _UNSET = [None, False, "", [], {}]
 _PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [None, True, False, "gaussian"]}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter is, without its weights."""
-
     base: str  # a name that finds the base from anywhere
     rank: int
     alpha: float
@@ -60,10 +47,10 @@ class Adapter:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with the weight and bias of another, and an adapter for each of its parts."""
+    """A linear layer with the weight and bias of another, and an adapter for each of its parts, which have
+    `outputs` features."""
 
     def __init__(self, linear: nn.Linear, outputs: list[int], adapter: Adapter):
-        """`outputs` of each part, which together are those of `linear`."""
         super().__init__()
         self.weight, self.bias, self.scaling = linear.weight, linear.bias, adapter.alpha / adapter.rank
         self.rank, self.outputs = adapter.rank, outputs
@@ -107,32 +94,20 @@ def draw_adapter(model: Transformer, seed: int, agent: int) -> None:
 @torch.no_grad()
 def merge(model: Transformer) -> Transformer:
     """The same policy without adapters, in fp32: bf16 would round off part of what was trained."""
-    weights = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
+    tensors = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
-            weights[f"{name}.weight"] = module.merged()
+            tensors[f"{name}.weight"] = module.merged()
     with torch.device("meta"):
         merged = Transformer(model.config)
-    merged.load_state_dict(weights, assign=True)
+    merged.load_state_dict(tensors, assign=True)
     return merged
-
-
-def trained(model: Transformer) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def adapter_tensors(model: Transformer, targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
     """The adapter's matrices as PEFT holds them: views of what is trained, for each of the `targets`."""
-    parts = {}
-    for name, p in trained(model).items():
-        parts |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
+    parts = weights.parts_of(model, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
     return {name: part for name, part in parts.items() if name.split(".")[-2] in targets}
-
-
-def adapter_parameters(config: ModelConfig, adapter: Adapter) -> int:
-    """Trained parameters of an adapter on a model of this shape."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in trained(add_lora(Transformer(config), adapter)).values())
 
 
 def load_models(
@@ -145,19 +120,25 @@ def load_models(
     """
     bases: dict[Path, Transformer] = {}
     for j, source in enumerate(sources):
-        directory, name = locate(source)
+        directory, name = weights.locate(source)
         adapter = adapter_in(directory, rank, alpha, name)
         if adapter is None:
-            yield load_model(directory, device, dtype), None
+            yield weights.load_model(directory, device, dtype), None
             continue
-        base, _ = find_base(directory)
+        base, _ = weights.find_base(directory)
         if base not in bases:
-            bases[base] = load_model(base, device, dtype)
+            bases[base] = weights.load_model(base, device, dtype)
         model = add_lora(bases[base], adapter)
         if base == directory:
             draw_adapter(model, seed, j)
         else:
-            _load_weights(model, adapter, directory / WEIGHTS)
+            file = directory / WEIGHTS
+            wanted = {_NAME(name): part for name, part in adapter_tensors(model, adapter.targets).items()}
+            fault = f"{file} does not hold the adapter of its {weights.ADAPTER_CONFIG}"
+            weights.check_shapes(weights.shapes(file), wanted, fault)
+            with torch.no_grad():
+                for name, part in wanted.items():
+                    part.copy_(weights.read(file, name))
         yield model, adapter
 
 
@@ -166,36 +147,28 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
 
     Raises UserError for what is not known to mean plain LoRA, and for an adapter of another rank.
     """
-    path = directory / ADAPTER_CONFIG
+    path = directory / weights.ADAPTER_CONFIG
     if not path.is_file():
         return Adapter(name, rank, alpha) if rank else None
-    raw = read_json(path)
+    raw = {"peft_type": "none"} | read_json(path)
     odd = [key for key, value in raw.items() if key not in _INERT and value not in _PLAIN.get(key, _UNSET)]
-    if odd or "peft_type" not in raw:
-        shown = listing([f"{key} {raw[key]!r}" for key in odd] or ["no peft_type"])
+    if odd:
+        shown = weights.listing([f"{key} {raw[key]!r}" for key in odd])
         raise UserError(f"{path}: not known to mean plain LoRA: {shown}")
     if rank not in (0, raw["r"]):
         raise UserError(f"--lora-rank is {rank}, but {directory} is an adapter of rank {raw['r']}")
-    held = {name.split(".")[-3] for name in shapes(directory / WEIGHTS) if name.count(".") > 3}
+    held = {name.split(".")[-3] for name in weights.shapes(directory / WEIGHTS) if name.count(".") > 3}
     targets = tuple(target for target in TARGETS if target in held)  # target_modules may be a pattern
-    return Adapter(find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), targets)
+    return Adapter(weights.find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), targets)
 
 
 def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
     """Write an adapter as PEFT reads it, in the model's dtype."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = adapter_tensors(model, adapter.targets)
-    save_tensors({_NAME(name): part for name, part in tensors.items()}, directory / WEIGHTS)
+    weights.save_tensors({_NAME(name): part for name, part in tensors.items()}, directory / WEIGHTS)
     name, _, revision = (adapter.base, "", "") if os.path.isdir(adapter.base) else adapter.base.partition("@")
     facts = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
     facts |= {"base_model_name_or_path": name, "revision": revision or None, "inference_mode": True}
     facts |= {"r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": [*adapter.targets]}
-    write_json(directory / ADAPTER_CONFIG, facts)
-
-
-@torch.no_grad()
-def _load_weights(model: Transformer, adapter: Adapter, file: Path) -> None:
-    wanted = {_NAME(name): part for name, part in adapter_tensors(model, adapter.targets).items()}
-    check_shapes(shapes(file), wanted, f"{file} does not hold the adapter of its {ADAPTER_CONFIG}")
-    for name, part in wanted.items():
-        part.copy_(read(file, name))
+    write_json(directory / weights.ADAPTER_CONFIG, facts)

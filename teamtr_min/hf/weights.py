@@ -1,13 +1,13 @@
 """Model name -> directory; Hugging Face checkpoints in and out.
 
-A checkpoint is config.json plus safetensors: one `model.safetensors`, or shards listed in
-`model.safetensors.index.json`. config.json comes in two dialects: `rope_theta`, `rope_scaling` and
-`torch_dtype` (transformers 4) or `rope_parameters` and `dtype` (transformers 5). Everything that this code
-would compute differently from its author is refused by name, never ignored.
+config.json comes in two dialects: `rope_theta`, `rope_scaling` and `torch_dtype` (transformers 4) or
+`rope_parameters` and `dtype` (transformers 5). Everything that this code would compute differently from its
+author is refused by name, never ignored.
 """
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,45 +27,32 @@ FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForC
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER_CONFIG = "adapter_config.json"  # where there is one, the directory holds no whole model
 _SIZES = {  # config.json's name -> ModelConfig's
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
+    **{name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")},
+    "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
     "max_position_embeddings": "max_positions",
-}
+}  # fmt: skip
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def find_model(name: str | os.PathLike) -> Path:
-    """The directory of a model: a shipped one, a directory, an alias such as qwen2.5-1.5b, or a hub id.
-
-    A hub id may name a revision, `org/name@revision`, and is fetched when the Hugging Face cache does not
-    hold it. Raises UserError, which says what would do, for any other name.
-    """
+    """The directory of a model: a shipped one, a directory, an alias such as qwen2.5-1.5b, or a hub id
+    org/name[@revision], which is fetched unless it is cached. Raises UserError for any other name."""
     return locate(name)[0]
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, str]:
-    """The directory of a model, and a name that finds the same model from anywhere and at any time.
-
-    That is an absolute path, or a hub id with its commit.
-    """
+    """The directory of a model, and a name that finds the same model from anywhere and at any time: an
+    absolute path, or a hub id with its commit."""
     name = str(name)
+    path, (alias, _, revision) = os.path.expanduser(name), name.partition("@")
     if name in SHIPPED:
         return ASSETS / name, name
-    path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path), os.path.realpath(path)
-    alias, _, revision = name.partition("@")
     repo = ALIASES.get(alias.lower(), alias)
     if os.path.isfile(path) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise UserError(
-            f"no model {name[:200]!r}: give a directory, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, "
-            f"or one of: {', '.join([*SHIPPED, *ALIASES])}"
-        )
+        known = ", ".join([*SHIPPED, *ALIASES])
+        raise UserError(f"no model {name[:200]!r}: give a directory, a hub id org/name, or one of: {known}")
     directory = snapshot(repo, revision or "main", accept=read_config)
     return directory, f"{repo}@{directory.name}"
 
@@ -84,8 +71,7 @@ def find_base(directory: Path) -> tuple[Path, str]:
     try:
         return locate(f"{name}@{revision}" if revision and not os.path.isdir(name) else name)
     except UserError as error:
-        why = str(error).partition(": give ")[0]
-        raise UserError(f"{directory} adapts {name}, so put that back: {why}") from None
+        raise UserError(f"{directory} adapts {name}, so put that back: {error}") from None
 
 
 def load_model(
@@ -93,9 +79,8 @@ def load_model(
 ) -> Transformer:
     """Read a checkpoint into memory, one tensor at a time: never more than the model plus one tensor.
 
-    Parameters arrive in `dtype` on `device`, whatever they are stored in. Raises UserError, in one sentence,
-    for an unsupported architecture or feature, for tensors that are missing, unexpected or misshapen, and for
-    NaN or infinity.
+    Parameters arrive in `dtype` on `device`, whatever they are stored in. Raises UserError for what is not
+    supported, for tensors that are missing, unexpected or misshapen, and for NaN or infinity.
     """
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
@@ -111,19 +96,20 @@ def load_model(
 
 
 def save_model(model: Transformer, directory: str | os.PathLike) -> None:
-    """Write config.json and model.safetensors as transformers reads them, in the model's dtype.
-
-    Each file is written whole or not at all, so an interrupted save leaves the old one as it was.
-    """
+    """Write config.json and model.safetensors as transformers reads them, in the model's dtype, each file
+    whole or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        part: rows
-        for name, p in model.named_parameters()
-        for part, rows in split_fused(name, whole(p.detach()).to(model.dtype), model.config).items()
-    }
-    save_tensors(tensors, directory / SINGLE)
+    save_tensors(parts_of(model, model.named_parameters()), directory / SINGLE)
     write_json(directory / "config.json", config_json(model.config, model.dtype))
+
+
+def parts_of(model: Transformer, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Parameters of `model` under their names in a checkpoint, unsharded, in the model's dtype."""
+    parts = {}
+    for name, p in parameters:
+        parts |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
+    return parts
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -134,11 +120,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """A safetensors file to read from; UserError where it is not one."""
+    """A safetensors file to read from; UserError where it is not one. No *.bin file, which is a pickle and
+    may run any program, is ever opened."""
     if not path.is_file():
-        pickle = any(path.parent.glob("*.bin"))
-        why = ", and *.bin files may run any program when opened: save it as safetensors" if pickle else ""
-        raise UserError(f"{path.parent} holds no {path.name}{why}")
+        raise UserError(f"{path.parent} holds no {path.name}; weights must be safetensors, not *.bin")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -153,14 +138,10 @@ def shapes(path: Path) -> dict[str, list[int]]:
 
 def check_shapes(held: dict[str, list[int]], expected: dict[str, Tensor], fault: str) -> None:
     """Raises UserError, which begins with `fault`, unless a file holds what is expected and no more."""
-    shape = {name: [*p.shape] for name, p in expected.items()}
-    misshapen = [name for name in shape if name in held and held[name] != shape[name]]
-    wrong = {
-        "missing": sorted(shape.keys() - held.keys()),
-        "unexpected": sorted(held.keys() - shape.keys()),
-        "misshapen": [f"{name} {held[name]}, not {shape[name]}" for name in misshapen],
-    }
-    found = [f"{len(names)} {what} ({listing(names)})" for what, names in wrong.items() if names]
+    wanted = {f"{name} {[*p.shape]}" for name, p in expected.items()}
+    there = {f"{name} {shape}" for name, shape in held.items()}
+    wrong = {"missing": wanted - there, "unexpected": there - wanted}
+    found = [f"{len(names)} {what} ({listing(sorted(names))})" for what, names in wrong.items() if names]
     if found:
         raise UserError(f"{fault}: {', '.join(found)}")
 
@@ -173,27 +154,24 @@ def read(file: Path, name: str) -> Tensor:
     """One tensor, finite. Its file is opened for it alone: pages of an open file stay in memory."""
     with open_tensors(file) as f:
         tensor = f.get_tensor(name)
-    if not tensor.is_floating_point():
-        raise UserError(f"{file}: {name} is stored as {tensor.dtype}")
-    if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN spreads to both bounds
-        raise UserError(f"{file}: {name} holds NaN or infinity")
+    if not tensor.is_floating_point() or not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise UserError(f"{file}: {name} holds NaN or infinity, or is of type {tensor.dtype}")
     return tensor
 
 
 def read_config(directory: Path) -> ModelConfig:
     """config.json -> ModelConfig, or a UserError that names what is not supported."""
     raw = read_json(directory / "config.json")
-    architecture = (raw.get("architectures") or [raw.get("model_type", "unknown")])[0]
+    architecture = (raw.get("architectures") or ["unknown"])[0]
     family = FAMILIES.get(architecture)
     rope = raw | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
     other_layers = {*(raw.get("layer_types") or [])} - {"full_attention"}
     refused = {
         f"architecture {architecture} (supported are {', '.join(FAMILIES)})": family is None,
-        "quantised weights (quantization_config)": raw.get("quantization_config"),
-        "mixture of experts": raw.get("num_experts") or raw.get("num_local_experts"),
-        "sliding-window attention (use_sliding_window)": raw.get("use_sliding_window"),
-        "sliding-window attention (sliding_window)": family == "llama" and raw.get("sliding_window"),
+        "quantization_config": raw.get("quantization_config"),
+        "use_sliding_window": raw.get("use_sliding_window"),
+        "sliding_window": family == "llama" and raw.get("sliding_window"),
         f"attention of the kinds {other_layers} (layer_types)": other_layers,
         f"activation {raw.get('hidden_act')}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": family != "qwen2" and raw.get("attention_bias"),
@@ -201,17 +179,11 @@ def read_config(directory: Path) -> ModelConfig:
         f"rope scaling {kind} (supported are default and llama3)": kind not in ("default", "llama3"),
         "partial_rotary_factor": rope.get("partial_rotary_factor") not in (None, 1),
     }
-    faults = [feature for feature, used in refused.items() if used]
-    if faults:
-        raise UserError(f"{directory / 'config.json'}: {faults[0]} is not supported")
+    for feature, used in refused.items():
+        if used:
+            raise UserError(f"{directory / 'config.json'}: {feature} is not supported")
     heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-    usual = {
-        "num_key_value_heads": heads,
-        "head_dim": 128
-        if family == "qwen3"
-        else heads and hidden and hidden // heads,  # Qwen3's is not derived
-        "max_position_embeddings": 2048 if family == "llama" else 32768,
-    }
+    usual = {"num_key_value_heads": heads, "head_dim": heads and hidden and hidden // heads}
     sizes = {key: raw.get(key) or usual.get(key) for key in _SIZES}
     # Where both levels name the original length the outer one counts, and the current length is the fallback.
     original = {**rope, **raw}.get(_SCALING[3]) or raw.get("max_position_embeddings")
@@ -231,14 +203,10 @@ def read_config(directory: Path) -> ModelConfig:
 
 def _tensor_files(directory: Path, model: Transformer) -> dict[str, Path]:
     """The file of each tensor. Raises UserError unless they hold those of the model and no others."""
-    found = {file: shapes(directory / file) for file in weight_files(directory)}
-    files = {name: directory / file for file, names in found.items() for name in names}
+    found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
+    files = {name: file for file, names in found.items() for name in names}
     held = {name: shape for names in found.values() for name, shape in names.items()}
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    prefix = next((name.removesuffix(embedding) for name in held if name.endswith(embedding)), "")
-    if prefix:
-        wrapper = f"holds tensors named {prefix}..., as of a model inside a wrapper such as torch.compile's"
-        raise UserError(f"{directory} {wrapper}: save the model inside it")
     spare = [name for name in held if name.endswith("rotary_emb.inv_freq")]
     if model.config.tied and {head, embedding} <= held.keys():
         spare += [head] * read(files[head], head).equal(read(files[embedding], embedding))  # a repetition
@@ -252,12 +220,8 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     scaling = config.rope_scaling and {"rope_type": "llama3", **dict(zip(_SCALING, config.rope_scaling))}
     return {
         "architectures": [name for name, family in FAMILIES.items() if family == config.family],
-        "model_type": config.family,
+        "model_type": config.family, "hidden_act": "silu", "tie_word_embeddings": config.tied,
         **{key: getattr(config, ours) for key, ours in _SIZES.items()},
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tied,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
         "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    }  # fmt: skip
