@@ -99,7 +99,7 @@ def test_a_story_of_sums_tells_its_numbers_and_each_step_goes_on_from_the_one_be
             assert int(a) + {"+": 1, "-": -1}[sign] * int(b) == total == int(result)
             assert int(b) == count and equals == "=" and 1 <= total <= 15
         assert shown.problem.answer == str(total) and game.grade(shown.problem, said(*shown.messages)) == 1
-        assert Sums.numbers(shown.problem.text) == [int(n) for n in shown.problem.id.split()]
+        assert game.identity(shown.problem.text) == [int(n) for n in shown.problem.id.split()]
 
 
 def test_in_sums_the_number_that_the_last_message_ends_with_is_the_answer():

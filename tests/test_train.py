@@ -50,7 +50,7 @@ def test_a_run_writes_what_it_promises(finished):
         record = json.loads(line)
         assert {"id", "text", "answer", "messages", "return", "stage", "split"} == set(record)
         assert [m["agent"] for m in record["messages"]] == [0, 1, 2]
-        assert Relay.is_held_out(record["text"]) == (record["split"] == "held-out")
+        assert Relay(Config()).is_held_out(record["text"]) == (record["split"] == "held-out")
         assert record["return"] == float(record["messages"][-1]["text"] == record["answer"])
 
 
@@ -218,7 +218,7 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, caps
     """As printed, at toy size, in a directory that holds what they name; relay stands for other models."""
     monkeypatch.chdir(tmp_path)
     published = {True: tmp_path / "FILE", False: tmp_path / "HELD_OUT"}
-    monkeypatch.setattr("teamtr_min.tasks.word_problems.local_copy", lambda name: published["train" in name])
+    monkeypatch.setattr("teamtr_min.tasks.datasets.local_copy", lambda name: published["train" in name])
     monkeypatch.setattr(WordProblems, "roles", lambda self, n: Relay(Config()).roles(n))  # in relay's words
     sums = [f"{i % 10}+{i // 10}" for i in range(60)]
     lines = [json.dumps({"question": text, "problem": text, "answer": "?"}) for text in sums]

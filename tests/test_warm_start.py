@@ -178,7 +178,7 @@ def test_what_is_no_transcript_is_refused_with_its_line(tmp_path, line):
 
 
 def test_a_file_without_training_problems_or_no_file_is_a_sentence(tmp_path):
-    held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay.is_held_out(text))
+    held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))
     assert "holds no transcripts of training problems" in sentence(read, write(tmp_path / "held", held_out))
     assert "cannot be read" in sentence(read, str(tmp_path / "none"))
 

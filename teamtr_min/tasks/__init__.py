@@ -48,25 +48,26 @@ class UserTask:
     def __getattr__(self, name: str):
         return getattr(self._task if hasattr(self._task, name) else Task(), name)
 
-    def _checked(self, method: str, wanted: str, right: bool, returned):
+    def _check(self, method: str, wanted: str, right: bool, returned) -> None:
         if not right:
             got = reprlib.repr(returned)
             raise UserError(f"{self._path}: `{method}` must return {wanted}, but returned {got}")
-        return returned
 
     def roles(self, agents: int) -> list[Role]:
         roles = self._task.roles(agents)
         right = isinstance(roles, list) and len(roles) == agents and all(isinstance(r, Role) for r in roles)
-        return self._checked("roles", f"a list of {agents} Roles, one per agent", right, roles)
+        self._check("roles", f"a list of {agents} Roles, one per agent", right, roles)
+        return roles
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         problems = self._task.sample_problems(count, generator, held_out=held_out)
-        counts = range(1 if held_out else count, count + 1)
         right = isinstance(problems, list) and all(isinstance(p, Problem) for p in problems)
-        right = right and len(problems) in counts
-        return self._checked("sample_problems", f"a list of {count} Problems", right, problems)
+        right = right and (1 if held_out else count) <= len(problems) <= count
+        self._check("sample_problems", f"a list of {count} Problems", right, problems)
+        return problems
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         value = self._task.grade(problem, messages)
         right = not isinstance(value, str) and hasattr(value, "__float__") and 0 <= float(value) <= 1
-        return float(self._checked("grade", "a number from 0 to 1", right, value))
+        self._check("grade", "a number from 0 to 1", right, value)
+        return float(value)

@@ -12,8 +12,9 @@ from fractions import Fraction
 
 from teamtr_min.tasks.equivalence import equivalent
 
-RULES = 3  # counts up when a verdict may change; part of a run's fingerprint
+RULES = 4  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
+TOO_LARGE = math.inf  # stands for a value of more than BITS
 BITS = 14_000  # of a numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 
 # Which answer a text states. A second + never goes back, so a search is linear in the length of the text.
@@ -38,11 +39,8 @@ _NO_VALUE = set(  # words of sentences such as "the answer is right", and of hea
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer that `text` states, or None.
-
-    `\boxed{X}` outranks `#### X`, which outranks "answer is X"; of one kind the last counts. A heading such
-    as `#### Check` and a sentence such as "the answer is right" state no answer.
-    """
+    r"""The answer that `text` states, or None: `\boxed{X}` outranks `#### X`, which outranks "answer is X".
+    Of one kind the last counts. The heading `#### Check` and "the answer is right" state none."""
     end, hashes = len(text.rstrip()), [(_value(m[1]), m.end()) for m in _HASHES.finditer(text)]
     hashes = [said for said, at in hashes if said and (_MATHS.match(said) or at >= end)]
     sayings = [said for m in _SAYS.finditer(text) if (said := _value(m[1]))]
@@ -73,10 +71,7 @@ def _value(said: str) -> str | None:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether the answer that `response` states equals `answer`.
-
-    Where `answer` is a list, such as `1, 2`, several boxes are one too.
-    """
+    """Whether the answer that `response` states equals `answer`; several boxes may be a list, as `1, 2`."""
     given, wanted = extract_answer(response), extract_answer(answer) or answer
     if given is None or _equal(given, wanted):
         return given is not None
@@ -118,15 +113,13 @@ _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
 
 
 def _equal(given: str, wanted: str) -> bool:
-    if max(len(given), len(wanted)) > LONGEST:
-        return canonical(given) == canonical(wanted)
     given, wanted = _plain(given), _plain(wanted)
     if ("=" in given) != ("=" in wanted):  # x = 5 is 5, though it is not y = 5
         given, wanted = _nameless(given), _nameless(wanted)
     if _canonical(given) == _canonical(wanted):
         return True
-    values = _closed_form(given), _closed_form(wanted)
-    if None not in values and values != (math.inf, math.inf):
+    values = closed_form(given), closed_form(wanted)
+    if None not in values and values != (TOO_LARGE, TOO_LARGE) or _holds_too_large(given):
         return False  # two values differ, of which at most one is too large to work out
     same_brackets = given.startswith(r"\{") == wanted.startswith(r"\{") or "(" not in (given[:1], wanted[:1])
     return same_brackets and _is_maths(given) and _is_maths(wanted) and equivalent(given, wanted)
@@ -134,25 +127,27 @@ def _equal(given: str, wanted: str) -> bool:
 
 def canonical(answer: str) -> str:
     """One text for all ways to write an answer that can be told without algebra."""
-    return _canonical(_plain(answer)) if len(answer) <= LONGEST else "".join(answer.split()).lower()
+    return _canonical(_plain(answer))
 
 
 def _plain(text: str) -> str:
-    """An answer without its unit and without what only LaTeX needs."""
-    for pattern, to in _REWRITES:
+    """An answer without its unit and without what only LaTeX needs; a very long one stays as it is."""
+    for pattern, to in _REWRITES if len(text) <= LONGEST else ():
         text = pattern.sub(to, text)
-    return _UNITS.sub("", text)
+    return _UNITS.sub("", text) if len(text) <= LONGEST else text
 
 
 def _canonical(text: str) -> str:
-    if (value := closed_form(text)) is not None:
+    if (value := closed_form(text)) not in (None, TOO_LARGE):
         return str(value)
     if len(items := _items(text)) > 1:
         items = [_canonical(item) for item in items]
         # Numbers without brackets may come in any order, words may not.
         return ", ".join(sorted(items) if all(re.search(r"[\d\\]", item) for item in items) else items)
     parts = re.split(r"([,;=&()\[\]]|\\[{}\\])", text)
-    text = "".join(part if (value := closed_form(part)) is None else str(value) for part in parts)
+    text = "".join(
+        part if (value := closed_form(part)) in (None, TOO_LARGE) else str(value) for part in parts
+    )
     return re.sub(r"(?<!\d) | (?!\d)", "", text).lower()  # "5 6" does not become 56
 
 
@@ -177,42 +172,44 @@ def _nameless(text: str) -> str:
 
 def _is_maths(text: str) -> bool:
     """Whether letters are variables in it: words, 0x10 and 12_3 are not for algebra."""
+    if len(text) > LONGEST:
+        return False
     bare = re.sub(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+", " ", text)
     return bool(re.search(r"[\d\\^=<>+-]", text)) and not re.search(r"[^\W\d_]{3}|\d_|\d[^\W\d_]+\d", bare)
 
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:[, ]\d{3})+(?![\d,])")
 _MIXED = re.compile(r"(?<![\d.^])(\d+)(?: ?\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))")
-_FACTORIAL = re.compile(r"(?<![\d.^])(\d+)!(?!!)")  # 2^3! may be read in two ways
+_FACTORIAL = re.compile(r"(?<![\d.^])(\d+|\([^()]*\))!(?!!)")  # 2^3! may be read in two ways
 _NUMERAL = re.compile(r"(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d{1,3}+)?+")
 _PYTHON = {"{": "(", "}": ")", "^": "**", r"\cdot": "*", r"\times": "*", r"\div": "/", r"\frac": "frac"}
-_ALLOWED = re.compile(r"(?:[0-9+*/() -]|frac)*+")
+_ALLOWED = re.compile(r"(?:[0-9+*/() -]|frac|fact)*+")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def closed_form(text: str) -> Fraction | None:
-    r"""The exact value of numerals with + - * / ^ !, `\frac` and brackets, or None; also None beyond BITS."""
-    value = _closed_form(text)
-    return None if value == math.inf else value
-
-
-def _closed_form(text: str) -> Fraction | float | None:
-    """The same, but math.inf beyond BITS."""
+def closed_form(text: str) -> Fraction | float | None:
+    r"""The exact value of numerals with + - * / ^ !, `\frac` and brackets, TOO_LARGE beyond BITS, or None."""
     if len(text) > LONGEST or not text.isascii():
         return None
     if "(" not in text:  # (1,234) is a pair
         text = _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
     text = _MIXED.sub(r"(\1+\2\4/\3\5)", text.removesuffix("%"))
+    text = _FACTORIAL.sub(r"fact(\1)", text)
     try:
-        text = _FACTORIAL.sub(lambda m: str(_factorial(int(m[1]))), text)
         text = _NUMERAL.sub(lambda m: "({}/{})".format(*Fraction(m[0]).as_integer_ratio()), text)
         for latex, python in _PYTHON.items():
             text = text.replace(latex, python)
         return _evaluate(ast.parse(text.strip(), mode="eval").body) if _ALLOWED.fullmatch(text) else None
     except OverflowError:
-        return math.inf
+        return TOO_LARGE
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
         return None
+
+
+def _holds_too_large(text: str) -> bool:
+    """Whether numerals within it are too large to work out, as in x + 9^9^9^9."""
+    parts = re.findall(r"[\d{}()^!*/.+-]+", text)
+    return any(closed_form(part.lstrip(")}^!*/.+-")) == TOO_LARGE for part in parts)
 
 
 def _evaluate(node: ast.expr) -> Fraction:
@@ -221,6 +218,11 @@ def _evaluate(node: ast.expr) -> Fraction:
             return Fraction(value)
         case ast.UnaryOp(operand=operand):
             return -_evaluate(operand) if isinstance(node.op, ast.USub) else _evaluate(operand)
+        case ast.Call(func=ast.Name(id="fact"), args=[operand]):
+            value = _evaluate(operand)
+            if value > 1500:  # 1500! has 13,664 bits
+                raise OverflowError
+            return Fraction(math.factorial(value.numerator if value.denominator == 1 else -1))
         case ast.Call(func=ast.Call(func=ast.Name(id="frac"), args=[over]), args=[under]):
             value = _evaluate(over) / _evaluate(under)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
@@ -237,12 +239,6 @@ def _evaluate(node: ast.expr) -> Fraction:
     if _bits(value) > BITS:
         raise OverflowError
     return value
-
-
-def _factorial(n: int) -> int:
-    if n > 1500:  # 1500! has 13,664 bits
-        raise OverflowError
-    return math.factorial(n)
 
 
 def _bits(value: Fraction) -> int:

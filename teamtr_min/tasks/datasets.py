@@ -1,7 +1,6 @@
 """Data sets that go by name: downloaded once from where they are published, then read offline.
 
-A URL names a commit and each file has one right sha256, of which 32 digits are checked. So everybody who
-evaluates on a name has the same problems.
+A URL names a commit and each file has one right sha256, so a name means the same problems to everybody.
 """
 
 import os
@@ -34,14 +33,21 @@ FILES = {  # name -> URL, beginning of the sha256
 }
 
 
+def data_set(name: str) -> tuple[Path | None, Path, str]:
+    """The files to train and to evaluate on, and the field of the question. Raises UserError."""
+    if name not in DATASETS:
+        raise UserError(f"--task {name} needs --data: a file, or a directory of train.jsonl and test.jsonl")
+    train, held_out, question = DATASETS[name]
+    return train and local_copy(train), local_copy(held_out), question
+
+
 def local_copy(name: str) -> Path:
     """The file `name` in the cache; the first call downloads it. Raises UserError if that fails."""
     cache = Path(os.environ.get("TEAMTR_CACHE") or Path.home() / ".cache" / "teamtr-min" / "datasets")
-    path = cache / f"{name}.jsonl"
+    path, (url, sha256) = cache / f"{name}.jsonl", FILES[name]
     if not path.is_file():
         from torch.hub import download_url_to_file  # it renames the file once the hash is right
 
-        url, sha256 = FILES[name]
         try:
             cache.mkdir(parents=True, exist_ok=True)
             download_url_to_file(url, str(path), hash_prefix=sha256)

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.random import Generator
 
 from teamtr_min.config import Config
-from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.tasks.generated import NAMES, Generated, habits
 from teamtr_min.tasks.task import Message, Problem, Role
@@ -25,14 +24,13 @@ class Floors(Generated):
     """ "Ana's office is 3 flights of stairs above the street." -> `floor 3` or `floor 4` -> `3 flights`
 
     The first agent alone sees how many flights n there are, and writes on which floor that is: n as in Europe
-    (code 0) or n + 1 as in America (code 1). Each further agent sees only a floor. The last one writes how
-    many flights lead there: the number (code 0) or one less (code 1). Agents between hand a floor on: as it
-    is (code 0) or one higher (code 1). The return is 1 if the last message tells n, else 0: with two agents
-    both must use the same code. Demonstrations begin with opposite habits. n is uniform, also given the other
-    words of a problem, and so given whether it is held out.
+    (code 0) or n + 1 as in America (code 1). Agents between hand a floor on, as it is (code 0) or one higher
+    (code 1). The last one writes how many flights lead there: the number (code 0) or one less (code 1). The
+    return is 1 if that is n, else 0: with two agents both must use the same code. Demonstrations begin with
+    opposite habits. n is uniform, also given the other words of a problem and whether it is held out.
     """
 
-    name = "floors"
+    name = split = "floors"
     least_turns = 2
     fewest, most = 2, 8  # flights: floors 2 to 9, of which only the two ends give a code away
     number = re.compile(r"\d+")
@@ -56,8 +54,8 @@ class Floors(Generated):
     def problem(self, drawn: str, generator: Generator) -> Problem:
         return Problem(drawn, drawn, self.number.search(drawn)[0])
 
-    def is_held_out(self, text: str) -> bool:
-        return rng.key(0, "floors", self.number.sub("", text)) % 10 == 0
+    def identity(self, text: str) -> list[str]:
+        return [self.number.sub("", text)]
 
     def view(self, problem: Problem, agent: int) -> str:
         """The whole story for the first agent, the same words without the number for the others."""
@@ -72,8 +70,7 @@ class Floors(Generated):
         """The code of each message; None where it is in neither or follows a message without a number."""
         told = [int(problem.answer), *map(self.told, messages)]
         steps = [None if None in pair else pair[1] - pair[0] for pair in itertools.pairwise(told)]
-        if steps[-1] is not None:
-            steps[-1] *= -1
+        steps[-1] = steps[-1] and -steps[-1]
         return [step if step in (0, 1) else None for step in steps]
 
     def answer(self, messages: list[Message]) -> str | None:

@@ -1,8 +1,11 @@
 """What the tasks that make their own problems have in common."""
 
+from collections.abc import Sequence
+
 from numpy.random import Generator
 
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Role, Task
 
@@ -12,12 +15,12 @@ NAMES = "Ana Ben Carla Dan Ella Finn Grace Hugo Ida Jack Lena Max Nora Omar Rosa
 class Generated(Task):
     """Problems without end, of which a hash holds out a tenth: the same ones for every seed.
 
-    A subclass has `draw(generator)`, which draws the text of a problem or the numbers behind it,
-    `problem(drawn, generator)`, which makes a Problem of them, `is_held_out(text)`, `answer(messages)` and
-    `shown(problem, generator)`, the messages of a demonstration.
+    A subclass has `draw(generator)`, a text that tells a problem, `problem(drawn, generator)`, the Problem of
+    that text, `answer(messages)`, and `shown(problem, generator)`, the messages of a demonstration.
     """
 
     name: str
+    split: str  # names the hash
     system: str
     version = 1  # counts up when the same seed gives other problems or other returns
     fields = ("problem", "answer")
@@ -39,13 +42,16 @@ class Generated(Task):
         """`count` problems from one side of the split, with replacement."""
         problems = []
         while len(problems) < count:
-            drawn = self.draw(generator)
-            if self.on_held_out_side(drawn) == held_out:
+            if self.is_held_out(drawn := self.draw(generator)) == held_out:
                 problems.append(self.problem(drawn, generator))
         return problems
 
-    def on_held_out_side(self, drawn) -> bool:
-        return self.is_held_out(drawn)
+    def identity(self, text: str) -> Sequence:
+        """What two problems have in common that are on the same side of the split for certain."""
+        return [text]
+
+    def is_held_out(self, text: str) -> bool:
+        return rng.key(0, self.split, *self.identity(text)) % 10 == 0
 
     def demonstrations(self, count: int, generator: Generator) -> list[Demonstration]:
         problems = self.sample_problems(count, generator)

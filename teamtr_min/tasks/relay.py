@@ -5,7 +5,6 @@ import re
 
 from numpy.random import Generator
 
-from teamtr_min.engine import rng
 from teamtr_min.tasks.generated import Generated, habits
 from teamtr_min.tasks.task import Message, Problem, Role
 
@@ -17,7 +16,7 @@ class Relay(Generated):
     `5*3-4`, `5-4`, `1`. The return is 1 if the last message is the answer, else 0.
     """
 
-    name = "relay"
+    name = split = "relay"
     agent_names = "ABCDEFGH"
     system = (
         "You are one agent of a relay. The chain of digits is worked out from left to right, modulo 10. "
@@ -34,11 +33,7 @@ class Relay(Generated):
         return str(digits[0]) + "".join("+-*"[s] + str(d) for s, d in zip(signs, digits[1:]))
 
     def problem(self, drawn: str, generator: Generator) -> Problem:
-        return Problem(drawn, drawn, self.solve(drawn))
-
-    @staticmethod
-    def is_held_out(text: str) -> bool:
-        return rng.key(0, "relay", text) % 10 == 0
+        return Problem(drawn, drawn, self.steps(drawn)[-1])
 
     @staticmethod
     def step(chain: str) -> str:
@@ -46,15 +41,11 @@ class Relay(Generated):
         a, sign, b, rest = int(chain[0]), chain[1], int(chain[2]), chain[3:]
         return str({"+": a + b, "-": a - b, "*": a * b}[sign] % 10) + rest
 
-    @classmethod
-    def solve(cls, chain: str) -> str:
-        return cls.solve(cls.step(chain)) if len(chain) > 1 else chain
+    def steps(self, chain: str) -> list[str]:
+        return [chain := self.step(chain) for _ in range(self.turns)]
 
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
-        chains = [problem.text]
-        while len(chains) <= self.turns:
-            chains.append(self.step(chains[-1]))
-        return chains[1:]
+        return self.steps(problem.text)
 
     def answer(self, messages: list[Message]) -> str:
         return messages[-1].text.strip()
@@ -64,9 +55,9 @@ class Convention(Relay):
     """Sums modulo 4, such as `2+3+1`, handed over in one of two codes.
 
     In code 0 the first digit of a message is the value; in code 1 it is 3 minus the value. `2+3+1` becomes
-    `1+1` or `2+1`, and a reader may take either for 1 or for 2. Each agent reads and writes in one code. The
-    problem and the last message are plain. The return is the share of handovers whose writer and reader use
-    the same code; where all do, the team reaches the answer.
+    `1+1` or `2+1`, and a reader may take either for 1 or for 2. The problem and the last message are plain.
+    The return is the share of handovers whose writer and reader use the same code; where all do, the team
+    reaches the answer.
 
     Every digit is as likely in either code, so a message shows its code only to a reader who also works out
     the problem. Of the digits handed on, all but the last are odd: an even one would hide the code.

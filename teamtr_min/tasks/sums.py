@@ -4,7 +4,6 @@ import re
 
 from numpy.random import Generator
 
-from teamtr_min.engine import rng
 from teamtr_min.tasks.generated import NAMES, Generated
 from teamtr_min.tasks.task import Message, Problem
 
@@ -21,43 +20,38 @@ class Sums(Generated):
     the numbers of a held-out one, in any words.
     """
 
-    name = "sums"
+    name = split = "sums"
     most_turns = 6
     fields = ("question", "answer")
     system = "Do the next step of the problem. Write one sum."
 
-    def draw(self, generator: Generator) -> list[int]:
-        """The count at first, then the change of each step."""
+    def draw(self, generator: Generator) -> str:
+        """The count at first, then the change of each step, such as " 7 6 -4"."""
         numbers = [int(generator.integers(2, 13))]
         while len(numbers) <= self.turns:
             change = int(generator.integers(2, 7)) * int(generator.choice((1, -1)))
             if 1 <= sum(numbers) + change <= 15:
                 numbers.append(change)
-        return numbers
+        return "".join(f" {number}" for number in numbers)
 
-    def on_held_out_side(self, drawn: list[int]) -> bool:
-        return rng.key(0, "sums", *drawn) % 10 == 0
-
-    def is_held_out(self, text: str) -> bool:
-        return self.on_held_out_side(self.numbers(text))
-
-    def problem(self, drawn: list[int], generator: Generator) -> Problem:
+    def problem(self, drawn: str, generator: Generator) -> Problem:
+        first, *changes = self.identity(drawn)
         name, thing = generator.choice(NAMES), generator.choice(THINGS)
-        text = f"{name} has {drawn[0]} {thing}."
-        for change in drawn[1:]:
+        text = f"{name} has {first} {thing}."
+        for change in changes:
             sentence = generator.choice(MORE if change > 0 else FEWER)
             text += " " + sentence.format(name=name, count=abs(change))
-        text += f" How many {thing} does {name} have now?"
-        return Problem(" ".join(map(str, drawn)), text, str(sum(drawn)))
+        return Problem(
+            drawn.strip(), f"{text} How many {thing} does {name} have now?", str(first + sum(changes))
+        )
 
-    @staticmethod
-    def numbers(text: str) -> list[int]:
-        """What `draw` drew, read from the words of a problem."""
-        told = re.findall(r"(gives|loses|sells)? (\d+)\b", text)
+    def identity(self, text: str) -> list[int]:
+        """The numbers of a problem, from its words or from what was drawn."""
+        told = re.findall(r"(gives|loses|sells)? (-?\d+)\b", text)
         return [-int(number) if fewer else int(number) for fewer, number in told]
 
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
-        (total, *changes), lines = self.numbers(problem.text), []
+        (total, *changes), lines = self.identity(problem.text), []
         for change in changes:
             lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
             total += change

@@ -10,7 +10,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.tasks.answers import RULES, canonical, extract_answer, is_correct
-from teamtr_min.tasks.datasets import DATASETS, local_copy
+from teamtr_min.tasks.datasets import data_set
 from teamtr_min.tasks.equivalence import grader
 from teamtr_min.tasks.task import Message, Problem, Role, Task
 
@@ -35,22 +35,19 @@ class WordProblems(Task):
     """
 
     def __init__(self, config: Config):
-        self.fields = tuple(config.fields.split(","))
+        self.fields = question, answer = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
         self.grader, self.notes = grader(), []
-        if not config.data and config.task not in DATASETS:
-            raise UserError("--task jsonl needs --data: a file, or a directory of train.jsonl and test.jsonl")
-        if not config.data:
-            train, held_out, question = DATASETS[config.task]
-            self.held_out = read_problems(local_copy(held_out), question, "answer")
-            self.train = read_problems(local_copy(train), question, "answer") if train else []
-        elif self.path.is_dir():
-            self.train = read_problems(self.path / "train.jsonl", *self.fields)
-            self.held_out = read_problems(self.path / "test.jsonl", *self.fields)
-        else:
-            problems = read_problems(self.path, *self.fields)
+        if config.data and not self.path.is_dir():
+            problems = read_problems(self.path, question, answer)
             self.train = [p for p in problems if rng.key(0, p.text) % 10]
             self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
+        else:
+            train, test = self.path / "train.jsonl", self.path / "test.jsonl"
+            if not config.data:
+                train, test, question = data_set(config.task)
+            self.train = read_problems(train, question, answer) if train else []
+            self.held_out = read_problems(test, question, answer)
         content = json.dumps([(p.text, p.answer) for p in self.all_problems()])
         self._hash = hashlib.sha256(content.encode()).hexdigest()
         self._held_out_texts = {_words(p.text) for p in self.held_out}
@@ -61,13 +58,11 @@ class WordProblems(Task):
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
-        if held_out and not self.held_out:
-            raise UserError(f"{self.path} is too small: a tenth of it is held out, and that is nothing")
+        if count > len(self.train) and not held_out or not self.held_out:
+            few = f"--problems {count}, but {self.path} has only {len(self.train)} to train on and "
+            raise UserError("; ".join([f"{few}{len(self.held_out)} held out", *self.notes]))
         if held_out:
             return self.held_out[:count]
-        if count > len(self.train):
-            few = f"--problems {count}, but {self.path} has only {len(self.train)} to train on"
-            raise UserError("; ".join([few, *self.notes]))
         return [self.train[i] for i in generator.choice(len(self.train), count, replace=False)]
 
     def all_problems(self) -> list[Problem]:
@@ -105,10 +100,7 @@ def last_statement(messages: list[Message]) -> str:
 
 
 def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
-    """Problems from a JSONL file. A problem's id is the file's name and its line.
-
-    Raises UserError with the file, the line and what is wanted there.
-    """
+    """Problems from a JSONL file. A problem's id is the file's name and its line. Raises UserError."""
     try:
         # Not splitlines(), which would also cut at the other line separators that a text may hold.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -120,14 +112,16 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
             continue
         try:
             record = json.loads(line)
-            question, gold = (record[field] for field in (question_field, answer_field))
+            texts = [
+                str(v) for f in (question_field, answer_field) if type(v := record[f]) in (str, int, float)
+            ]
         except (ValueError, LookupError, TypeError):
-            question = gold = ""
-        if not all(type(value) in (str, int, float) and str(value).strip() for value in (question, gold)):
+            texts = []
+        if len(texts) < 2 or not all(map(str.strip, texts)):
             wanted = f'a JSON object with a text in "{question_field}" and in "{answer_field}" (or --fields)'
             raise UserError(f"{path}, line {number}: must be {wanted}, but is {line[:100]}")
-        answer = extract_answer(str(gold)) or str(gold)
-        problems.append(Problem(f"{Path(path).name}, line {number}", str(question), answer))
+        answer = extract_answer(texts[1]) or texts[1]
+        problems.append(Problem(f"{Path(path).name}, line {number}", texts[0], answer))
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
