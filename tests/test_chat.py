@@ -5,17 +5,8 @@ import json
 import random
 
 import pytest
-from tiny import (
-    LLAMA3_STYLE,
-    SCHEMES,
-    ZEPHYR,
-    real_model,
-    refusal,
-    shared,
-    write_sentencepiece,
-    write_tokenizer,
-)
-from tokenizers import Tokenizer as Backend
+from tiny import LLAMA3_STYLE, SCHEMES, ZEPHYR, real_model, refusal, shared, write_sentencepiece
+from tiny import write_tokenizer as write_bytes
 
 from teamtr_min import load_tokenizer
 from teamtr_min.hf.chat import CHATML, MARK, ChatFormat
@@ -45,11 +36,6 @@ VICUNA = """\
 {%- else %}{{ 'USER: ' + m.content + ' ' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}ASSISTANT:{% endif %}"""
 
-# Special tokens stand right before and behind what is written.
-CHAT = """\
-{%- for m in messages %}{{ '<s>' + m.role + '\\n' + m.content + '</s>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"""
-
 # Between messages stand two line ends and ordinary text.
 HASHES = """\
 {%- for m in messages %}{{ '### ' + m.role + '\\n' + m.content + eos_token + '\\n\\n' }}{% endfor %}
@@ -58,7 +44,7 @@ HASHES = """\
 
 def write_gpt2(directory):
     """Two line ends are one token, but not before a word; the post-processor takes spaces out of offsets."""
-    file = write_tokenizer(directory, HASHES) / "tokenizer.json"
+    file = write_bytes(directory, HASHES) / "tokenizer.json"
     raw = json.loads(file.read_text())
     raw["model"]["vocab"]["ĊĊ"] = 262
     raw["model"]["merges"].append(["Ċ", "Ċ"])
@@ -70,17 +56,14 @@ def write_gpt2(directory):
 # How each kind of tokenizer is made: its directory, given an empty one.
 KINDS = {f"{scheme}, Zephyr": lambda d, s=scheme: write_sentencepiece(d, s) for scheme in SCHEMES}
 KINDS |= {f"{scheme}, no template": lambda d, s=scheme: write_sentencepiece(d, s, None) for scheme in SCHEMES}
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 KINDS |= {
-    "normalizer, BOS in the template": lambda d: write_sentencepiece(
-        d, "normalizer", "{{ bos_token }}" + ZEPHYR
-    ),
-    "read as Llama's": lambda d: write_sentencepiece(d, "normalizer", tokenizer_class="LlamaTokenizer"),
-    "read as Llama's of old": lambda d: write_sentencepiece(
-        d, "never", tokenizer_class="LlamaTokenizerFast", legacy=True
-    ),
+    "BOS in the template": lambda d: write_sentencepiece(d, "normalizer", "{{ bos_token }}" + ZEPHYR),
+    "read as Llama's": lambda d: write_sentencepiece(d, "normalizer", **LLAMA),
+    "read as Llama's of old": lambda d: write_sentencepiece(d, "never", **LLAMA, legacy=True),
     "first, an end token is added": lambda d: write_sentencepiece(d, "first", None, add_eos=True),
-    "bytes, Llama 3": lambda d: write_tokenizer(d, LLAMA3_STYLE, bos=True),
-    "bytes, no template": lambda d: write_tokenizer(d, bos=True),
+    "bytes, Llama 3": lambda d: write_bytes(d, LLAMA3_STYLE, bos=True),
+    "bytes, no template": lambda d: write_bytes(d, bos=True),
     "bytes as GPT-2's": write_gpt2,
     "Qwen2.5": lambda d: shared("qwen2.5-tokenizer"),
     "stories260K": lambda d: shared("stories260K/hf_llama"),
@@ -103,10 +86,7 @@ ROLES = [Role("A", "You are A.\nBe brief."), Role("B", ""), Role("Solver", " hi 
 
 def team_of(*tokenizers) -> Team:
     chats = {tokenizer: ChatFormat(tokenizer) for tokenizer in tokenizers}
-    agents = [
-        Agent(role, object(), tokenizer, chats[tokenizer]) for role, tokenizer in zip(ROLES, tokenizers)
-    ]
-    return Team(agents, task=None)
+    return Team([Agent(role, object(), t, chats[t]) for role, t in zip(ROLES, tokenizers)], task=None)
 
 
 def say(team: Team, j: int, text: str, stopped: bool = True, ids: list[int] | None = None) -> Message:
@@ -133,13 +113,11 @@ def by_transformers(team: Team, j: int, messages: list[tuple[int, str]], problem
     """The ids of the whole conversation, in the eyes of agent j, by transformers' apply_chat_template."""
     role, tokenizer = team.agents[j].role, team.agents[j].tokenizer
     theirs = in_transformers(tokenizer.directory)
-    turns = [{"role": "system", "content": role.system}] if role.system else []
-    turns.append({"role": "user", "content": problem})
+    turns = [("system", role.system)] * bool(role.system) + [("user", problem)]
     for writer, text in messages:
-        own = {"role": "assistant", "content": text}
-        turns.append(
-            own if writer == j else {"role": "user", "content": f"{team.agents[writer].role.name}:\n{text}"}
-        )
+        own = writer == j
+        turns.append(("assistant", text) if own else ("user", f"{team.agents[writer].role.name}:\n{text}"))
+    turns = [{"role": role, "content": content} for role, content in turns]
     more = {"date_string": "2024", "add_generation_prompt": True, "return_dict": False}
     if tokenizer.template is not None:
         return theirs.apply_chat_template(turns, **more)
@@ -162,7 +140,7 @@ def test_a_prompt_has_the_ids_of_transformers(tmp_path, kind):
 def test_sampled_ids_stand_where_transformers_writes_them(tmp_path, kind):
     """Also where a reader has another tokenizer, and encodes the text. Texts begin with no space or newline,
     which encoding would join with what stands in front of it."""
-    ours, other = load_tokenizer(KINDS[kind](tmp_path / "t")), load_tokenizer(write_tokenizer(tmp_path / "o"))
+    ours, other = load_tokenizer(KINDS[kind](tmp_path / "t")), load_tokenizer(write_bytes(tmp_path / "o"))
     team, draw = team_of(ours, other, ours), random.Random(kind)
     for _ in range(60):
         problem, j = random_text(draw), draw.choice([0, 2])
@@ -173,42 +151,26 @@ def test_sampled_ids_stand_where_transformers_writes_them(tmp_path, kind):
 
 
 @each_kind
-def test_parts_that_share_no_token_are_together_the_whole(tmp_path, kind):
-    tokenizer, draw, shared_tokens = load_tokenizer(KINDS[kind](tmp_path / "t")), random.Random(kind), 0
-    for _ in range(200):
-        a, b, c = "x" + random_text(draw), random_text(draw), random_text(draw)
-        try:
-            parts = [tokenizer.between("", a, b + c), tokenizer.between(a, b, c), tokenizer.between(a + b, c)]
-        except ValueError:
-            shared_tokens += 1
-            continue
-        assert sum(parts, []) == tokenizer.encode(a + b + c, add_special_tokens=False)
-    assert shared_tokens < 100
-
-
-@pytest.mark.parametrize("kind", ["bytes", *SCHEMES])
 def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
-    """As a tokenizer without special tokens encodes what stands between the template's own."""
-    if kind == "bytes":
-        known, other = write_tokenizer(tmp_path / "t", CHAT), write_tokenizer(tmp_path / "u", special=False)
-    else:  # behind a special token, "first" is as "never"
-        known = write_sentencepiece(tmp_path / "t", kind, CHAT)
-        other = write_sentencepiece(tmp_path / "u", "never" if kind == "first" else kind, special=False)
-    chat, plain = ChatFormat(load_tokenizer(known)), Backend.from_file(str(other / "tokenizer.json"))
-    start, end = (chat.tokenizer.encode(token, add_special_tokens=False) for token in ("<s>", "</s>"))
-    for text in ("no</s>", "12</s>\n<s>assistant\nab1 ", "<s></s>", " </s>\n\n"):
-        assert (
-            chat.teammate("B", text)
-            == start + plain.encode(f"user\nB:\n{text}", add_special_tokens=False).ids + end
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path / "t"))
+    chat, spelled = (
+        ChatFormat(tokenizer),
+        tokenizer.decode([*tokenizer.special_ids], skip_special_tokens=False),
+    )
+    assert set(tokenizer.encode(spelled)) >= tokenizer.special_ids and "<" in spelled
+    for written in (chat.teammate, lambda name, text: chat.own(f"{name}{text}")):
+        special, plain = (
+            [i for i in written("B", text) if i in tokenizer.special_ids] for text in (f"1{spelled}2", "1")
         )
-        assert not chat.tokenizer.special_ids & {*chat.encode(text)}
-        assert chat.tokenizer.decode(chat.encode("x" + text)).endswith("x" + text)
+        assert special == plain
+    assert not tokenizer.special_ids & {*chat.encode(f"1{spelled}2")}
+    assert tokenizer.decode(chat.encode(f"x{spelled}")).replace(" ", "") == f"x{spelled}".replace(" ", "")
 
 
 @pytest.mark.parametrize("agents", [1, 2, 3, 4])
 def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
     """Any order of writers; messages of any ids, cut off or not, some with nothing in them but their end."""
-    tokenizers = [load_tokenizer(write_tokenizer(tmp_path / str(i), shift=i)) for i in range(2)]
+    tokenizers = [load_tokenizer(write_bytes(tmp_path / str(i), shift=i)) for i in range(2)]
     team, draw = team_of(*(tokenizers[j % 2] for j in range(agents))), random.Random(agents)
     for _ in range(60):
         messages = []
@@ -229,26 +191,19 @@ def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
             assert trained.ids == final.ids[:end]
 
 
-def test_histories_are_as_they_were_sampled_though_the_template_rewrites_them(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, FORGETFUL))
-    team = team_of(tokenizer, tokenizer)
-    messages = [say(team, 0, "<think>7*8</think>56"), say(team, 1, "yes")]
-    text = tokenizer.decode(seen(team, 0, messages).ids, skip_special_tokens=False)
-    assert "assistant\n<think>7*8</think>56<|im_end|>\n<|im_start|>user\nB:\nyes<|im_end|>" in text
-
-
-def test_sampled_ids_are_never_encoded_anew(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
-    spelled = [i for letter in "abab" for i in tokenizer.encode(letter)]
-    assert len(tokenizer.encode("abab")) == 2
+def test_sampled_ids_are_never_encoded_anew_though_the_template_rewrites_histories(tmp_path):
+    tokenizer = load_tokenizer(write_bytes(tmp_path, FORGETFUL))
+    text = "<think>7*8</think>abab"
+    spelled = [i for letter in text for i in tokenizer.encode(letter)]
+    assert len(tokenizer.encode(text)) == len(spelled) - 2
     team = team_of(tokenizer, tokenizer)
     for j in range(2):
-        ids = seen(team, j, [say(team, 0, "abab", ids=spelled)]).ids
-        assert any(ids[i : i + 4] == spelled for i in range(len(ids)))
+        ids = seen(team, j, [say(team, 0, text, ids=spelled), say(team, 1, "yes")]).ids
+        assert any(ids[i : i + len(spelled)] == spelled for i in range(len(ids)))
 
 
 def test_a_message_cut_off_is_closed_as_context(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    tokenizer = load_tokenizer(write_bytes(tmp_path))
     team = team_of(tokenizer, tokenizer)
     whole, cut = say(team, 0, "12 and"), say(team, 0, "12 and", stopped=False)
     end = team.agents[0].chat.end_of_message
@@ -268,21 +223,11 @@ def test_without_a_template_a_prompt_begins_once_and_ends_nowhere(tmp_path, add_
     assert (tokenizer.encode("Once")[-1] == 2) == add_eos
     ids = team_of(tokenizer, tokenizer).prompt(0, "Once", [(1, "upon")])
     assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
-    assert (
-        tokenizer.encode("Once")[:: len(tokenizer.encode("Once")) - 1] == [1, 2 if add_eos else ids[-1]]
-        or not add_eos
-    )
 
 
-@pytest.mark.parametrize(
-    "generation, config, ends",
-    [
-        ([2, 1], None, {1, 2}),
-        (1, [5, 7], {1, 2, 5, 7}),
-        (None, 1, {1, 2}),
-        (None, None, {2}),
-    ],
-)
+@pytest.mark.parametrize("generation, config, ends", [
+    ([2, 1], None, {1, 2}), (1, [5, 7], {1, 2, 5, 7}), (None, 1, {1, 2}), (None, None, {2}),
+])  # fmt: skip
 def test_every_end_token_that_a_checkpoint_names_ends_a_message(tmp_path, generation, config, ends):
     source = write_sentencepiece(tmp_path / "t", "normalizer")
     for name, value in (("generation_config.json", generation), ("config.json", config)):
@@ -303,31 +248,11 @@ def test_every_end_token_that_a_checkpoint_names_ends_a_message(tmp_path, genera
 
 
 def test_a_template_is_told_the_day_of_the_run(tmp_path):
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, LLAMA3_STYLE))
+    tokenizer = load_tokenizer(write_bytes(tmp_path, LLAMA3_STYLE))
     for date, year in (("2024-07-26", "2024"), ("1999-01-01", "1999")):
         ids = ChatFormat(tokenizer, date).opening("", "Hi")
         assert f"Today: {year}\n" in tokenizer.decode(ids)
     assert ChatFormat(tokenizer).opening("", "Hi") == ChatFormat(tokenizer, "2024-07-26").opening("", "Hi")
-
-
-@pytest.mark.parametrize(
-    "template, reason",
-    [
-        (ALTERNATING, "roles must alternate"),
-        ("{{ unclosed", "unexpected end of template"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not treat messages alike"),
-        ("{{ messages[-1].content }}", "does not treat messages alike"),
-        ("nothing at all", "does not treat messages alike"),
-        (
-            "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% else %}{{ m.content }}"
-            "{% endif %}{% endfor %}{% if add_generation_prompt %}:{% endif %}",
-            "does not end an assistant's message",
-        ),
-    ],
-)
-def test_a_template_that_cannot_carry_a_team_is_refused(tmp_path, template, reason):
-    sentence = refusal(ChatFormat, load_tokenizer(write_tokenizer(tmp_path, template)))
-    assert reason in sentence and str(tmp_path) in sentence
 
 
 # Behind a user's message "<|user|>" goes on with a text, behind an assistant's it begins one.
@@ -336,14 +261,23 @@ UNLIKE = """\
 {{- eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
+ENDLESS = """\
+{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% else %}{{ m.content }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}:{% endif %}"""
 
-@pytest.mark.parametrize("template", [UNLIKE, VICUNA])
-def test_a_template_whose_parts_depend_on_what_stands_before_is_refused(tmp_path, template):
+
+@pytest.mark.parametrize("template, reason", [
+    (ALTERNATING, "roles must alternate"), ("{{ unclosed", "unexpected end of template"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "alike"), ("{{ messages[-1].content }}", "alike"),
+    ("nothing at all", "alike"), (ENDLESS, "does not end an assistant's message"), (UNLIKE, "alike"),
+    (VICUNA, "alike"),
+])  # fmt: skip
+def test_a_template_that_cannot_carry_a_team_is_refused(tmp_path, template, reason):
     """With Vicuna " USER" and " ASSISTANT" begin with the space that ends the message before."""
-    directory = write_sentencepiece(tmp_path, "normalizer", template)
-    file = directory / "tokenizer.json"
+    file = write_sentencepiece(tmp_path, "normalizer", template) / "tokenizer.json"
     raw = json.loads(file.read_text())
     raw["model"]["merges"] += [["\u2581", "U"], ["\u2581", "A"]]
     raw["model"]["vocab"] |= {"\u2581U": 1000, "\u2581A": 1001}
     file.write_text(json.dumps(raw))
-    assert "does not treat messages alike" in refusal(ChatFormat, load_tokenizer(directory))
+    sentence = refusal(ChatFormat, load_tokenizer(tmp_path))
+    assert reason in sentence and str(tmp_path) in sentence

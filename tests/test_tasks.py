@@ -14,7 +14,7 @@ from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.rollout import collect
 from teamtr_min.run.loading import build_team
-from teamtr_min.tasks import Convention, Floors, Message, Relay, Sums, load_task
+from teamtr_min.tasks import Convention, Floors, Message, Relay, load_task
 
 
 def task(name: str, agents: int, **flags):

@@ -50,14 +50,16 @@ class Tokenizer:
         try:
             text = _as_transformers_reads(path.read_text(encoding="utf-8"), config)
             self.backend, self.special = self._load(text, config)
-            # "first" puts a space before a text, but not before what follows a special token in it.
-            inside = re.sub(r'("prepend_scheme"\s*:\s*)"first"', r'\1"never"', text)
-            self._inside = self.backend if inside == text else self._load(inside, config)[0]
-            self.template = self._own_template(config)
+            self.template = config.get("chat_template")
+            if (self.directory / "chat_template.jinja").is_file():
+                self.template = (self.directory / "chat_template.jinja").read_text(encoding="utf-8")
+            elif isinstance(self.template, list):  # several, by name
+                self.template = {one["name"]: one["template"] for one in self.template}["default"]
         except Exception as error:  # the backend raises bare Exceptions
             raise UserError(f"{self.directory} holds no usable tokenizer: {error}") from None
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = {i for i, token in added.items() if token.special}
+        self._spelled = re.compile("|".join(re.escape(added[i].content) for i in self.special_ids) or "(?!)")
         self.hash = hashlib.sha256(f"{text}{sorted(map(str, added.items()))}".encode()).hexdigest()
         around, alone = self.backend.encode("x"), self.backend.encode("x", add_special_tokens=False).ids
         before = (around.special_tokens_mask + [0]).index(0)
@@ -79,34 +81,21 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with those that the tokenizer puts around every text (Llama's BOS) unless told not
         to. A special token that is spelled in `text` becomes its id, as in a rendered template."""
-        ids = [i for i, _, _ in self._tokens(text)]
+        ids = self.backend.encode(text, add_special_tokens=False).ids
         return [*self.start, *ids, *self._end] if add_special_tokens else ids
 
-    def between(self, before: str, text: str, after: str = "", mere: tuple[int, int] = (0, 0)) -> list[int]:
+    def between(self, before: str, text: str, after: str = "") -> list[int]:
         """Ids of `text` where it stands between `before` and `after`, as if all three were encoded at once.
-
-        Special tokens that are spelled in text[mere[0] : mere[1]] remain mere text. Raises ValueError where a
-        token reaches across an end of `text`.
-        """
-        whole, low, high = before + text + after, len(before), len(before) + len(text)
-        tokens, first, last = self._tokens(whole), low + mere[0], low + mere[1]
-        special = [(start, stop) for i, start, stop in tokens if i in self.special_ids]
-        if any(first <= start < last for start, _ in special):
-            # Encode anew, as mere text, all that stands between the special tokens before and behind.
-            left = max((stop for _, stop in special if stop <= first), default=0)
-            right = min((start for start, _ in special if start >= last), default=len(whole))
-            tokens = [token for token in tokens if token[2] <= left or token[1] >= right]
-            tokens = sorted(tokens + self._tokens(whole, left, right), key=lambda token: token[1])
-        if any(start < edge < stop for _, start, stop in tokens for edge in (low, high)):
+        Raises ValueError where a token reaches across an end of `text`."""
+        encoding = self.backend.encode(before + text + after, add_special_tokens=False)
+        low, high = len(before), len(before) + len(text)
+        if any(start < edge < stop for start, stop in encoding.offsets for edge in (low, high)):
             raise ValueError(f"a token reaches across an end of {text!r}")
-        return [i for i, start, _ in tokens if low <= start < high]
+        return [i for i, (start, _) in zip(encoding.ids, encoding.offsets) if low <= start < high]
 
-    def _tokens(self, text: str, left: int = 0, right: int | None = None) -> list[tuple[int, int, int]]:
-        """(id, start, stop) of each token; of a part of the text, as mere text."""
-        backend = self.backend if right is None else self._inside
-        backend.encode_special_tokens = right is not None
-        found = backend.encode(text[left:right], add_special_tokens=False)
-        return [(i, left + start, left + stop) for i, (start, stop) in zip(found.ids, found.offsets)]
+    def mere(self, text: str) -> str:
+        """`text` with a space inside each special token that it spells, so that it cannot end a message."""
+        return self._spelled.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -163,14 +152,6 @@ class Tokenizer:
             new.setdefault(token.content, known.get(token.content) or token).special = True
         backend.add_tokens([*new.values()])
         return backend, {name: token.content for name, token in named.items() if isinstance(name, str)}
-
-    def _own_template(self, config: dict) -> str | None:
-        file, text = self.directory / "chat_template.jinja", config.get("chat_template")
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        if isinstance(text, list):  # several, by name
-            return {one["name"]: one["template"] for one in text}["default"]
-        return text
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike) -> Tokenizer:
@@ -238,7 +219,7 @@ class ChatFormat:
     @functools.lru_cache(maxsize=4096)  # noqa: B019
     def teammate(self, name: str, text: str) -> list[int]:
         """A message of another agent, given as text. It cannot end by spelling a special token."""
-        return self._said("user", f"{name}:\n{text}", len(self.user_header) + len(name) + 2, self.footer)
+        return self._said("user", f"{name}:\n{text}")
 
     def teammate_ids(self, name: str, ids: list[int]) -> list[int]:
         """A message of another agent, given as the ids that it sampled, without its end token."""
@@ -246,25 +227,25 @@ class ChatFormat:
 
     def own(self, text: str) -> list[int]:
         """A message of this agent, given as text: header, content, end token and footer."""
-        return self._said("assistant", text, len(self.header), self.closing)
+        return self._said("assistant", text)
 
     def encode(self, text: str) -> list[int]:
         """The ids that this agent would sample to write `text`, without an end token."""
-        mere = (0, len(text))
+        between, text = self.tokenizer.between, self.tokenizer.mere(text)
         try:
-            return self.tokenizer.between("x" + self.footer + self.header, text, self.closing, mere)
+            return between("x" + self.footer + self.header, text, self.closing)
         except ValueError:  # encoded at once, it would share a token with the header
-            return self.tokenizer.between("x", text, self.closing, mere)
+            return between("x", text, self.closing)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def _name(self, name: str) -> list[int]:
         return self.tokenizer.between("x" + self.footer, f"{self.user_header}{name}:\n")
 
-    def _said(self, role: str, content: str, start: int, end: str) -> list[int]:
-        """A later message, whose content the template may trim; from `start` to `end` it is mere text."""
-        rest = self._behind_first((role, content), ("user", MARK)).removeprefix(self.footer)
-        part = rest.rpartition(MARK)[0].removesuffix(self.user_header)
-        return self.tokenizer.between("x" + self.footer, part, self.next, (start, len(part) - len(end)))
+    def _said(self, role: str, content: str) -> list[int]:
+        """A later message, whose content the template may trim."""
+        turns = (role, self.tokenizer.mere(content)), ("user", MARK)
+        part = self._behind_first(*turns).removeprefix(self.footer).rpartition(MARK)[0]
+        return self.tokenizer.between("x" + self.footer, part.removesuffix(self.user_header), self.next)
 
     def _behind_first(self, *turns: tuple[str, str], prompt: bool = False) -> str:
         """What the template writes behind the content of a first message when `turns` follow it."""

@@ -62,12 +62,6 @@ class LoraLinear(nn.Module):
         change = [F.linear(part, B) for part, B in zip(low, self.lora_B.split(self.outputs))]
         return F.linear(x, self.weight, self.bias) + torch.cat(change, -1)  # (..., out)
 
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """W + scaling B A, (out, in) fp32."""
-        pairs = zip(self.lora_B.float().split(self.outputs), self.lora_A.float().split(self.rank))
-        return self.weight.float() + self.scaling * torch.cat([B @ A for B, A in pairs])
-
 
 def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
     """A Transformer that shares the base's parameters, frozen from now on, with adapters of zeros."""
@@ -97,7 +91,9 @@ def merge(model: Transformer) -> Transformer:
     tensors = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
-            tensors[f"{name}.weight"] = module.merged()
+            pairs = zip(module.lora_B.float().split(module.outputs), module.lora_A.float().split(module.rank))
+            change = module.scaling * torch.cat([B @ A for B, A in pairs])
+            tensors[f"{name}.weight"] = module.weight.float() + change
     with torch.device("meta"):
         merged = Transformer(model.config)
     merged.load_state_dict(tensors, assign=True)

@@ -85,10 +85,17 @@ def load_model(
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} is an adapter; `eval.py export --merge` makes a model of it")
-    config = read_config(directory)
     with torch.device("meta"):
-        model = Transformer(config)
-    files = _tensor_files(directory, model)
+        model = Transformer(read_config(directory))
+    found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
+    files = {name: file for file, names in found.items() for name in names}
+    held = {name: shape for names in found.values() for name, shape in names.items()}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if model.config.tied and {head, embedding} <= held.keys():
+        if read(files[head], head).equal(read(files[embedding], embedding)):
+            del held[head]  # a repetition
+    held = {name: shape for name, shape in held.items() if not name.endswith("rotary_emb.inv_freq")}
+    check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():
         part.copy_(read(files[name], name))
@@ -114,8 +121,8 @@ def parts_of(model: Transformer, parameters: Iterable[tuple[str, Tensor]]) -> di
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, whole or not at all."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as aside:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, aside, metadata={"format": "pt"})
 
 
@@ -199,20 +206,6 @@ def read_config(directory: Path) -> ModelConfig:
         rope_scaling=scaling,
         tied=bool(raw.get("tie_word_embeddings")),
     )
-
-
-def _tensor_files(directory: Path, model: Transformer) -> dict[str, Path]:
-    """The file of each tensor. Raises UserError unless they hold those of the model and no others."""
-    found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
-    files = {name: file for file, names in found.items() for name in names}
-    held = {name: shape for names in found.values() for name, shape in names.items()}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    spare = [name for name in held if name.endswith("rotary_emb.inv_freq")]
-    if model.config.tied and {head, embedding} <= held.keys():
-        spare += [head] * read(files[head], head).equal(read(files[embedding], embedding))  # a repetition
-    held = {name: shape for name, shape in held.items() if name not in spare}
-    check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
-    return files
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError, lock, read_json, sha256, to_json, users_line, write_json
+from teamtr_min.hf.hub import weight_files
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, log
@@ -239,11 +240,15 @@ def check_out(config: Config) -> None:
 
 
 def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
-    """Hashes of what results rest on besides the flags: problems, grader, the user's files, prompts."""
+    """Hashes of what results rest on besides the flags: problems, grader, files, LoRA's base, prompts."""
     found = dict(team.task.fingerprint()) if hasattr(team.task, "fingerprint") else {}
     for name in ("task", "router", "roles", "demonstrations"):
         if Path(path := getattr(config, name)).is_file():
             found[f"{name} file"] = sha256(path)
+    for base in {agent.adapter.base for agent in team.agents if agent.adapter}:
+        if os.path.isdir(base):  # another name holds a commit, or ships with the code
+            sums = [sha256(Path(base, file)) for file in ("config.json", *weight_files(Path(base)))]
+            found[f"LoRA base {base}"] = hashlib.sha256("".join(sums).encode()).hexdigest()
     messages = [Message(j, [agent.chat.end_of_message] if agent.chat else [], "", [0.0], True)
                 for j, agent in enumerate(team.agents)]  # fmt: skip
     for j, agent in enumerate(team.agents):
