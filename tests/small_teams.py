@@ -48,8 +48,8 @@ def random_stages(gamma: float | None = None) -> list[tuple[list[Team], tuple[in
     kinds = (
         lambda agents, turns: {},
         lambda agents, turns: {"router": by_transcript(agents), "problems": 2},
-        lambda agents, turns: {"router": by_transcript(agents), "features": last_word},
-        lambda agents, turns: {"length": 2 if turns <= 4 else 1, "features": summary},
+        lambda agents, turns: {"router": by_transcript(agents), "row": last_word},
+        lambda agents, turns: {"length": 2 if turns <= 4 else 1, "row": last_word},
     )
     stages = []
     for agents, rounds, seed in itertools.product((2, 3, 4), (1, 2), range(16)):
@@ -63,8 +63,3 @@ def random_stages(gamma: float | None = None) -> list[tuple[list[Team], tuple[in
 def last_word(agent, context, prefix) -> int:
     """Tied rows: only the last message is read."""
     return (context[-1] + len(prefix)) % 3
-
-
-def summary(agent, context, prefix) -> list[float]:
-    """Linear features: few numbers stand for the whole context."""
-    return [1.0, context[-1] - 0.5, len(context) + sum(prefix)]

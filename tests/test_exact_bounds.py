@@ -4,11 +4,12 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_teams import ROUND_OFF, assert_equal, by_transcript, orders, random_game, random_stages, stage
 
 from teamtr_min.extras.diagnostics import penalty_constant
 from teamtr_min.studies import exact
-from teamtr_min.studies.exact import Game, Team, discounted_kl, message_kl, stale_gap, surrogate
+from teamtr_min.studies.exact import Game, Team, message_kl, stale_gap, surrogate
 
 # Terms of a stage team^0 ... team^n, i = 1..n
 
@@ -28,7 +29,7 @@ def stales(teams):
 
 def deltas(teams):
     """delta_i, each under its own d^{team^{i-1}}."""
-    return [discounted_kl(old, new) for old, new in pairwise(teams)]
+    return [old.occupancy @ message_kl(old, new) for old, new in pairwise(teams)]
 
 
 def stale_deltas(teams):
@@ -92,19 +93,18 @@ def test_lemma_31_the_team_s_kl_is_the_active_agent_s():
     """The joint policy: all agents write at once, those whose turn it is not an empty message for certain."""
     game = random_game(0, 3, 3, router=by_transcript(3))
     teams = stage(game, (0, 1, 2), seed=0)
-    kl, M = message_kl(teams[0], teams[-1]), game.messages
+    kl = message_kl(teams[0], teams[-1])
+
+    def joint(team, s, active):
+        p = torch.ones((), dtype=torch.float64)
+        for j in range(3):  # the last entry: nothing written
+            own = F.pad(team.pi[s], (0, 1)) if j == active else torch.eye(game.messages + 1)[-1].double()
+            p = p[..., None] * own
+        return p.flatten()
+
     for s, active in enumerate(game.actor.tolist()):
-        joint = []
-        for team in (teams[0], teams[-1]):
-            p = torch.ones((), dtype=torch.float64)
-            for j in range(3):
-                own = torch.zeros(M + 1, dtype=torch.float64)  # the last entry: nothing written
-                own[:M] = team.pi[s] * (j == active)
-                own[M] = j != active
-                p = p[..., None] * own
-            joint.append(p.flatten())
-        terms = torch.where(joint[0] > 0, joint[0] * (joint[0] / joint[1]).log(), 0.0)
-        assert_equal(terms.sum(), kl[s])
+        old, new = joint(teams[0], s, active), joint(teams[-1], s, active)
+        assert_equal(torch.where(old > 0, old * (old / new).log(), 0.0).sum(), kl[s])
         updated = [message_kl(old, new)[s] for old, new in pairwise(teams)]  # agent i changed alone
         assert all((v > 0) == (j == active) for j, v in enumerate(updated))
 
@@ -145,7 +145,7 @@ def test_no_stage_loses_more_than_the_statement_allows_and_zeta_covers_an_imperf
 
 def once_each(context):
     """A router over three turns and agents: the first message decides who comes second."""
-    return (0, 1, 2)[len(context) - 1] if context[1:2] != (1,) else (0, 2, 1)[len(context) - 1]
+    return ((0, 2, 1) if context[1:2] == (1,) else (0, 1, 2))[len(context) - 1]
 
 
 def test_agents_who_speak_once_gain_exactly_their_surrogate():
@@ -167,7 +167,7 @@ def test_the_monitor_dominates_delta_while_few_messages_are_written_per_discount
     exceeded = 0
     for teams, order in random_stages():
         for j, (old, new) in zip(order, pairwise(teams)):
-            delta, monitor = discounted_kl(old, new), exact.mean_message_kl(old, new, j)
+            delta, monitor = old.occupancy @ message_kl(old, new), exact.mean_message_kl(old, new, j)
             spread = (1 - old.game.gamma) * old.messages_per_rollout(j)
             assert delta <= spread * monitor + ROUND_OFF
             exceeded += bool(delta > monitor)
