@@ -11,38 +11,24 @@ from teamtr_min.extras.diagnostics import penalty_constant
 from teamtr_min.studies import exact
 from teamtr_min.studies.exact import Game, Team, message_kl, stale_gap, surrogate
 
-# Terms of a stage team^0 ... team^n, i = 1..n
-
-
-def c(teams: list[Team]) -> torch.Tensor:
-    """c, with A_max over the advantages that the stage uses."""
-    return penalty_constant(teams[0].game.gamma, max(team.advantage.abs().max() for team in teams[:-1]))
-
-
-def seqs(teams):
-    return [surrogate(old, new) for old, new in pairwise(teams)]
-
-
-def stales(teams):
-    return [surrogate(old, new, states=teams[0]) for old, new in pairwise(teams)]
-
-
-def deltas(teams):
-    """delta_i, each under its own d^{team^{i-1}}."""
-    return [old.occupancy @ message_kl(old, new) for old, new in pairwise(teams)]
-
-
-def stale_deltas(teams):
-    """The same updates' KL under d^{team^0}: what a stale run can measure."""
-    return torch.stack([teams[0].occupancy @ message_kl(old, new) for old, new in pairwise(teams)])
-
 
 def root(delta):
-    return delta.clamp(min=0).sqrt()
+    return torch.as_tensor(delta).clamp(min=0).sqrt()
 
 
-def gain(teams):
-    return teams[-1].J - teams[0].J
+class Stage:
+    """The terms of a stage team^0 ... team^n: lists over its updates i = 1..n."""
+
+    def __init__(self, teams: list[Team]):
+        first, pairs = teams[0], list(pairwise(teams))
+        self.n, self.gain = len(pairs), teams[-1].J - first.J
+        largest = max(old.advantage.abs().max() for old, _ in pairs)  # that the stage uses
+        self.c = penalty_constant(first.game.gamma, largest)
+        self.seq = [surrogate(old, new) for old, new in pairs]
+        self.stale = [surrogate(old, new, states=first) for old, new in pairs]
+        self.roots = [root(old.occupancy @ message_kl(old, new)) for old, new in pairs]  # of delta_i
+        # The same updates' KL under d^{team^0}: what a stale run can measure.
+        self.stale_delta = torch.stack([first.occupancy @ message_kl(old, new) for old, new in pairs])
 
 
 # The statements, as (what is lost, what the statement allows to be lost): loss <= allowance.
@@ -50,23 +36,26 @@ def gain(teams):
 
 def prop_33(teams):
     """The last update's stale surrogate overstates by at most the radii before it."""
-    return -stale_gap(teams[0], *teams[-2:]), c(teams) * sum(map(root, deltas(teams)[:-1]))
+    s = Stage(teams)
+    return s.stale[-1] - s.seq[-1], s.c * sum(s.roots[:-1])
 
 
 def thm_34(teams):
     """One update, the last one, gains its surrogate less the penalty."""
-    return seqs(teams)[-1] - gain(teams[-2:]), c(teams[-2:]) * root(deltas(teams)[-1])
+    s = Stage(teams[-2:])
+    return s.seq[0] - s.gain, s.c * s.roots[0]
 
 
 def thm_36(teams):
     """A stage of fresh updates pays each radius once."""
-    return sum(seqs(teams)) - gain(teams), c(teams) * sum(map(root, deltas(teams)))
+    s = Stage(teams)
+    return sum(s.seq) - s.gain, s.c * sum(s.roots)
 
 
 def thm_37(teams):
     """A stale stage pays at most n times as much."""
-    n = len(teams) - 1
-    return sum(stales(teams)) - gain(teams), c(teams) * n * sum(map(root, deltas(teams)))
+    s = Stage(teams)
+    return sum(s.stale) - s.gain, s.c * s.n * sum(s.roots)
 
 
 def stale_ours(teams):
@@ -77,13 +66,14 @@ def stale_ours(teams):
     KL(team^0 || team^i) is the sum of delta_k over k <= i, each under d^{team^0}: one agent acts in a state
     (Lemma 3.1), and each is updated once in a stage.
     """
-    return sum(stales(teams)) - gain(teams), c(teams) * root(stale_deltas(teams).cumsum(0)).sum()
+    s = Stage(teams)
+    return sum(s.stale) - s.gain, s.c * root(s.stale_delta.cumsum(0)).sum()
 
 
 def finite_horizon(teams):
     """[ours] Of one update, by agent 0."""
     old, new = teams
-    return gain(teams).abs(), root(old.messages_per_rollout(0) * exact.mean_message_kl(old, new, 0) / 2)
+    return (new.J - old.J).abs(), root(old.messages_per_rollout(0) * exact.mean_message_kl(old, new, 0) / 2)
 
 
 # Lemmas
