@@ -1,11 +1,10 @@
 """What fresh rollouts are worth: fresh, stale, joint and reweighted arms of Algorithm 1 at equal rollouts.
 
 Each arm is `python train.py` with a few flags, once per seed, in a directory under `--out`. A finished run is
-not made again and an unfinished one is resumed, so the study may be stopped and started at will.
-
-An arm that collects once a stage has n times as many stages as one that collects before each of its n
-updates. An arm with a floor on its effective sample share (`--min-ess`) collects as often as it needs. So all
-arms of a setting are compared at the fewest rollouts that one of their runs took.
+not made again and an unfinished one is resumed, so the study may be stopped and started at will. An arm that
+collects once a stage has n times as many stages as one that collects before each of its n updates; an arm
+with a floor (`--min-ess`) collects as it needs. So all arms of a setting are compared at the fewest rollouts
+that one of their runs took.
 """
 
 import os
@@ -48,9 +47,7 @@ SHOWN = list(SETTINGS)[:3]  # in the figure; --short runs only these
 STUDENT = {2: 12.706, 3: 4.303}  # seeds: 97.5% quantile
 
 
-class Arm(NamedTuple):
-    """A row of the table: one kind of rollouts in one setting."""
-
+class Arm(NamedTuple):  # a row of the table
     setting: str
     name: str
     flags: dict

@@ -2,19 +2,17 @@
 
     python -m teamtr_min.studies.pretrain        rewrites teamtr_min/assets/relay
 
-A model learns to predict the next token of transcripts that made-up solvers write.
+A model learns to predict the next token of transcripts that made-up solvers write. The same thread count and
+torch version give the same bits.
 
 Relay: transcripts of 1 to 8 operations by solvers of two kinds. A few are careful and nearly always right;
 most are careless and put a random digit in two steps out of three. A model of this mixture knows every step
 and gets it right about half of the time, which leaves something for reinforcement to find.
 
 Convention: transcripts of 2 to 4 operations by solvers that are always right. The code of each message is
-drawn, with odds that depend on the turn alone (Convention.starting_habits). So agents start with opposite
-habits: an agent is not told its name, but sees how many messages came before. In half of the transcripts a
-hint behind the problem names the code of all messages; the problems of a run never have one. With the hint
-the model learns one code for all sums; without it it learns a habit for each sum.
-
-The same thread count and torch version give the same bits.
+drawn, with odds that depend on the turn alone (Convention.starting_habits): so agents start with opposite
+habits. In half of the transcripts a hint behind the problem names the code of all messages, so that the model
+learns one code for all sums; the problems of a run never have a hint.
 """
 
 import argparse
@@ -41,8 +39,6 @@ from teamtr_min.tasks import Convention, Relay
 
 
 class Course(NamedTuple):
-    """What a model is trained on."""
-
     task: type[Relay]
     steps: int  # of the optimizer
     careful: float  # share of careful solvers
@@ -81,10 +77,8 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def transcript(generator: np.random.Generator, course: Course, careful: float) -> str:
-    """One rollout, rendered as one of its agents sees it: own messages as assistant, the others' by name.
-
-    `careful` is the share of careful solvers.
-    """
+    """One rollout as one of its agents sees it: own messages as assistant, the others' by name. `careful` is
+    the share of careful solvers."""
     operations = int(generator.integers(course.task.least_turns, course.task.most_turns + 1))
     task = course.task(Config(agents=operations))
     chain = task.sample_problems(1, generator)[0].text
@@ -108,10 +102,8 @@ def transcript(generator: np.random.Generator, course: Course, careful: float) -
 
 
 def batches(tokenizer: Tokenizer, transcripts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The transcripts as batches of similar length: tokens and targets, both (B, T).
-
-    Targets are -100 wherever the next token is no part of a message.
-    """
+    """The transcripts as batches of similar length: tokens and targets, both (B, T). Targets are -100 where
+    the next token is no part of a message."""
     encoded = sorted(map(tokenizer.encode, transcripts), key=len)
     (end,) = tokenizer.encode("<|end|>")
     headers = tokenizer.encode("<|user|><|assistant|>" + "".join(f"{n}:\n" for n in Relay.agent_names))
@@ -145,8 +137,7 @@ def train(model: Transformer, tokenizer: Tokenizer, course: Course, steps: int) 
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.0)
     # The schedule also moves the first beta. It cannot warm up within a single step, a twentieth of 20.
     schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.05 if steps > 20 else 0.0)
-    bar = tqdm(range(steps), desc="pretrain", disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), desc="pretrain", disable=None):
         # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
         careful = course.careful if step >= CAREFUL_ONLY * steps else 1.0
         generator = rng.generator(0, "pretrain", step)
@@ -162,16 +153,14 @@ def train(model: Transformer, tokenizer: Tokenizer, course: Course, steps: int) 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return loss
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--task", choices=COURSES, default="relay", help="which model (default relay)")
-    add("--out", type=Path, help="directory to write (default: the shipped model's)")
-    add("--steps", type=int, help="optimizer steps (default 3000 for relay, 1500 for convention)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=COURSES, default="relay", help="which model (default relay)")
+    parser.add_argument("--out", type=Path, help="directory to write (default: the shipped model's)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default 3000; convention 1500)")
     args = parser.parse_args(argv)
     course, out = COURSES[args.task], args.out or ASSETS / args.task
     write_tokenizer(out)
