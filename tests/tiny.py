@@ -74,12 +74,7 @@ def in_transformers(model: Transformer):
 
 
 def write_checkpoint(
-    directory: Path,
-    model: Transformer,
-    shards=1,
-    dtype=torch.float32,
-    config=None,
-    change=lambda tensors: None,
+    directory: Path, model, shards=1, dtype=torch.float32, config=None, change=lambda tensors: None
 ) -> Path:
     """Write a model without `save_model`; `config` updates config.json (None removes), `change` tensors."""
     tensors = {name: part.to(dtype).clone() for name, part in checkpoint_tensors(model).items()}
@@ -91,14 +86,11 @@ def write_checkpoint(
     if shards == 1:
         save_file(tensors, directory / "model.safetensors")
         return directory
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[i::shards])
-        save_file(part, directory / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    for i, file in enumerate(files):
+        save_file(dict(list(tensors.items())[i::shards]), directory / file)
+    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 
@@ -126,16 +118,18 @@ def shared(path: str) -> Path:
     return found
 
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+def written(directory: Path, backend: Tokenizer, template: str | None, **config) -> Path:
+    """The files of a tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **config}
+    config |= {} if template is None else {"chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
 
 
 def write_tokenizer(
-    directory: Path,
-    template: str | None = None,
-    shift: int = 0,
-    bos: bool = False,
-    special: bool = True,
-    **config,
+    directory: Path, template: str | None = None, shift: int = 0, bos: bool = False, **config
 ) -> Path:
     """A byte-level tokenizer of 262 ids, two of them merges; another `shift` gives every byte another id."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -144,18 +138,12 @@ def write_tokenizer(
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("a", "b"), ("1", "2")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    if special:
-        backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    special = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     if bos:
         pair = [("<s>", backend.token_to_id("<s>"))]
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
-    directory.mkdir(parents=True, exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **config}
-    if template is not None:
-        config["chat_template"] = template
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return directory
+    return written(directory, backend, template, **config)
 
 
 SCHEMES = ["normalizer", "first", "always", "never"]  # how SentencePiece's tokenizers write spaces
@@ -166,12 +154,7 @@ ZEPHYR = (
 
 
 def write_sentencepiece(
-    directory: Path,
-    scheme: str,
-    template: str | None = ZEPHYR,
-    add_eos: bool = False,
-    special: bool = True,
-    **config,
+    directory: Path, scheme: str, template: str | None = ZEPHYR, add_eos: bool = False, **config
 ) -> Path:
     """A tokenizer as Llama 2 has it: spaces are "▁", and one stands before a text; <s> goes before all."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127))]
@@ -185,17 +168,11 @@ def write_sentencepiece(
         backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     replace = decoders.Replace("▁", " ")
     backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse()])
-    if special:
-        backend.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
+    backend.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
     single = "<s> $A </s>" if add_eos else "<s> $A"
     pair = [("<s>", 1), ("</s>", 2)]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pair)
-    directory.mkdir(parents=True, exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    facts = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_eos_token": add_eos}
-    facts |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | config
-    (directory / "tokenizer_config.json").write_text(json.dumps(facts))
-    return directory
+    return written(directory, backend, template, unk_token="<unk>", add_eos_token=add_eos, **config)
 
 
 PIECES = 17  # of the shipped tokenizer; names such as "A:\n" stand behind them in any case
