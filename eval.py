@@ -126,8 +126,11 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
                 exams.append(accuracy.prepare(subject, name, args.problems, args.data))
             elif ranks.first and (team == teams[0] or name in ("report", "export")):
                 others.append((name, partial(other, name, team, args, flags)))
-    table, file = accuracy.Table(exams), open(args.samples, "w", encoding="utf-8") if args.samples else None
-    return [(exam.name, partial(evaluate, exam, evaluator, table, file)) for exam in exams] + others
+    table, file = accuracy.Table(len(exams) > 1), None
+    if args.samples:
+        file = open(args.samples, "w", encoding="utf-8")
+    jobs = [(f"{e.config.task}, {e.team}", partial(evaluate, e, evaluator, table, file)) for e in exams]
+    return jobs + others
 
 
 def evaluate(exam: accuracy.Exam, evaluator: accuracy.Evaluator, table: accuracy.Table, file) -> Results:
@@ -155,21 +158,17 @@ def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
 
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
-    if name == "report":
-        result = report.run(team)
-        yield result, report.table(result)
-    elif name == "export":
-        result = export.run(team, args.merge, args.out)
-        yield result, export.table(result)
-    elif name == "occupancy":
-        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
-        yield result, occupancy.table(result)
-    else:
-        if name == "gpu" and not torch.cuda.is_available():
-            raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-        for benchmark in SPEED if name == "gpu" else [name]:
-            result = speed.run(benchmark, flags, args.short)
-            yield result, speed.table(result)
+    made = {
+        "report": (report, [team]),
+        "export": (export, [team, args.merge, args.out]),
+        "occupancy": (occupancy, [Path(args.out or "runs/occupancy"), args.short, args.jobs]),
+    }
+    if name == "gpu" and not torch.cuda.is_available():
+        raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
+    for benchmark in SPEED if name == "gpu" else [name]:
+        module, given = made.get(benchmark, (speed, [benchmark, flags, args.short]))
+        result = module.run(*given)
+        yield result, module.table(result)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from teamtr_min.config import Config, parse
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Lost, Ranks, halving, join
-from teamtr_min.extras.diagnostics import Diagnostics, NoDiagnostics
+from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, users_line
 from teamtr_min.hf.weights import pinned
@@ -56,7 +56,7 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
         for stage in range(run.stages_done, config.stages):
             problems = task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
             source = RolloutSource(config, team, problems, stage)
-            diagnostics = Diagnostics(config, team, stage) if config.diagnostics else NoDiagnostics()
+            diagnostics = Diagnostics(config, team, stage)
             for i, number in enumerate(update_order(config, stage, len(learners))):
                 learner = learners[number]
                 rollouts = source.of_update(i)  # of the team as it now is, agents before this one updated

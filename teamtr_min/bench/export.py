@@ -19,23 +19,23 @@ def run(team: str | None, whole: bool, out: str | None) -> dict:
     subject = find_subject(team, {})
     if not subject.sources:
         raise UserError("there is no trained team to export; train one, or name a run with --team")
-    directory = Path(out or Path(subject.name) / ("merged" if whole else "export"))
+    directory = Path(out or Path(subject.team) / ("merged" if whole else "export"))
     if directory.exists():
         raise UserError(f"{directory} exists; give another --out, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
     sources = [source for source in subject.sources if source.is_dir()]  # a tool has none
     adapters = [source for source in sources if whole and (source / ADAPTER_CONFIG).is_file()]
     with replacing(directory) as aside:
-        shutil.copytree(Path(subject.name) / "agents", aside)
+        shutil.copytree(Path(subject.team) / "agents", aside)
         for source in adapters:
             model, _ = next(load_models([source], "cpu", torch.float32))
             for file in (ADAPTER_CONFIG, WEIGHTS):
                 (aside / source.name / file).unlink()
             save_model(merge(model), aside / source.name)
     agents = [str(directory / source.name) for source in sources]
-    return {"benchmark": "export", "team": subject.name, "agents": agents, "merged": len(adapters)}
+    return {"benchmark": "export", "team": subject.team, "agents": agents, "merged": len(adapters)}
 
 
 def table(result: dict) -> str:
-    how = f", with the adapters of {result['merged']} merged" if result["merged"] else ""
-    return f"{result['team']}: {len(result['agents'])} agents{how}:\n" + "\n".join(result["agents"])
+    agents = result["agents"]
+    return "\n".join([f"{result['team']}: {len(agents)} agents, {result['merged']} merged", *agents])

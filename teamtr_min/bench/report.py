@@ -9,10 +9,10 @@ import dataclasses
 import html
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from teamtr_min.bench.plots import COLOURS, FIGURES, duration, render
+from teamtr_min.bench.plots import COLOURS, FIGURES, render
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, read_json
 from teamtr_min.run.loading import roles_of
@@ -21,10 +21,10 @@ from teamtr_min.run.run import newest_run
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
+FILLED_IN = ("batch_rows", "batch_tokens", "date")  # knobs that a run sets by itself
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A run as its files tell it."""
 
     directory: Path
@@ -57,6 +57,26 @@ class Record:
     def seconds(self) -> float:
         return self.summary.get("seconds") or (self.stages[-1]["seconds"] if self.stages else 0.0)
 
+    @property
+    def state(self) -> str:
+        done = f"{len(self.stages)} of {self.config.stages} stages"
+        stopped = self.summary.get("stopped", "the run goes on, or was killed")
+        return f"{done}; not finished: {stopped}" if stopped else f"{done}; finished"
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """The numbers on top, as far as they are known."""
+        texts = {}
+        for name, label in (("start", "held out, at the start"), ("final", "held out, at the end")):
+            if self.summary.get(f"accuracy_{name}") is not None:
+                texts[label] = held_out_score(self.summary, name)
+        if len(texts) < 2:
+            texts["on the last stage's problems"] = f"{self.score} {self.of_stages('return_mean')[-1]:.3f}"
+        texts |= {"time": f"{self.seconds:,.0f} s", "rollouts": f"{totals(self.updates)['rollouts']:,}"}
+        if (before := violation_rate(self.updates, "kl_before")) is not None:
+            texts["updates that exceeded the radius"] = f"{before:.0%}"
+        return texts
+
 
 def read(directory: Path) -> Record:
     """Raises UserError for a directory that is no run, or a run without an update."""
@@ -67,7 +87,7 @@ def read(directory: Path) -> Record:
     path = directory / "summary.json"
     summary = read_json(path) if path.exists() else {}
     if summary and summary["tokens_trained"] != totals(updates)["tokens_trained"]:  # it is of before a resume
-        summary = {key: value for key, value in summary.items() if "_start" in key or "_untrained" in key}
+        summary = {key: value for key, value in summary.items() if "_start" in key}
     try:
         names = [role.name for role in roles_of(config, load_task(config))]
     except Exception:  # the file or data of the task is gone, which may raise anything
@@ -81,70 +101,37 @@ def run(team: str | None) -> dict:
     directory = Path(team) if team else newest_run("metrics.jsonl")
     if not directory:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
-    record = read(directory)
-    images, figures = [render(draw, record) for draw in FIGURES], []
+    record, path = read(directory), directory / "report.html"
+    images = {draw: render(draw, record) for draw in FIGURES}
     (directory / "report").mkdir(exist_ok=True)
-    for draw, image in zip(FIGURES, images):
-        figures.append(directory / "report" / f"{draw.__name__}.png")
-        figures[-1].write_bytes(image)
-    path = directory / "report.html"
+    figures = {directory / "report" / f"{draw.__name__}.png": image for draw, image in images.items()}
+    for figure, image in figures.items():
+        figure.write_bytes(image)
     path.write_text(page(record, images), encoding="utf-8")
     return {
         "benchmark": "report", "team": str(directory), "report": str(path), "figures": [*map(str, figures)],
-        "headline": headline(record), "state": state(record), "stages": len(record.stages),
+        "headline": record.headline, "state": record.state, "stages": len(record.stages),
         "seconds": record.seconds, "transcripts": len(record.transcripts), **totals(record.updates),
     }  # fmt: skip
 
 
-def state(record: Record) -> str:
-    stopped = record.summary.get("stopped", "the run goes on, or was killed")
-    done = f"{len(record.stages)} of {record.config.stages} stages"
-    return f"{done}; not finished: {stopped}" if stopped else f"{done}; finished"
-
-
-def headline(record: Record) -> dict[str, str]:
-    """The numbers on top, as far as they are known."""
-    summary, updates = record.summary, record.updates
-    before, after = (violation_rate(updates, f"kl_{when}") for when in ("before", "after"))
-    texts = {}
-    for name, label in (("start", "held out, at the start"), ("final", "held out, at the end")):
-        if summary.get(f"accuracy_{name}") is not None:
-            texts[label] = held_out_score(summary, name)
-    if len(texts) < 2:
-        texts["on the last stage's problems"] = f"{record.score} {record.of_stages('return_mean')[-1]:.3f}"
-    texts["time"], texts["rollouts"] = duration(record.seconds), f"{totals(updates)['rollouts']:,}"
-    if before is not None:
-        texts["updates that exceeded the radius"] = f"{before:.0%}"
-        if record.config.kl == "hard":
-            texts["outside it after enforcement"] = f"{after:.0%}"
-    return texts
-
-
-def preset(config: Config) -> dict:
-    """The knobs of a run that asks for nothing but this model, task, team size, adapters and occupancy."""
-    asked = {name: getattr(config, name) for name in ("model", "task", "agents", "lora_rank", "occupancy")}
-    bare = Config(model=config.model)
-    found = dataclasses.asdict(Config(**asked)) | {name: getattr(bare, name) for name in asked}
-    found |= {name: getattr(config, name) for name in ("batch_rows", "batch_tokens")}  # by the memory plan
-    return found | {"model": Config(task=config.task).model}
-
-
-def page(record: Record, images: list[bytes]) -> str:
+def page(record: Record, images: dict) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
-    config, usual, knobs, figures = record.config, preset(record.config), [], []
+    config, knobs, figures = record.config, [], []
+    usual = Config(model=config.model, task=config.task, agents=config.agents, lora_rank=config.lora_rank)
     for name, value in dataclasses.asdict(config).items():
-        tag = "span" if value == usual[name] else "b"
+        tag = "span" if name in FILLED_IN or value == getattr(usual, name) else "b"
         text = html.escape(str(value)) if value != "" else "none"
         knobs.append(f'<li><span class="soft">{name}</span> <{tag}>{text}</{tag}>')
-    for draw, image in zip(FIGURES, images):
+    for draw, image in images.items():
         source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
         figures.append(f'<img src="{source}" alt="{html.escape(draw.__doc__)}">')
-    tiles = (map(html.escape, pair) for pair in headline(record).items())
+    tiles = (map(html.escape, pair) for pair in record.headline.items())
     what = f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
     data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
     parts = {
         "title": html.escape(record.directory.resolve().name),
-        "subtitle": html.escape(f"{what}, {region(config)}; {state(record)}"),
+        "subtitle": html.escape(f"{what}, {region(config)}; {record.state}"),
         "tiles": "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in tiles),
         "figures": "\n".join(figures),
         "knobs": "\n".join(knobs),

@@ -90,22 +90,6 @@ def penalty_constant(gamma: float = GAMMA, largest_advantage: float = 1.0) -> fl
     return math.sqrt(2) * gamma * largest_advantage / (1 - gamma) ** 2
 
 
-def stage_certificate(diagnoses: dict[int, dict]) -> dict:
-    """Thm 3.6 for one stage: the sum of its updates' bounds, each a proxy.
-
-    `diagnoses` are the updates' estimates, by number of the update. `vacuous` says that the penalty is more
-    than returns in [0, 1] can lose. `delta_stale` is the mean |gap| of all updates but the first, whose gap
-    is 0.
-    """
-    gaps = [abs(found["gap"]) for i, found in diagnoses.items() if i > 0]
-    return {
-        "certificate": sum(found["certificate"] for found in diagnoses.values()),
-        "vacuous": sum(found["penalty"] for found in diagnoses.values()) > 1,
-        "bound": sum(found["bound"] for found in diagnoses.values()),
-        "delta_stale": sum(gaps) / len(gaps) if gaps else None,
-    }
-
-
 def bootstrap(
     statistic: Callable[..., Tensor], *tables: Tensor, group: int, seed: int
 ) -> tuple[float, list[float]]:
@@ -120,71 +104,63 @@ def bootstrap(
 # In a run
 
 
-class NoDiagnostics:
-    """The diagnostics of a run without `--diagnostics`."""
-
-    def before(self, i: int, agents: list[int]) -> None:
-        pass
-
-    def after(self) -> dict:
-        return {}
-
-    def of_stage(self) -> dict:
-        return {}
-
-
 class Diagnostics:
     """Diagnoses the updates of one stage, each on rollouts of the team just before it.
 
-    Its problems are not those that are trained on. It keeps copies of all weights of the stage's start,
-    and of an updated agent's weights from just before the update.
+    Without `--diagnostics` it does nothing. Its problems are not those that are trained on.
     """
 
     def __init__(self, config: Config, team: Team, stage: int):
         self.config, self.team, self.stage = config, team, stage
-        generator = rng.generator(config.seed, "diagnostics", stage)
-        self.problems = team.task.sample_problems(config.problems, generator)
-        self.start = [weights_of(agent.model) if agent.model else [] for agent in team.agents]
-        self.updated: list[int] = []  # agents of the updates before
         self.agents: list[int] = []  # of this update
-        self.old: dict[int, list[Tensor]] = {}  # their weights before it
+        self.old: dict[int, list[Tensor]] = {}  # weights at the stage's start, of agents updated since
         self.first: Rollouts | None = None  # of team^0
         self.rollouts: Rollouts | None = None  # of team^{i-1}
-        self.i = 0  # number of this update
-        self.diagnoses: dict[int, dict] = {}  # of the stage's updates, by number
+        self.found: list[dict] = []  # estimates of the stage's updates, {} without any
 
     def before(self, i: int, agents: list[int]) -> None:
         """Call just before update number i of the stage, which moves `agents`."""
-        path = rng.RngPath(self.config.seed, "diagnostics", self.stage, i)
-        self.rollouts = collect(self.team, self.problems, self.config.group, path, label="diagnosing")
-        self.first = self.first or self.rollouts
-        self.i, self.agents = i, agents
-        self.old = {j: weights_of(self.team.agents[j].model) for j in agents}
+        config, team = self.config, self.team
+        if config.diagnostics:
+            generator = rng.generator(config.seed, "diagnostics", self.stage)
+            problems = team.task.sample_problems(config.problems, generator)
+            path = rng.RngPath(config.seed, "diagnostics", self.stage, i)
+            self.rollouts = collect(team, problems, config.group, path, label="diagnosing")
+            self.first = self.first or self.rollouts
+            self.agents = agents
+            self.old |= {j: weights_of(team.agents[j].model) for j in agents}
 
     @torch.no_grad()
     def after(self) -> dict:
         """Call just after it. Returns the line for metrics.jsonl: without estimates where a router left the
         agents out of all rollouts."""
-        cost = {
-            "rollouts_diagnostics": self.rollouts.count_sampled,
-            "tokens_sampled_diagnostics": self.rollouts.tokens_sampled,
-            "seconds_diagnostics": self.rollouts.seconds,
-        }
-        writes, wrote = self._writes(self.rollouts), self._writes(self.first)
-        if writes.any() and wrote.any():
-            self.diagnoses[self.i] = self._estimates(writes, wrote)
-            cost |= self.diagnoses[self.i]
-        self.updated += self.agents
-        return cost
+        if not self.config.diagnostics:
+            return {}
+        own = self.rollouts
+        cost = {"rollouts": own.count_sampled, "tokens_sampled": own.tokens_sampled, "seconds": own.seconds}
+        writes, wrote = self._writes(own), self._writes(self.first)
+        self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
+        return {f"{name}_diagnostics": value for name, value in cost.items()} | self.found[-1]
 
     def of_stage(self) -> dict:
-        """Call at the end of the stage: its certificate, empty if no update was diagnosed."""
-        return stage_certificate(self.diagnoses) if self.diagnoses else {}
+        """Thm 3.6: the sum of the updates' bounds, each a proxy; empty if no update was diagnosed.
+
+        `vacuous` says that the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean
+        |gap| of all updates but the first, whose gap is 0.
+        """
+        if not any(self.found):
+            return {}
+        total = {n: sum(f.get(n, 0.0) for f in self.found) for n in ("certificate", "penalty", "bound")}
+        gaps = [abs(found["gap"]) for found in self.found[1:] if found]
+        return {
+            "certificate": total["certificate"], "vacuous": total["penalty"] > 1, "bound": total["bound"],
+            "delta_stale": sum(gaps) / len(gaps) if gaps else None,
+        }  # fmt: skip
 
     def _estimates(self, writes: Tensor, wrote: Tensor) -> dict:
         group, seed, returns = self.rollouts.group_size, self.config.seed, self.rollouts.grouped_returns
-        log_w = self._log_ratio(self.rollouts, self.old)
-        start = {k: self.start[k] for k in self.updated}
+        log_w = self._log_ratio(self.rollouts, {j: self.old[j] for j in self.agents})
+        start = {k: weights for k, weights in self.old.items() if k not in self.agents}
         log_rho = before_turn(self._log_ratio(self.rollouts, start))
         drift = before_turn(self._log_ratio(self.first, start))
         found = {}
@@ -226,21 +202,21 @@ def weights_of(model: Transformer) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
+@torch.no_grad()
+def fill(model: Transformer, weights: list[Tensor]) -> None:
+    for p, value in zip((p for p in model.parameters() if p.requires_grad), weights):
+        p.copy_(value)
+
+
 @contextlib.contextmanager
 def swapped(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
     """Within, the model has these weights in place of its own."""
-    own, parameters = weights_of(model), [p for p in model.parameters() if p.requires_grad]
-
-    @torch.no_grad()
-    def fill(values: list[Tensor]) -> None:
-        for p, value in zip(parameters, values):
-            p.copy_(value)
-
+    own = weights_of(model)
     try:
-        fill(weights)
+        fill(model, weights)
         yield
     finally:
-        fill(own)
+        fill(model, own)
 
 
 @torch.no_grad()

@@ -21,8 +21,6 @@ messages, by next-token prediction.
 """
 
 import dataclasses
-import functools
-import math
 import os
 import sys
 import time
@@ -37,7 +35,7 @@ from teamtr_min.config import Config, Parser
 from teamtr_min.engine import rng
 from teamtr_min.engine.model import Transformer
 from teamtr_min.extras.diagnostics import bootstrap
-from teamtr_min.extras.warm_start import imitate
+from teamtr_min.extras.warm_start import as_rollouts, descend, imitate
 from teamtr_min.files import UserError, lock, replacing, to_json
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner
@@ -48,7 +46,7 @@ from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import fingerprint
 from teamtr_min.tasks import load_task
-from teamtr_min.tasks.task import Message
+from teamtr_min.tasks.task import Demonstration
 from teamtr_min.team import Agent, Team
 
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]
@@ -92,23 +90,17 @@ class Lesson(NamedTuple):
     hidden: list[Tensor]  # (N, H) each, of the newcomer as it came and of the incumbent
     heads: list[Tensor]  # (V, H) each
     temperature: float
-    delta: float
 
-    def target(self) -> tuple[Tensor, Tensor]:
-        """log pi_target (N, V), and the weight (N,) of the incumbent in it."""
+    def frozen(self) -> list[Tensor]:
+        """Log-probs (N, V) of the newcomer as it came and of the incumbent."""
         pairs = zip(self.hidden, self.heads)
-        both = [log_probs(x.to(head.device), head, self.temperature) for x, head in pairs]
-        weight = mixture_weight(*both, self.delta)
-        return mixture(*both, weight), weight
+        return [log_probs(x.to(head.device), head, self.temperature) for x, head in pairs]
 
-    def loss(self, model: Transformer) -> Tensor:
-        """Sum of KL(pi_target || model) over the tokens of the batch."""
-        with torch.no_grad():
-            target, _ = self.target()
-        head = model.head[: len(self.heads[0])]
-        return kl_divergence(
-            target, log_probs(self.batch.hidden(model)[self.batch.pair], head, self.temperature)
-        ).sum()
+    def loss(self, model: Transformer, weight: Tensor) -> Tensor:
+        """Sum of KL(pi_target || model) over the tokens; weight (N,) of the incumbent in the target."""
+        hidden, head = self.batch.hidden(model)[self.batch.pair], model.head[: len(self.heads[0])]
+        target = mixture(*self.frozen(), weight)
+        return kl_divergence(target, log_probs(hidden, head, self.temperature)).sum()
 
 
 def log_probs(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
@@ -137,40 +129,14 @@ def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) ->
     for batch in own:
         its_own = batch.hidden(models[0])[batch.pair].cpu()
         incumbents = [seen[place] for place in zip(batch.rollout.tolist(), batch.turn.tolist())]
-        found.append(Lesson(batch, [its_own, torch.cat(incumbents)], heads, config.temperature, config.delta))
+        found.append(Lesson(batch, [its_own, torch.cat(incumbents)], heads, config.temperature))
     return found
-
-
-def teach(learner: Learner, taught: list[Lesson], messages: int, lr: float) -> float:
-    """One step on the mean loss per message, which is returned. Raises Diverged if it is not finite."""
-    loss = 0.0
-    for lesson in taught:
-        part = lesson.loss(learner.models[0]) / messages
-        part.backward()
-        learner.add_gradients()
-        loss += part.item()
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss of the alignment is {loss}")
-    learner.step(lr)
-    return loss
 
 
 def share_vocabulary(a: Agent, b: Agent) -> bool:
     """Whether both write the same tokens under the same ids, and end a message with the same one."""
     one, other = (agent.tokenizer.backend.get_vocab(with_added_tokens=True) for agent in (a, b))
     return one == other and a.chat.end_of_message == b.chat.end_of_message
-
-
-def in_tokens_of(newcomer: Agent, rollouts: Rollouts, j: int) -> Rollouts:
-    """The same rollouts, with agent j's messages as the newcomer would write their text."""
-
-    def rewritten(message: Message) -> Message:
-        tokens = newcomer.chat.encode(message.text)
-        tokens += [newcomer.chat.end_of_message] * message.stopped
-        return dataclasses.replace(message, tokens=tokens, logprobs=[0.0] * len(tokens))
-
-    messages = [[rewritten(m) if m.agent == j else m for m in row] for row in rollouts.messages]
-    return dataclasses.replace(rollouts, messages=messages)
 
 
 def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, steps: int) -> dict:
@@ -182,27 +148,33 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
     learner, messages = Learner(new, [j], beta=0.0), len(rollouts.by([j]))
     shared = share_vocabulary(old.agents[j], new.agents[j])
     if shared:
-        taught = lessons(rollouts, old, new, j, config)
-        weights = torch.cat([lesson.target()[1] for lesson in taught])  # (N,)
-        tokens, outside = len(weights), int(weights.count_nonzero())
-        step = functools.partial(teach, learner, taught, messages)
-    else:
-        none, written = torch.zeros_like(rollouts.returns), in_tokens_of(new.agents[j], rollouts, j)
-        batches = agent_batches(new, written, [j], none, config.batch_tokens)
+        found = lessons(rollouts, old, new, j, config)
+        taught = [(lesson, mixture_weight(*lesson.frozen(), config.delta)) for lesson in found]
+        tokens = sum(len(weight) for _, weight in taught)
+        outside = sum(int(weight.count_nonzero()) for _, weight in taught)
+
+        def step(lr: float) -> float:
+            parts = (lesson.loss(learner.models[0], weight) / messages for lesson, weight in taught)
+            return descend(learner, parts, lr)["loss"]
+
+    else:  # the texts are demonstrations
+        rows = zip(rollouts.problems, rollouts.messages)
+        shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row])) for problem, row in rows]
+        none = torch.zeros_like(rollouts.returns)
+        batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
         tokens = outside = batches.tokens
-        step = lambda lr: imitate(learner, batches, lr)["loss"]  # noqa: E731
+
+        def step(lr: float) -> float:
+            return imitate(learner, batches, lr)["loss"]
+
     steps, peak = steps if outside else 0, LR_FACTOR * config.lr * config.lr_scales[j]
     rates = [peak * (1 - i / steps) for i in range(steps)]
     losses = [step(rate) for rate in (*rates, 0.0)]  # the last step changes nothing
     return {
-        "shared_vocabulary": shared,
-        "probes": messages,
-        "outside": outside / tokens,
-        "align_steps": steps,
-        "align_loss_before": losses[0],
-        "align_loss_after": losses[-1],
+        "shared_vocabulary": shared, "probes": messages, "outside": outside / tokens, "align_steps": steps,
+        "align_loss_before": losses[0], "align_loss_after": losses[-1],
         "tokens_trained_replace": steps * tokens,
-    }
+    }  # fmt: skip
 
 
 # Replacement
@@ -214,10 +186,9 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     `steps` are those of the alignment; 0 leaves it out. Returns the line about the replacement for
     metrics.jsonl. Raises UserError if the run or the model cannot be used. After an error nothing is written.
     """
-    begin, task = time.perf_counter(), load_task(changed, training=True)
+    begin, task, incumbents = time.perf_counter(), load_task(changed, True), Config.load(run / "config.json")
     changed, _ = plan_training(changed, task)  # refuses what memory cannot hold
-    incumbents = Config.load(run / "config.json").model
-    old = build_team(dataclasses.replace(changed, model=incumbents), task)
+    old = build_team(dataclasses.replace(changed, model=incumbents.model), task)
     with (run / "metrics.jsonl").open("a") as log:
         lock(log)  # the run must not go on meanwhile
         learners = [Learner(old, agents, changed.first_beta) for agents in update_groups(changed, old)]
@@ -225,37 +196,36 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
         if state is None or state["warm_steps_done"] < changed.warm_start:
             raise UserError(f"{run} has no checkpoint of a stage yet: start a new run with other models")
         logs = {file: (run / file).read_bytes()[:length] for file, length in state["bytes"].items()}
-    stage = state["stages_done"]
+    stage, name, role = state["stages_done"], changed.model_of_each[j], old.agents[j].role
     if stage >= changed.stages:
         raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
-    if old.agents[j].model is None:
+    if role.tool:
         raise UserError(f"agent {j} is a tool; only a model can be replaced")
-    name = changed.model_of_each[j]
     alone = dataclasses.replace(changed, agents=1, model=name, lr_scale="", roles="")
-    (newcomer,) = build_team(alone, Questions([old.agents[j].role])).agents
+    (newcomer,) = build_team(alone, Questions([role])).agents
     new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
 
     held_out = task.sample_problems(changed.eval_problems, rng.generator(0, "held-out"), held_out=True)
     path = rng.RngPath(changed.seed, "replace", stage)  # the same draws for each team, so that they pair
-    played = {"before": collect(old, held_out, 1, path), "replaced": collect(new, held_out, 1, path)}
+    before, probes = collect(old, held_out, 1, path), []
+    after = {"replaced": collect(new, held_out, 1, path)}
     line = {"kind": "replace", "stage": stage, "agent": j, "model": name}
+    line["return_before"] = before.returns.mean().item()
     if steps:
         batches = range(-(-PROBES // (changed.rounds * changed.problems)))
         draws = [rng.generator(changed.seed, "probes", stage, i) for i in batches]
         problems = [problem for draw in draws for problem in task.sample_problems(changed.problems, draw)]
-        played["probes"] = collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage))
-        line |= align(played["probes"], old, new, j, changed, steps)
-        played["aligned"] = collect(new, held_out, 1, path)
-    before = played["before"].returns  # (P,)
-    line["return_before"] = before.mean().item()
-    for when in [when for when in ("replaced", "aligned") if when in played]:
-        after = played[when].returns
-        line[f"return_{when}"] = after.mean().item()
-        shock = bootstrap(torch.mean, before - after, group=1, seed=stage)
+        probes.append(collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage)))
+        line |= align(probes[0], old, new, j, changed, steps)
+        after["aligned"] = collect(new, held_out, 1, path)
+    for when, played in after.items():
+        line[f"return_{when}"] = played.returns.mean().item()
+        shock = bootstrap(torch.mean, before.returns - played.returns, group=1, seed=stage)
         line[f"shock_{when}"], line[f"shock_{when}_ci"] = shock
+    played = [before, *probes, *after.values()]
     line |= {
-        "rollouts_replace": sum(rollouts.count_sampled for rollouts in played.values()),
-        "tokens_sampled_replace": sum(rollouts.tokens_sampled for rollouts in played.values()),
+        "rollouts_replace": sum(rollouts.count_sampled for rollouts in played),
+        "tokens_sampled_replace": sum(rollouts.tokens_sampled for rollouts in played),
         "seconds_replace": time.perf_counter() - begin,
     }
     logs["metrics.jsonl"] += (to_json(line) + "\n").encode()

@@ -8,9 +8,11 @@ whole transcripts, by the masters and the optimizer that train it from then on.
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import kernels
 from teamtr_min.config import Config
@@ -19,7 +21,7 @@ from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError
 from teamtr_min.learner import Diverged, Learner, keep_company
-from teamtr_min.rollout import Batches, Rollouts, agent_batches
+from teamtr_min.rollout import AgentBatch, Batches, Rollouts, agent_batches
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
 from teamtr_min.team import Team
 
@@ -50,29 +52,42 @@ def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
     """One step on the mean of -log p over all trainable tokens.
 
     Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the number of `tokens`.
-    An error, Diverged or Ctrl-C included, leaves weights and optimizer as they were before the step.
     """
+
+    def part(batch: AgentBatch | Transformer) -> Tensor | Transformer:
+        if isinstance(batch, Transformer):
+            return batch
+        hidden = batch.hidden(batch.model)  # (pairs, H)
+        logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
+        return -logp.sum() / batches.tokens
+
     if not batches.messages:
         return {"tokens": 0}
+    return descend(learner, map(part, batches.own), lr) | {"tokens": batches.tokens}
+
+
+def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) -> dict[str, float]:
+    """One step on a loss that is the sum of `parts`; a model stands for a pass without a loss, see Batches.
+
+    Returns `loss` before the step and `grad_norm` before clipping. An error, Diverged or Ctrl-C included,
+    leaves weights and optimizer as they were before the step.
+    """
     loss = 0.0
     learner.onload()
     before = learner.snapshot()
     try:
         with unsharded(*learner.models):
-            for batch in batches.own:
-                if isinstance(batch, Transformer):
-                    keep_company(batch)
+            for part in parts:
+                if isinstance(part, Transformer):
+                    keep_company(part)
                     continue
-                hidden = batch.hidden(batch.model)  # (pairs, H)
-                logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
-                part = -logp.sum() / batches.tokens
                 part.backward()
                 learner.add_gradients()
                 loss += part.item()
         loss = learner.ranks.total(loss)
         if not math.isfinite(loss):
-            raise Diverged(f"the loss of the warm start is {loss}")
-        return {"loss": loss, "grad_norm": learner.step(lr), "tokens": batches.tokens}
+            raise Diverged(f"the loss of a supervised step is {loss}")
+        return {"loss": loss, "grad_norm": learner.step(lr)}
     except BaseException:
         learner.restore(before)
         raise
@@ -99,16 +114,15 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
         try:
             record = json.loads(line)
             agents, texts = zip(*[(message["agent"], message["text"]) for message in record["messages"]])
-            if not all(agent in range(config.agents) for agent in agents):
-                raise ValueError("an agent that the team lacks")
             problem = Problem(str(record.get("id", number)), record["text"], str(record.get("answer", "")))
-            if not all(isinstance(text, str) for text in (problem.text, *texts)):
-                raise TypeError("a text is none")
+            right = set(agents) <= {*range(config.agents)} and {type(t) for t in (problem.text, *texts)} == {
+                str
+            }
         except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}, line {number}: not a transcript, which is "
-                f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
-            ) from None
+            right = False
+        if not right:
+            form = f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
+            raise UserError(f"{path}, line {number}: not a transcript, which is {form}")
         if hasattr(task, "is_held_out") and task.is_held_out(problem.text):
             held_out += 1
         else:
