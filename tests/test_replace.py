@@ -4,12 +4,12 @@ import copy
 import dataclasses
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from commands import refusal
 from ready import Prepared
 from safetensors.torch import load_file
 from tiny import random_model, write_checkpoint, write_relabelled_tokenizer, write_tokenizer
@@ -121,25 +121,23 @@ def test_the_loss_is_that_of_a_loop_over_tokens_and_so_is_its_gradient(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template.replace("<|' +", "<|user|><|' +"))
     team.agents[1].tokenizer = load_tokenizer(tmp_path)
     team.agents[1].chat = ChatFormat(team.agents[1].tokenizer)
-    assert team.render(1, *first(rollouts), False).ids != old.render(1, *first(rollouts), False).ids
+    first = rollouts.problems[0], rollouts.messages[0]
+    assert team.render(1, *first, False).ids != old.render(1, *first, False).ids
     frozen, model = with_other(team, 1, 0.0), team.agents[1].model
     taught = replace.lessons(rollouts, old, team, 1, config)
+    weights = [mixture_weight(*lesson.frozen(), config.delta) for lesson in taught]
     assert len(taught) > 1
     model.load_state_dict(with_other(team, 1, 0.05).agents[1].model.state_dict())
-    loss = sum(lesson.loss(model) for lesson in taught)
+    loss = sum(lesson.loss(model, weight) for lesson, weight in zip(taught, weights))
     loss.backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     expected, count = expected_loss(rollouts, team, frozen, old, config)
     expected.backward()
-    outside = sum(int(lesson.target()[1].count_nonzero()) for lesson in taught)
-    assert outside == count > 20 and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert sum(int(weight.count_nonzero()) for weight in weights) == count > 20
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max().item())
-
-
-def first(rollouts):
-    return rollouts.problems[0], rollouts.messages[0]
 
 
 def test_alignment_brings_the_newcomer_to_the_incumbent_and_moves_nobody_else():
@@ -150,15 +148,6 @@ def test_alignment_brings_the_newcomer_to_the_incumbent_and_moves_nobody_else():
     assert line["shared_vocabulary"] and line["probes"] == 18 and 0.2 < line["outside"] < 1
     for model, before in zip((team.agents[0].model, old.agents[1].model), others):
         assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-
-
-def test_a_newcomer_that_is_inside_everywhere_is_not_trained_and_infinities_end_the_alignment():
-    config, rollouts, old, team = probes()
-    same = with_other(old, 1, 0.0)
-    before = copy.deepcopy(same.agents[1].model.state_dict())
-    line = align(rollouts, old, same, 1, config, steps=5)
-    assert (line["align_steps"], line["outside"], line["tokens_trained_replace"]) == (0, 0, 0)
-    assert all(torch.equal(p, before[name]) for name, p in same.agents[1].model.state_dict().items())
     with torch.no_grad():
         team.agents[1].model.model.norm.weight[0] = math.inf
     with pytest.raises(Diverged):
@@ -167,13 +156,11 @@ def test_a_newcomer_that_is_inside_everywhere_is_not_trained_and_infinities_end_
 
 def test_vocabularies_are_shared_when_every_token_and_the_end_are(tmp_path):
     a, b = Prepared().team.agents
-    assert share_vocabulary(a, b)
     chat = copy.copy(b.chat)
     chat.end_of_message += 1
-    assert not share_vocabulary(a, dataclasses.replace(b, chat=chat))
-    assert not share_vocabulary(
-        a, dataclasses.replace(b, tokenizer=load_tokenizer(write_tokenizer(tmp_path)))
-    )
+    other_end = dataclasses.replace(b, chat=chat)
+    other_words = dataclasses.replace(b, tokenizer=load_tokenizer(write_tokenizer(tmp_path)))
+    assert [share_vocabulary(a, x) for x in (b, other_end, other_words)] == [True, False, False]
 
 
 # The command
@@ -235,10 +222,9 @@ def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(stopped, t
 
 def test_an_agent_replaced_by_itself_is_no_shock_and_needs_no_alignment(stopped, tmp_path):
     line = put(stopped, tmp_path / "new", "--agent", "1", "--model", f"{stopped}/agents/1", "--align", "5")
-    assert (
-        line["shock_replaced"] == line["shock_aligned"] == 0 and line["outside"] == line["align_steps"] == 0
-    )
-    assert line["shock_replaced_ci"] == [0, 0] and line["return_before"] == line["return_aligned"]
+    zero = ("shock_replaced", "shock_aligned", "outside", "align_steps", "tokens_trained_replace")
+    assert not any(line[name] for name in zero) and line["shock_replaced_ci"] == [0, 0]
+    assert line["return_before"] == line["return_aligned"]
 
 
 def test_a_newcomer_with_another_vocabulary_learns_from_text(stopped, tmp_path):
@@ -272,21 +258,14 @@ def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path
         ("--agent 1 --model relay --align -1", "--align is 0 or more"),
         ("--agent 1 --model nonesuch", "nonesuch"),
         ("--agent 1 --model relay --out OLD", "exists; give another, or remove it first"),
-        ("--agent 1", "--model"),
+        ("--agent 1 --model relay --resume nowhere", "nowhere/config.json"),
+        ("--agent 1 --model relay --resume BARE", "has no checkpoint of a stage yet"),
     ],
 )
-def test_bad_input_is_a_sentence_and_changes_nothing(stopped, tmp_path, capsys, flags, sentence):
-    before = contents(stopped.parent)
-    flags = ["--out", str(tmp_path / "new"), *flags.replace("OLD", str(stopped)).split()]
-    assert replace.main(["--resume", str(stopped), *flags]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"error: .*\n", said) and sentence in said
-    assert contents(stopped.parent) == before and not (tmp_path / "new").exists()
-
-
-def test_there_must_be_a_run_with_a_checkpoint(copy, tmp_path, capsys):
-    flags = ["--agent", "1", "--model", "relay", "--out", str(tmp_path / "new"), "--resume"]
-    assert replace.main([*flags, str(tmp_path / "none")]) == 2
+def test_bad_input_is_a_sentence_and_changes_nothing(stopped, copy, tmp_path, capsys, flags, sentence):
     shutil.rmtree(copy / "checkpoints")
-    assert replace.main([*flags, str(copy)]) == 2
-    assert "has no checkpoint of a stage yet" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    before = contents(stopped.parent)
+    words = flags.replace("OLD", str(stopped)).replace("BARE", str(copy)).split()
+    said = refusal(capsys, replace.main, "--resume", str(stopped), "--out", str(tmp_path / "new"), *words)
+    assert sentence in said
+    assert contents(stopped.parent) == before and not (tmp_path / "new").exists()

@@ -20,9 +20,9 @@ from teamtr_min.bench import plots, report
 from teamtr_min.config import Config
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 
-FIGURES = ("score", "kl")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028&amp;{{data}}\\ \"'"
 
 
@@ -58,16 +58,12 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
-def rewrite(path: Path, change) -> None:
-    path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines(path)))
-
-
-def test_figures_and_page_are_written_and_the_headline_is_the_runs(mine, capsys):
+def test_what_is_drawn_written_and_printed_is_what_was_logged(mine, capsys):
+    """Held-out points with the intervals of the log, and the legend beside the curve."""
     assert evaluation.main(["report", "--team", str(mine), "--json"]) == 0
     result, summary = json.loads(capsys.readouterr().out), json.loads((mine / "summary.json").read_text())
-    assert result["report"] == str(mine / "report.html")
-    assert result["figures"] == [str(mine / "report" / f"{name}.png") for name in FIGURES]
     assert all(result[name] == summary[name] for name in ("seconds", "stages", "rollouts", "tokens_trained"))
+    assert [Path(path).stem for path in result["figures"]] == ["score", "kl"]
     for path in result["figures"]:
         image = imread(path)  # (height, width, RGBA)
         assert image.shape[1] == 1280 and 500 < image.shape[0] < 1000
@@ -76,29 +72,23 @@ def test_figures_and_page_are_written_and_the_headline_is_the_runs(mine, capsys)
     text = report.table(result)
     assert f"accuracy {summary['accuracy_final']:.3f} [{low:.3f}, {high:.3f}]" in text
     assert "3 of 3 stages; finished" in text and all(path in text for path in result["figures"])
-
-
-def test_what_is_drawn_is_what_was_logged(mine):
-    """Held-out points with the intervals of the log, and the legend beside the curve."""
-    record, summary = report.read(mine), json.loads((mine / "summary.json").read_text())
-    stages = [line for line in lines(mine / "metrics.jsonl") if line["kind"] == "stage"]
+    record, stages = report.read(mine), [s for s in lines(mine / "metrics.jsonl") if s["kind"] == "stage"]
     assert list(record.held_out) == [0, 1, 2, 3]
     assert record.held_out[0] == (summary["accuracy_start"], summary["accuracy_start_ci"])
     assert record.held_out[2] == (stages[1]["accuracy_held_out"], stages[1]["accuracy_held_out_ci"])
-    assert record.held_out[3][0] == summary["accuracy_final"]
-    assert record.of_stages("return_mean") == [stage["return_mean"] for stage in stages]
-    from matplotlib.figure import Figure
-
     figure = Figure()
     plots.score(figure, record)
-    (curve, *_) = figure.axes[0].lines
-    assert list(curve.get_ydata()) == record.of_stages("return_mean")
-    legend = figure.axes[0].get_legend()
-    assert f"held out,\n{summary['accuracy_final']:.3f} after 3 stages" in [
-        t.get_text() for t in legend.texts
+    (axes,) = figure.axes
+    assert list(axes.lines[0].get_ydata()) == [stage["return_mean"] for stage in stages]
+    (bars,) = axes.containers
+    ends = [
+        (y, [low, high]) for y, ((_, low), (_, high)) in zip(bars[0].get_ydata(), bars[2][0].get_segments())
     ]
+    for (y, interval), (value, wanted) in zip(ends, record.held_out.values(), strict=True):
+        assert y == value and interval == pytest.approx(wanted)
     figure.canvas.draw()
-    assert legend.get_window_extent().x0 >= figure.axes[0].get_window_extent().x1, "the legend hides no curve"
+    legend = axes.get_legend().get_window_extent()
+    assert legend.x0 >= axes.get_window_extent().x1, "the legend hides no curve"
 
 
 def test_partial_credit_is_what_is_shown(mine):
@@ -107,7 +97,8 @@ def test_partial_credit_is_what_is_shown(mine):
     def change(line: dict) -> dict:
         return line | {key: 0 for key in line if key.startswith("accuracy") and not key.endswith("ci")}
 
-    rewrite(mine / "metrics.jsonl", change)
+    changed = "".join(json.dumps(change(line)) + "\n" for line in lines(mine / "metrics.jsonl"))
+    (mine / "metrics.jsonl").write_text(changed)
     summary = json.loads((mine / "summary.json").read_text())
     (mine / "summary.json").write_text(json.dumps(change(summary)))
     result, record = report.run(str(mine)), report.read(mine)
@@ -116,47 +107,30 @@ def test_partial_credit_is_what_is_shown(mine):
     assert shown.startswith(f"return {summary['return_final']:.3f} [") and shown.endswith("(accuracy 0.000)")
 
 
-def test_the_page_stands_alone_and_holds_every_transcript(mine):
+def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_for(mine):
     page = page_of(mine)
     loads = [value for name, value in page.attributes if name in ("src", "srcset", "href")]
-    assert len(loads) == len(FIGURES) and all(v.startswith("data:image/png;base64,iVBOR") for v in loads)
+    assert len(loads) == 2 and all(v.startswith("data:image/png;base64,iVBOR") for v in loads)
     assert "link" not in page.tags and "iframe" not in page.tags
     assert not re.search(r"https?:|url\(|@import|\{\{", page.source)
     assert "default-src 'none'; img-src data:" in page.source
     assert page.data["transcripts"] == lines(mine / "transcripts.jsonl") and len(page.data["transcripts"]) > 8
     assert page.data["names"] == ["A", "B", "C"]
-
-
-def test_bold_is_what_differs_from_the_preset_of_this_kind_of_run(mine):
     toy = set("stages problems group inner_steps eval_problems eval_every lr delta device out".split())
-    assert page_of(mine).bold == toy
-    kinds = [
-        (Config(), set()),
-        (Config(task="convention", agents=2), {"task", "agents"}),
-        (Config(model="some/model", lora_rank=16), {"model", "lora_rank"}),  # ten times the rate, by itself
-        (Config(model="some/model", task="sums", stages=50), {"model", "task", "stages"}),
-        (Config(min_ess=0.5, batch_rows=7), {"occupancy"}),
-        (Config(min_ess=0.7), {"occupancy", "min_ess"}),
-    ]
-    for config, bold in kinds:
-        usual = report.preset(config)
-        assert {name for name, value in dataclasses.asdict(config).items() if value != usual[name]} == bold
-
-
-def make_hostile(run: Path) -> Page:
-    """The page of a run whose every text tries to break out; the transcript is the only one of stage 7."""
-    record = lines(run / "transcripts.jsonl")[0] | {"stage": 7, "return": 0.0, "split": "train"}
-    record |= {"text": HOSTILE, "answer": HOSTILE, "messages": [{"agent": 0, "text": HOSTILE}]}
-    with (run / "transcripts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.write(json.dumps(record | {"return": 0.5}, ensure_ascii=False) + "\n")
-    dataclasses.replace(Config.load(run / "config.json"), fields=HOSTILE).save(run / "config.json")
-    return page_of(run.rename(run.with_name("<img src=x>")))
+    assert page.bold == toy
+    dataclasses.replace(Config(lora_rank=16, agents=5, min_ess=0.7), batch_rows=7).save(mine / "config.json")
+    assert page_of(mine).bold == {"occupancy", "min_ess"}, "a preset of its kind has ten times the rate"
 
 
 def test_hostile_text_stays_text(mine):
+    """Every text of a run tries to break out."""
     before = page_of(mine)
-    page = make_hostile(mine)
+    record = lines(mine / "transcripts.jsonl")[0] | {"text": HOSTILE, "answer": HOSTILE}
+    record["messages"] = [{"agent": 0, "text": HOSTILE}]
+    with (mine / "transcripts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    dataclasses.replace(Config.load(mine / "config.json"), fields=HOSTILE).save(mine / "config.json")
+    page = page_of(mine.rename(mine.with_name("<img src=x>")))
     count = {tag: page.tags.count(tag) for tag in {*page.tags, *before.tags} - {"b", "span"}}
     assert count == {tag: before.tags.count(tag) for tag in count}  # b and span: changed knobs are bold
     assert not any(name.startswith("on") for name, _ in page.attributes)

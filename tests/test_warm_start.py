@@ -18,14 +18,14 @@ from teamtr_min.learner import Diverged
 from teamtr_min.rollout import agent_batches
 from teamtr_min.tasks import Relay, load_task
 
-FLAGS = ["--warm-start", "6", "--warm-start-lr", "4e-4", "--problems", "12"]
+FLAGS = ["--warm-start", "6", "--warm-start-lr", "4e-4", "--problems", "12", "--eval-problems", "64"]
 
 
-def shown(updated: int = 1, batch_tokens: int = 60):
-    """Three agents, five demonstrations as their rollouts, and the batches of one agent."""
-    ready = Prepared([updated], agents=3)
+def shown():
+    """Three agents, five demonstrations as their rollouts, and the batches of agent 1."""
+    ready = Prepared([1], agents=3)
     rollouts = as_rollouts(ready.team, ready.team.task.demonstrations(5, rng.generator(0)))
-    return ready, rollouts, agent_batches(ready.team, rollouts, [updated], torch.zeros(5), batch_tokens)
+    return ready, rollouts, agent_batches(ready.team, rollouts, [1], torch.zeros(5), batch_tokens=60)
 
 
 def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
@@ -35,7 +35,8 @@ def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
     for problem, messages in zip(rollouts.problems, rollouts.messages):
         seen = ready.team.render(1, problem, messages, add_generation_prompt=False)
         (start, stop), ids = seen.spans[0], torch.tensor([seen.ids])
-        assert ids[0, start:stop].tolist() == messages[1].tokens
+        assert seen.ids[start:stop] == messages[1].tokens
+        assert messages[1].tokens[-1] == ready.team.agents[1].chat.end_of_message
         logp = model(ids)[0].log_softmax(-1)
         losses += [-logp[at - 1, ids[0, at]] for at in range(start, stop)]
     expected = torch.stack(losses).mean()
@@ -48,13 +49,6 @@ def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
     assert got["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert got["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(before, ready.learner.masters))  # lr 0
-
-
-def test_the_end_of_a_message_is_taught_and_nothing_that_others_wrote():
-    ready, rollouts, batches = shown(updated=0, batch_tokens=4096)
-    (batch,), own = batches.own, [messages[0] for messages in rollouts.messages]
-    assert sorted(batch.targets[batch.pair].tolist()) == sorted(token for m in own for token in m.tokens)
-    assert all(m.tokens[-1] == ready.team.agents[0].chat.end_of_message for m in own)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Diverged])
@@ -77,13 +71,10 @@ def test_an_error_after_the_step_or_within_it_leaves_the_weights_of_before(error
     assert all(torch.equal(a, b) for a, b in zip(after.masters, wanted[0]))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(after.state, wanted[1]) for k in b)
     assert all(p.grad is None for p in ready.learner.masters)
-
-
-def test_a_loss_that_is_not_finite_ends_it():
-    ready, _, batches = shown()
+    monkeypatch.undo()
     with torch.no_grad():
         ready.model.model.norm.weight[0] = torch.nan
-    with pytest.raises(Diverged, match="warm start is nan"):
+    with pytest.raises(Diverged, match="the loss of a supervised step is nan"):
         imitate(ready.learner, batches, lr=1e-3)
 
 
@@ -94,13 +85,10 @@ def test_demonstrations_of_a_task_earn_the_full_return(name, agents):
     assert all(team.task.grade(p, m) == 1 for p, m in zip(rollouts.problems, rollouts.messages))
 
 
-MEASURED = [*FLAGS, "--eval-problems", "64"]
-
-
 @pytest.fixture(scope="module")
 def warmed(tmp_path_factory):
     out = tmp_path_factory.mktemp("warm") / "run"
-    run(out, *MEASURED)
+    run(out, *FLAGS)
     return out
 
 
@@ -130,7 +118,7 @@ def test_stopped_in_its_warm_start_or_after_it_a_run_resumes_to_the_same_bits(
     monkeypatch.setattr("teamtr_min.run.run.WARM_STEPS_BETWEEN_CHECKPOINTS", most)
     with monkeypatch.context() as patch:
         interrupt_at(moment[0], patch, *moment[1:])
-        assert train.main([*TOY, *MEASURED, "--out", str(tmp_path / "run")]) == 130
+        assert train.main([*TOY, *FLAGS, "--out", str(tmp_path / "run")]) == 130
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert f"resumed after {done} of 6 steps of warm start and 0 of 2 stages" in capsys.readouterr().out
     assert bits(tmp_path / "run") == bits(warmed)
@@ -139,9 +127,8 @@ def test_stopped_in_its_warm_start_or_after_it_a_run_resumes_to_the_same_bits(
 # Demonstrations from a file
 
 
-def write(path, *texts: str, agent=0) -> str:
-    lines = [json.dumps({"text": text, "messages": [{"agent": agent, "text": "2"}]}) for text in texts]
-    path.write_text("\n\n".join(lines))
+def write(path, text: str) -> str:
+    path.write_text(json.dumps({"text": text, "messages": [{"agent": 0, "text": "2"}]}))
     return str(path)
 
 
@@ -166,7 +153,7 @@ def test_transcripts_of_another_run_are_demonstrations_but_for_its_held_out_prob
 
 @pytest.mark.parametrize(
     "line",
-    ["[]", "{}", '{"text": "1+1"}', '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}', "{",
+    ["[]", "{", '{"text": "1+1"}', '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}',
      '{"text": "1+1", "messages": [{"agent": 3, "text": "2"}]}',
      '{"text": "1", "messages": [{"agent": 0, "text": 2}]}'],
 )  # fmt: skip
