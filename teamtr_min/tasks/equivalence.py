@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-LIMIT = 0.35  # seconds for one answer; a usual one takes 0.03
+LIMIT = 0.5  # seconds for one answer; a usual one takes 0.03 to 0.2
 
 
 @functools.cache
