@@ -66,7 +66,7 @@ class Tokenizer:
         self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
         self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
         self.end_ids = set()
-        for file in [at / name for at in (self.directory, base) for name in END_FILES]:
+        for file in (at / name for at in (self.directory, base) for name in END_FILES):
             ids = read_json(file).get("eos_token_id") if file.is_file() else None
             self.end_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
         if self.template is None:
@@ -173,26 +173,22 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
         self.tokenizer, self.date = tokenizer, datetime.date.fromisoformat(date)
-        between, self.footer = tokenizer.between, self._behind_first()
+        between, footer = tokenizer.between, self._behind_first()
         turns = [("user", MARK), ("assistant", MARK), ("user", MARK)] * 2
         gaps = self._render(turns, prompt=True).split(MARK)[1:]
         try:
             to_own, to_user, to_third, *_ = gaps
-            self.header = to_own.removeprefix(self.footer)
-            self.user_header = to_third.removeprefix(self.footer)
-            self.closing = to_user.removesuffix(self.user_header)
-            parts = [
-                self.footer + self.header,
-                self.closing + self.user_header,
-                self.footer + self.user_header,
-            ]
+            header, user_header = to_own.removeprefix(footer), to_third.removeprefix(footer)
+            closing = to_user.removesuffix(user_header)
+            parts = [footer + header, closing + user_header, footer + user_header]
+            self.header, self.user_header, self.footer, self.closing = header, user_header, footer, closing
             # Behind every message stand these characters, whoever writes the next one.
-            self.next = os.path.commonprefix([self.user_header, self.header])
-            self.user_footer = between("x", self.footer, self.next)
-            self.end_of_message, *self.assistant_footer = between("x", self.closing, self.next)
-            headers = self.header, self.user_header + "A:\n"
-            ids, again = ([between("x" + end, h) for h in headers] for end in (self.footer, self.closing))
-            alike = self.header and gaps == [*parts, *parts[:2], parts[0]] and ids == again
+            self.next = os.path.commonprefix([user_header, header])
+            self.user_footer = between("x", footer, self.next)
+            self.end_of_message, *self.assistant_footer = between("x", closing, self.next)
+            headers = header, user_header + "A:\n"
+            ids, again = ([between("x" + end, h) for h in headers] for end in (footer, closing))
+            alike = header and gaps == [*parts, *parts[:2], parts[0]] and ids == again
         except ValueError:  # too few parts, or a token reaches across the end of one
             alike = False
         if not alike or self.end_of_message not in tokenizer.special_ids:  # else mere text could hold its end
@@ -247,9 +243,9 @@ class ChatFormat:
         part = self._behind_first(*turns).removeprefix(self.footer).rpartition(MARK)[0]
         return self.tokenizer.between("x" + self.footer, part.removesuffix(self.user_header), self.next)
 
-    def _behind_first(self, *turns: tuple[str, str], prompt: bool = False) -> str:
+    def _behind_first(self, *turns: tuple[str, str]) -> str:
         """What the template writes behind the content of a first message when `turns` follow it."""
-        return self._render([("user", MARK), *turns], prompt).partition(MARK)[2]
+        return self._render([("user", MARK), *turns], prompt=False).partition(MARK)[2]
 
     def _render(self, turns: list[tuple[str, str]], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]

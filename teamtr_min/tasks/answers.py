@@ -114,8 +114,9 @@ _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
 
 def _equal(given: str, wanted: str) -> bool:
     given, wanted = _plain(given), _plain(wanted)
-    if ("=" in given) != ("=" in wanted):  # x = 5 is 5, though it is not y = 5
-        given, wanted = _nameless(given), _nameless(wanted)
+    if ("=" in given) != ("=" in wanted):  # x = 2, x = 3 is 2, 3, though x = 5 is not y = 5
+        given, wanted = (_NAMED.sub(r"\1", text) if len({m[2] for m in _NAMED.finditer(text)}) == 1 else text
+                         for text in (given, wanted))  # fmt: skip
     if _canonical(given) == _canonical(wanted):
         return True
     values = closed_form(given), closed_form(wanted)
@@ -166,11 +167,6 @@ def _items(text: str) -> list[str]:
         else:
             items[-1] += piece
     return [item.strip() for item in items]
-
-
-def _nameless(text: str) -> str:
-    """`x = 2, x = 3` -> `2, 3`. Values of several names stay as they are."""
-    return _NAMED.sub(r"\1", text) if len({m[2] for m in _NAMED.finditer(text)}) == 1 else text
 
 
 def _is_maths(text: str) -> bool:

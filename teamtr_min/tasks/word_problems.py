@@ -50,7 +50,7 @@ class WordProblems(Task):
             self.held_out = read_problems(test, question, answer)
         content = json.dumps([(p.text, p.answer) for p in self.all_problems()])
         self._hash = hashlib.sha256(content.encode()).hexdigest()
-        self._held_out_texts = {_words(p.text) for p in self.held_out}
+        self._held_out_texts = {" ".join(p.text.lower().split()) for p in self.held_out}
         both = {p.id for p in self.train if self.is_held_out(p.text)}
         self.leave_out(both, "they stand among the held-out ones too")
 
@@ -76,7 +76,7 @@ class WordProblems(Task):
             self.notes.append(f"{gone:,} problems of {self.path} are left out: {why}")
 
     def is_held_out(self, text: str) -> bool:
-        return _words(text) in self._held_out_texts
+        return " ".join(text.lower().split()) in self._held_out_texts
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(is_correct(last_statement(messages), problem.answer))
@@ -88,10 +88,6 @@ class WordProblems(Task):
 
     def fingerprint(self) -> dict[str, str]:
         return {"problems": self._hash, "grader": f"{self.grader}, rules {RULES}"}
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.lower().split())
 
 
 def last_statement(messages: list[Message]) -> str:
@@ -112,12 +108,13 @@ def read_problems(path: str | Path, question_field: str, answer_field: str) -> l
             continue
         try:
             record = json.loads(line)
-            texts = [
-                str(v) for f in (question_field, answer_field) if type(v := record[f]) in (str, int, float)
-            ]
+            values = [record[question_field], record[answer_field]]
         except (ValueError, LookupError, TypeError):
-            texts = []
-        if len(texts) < 2 or not all(map(str.strip, texts)):
+            values = []
+        texts = [
+            str(value) for value in values if isinstance(value, str | float | int) and str(value).strip()
+        ]
+        if len(texts) < 2:
             wanted = f'a JSON object with a text in "{question_field}" and in "{answer_field}" (or --fields)'
             raise UserError(f"{path}, line {number}: must be {wanted}, but is {line[:100]}")
         answer = extract_answer(texts[1]) or texts[1]
