@@ -12,25 +12,17 @@ from commands import evaluate
 from commands import refusal as refused
 from ready import Prepared, team_of
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, refusal, write_tokenizer
+from tiny import each_model, in_transformers, random_model, random_tokens, refusal, write_tokenizer
 from toy_runs import TOY, bits, results, run
 
 import train
 from teamtr_min import load_model, load_tokenizer, save_model
 from teamtr_min.engine.model import checkpoint_tensors, split_fused
 from teamtr_min.hf.chat import ChatFormat
-from teamtr_min.hf.lora import (
-    TARGETS,
-    WEIGHTS,
-    Adapter,
-    adapter_tensors,
-    add_lora,
-    load_models,
-    merge,
-    save_adapter,
-)
+from teamtr_min.hf.lora import TARGETS, Adapter, adapter_tensors, add_lora, load_models, merge, save_adapter
 from teamtr_min.hf.weights import RELAY
 
+WEIGHTS = "adapter_model.safetensors"
 close = torch.testing.assert_close
 SOME = ("q_proj", "v_proj", "up_proj")  # parts of products
 
@@ -69,47 +61,14 @@ def test_an_adapter_is_a_change_of_the_weights(family, tied, targets):
     close(model(tokens), expected, atol=1e-4, rtol=1e-4)
     close(merge(model)(tokens), expected, atol=1e-4, rtol=1e-4)
     close(model(tokens), expected, atol=1e-4, rtol=1e-4)  # the merged model shares nothing with it
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", [TARGETS, SOME])
-def test_its_gradient_is_that_of_the_dense_formula(family, targets):
-    """In float64: with W' = W + s B A, the chain rule gives dA = s B^T dW' and dB = s dW' A^T.
-
-    A part of a product without an adapter has none: its zeros stay.
-    """
-    base = random_model(family).double()
-    model, tokens = adapted(base, targets=targets), random_tokens(base, 2, 9)
-    whole = dense(base, model).requires_grad_(True)
-    for one in (model, whole):
-        one(tokens).log_softmax(-1)[..., 1].sum().backward()
-    lora, grads, dense_grads = adapter_tensors(model), {}, {}
-    for name, p in model.named_parameters():
-        grads |= split_fused(name, p.grad, base.config) if p.requires_grad else {}
-    for name, p in whole.named_parameters():
-        dense_grads |= split_fused(name, p.grad, base.config)
-    for name in [name for name in lora if name.endswith("A")]:
-        A, B = lora[name], lora[name[:-1] + "B"]
-        grad = dense_grads[name.replace("lora_A", "weight")] * 5.0 / len(A)
-        close(grads[name], B.T @ grad)
-        close(grads[name[:-1] + "B"], grad @ A.T)
-        assert bool(grads[name].any()) == (name.split(".")[-2] in targets)
+    model(tokens).log_softmax(-1)[..., 1].sum().backward()
+    for name, p in model.named_parameters():  # a part of a product without an adapter keeps its zeros
+        for part, grad in split_fused(name, p.grad, base.config).items() if p.requires_grad else ():
+            assert bool(grad.any()) == (part.split(".")[-2] in targets)
     assert all(p.grad is None for p in base.parameters())
 
 
 # PEFT's files
-
-
-@each_model
-@pytest.mark.parametrize("targets", [TARGETS, SOME])
-def test_peft_computes_the_same_logits(tmp_path, family, tied, targets):
-    peft = pytest.importorskip("peft", reason="compares with peft")
-    base = random_model(family, tied)
-    model, tokens = adapted(base, targets=targets), random_tokens(base, 3, 11)
-    save_adapter(model, Adapter("nowhere/base@main", 3, 5.0, targets), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(in_transformers(base), str(tmp_path))
-    with torch.no_grad():
-        close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -138,16 +97,16 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_pefts_own_adapter_is_read_to_the_same_logits(tmp_path, base, kind):
+def test_pefts_own_adapter_has_the_same_logits_here_and_again_in_peft(tmp_path, base, kind):
     theirs = by_peft(base, tmp_path / "adapter", **PLAIN[kind])
     ((ours, adapter),) = loaded(tmp_path / "adapter")
+    save_adapter(ours, adapter, tmp_path / "again")
+    again = type(theirs).from_pretrained(in_transformers(base), str(tmp_path / "again"))
     tokens = random_tokens(base, 3, 11)
     with torch.no_grad():
-        close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+        for one in (ours(tokens), again(tokens).logits):
+            close(one, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     assert (adapter.rank, adapter.alpha, adapter.base) == (2, 7.0, str(tmp_path / "base"))
-    save_adapter(ours, adapter, tmp_path / "again")
-    written, read = (load_file(tmp_path / name / WEIGHTS) for name in ("again", "adapter"))
-    assert written.keys() == read.keys() and all(read[name].equal(written[name]) for name in read)
 
 
 NOT_PLAIN = {
@@ -231,28 +190,12 @@ def test_agents_share_one_base_and_start_as_it():
         assert again[name].equal(first[name]) == (seed == 0)
 
 
-def test_a_copy_shares_what_is_frozen_and_nothing_else():
-    model = adapted(random_model("qwen3"))
-    for p, q in zip(model.parameters(), model.copy().parameters(), strict=True):
-        assert (p is q) == (not p.requires_grad) and p.equal(q)
-        assert p.requires_grad == q.requires_grad
-
-
 def test_the_radius_holds_on_adapters_and_the_base_stays():
-    """An attempt far outside comes back inside, measured anew against a copy of the old one."""
     ready = Prepared(lora_rank=3, lr=0.3, delta=0.01)
-    old, T = ready.model.copy(), ready.config.temperature
     frozen = {name: p.clone() for name, p in ready.model.named_parameters() if not p.requires_grad}
     outcome = ready.update(0.3)
-    assert outcome.attempted["kl"] > 0.01 >= outcome.kept["kl"] and outcome.halvings
+    assert outcome.attempted["kl"] > 0.01 >= outcome.kept["kl"] > 0 and outcome.halvings
     assert all(p.equal(frozen[name]) for name, p in ready.model.named_parameters() if name in frozen)
-    kls = []
-    for batch in ready.batches.own:
-        logits = [model.logits(batch.hidden(model)) / T for model in (ready.model, old)]
-        new, before = (x.log_softmax(1).gather(1, batch.targets[:, None])[batch.pair, 0] for x in logits)
-        d = batch.per_message(before - new)  # (M,)
-        kls.append(torch.expm1(-d) + d)
-    assert torch.cat(kls).mean().item() == pytest.approx(outcome.kept["kl_k3"], rel=1e-3, abs=1e-7)
 
 
 # Whole runs

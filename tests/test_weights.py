@@ -112,21 +112,6 @@ def test_what_is_saved_loads_here_and_in_transformers_and_the_other_way_round(tm
     torch.testing.assert_close(model.float()(tokens), theirs.float().eval()(tokens).logits, atol=1e-4, rtol=0)
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    old = random_model("qwen2", seed=1)
-    save_model(old, tmp_path)
-
-    def interrupted(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("teamtr_min.hf.weights.save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_model(random_model("qwen2", seed=2), tmp_path)
-    assert_same(load_model(tmp_path), old)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
-
-
 PEAK = """
 import sys, torch
 from teamtr_min import load_model
