@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-import kernels
 from teamtr_min.objective import group_advantages, teamtr_loss, trust_region_loss
+
+each_ratio = pytest.mark.parametrize("ratio", ["message", "mean", "token"])
 
 
 def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.15) -> dict:
@@ -19,7 +20,7 @@ def example(seed: int = 0, messages: int = 7, agents: int = 3, scale: float = 0.
     ignored = torch.rand(len(message), generator=g) < 0.1
     ignored[message == 0] = False
     return {
-        "logp": new.masked_fill(ignored, math.nan),
+        "logp": new.masked_fill(ignored, math.nan).requires_grad_(),
         "old_logp": old.masked_fill(ignored, -math.inf),
         "message": message.masked_fill(ignored, -1),
         "advantage": torch.randn(messages, generator=g, dtype=torch.float64),
@@ -62,8 +63,9 @@ def by_loop(x: dict, clip: float, beta, ratio: str, kl_unit: str) -> tuple[float
 
 
 @pytest.mark.parametrize("kl_unit", ["message", "token"])
-@pytest.mark.parametrize("ratio", ["message", "mean", "token"])
+@each_ratio
 def test_loss_and_every_statistic_equal_a_loop_over_messages(ratio, kl_unit):
+    """And slots to ignore, which hold NaN and -inf, get no gradient."""
     for seed in range(5):
         x, beta = example(seed), torch.tensor([0.0, 0.3, 1.0, 0.5], dtype=torch.float64)
         loss, stats = teamtr_loss(**x, clip=0.2, beta=beta, ratio=ratio, kl_unit=kl_unit)
@@ -71,28 +73,22 @@ def test_loss_and_every_statistic_equal_a_loop_over_messages(ratio, kl_unit):
         assert loss.item() == pytest.approx(wanted, abs=1e-12)
         for name, values in wanted_stats.items():
             assert stats[name].tolist() == pytest.approx(values, abs=1e-12), name
+        (gradient,) = torch.autograd.grad(loss, x["logp"])
+        assert gradient.isfinite().all() and (gradient[x["message"] < 0] == 0).all()
 
 
-@pytest.mark.parametrize("ratio", ["message", "mean", "token"])
+@each_ratio
 def test_gradient_equals_finite_differences(ratio):
-    x = example(3)
+    """On both sides of the clip; what the clip has stopped has none."""
+    x = example(3, scale=0.3)
     valid = x["message"] >= 0
-    logp = x.pop("logp")[valid].requires_grad_()
+    logp = x.pop("logp").detach()[valid].requires_grad_()
     x["old_logp"], x["message"] = x["old_logp"][valid], x["message"][valid]
+    assert 0 < teamtr_loss(logp, **x, ratio=ratio)[1]["clip_fraction"].max() < 1
     assert torch.autograd.gradcheck(lambda v: teamtr_loss(v, **x, clip=0.2, beta=0.3, ratio=ratio)[0], logp)
 
 
-def test_ignored_slots_get_no_gradient_and_spoil_nothing():
-    x = example(1)
-    x["logp"].requires_grad_()
-    loss, _ = teamtr_loss(**x, beta=0.1)
-    loss.backward()
-    gradient = x["logp"].grad
-    assert torch.isfinite(loss) and torch.isfinite(gradient).all()
-    assert (gradient[x["message"] < 0] == 0).all() and (gradient[x["message"] >= 0] != 0).any()
-
-
-@pytest.mark.parametrize("ratio", ["message", "mean", "token"])
+@each_ratio
 def test_an_unchanged_policy_has_ratio_exactly_one_and_pulls_along_the_advantage(ratio):
     old = -torch.rand(9)
     message, advantage = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1]), torch.tensor([1.5, -0.5])
@@ -105,33 +101,14 @@ def test_an_unchanged_policy_has_ratio_exactly_one_and_pulls_along_the_advantage
     assert torch.allclose(logp.grad, -advantage[message] * share / 2, atol=1e-7)
 
 
-def test_a_message_past_the_clip_pulls_no_further():
-    old, message = torch.full((4,), -1.0), torch.tensor([0, 0, 1, 1])
-    logp = (old + torch.tensor([0.2, 0.2, -0.2, -0.2])).requires_grad_()  # ratios e^0.4 and e^-0.4
-    teamtr_loss(logp, old, message, torch.tensor([1.0, -1.0]))[0].backward()
-    assert (logp.grad == 0).all()
-    logp.grad = None
-    teamtr_loss(logp, old, message, torch.tensor([-1.0, 1.0]))[0].backward()
-    assert (logp.grad != 0).all(), "the pessimistic side of the clip must keep its gradient"
-
-
-def test_the_message_ratio_is_the_full_product():
-    old, logp = torch.zeros(5), torch.full((5,), 0.03)
-    message, advantage = torch.zeros(5, dtype=torch.long), torch.ones(1)
-    for ratio, log_ratio in (("message", 0.15), ("mean", 0.03)):
-        stats = teamtr_loss(logp, old, message, advantage, ratio=ratio)[1]
-        assert stats["ratio_max"].item() == pytest.approx(math.exp(log_ratio))
-
-
-def test_log_ratios_of_200_stay_finite():
+@each_ratio
+@pytest.mark.parametrize("value", [200.0, -200.0])
+def test_log_ratios_of_200_stay_finite(value, ratio):
     message, advantage = torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0])
-    for value in (200.0, -200.0):
-        logp = torch.full((3,), value, requires_grad=True)
-        for ratio in ("message", "mean", "token"):
-            loss, stats = teamtr_loss(logp, torch.zeros(3), message, advantage, beta=0.1, ratio=ratio)
-            loss.backward()
-            assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
-            assert all(torch.isfinite(v).all() for v in stats.values())
+    logp = torch.full((3,), value, requires_grad=True)
+    loss, stats = teamtr_loss(logp, torch.zeros(3), message, advantage, beta=0.1, ratio=ratio)
+    loss.backward()
+    assert all(torch.isfinite(v).all() for v in (loss, logp.grad, *stats.values()))
 
 
 def test_nothing_to_train_on_is_zero_loss():
@@ -139,6 +116,8 @@ def test_nothing_to_train_on_is_zero_loss():
     assert teamtr_loss(empty, empty, none, empty)[0].item() == 0
     loss, stats = teamtr_loss(torch.zeros(2), torch.zeros(2), torch.full((2,), -1), torch.tensor([2.0]))
     assert loss.item() == -2 and stats["kl_k3"].item() == 0  # an empty product is 1
+    loss, stats = teamtr_loss(**example() | {"weight": torch.zeros(7)}, beta=0.3)
+    assert loss == 0 and (stats["kl_k3"] == 0).all() and stats["messages"].sum() == 7
 
 
 def test_k1_and_k3_have_the_exact_kl_as_expectation():
@@ -146,12 +125,31 @@ def test_k1_and_k3_have_the_exact_kl_as_expectation():
     g = torch.Generator().manual_seed(0)
     old, new = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
     exact = (old.exp() * (old - new)).sum()
-    stats = [teamtr_loss(new[v : v + 1], old[v : v + 1], torch.zeros(1, dtype=torch.long),
-                         torch.zeros(1, dtype=torch.float64))[1] for v in range(6)]  # fmt: skip
+    x = {"message": torch.arange(6), "agent": torch.arange(6), "n_agents": 6, "advantage": torch.zeros(6)}
+    _, stats = teamtr_loss(new, old, **x)
     for name in ("kl_k1", "kl_k3"):
-        mean = sum(p * s[name] for p, s in zip(old.exp(), stats))
-        assert mean.item() == pytest.approx(exact.item(), abs=1e-12)
-    assert all(s["kl_k3"] >= 0 for s in stats) and any(s["kl_k1"] < 0 for s in stats)
+        assert (old.exp() @ stats[name]).item() == pytest.approx(exact.item(), abs=1e-12)
+    assert (stats["kl_k3"] >= 0).all() and (stats["kl_k1"] < 0).any()
+
+
+def test_unknown_modes_are_named():
+    for mode in ({"ratio": "geometric"}, {"kl_unit": "nats"}):
+        with pytest.raises(ValueError, match="|".join(mode.values())):
+            teamtr_loss(**example(), **mode)
+
+
+def test_training_takes_the_definition_or_the_kernel(path):
+    """By torch the definition's very bits, by Triton the same but for rounding."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = {name: v.detach().to(device) if isinstance(v, torch.Tensor) else v for name, v in example(2).items()}
+    x |= {name: v.float() for name, v in x.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    results = []
+    for loss_function in (trust_region_loss, teamtr_loss):
+        logp = x["logp"].clone().requires_grad_()
+        loss, stats = loss_function(**x | {"logp": logp}, beta=0.3)
+        results.append([loss, *torch.autograd.grad(loss, logp), *stats.values()])
+    for ours, definition in zip(*results):
+        assert torch.allclose(ours, definition, rtol=0, atol=1e-6 if path == "triton" else 0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7])
@@ -170,6 +168,8 @@ def test_advantages_equal_a_loop_with_the_population_deviation():
         for g in range(5):
             wanted = 0.0 if p == 2 else min(max((returns[p, g].item() - mean) / sigma, -1.2), 1.2)
             assert advantages[p, g].item() == pytest.approx(wanted, abs=1e-12)
+    one_hit = torch.eye(8)[:1]
+    assert group_advantages(one_hit, eps_norm=0.0).max().item() == pytest.approx(math.sqrt(8 - 1))
 
 
 def test_weighted_advantages_equal_those_of_repeated_rollouts():
@@ -180,60 +180,3 @@ def test_weighted_advantages_equal_those_of_repeated_rollouts():
     weighted = group_advantages(returns, weight=weight * torch.tensor([[1e-3], [1.0]]))
     assert torch.allclose(weighted[0], repeated, atol=1e-12) and (weighted[1] == 0).all()
     assert torch.equal(group_advantages(returns, weight=torch.ones_like(returns)), group_advantages(returns))
-
-
-def test_weights_count_messages_and_their_scale_does_not_matter():
-    """Weights of 0, 1 and 2 are messages left out, kept and written twice; no weight at all is no loss."""
-    x = example(4, messages=6)
-    x["weight"] = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0, 2.0], dtype=torch.float64)
-    copies = [m for m in range(6) for _ in range(int(x["weight"][m]))]
-    slots = [(t, i) for i, m in enumerate(copies) for t in range(len(x["message"])) if x["message"][t] == m]
-    at, message = (torch.tensor(column) for column in zip(*slots))
-    y = {"logp": x["logp"][at], "old_logp": x["old_logp"][at], "message": message, "n_agents": 4}
-    y |= {name: x[name][copies] for name in ("advantage", "agent")}
-    want, want_stats = teamtr_loss(**y, beta=0.3)
-    loss, stats = teamtr_loss(**x | {"weight": 5 * x["weight"]}, beta=0.3)
-    assert loss.item() == pytest.approx(want.item(), abs=1e-12)
-    for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-        assert torch.allclose(stats[name], want_stats[name], atol=1e-12), name
-    loss, stats = teamtr_loss(**x | {"weight": torch.zeros(6)}, beta=0.3)
-    assert loss == 0 and (stats["kl_k3"] == 0).all() and stats["messages"].sum() == 6
-
-
-def test_an_advantage_never_exceeds_the_root_of_the_group_less_one():
-    for G in (2, 4, 8):
-        one_hit = torch.zeros(1, G)
-        one_hit[0, 0] = 1.0
-        largest = group_advantages(one_hit, eps_norm=0.0).max().item()
-        assert largest == pytest.approx(math.sqrt(G - 1), rel=1e-6)
-
-
-def test_unknown_modes_are_named():
-    x = example()
-    with pytest.raises(ValueError, match="geometric"):
-        teamtr_loss(**x, ratio="geometric")
-    with pytest.raises(ValueError, match="nats"):
-        teamtr_loss(**x, kl_unit="nats")
-
-
-@pytest.mark.parametrize("mode", ["torch", "triton"])
-def test_training_takes_the_definition_or_the_kernel(mode, request, monkeypatch):
-    """By torch the definition's very bits, and no kernel is started; by Triton the same but for rounding."""
-    if mode == "triton":
-        request.getfixturevalue("launches")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    monkeypatch.setenv("TEAMTR_KERNELS", mode)
-    kernels.launch.launches.clear()
-    x = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in example(2).items()}
-    x |= {name: v.float() for name, v in x.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    results = []
-    for loss_function in (trust_region_loss, teamtr_loss):
-        logp = x["logp"].clone().requires_grad_()
-        loss, stats = loss_function(**x | {"logp": logp}, beta=0.3)
-        loss.backward()
-        results.append([loss.detach(), logp.grad, *stats.values()])
-    for ours, definition in zip(*results):
-        if mode == "torch":
-            assert torch.equal(ours, definition)
-        assert torch.allclose(ours, definition, atol=1e-6)
-    assert bool(kernels.launch.launches) == (mode == "triton")
