@@ -12,6 +12,7 @@ import torch
 from commands import refusal
 from ready import Prepared
 from tiny import each_model, random_model, random_tokens, real_model
+from tiny import refusal as sentence
 from toy_runs import TOY, run, same, weights
 
 import train
@@ -24,16 +25,10 @@ from teamtr_min.hf.weights import RELAY
 from teamtr_min.rollout import AgentBatch, collect
 from teamtr_min.run import memory
 from teamtr_min.run.loading import build_team
-from teamtr_min.run.memory import (
-    free_memory,
-    meta_models,
-    plan_evaluation,
-    plan_training,
-    token_bytes,
-)
+from teamtr_min.run.memory import free_memory, meta_models, plan_evaluation, plan_training, token_bytes
 from teamtr_min.tasks import Relay
 
-ROOT, CPU, N = Path(__file__).parents[1], torch.device("cpu"), 91264  # N: parameters of the relay model
+N = 91264  # parameters of the relay model
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -51,7 +46,7 @@ def test_every_level_of_control_groups_counts(tmp_path, version, full):
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-        return free_memory(CPU, tmp_path)
+        return free_memory(torch.device("cpu"), tmp_path)
 
     assert found() == 8000 * 1024
     for level in ("", "job", "job/step"):
@@ -93,44 +88,41 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(family, tied):
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and len(calls) == 1 + 2
 
 
+def planned(**knobs) -> tuple[Config, Relay, memory.Plan]:
+    config = Config(**{"device": "cpu", "stages": 2, "problems": 8, "eval_problems": 64} | knobs)
+    config, plan = plan_training(config, task := Relay(config))
+    return config, task, plan
+
+
 @pytest.mark.parametrize("rounds, router", [(1, "round-robin"), (2, "random")])
 def test_no_transcript_is_longer_than_planned(rounds, router):
-    config = Config(agents=2, rounds=rounds, router=router, problems=8, device="cpu", max_new_tokens=9)
-    task = Relay(config)
-    config, plan = plan_training(config, task)
+    knobs = {"agents": 2, "rounds": rounds, "router": router, "max_new_tokens": 9}
+    config, task, plan = planned(**knobs)
     assert (config.batch_rows, config.batch_tokens, plan.checkpointing) == (2048, 4096, False)
     team = build_team(config, task)
     for agent in team.agents:
         agent.model.model.norm.weight.data.zero_()  # any token, so that messages reach the limit
     problems = task.sample_problems(8, rng.generator(0, "problems", 0))
     rollouts = collect(team, problems, 4, rng.RngPath(0, "train"))
-    seen = [
-        len(team.render(j, p, m, add_generation_prompt=False).ids)
-        for p, m in zip(rollouts.problems, rollouts.messages)
-        for j in range(2)
-    ]
+    rows = zip(rollouts.problems, rollouts.messages)
+    seen = [len(team.render(j, *row, add_generation_prompt=False).ids) for row in rows for j in range(2)]
     assert 0.7 * plan.longest < max(seen) <= plan.longest
 
 
-def planned(**knobs) -> memory.Plan:
-    config = Config(device="cpu", **knobs)
-    return plan_training(config, Relay(config))[1]
-
-
 def test_the_plan_counts_parameters_by_purpose():
-    one, joint, bf16 = planned(), planned(occupancy="joint"), planned(dtype="bf16")
+    joint = {"occupancy": "joint"}
+    kinds = {}, joint, joint | {"inner_steps": 1}, {"dtype": "bf16"}, {"lora_rank": 2}
+    one, joint, once, bf16, lora = (planned(**knobs)[2] for knobs in kinds)
     assert one.weights == 3 * 4 * N and one.optimizer == 3 * 8 * N
     assert joint.update - one.update == 2 * N * (4 + 2 * 12)  # gradients, two snapshots
-    assert planned(occupancy="joint", inner_steps=1).update == joint.update - 3 * N * 12
+    assert once.update == joint.update - 3 * N * 12
     assert bf16.weights == 3 * 2 * N and bf16.optimizer == 3 * 12 * N
-    lora = planned(lora_rank=2)
     model = meta_models({0: RELAY}, 2)[0]
     adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert lora.weights == 4 * (N + 3 * adapter) and lora.optimizer == 3 * 8 * adapter
-    config = Config(device="cpu")
-    needs = memory.Needs(
-        config, Relay(config), Relay(config).sample_problems(9, rng.generator(0)), ["relay"] * 3, Ranks(0, 4)
-    )
+    config, task, _ = planned()
+    problems = task.sample_problems(9, rng.generator(0))
+    needs = memory.Needs(config, task, problems, ["relay"] * 3, Ranks(0, 4))
     assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizer([0]) == 8 * N // 4
 
 
@@ -140,7 +132,7 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
     for mib in (400, *range(160, 50, -10), *range(50, 40, -1)):
         monkeypatch.setenv("TEAMTR_MEMORY", f"{mib}MiB")
         try:
-            plans.append(planned(problems=8, eval_problems=64, max_new_tokens=100))
+            plans.append(planned(max_new_tokens=100)[2])
         except UserError as error:
             plans.append(None)
             assert f"{mib}.0 MiB usable on cpu" in str(error) and "--lora-rank 16" in str(error)
@@ -154,8 +146,7 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
     assert fit[0].rows == 2048 and fit[0].tokens == 4096 and fit[-1].tokens >= fit[-1].longest
     assert "activations computed twice" in str(fit[-1])
     monkeypatch.setenv("TEAMTR_MEMORY", "8 parsecs")
-    with pytest.raises(UserError, match="a size such as 8GiB"):
-        planned()
+    assert "a size such as 8GiB" in sentence(planned)
 
 
 def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_twice(monkeypatch):
@@ -166,7 +157,7 @@ def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_tw
     for kib in (30000, *range(12000, 6000, -500)):
         monkeypatch.setenv("TEAMTR_MEMORY", f"{kib}KiB")
         with contextlib.suppress(UserError):
-            plan = planned(problems=2, eval_problems=2, max_new_tokens=100, batch_rows=2)
+            plan = planned(problems=2, eval_problems=2, max_new_tokens=100, batch_rows=2)[2]
             ways.append((plan.offload, plan.checkpointing))
     assert ways == sorted(ways) and set(ways) == {(False, False), (True, False), (True, True)}
 
@@ -185,12 +176,8 @@ def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsy
         config, plan = plan_training(*given)
         return config, dataclasses.replace(plan, checkpointing=True)
 
-    def again(*given, **options):
-        calls.append(1)
-        return checkpoint(*given, **options)
-
-    calls, checkpoint = [], model.checkpoint
-    monkeypatch.setattr(model, "checkpoint", again)
+    calls, again = [], model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
     flags = "--batch-tokens", "256", "--eval-problems", "64"
     run(tmp_path / "plenty", *flags)
     assert "\nmemory  " in capsys.readouterr().out
@@ -199,15 +186,14 @@ def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train, "plan_training", tight)
     assert not calls
     run(tmp_path / "lean", *flags)
-    assert calls
+    assert calls, "activations were computed again"
     lean, plenty = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("lean", "plenty"))
     assert lean["batch_rows"] < 64 < plenty["batch_rows"] == 2048
     assert same(weights(tmp_path / "plenty"), weights(tmp_path / "lean"))
 
 
 def test_an_evaluation_needs_no_optimizer():
-    config = Config(agents=2, device="cpu")
-    task = Relay(config)
+    config, task, _ = planned(agents=2)
     problems = task.sample_problems(40, rng.generator(0, "held-out"), held_out=True)
     config, plan = plan_evaluation(config, task, problems, 3, [RELAY] * 2)
     assert plan.optimizer == plan.update == 0 and plan.weights == 2 * 4 * N and config.batch_rows == plan.rows
@@ -281,19 +267,15 @@ def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypat
     assert update.kept["kl"] == pytest.approx(whole.kept["kl"], rel=1e-3)
 
 
-def measured(tmp_path: Path, *flags: str) -> float:
-    """The planned peak over the measured one, of a run in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "run")]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    return summary["memory_planned"] / summary["memory_peak"]
-
-
-def test_a_planned_peak_is_near_the_measured_one(tmp_path):
-    assert 0.7 < measured(tmp_path, *TOY, "--problems", "32", "--group", "8", "--eval-problems", "256") < 1.3
-
-
-def test_the_planned_peak_of_a_real_model_is_near_the_measured_one(tmp_path):
-    flags = f"--model {real_model()} --task sums --agents 1 --problems 2 --group 2 --max-new-tokens 8 "
-    flags += "--stages 1 --eval-problems 2 --warm-start 1"
-    assert 0.7 < measured(tmp_path, *flags.split()) < 1.3
+@pytest.mark.parametrize("kind", ["shipped", "real"])
+def test_train_runs_as_a_program_and_its_planned_peak_is_near_the_measured_one(tmp_path, kind):
+    flags = [*TOY, *"--problems 32 --group 8 --eval-problems 256".split()]
+    if kind == "real":
+        flags = f"--model {real_model()} --task sums --agents 1 --problems 2 --group 2 --max-new-tokens 8"
+        flags = [*flags.split(), *"--stages 1 --eval-problems 2 --warm-start 1".split()]
+    words = [sys.executable, str(Path(train.__file__)), *flags]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "held-out accuracy" in done.stdout, done.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((directory / "summary.json").read_text())
+    assert 0.7 < summary["memory_planned"] / summary["memory_peak"] < 1.3

@@ -27,7 +27,7 @@ def content(directory: Path) -> dict:
 
 
 def test_killed_and_damaged_at_random_moments_a_run_resumes_to_the_same_bits():
-    assert campaign(seed=0, least=4) >= 4
+    campaign(seed=0, kills=4)
 
 
 def test_ctrl_c_leaves_agents_a_summary_and_a_run_that_resumes_to_the_same_bits(finished, copy, capsys):
@@ -40,19 +40,19 @@ def test_ctrl_c_leaves_agents_a_summary_and_a_run_that_resumes_to_the_same_bits(
     assert bits(copy) == bits(finished)
 
 
-@pytest.mark.parametrize("call, module, name", [(2, train, "group_advantages"), (1, checkpoint, "save_file")])
-def test_stopped_before_its_first_checkpoint_a_run_starts_again(
-    finished, tmp_path, monkeypatch, call, module, name
-):
+@pytest.mark.parametrize("place", [(2, train, "group_advantages"), (1, checkpoint, "save_file")])
+def test_stopped_before_its_first_checkpoint_a_run_starts_again(finished, tmp_path, monkeypatch, place):
     with monkeypatch.context() as patch:
-        interrupt_at(call, patch, module, name)
+        interrupt_at(place[0], patch, *place[1:])
         assert train.main([*TOY, *SHARED, "--out", str(tmp_path / "run")]) == 130
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert bits(tmp_path / "run") == bits(finished)
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink])
-@pytest.mark.parametrize("file", ["learner-0.safetensors", "state.json", "SHA256.json"])
+@pytest.mark.parametrize(
+    "file, damage",
+    [("learner-0.safetensors", flip_a_bit), ("learner-1.safetensors", Path.unlink), ("SHA256.json", cut)],
+)
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(finished, copy, capsys, file, damage):
     damage(copy / "checkpoints" / "000002" / file)
     assert train.main(["--resume", str(copy)]) == 0
@@ -86,8 +86,8 @@ def test_where_nothing_can_be_resumed_nothing_is_touched(copy, capsys, spoil, se
 
 
 def test_a_resume_of_nothing_or_with_other_flags_names_what_is_wrong(stopped, tmp_path, capsys):
-    flags = ["--resume", str(stopped), "--lr", "0.1", "--agents", "3", "--order", "random"]
-    sentence = refusal(capsys, train.main, *flags)
+    flags = "--lr 0.1 --agents 3 --order random".split()
+    sentence = refusal(capsys, train.main, "--resume", str(stopped), *flags)
     assert "--lr 0.1 (the run has 0.003), --order random (the run has fixed)" in sentence
     assert "--agents" not in sentence
     assert "nowhere" in refusal(capsys, train.main, "--resume", str(tmp_path / "nowhere"))
@@ -96,11 +96,9 @@ def test_a_resume_of_nothing_or_with_other_flags_names_what_is_wrong(stopped, tm
 
 TASK = """
 from teamtr_min.tasks import Relay
-class Mine(Relay):
+class task(Relay):
     def grade(self, problem, messages):
         return 0.5 * super().grade(problem, messages)
-def task(config):
-    return Mine(config)
 """
 
 
@@ -120,10 +118,8 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
     assert train.main(["--resume", "run"]) == 0, "what was accepted is what the run rests on from then on"
     Path("roles.json").write_text(json.dumps([*roles[:2], {"name": "D", "system": ""}]))
     sentence = refusal(capsys, train.main, "--resume", "run")
-    prompts = (
-        f"prompts of agent {j} (template, roles, date)" for j in range(2)
-    )  # C does not read its own name
-    assert f"began: {', '.join(prompts)}, roles file; put" in sentence
+    prompts = [f"prompts of agent {j} (template, roles, date)" for j in range(2)]
+    assert f"began: {', '.join(prompts)}, roles file; put" in sentence  # C does not read its own name
 
 
 @pytest.mark.parametrize("new", [True, False])
