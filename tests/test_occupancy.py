@@ -1,5 +1,7 @@
 """The occupancy study: equal budgets, runs made once, a table that says what the runs' files say."""
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -17,17 +19,19 @@ from teamtr_min.studies import occupancy
 
 @pytest.fixture
 def made(monkeypatch):
-    """Runs of one setting are made in this process, tiny; the list says which."""
-    made, tiny = [], ["--group", "4", "--inner-steps", "1", "--eval-problems", "8"]
+    """Runs of one setting and four arms are made in this process, tiny; the list says which."""
+    made, tiny = [], "--problems 2 --group 4 --inner-steps 1 --eval-problems 8 --checkpoint-every 9".split()
 
     def run_here(command, **_):
         made.append(flags := command[2:])
-        return SimpleNamespace(
-            returncode=train.main(flags if "--resume" in flags else [*flags, *tiny]), stderr=""
-        )
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            train.main(flags if "--resume" in flags else [*flags, *tiny])
+        return SimpleNamespace(stderr=said.getvalue())
 
     monkeypatch.setattr(occupancy.subprocess, "run", run_here)
     monkeypatch.setattr(occupancy, "SHOWN", occupancy.SHOWN[:1])
+    for name in ("--min-ess 0.8", "--min-ess 0.5"):
+        monkeypatch.delitem(occupancy.ARMS, name)
     return made
 
 
@@ -45,14 +49,10 @@ def test_arms_make_equal_rollouts_unless_they_collect_by_need(short, tmp_path):
 def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_files_have_it(made, tmp_path):
     pytest.importorskip("matplotlib", reason="draws the figure")
     found = occupancy.run(tmp_path, True, jobs=1)
-    assert len(made) == len(occupancy.ARMS) * 2 and Path(found["figure"]).stat().st_size > 10_000
+    assert len(made) == len(occupancy.ARMS) * 2 == 8 and Path(found["figure"]).stat().st_size > 10_000
     rows = {row["name"]: row for row in found["rows"]}
-    assert [rows[name]["collections"][0] for name in ("fresh", "stale", "joint", "--min-ess 0")] == [
-        3,
-        1,
-        1,
-        1,
-    ]
+    collections = {name: row["collections"] for name, row in rows.items()}
+    assert collections == {"fresh": [3, 3], "--min-ess 0": [1, 1], "stale": [1, 1], "joint": [1, 1]}
     assert rows["stale"]["ess_last"] == [1, 1] and max(rows["--min-ess 0"]["ess_last"]) < 1
     out = Path(made[0][made[0].index("--out") + 1])
     summary, first = json.loads((out / "summary.json").read_text()), rows["fresh"]
@@ -61,20 +61,16 @@ def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_fi
     assert first["curve"][0][-1] == [summary["rollouts"], summary["return_final"]]
     assert "| relay, 3 agents, radius 0.02 | stale |" in occupancy.table(found)
 
-    made.clear()
-    occupancy.run(tmp_path, True, jobs=1)
-    assert not made, "all there"
-    before = bits(out)
-    cut = summary | {"return_final": None, "reason": "interrupted"}
+    before, cut = bits(out), summary | {"return_final": None, "reason": "interrupted"}
     (out / "summary.json").write_text(json.dumps(cut))
+    made.clear()
     occupancy.run(tmp_path, True, jobs=1)
     assert made == [["--resume", str(out)]] and bits(out) == before
 
 
-def test_a_run_that_really_diverged_has_ended_and_one_that_failed_is_named(tmp_path):
+def test_a_run_that_really_diverged_has_ended_and_one_that_failed_is_named(made, tmp_path):
     """By the field `reason`. A step of lr 1e18 makes a loss that is no number."""
-    sizes = {"agents": 2, "stages": 1, "problems": 2, "eval_problems": 4, "device": "cpu"}
-    flags = sizes | {"kl": "none", "lr": 1e18}
+    flags = {"agents": 2, "stages": 1, "device": "cpu", "kl": "none", "lr": 1e18}
     occupancy.train(flags, tmp_path / "run")
     assert occupancy.summary(tmp_path / "run")["reason"] == "diverged"
     row = occupancy.row(occupancy.Arm("relay", "no radius", flags, [tmp_path / "run"]))
@@ -89,9 +85,6 @@ def test_curves_are_read_at_the_fewest_rollouts_of_a_finished_run():
     one, other = occupancy.at_equal_rollouts([slow, fast])
     assert one["at"] == 200 and one["return_at"] == pytest.approx([0.5])
     assert other["return_at"] == [0.5, None] and occupancy.interval([0.5, None]) == "diverged"
-
-
-def test_intervals_over_seeds_are_students():
     values = [0.5, 0.7, 0.6]
     assert occupancy.interval(values) == f"0.600 ±{4.303 * np.std(values, ddof=1) / 3**0.5:.3f}"
 
