@@ -118,7 +118,9 @@ def test_the_loss_is_that_of_a_loop_over_tokens_and_so_is_its_gradient(tmp_path)
     config, rollouts, old, team = probes(temperature=0.7)
     shutil.copytree(RELAY, tmp_path, dirs_exist_ok=True)
     template = json.loads((RELAY / "tokenizer_config.json").read_text())["chat_template"]
-    (tmp_path / "chat_template.jinja").write_text(template.replace("<|' +", "<|user|><|' +"))
+    for header in ("<|' +", "<|assistant|>'"):
+        template = template.replace(header, f"<|user|>{header}")
+    (tmp_path / "chat_template.jinja").write_text(template)
     team.agents[1].tokenizer = load_tokenizer(tmp_path)
     team.agents[1].chat = ChatFormat(team.agents[1].tokenizer)
     first = rollouts.problems[0], rollouts.messages[0]
