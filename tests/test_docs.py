@@ -16,13 +16,9 @@ TORCHRUN = ["nproc-per-node"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere_and_commands_name_flags_that_exist(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("http") or (page.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_flags_that_exist(page):
     known = {f.name.replace("_", "-") for f in dataclasses.fields(Config)} | {*EVAL, *REPLACE, *TORCHRUN}
     for line in re.findall(r"^.*(?:train|eval|replace)(?:\.py)? .*$", page.read_text(), re.MULTILINE):
         if line.lstrip().startswith(("python", "torchrun")):

@@ -1,6 +1,6 @@
 """docs/minimal.py and train.py compute the same update."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -12,24 +12,17 @@ from teamtr_min.engine import rng
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "minimal.py"
 
 
-@pytest.fixture(scope="module")
-def minimal():
-    spec = importlib.util.spec_from_file_location("minimal", PAGE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("delta", [0.02, 1.2e-6])
-def test_the_first_update_is_the_same(minimal, delta):
+def test_the_first_update_is_the_same(delta, monkeypatch):
     """Rollouts, KL and weights, with steps inside the radius and with backtracking."""
+    monkeypatch.syspath_prepend(PAGE.parent)
+    minimal = importlib.import_module("minimal")
     ready = Prepared(agents=2, rounds=2, problems=6, group=4, lr=5e-6, delta=delta, temperature=0.8)
     team = minimal.Minimal(ready.config)
     problems = [p for p in ready.rollouts.problems[:: ready.config.group]]
     rollouts, returns = team.collect(problems, rng.RngPath(0, "train", 0, 0))
-    assert [[(m.tokens, m.text, m.stopped) for m in row] for row in rollouts] == [
-        [(m.tokens, m.text, m.stopped) for m in row] for row in ready.rollouts.messages
-    ]
+    for own, row in zip(rollouts, ready.rollouts.messages, strict=True):
+        assert [(m.tokens, m.text, m.stopped) for m in own] == [(m.tokens, m.text, m.stopped) for m in row]
     assert torch.equal(returns, ready.rollouts.returns)
     advantages = minimal.group_advantages(returns.view(-1, ready.config.group)).flatten()
     assert torch.allclose(advantages, ready.advantages, atol=1e-6)
@@ -42,7 +35,4 @@ def test_the_first_update_is_the_same(minimal, delta):
     moved = (theirs - torch.cat([p.flatten() for p in before])).norm()
     assert (ours - theirs).abs().max() < 1e-5 and (ours - theirs).norm() < 5e-3 * moved
     assert team.betas[0] == ready.learner.beta
-
-
-def test_it_is_small():
     assert len(PAGE.read_text().splitlines()) <= 200

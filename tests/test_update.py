@@ -6,31 +6,15 @@ import math
 
 import pytest
 import torch
+from audit_radius import audit, kl_by_loop
 from commands import interrupt_at
 from ready import Prepared
+from toy_runs import TOY, results
 
 from teamtr_min import learner as learning
 from teamtr_min.engine import packing
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.learner import Diverged
-from teamtr_min.team import Team
-
-
-def kl_by_loop(old, new, team: Team, rollouts, agent: int, config, dtype=torch.float64) -> dict[str, float]:
-    """Eq. 11 from nothing but the two models and the transcripts: one rollout at a time, in `dtype`."""
-    old, new = copy.deepcopy(old).to(dtype), copy.deepcopy(new).to(dtype)
-    k1, k3 = [], []
-    for problem, messages in zip(rollouts.problems, rollouts.messages):
-        seen = team.render(agent, problem, messages, add_generation_prompt=False)
-        tokens = torch.tensor([seen.ids])
-        with torch.no_grad():
-            logp = [(m(tokens)[0].double() / config.temperature).log_softmax(-1) for m in (old, new)]
-        for start, stop in seen.spans:
-            unit = stop - start if config.kl_unit == "token" else 1
-            terms = [[p[t - 1, seen.ids[t]].item() for p in logp] for t in range(start, stop)]
-            k1.append(sum(o - n for o, n in terms) / unit)
-            k3.append(sum(math.expm1(n - o) - (n - o) for o, n in terms) / unit)
-    return {"k1": sum(k1) / len(k1), "k3": sum(k3) / len(k3)}
 
 
 def same(tensors, others) -> bool:
@@ -61,6 +45,12 @@ def test_the_radius_holds_by_an_independent_recomputation(changes):
     if config.lr == 5e-3:
         assert update.attempted["kl"] > 0.02 and (update.halvings > 0) == math.isfinite(config.delta)
     assert update.steps <= config.inner_steps and (measured["k3"] > 0 or update.halvings == 11)
+
+
+def test_every_update_of_a_run_reports_the_kl_of_an_independent_recomputation(tmp_path):
+    code, found = audit([*TOY, "--lr", "5e-3", "--delta", "0.05", "--out", str(tmp_path / "run")])
+    kls = [u["kl_after"] for u in results(tmp_path / "run")[1]]
+    assert code == 0 and kls == pytest.approx(found, rel=1e-3, abs=2e-6) and 0.01 < max(found) <= 0.05
 
 
 def test_backtracking_restores_the_optimizer_with_the_weights():

@@ -17,21 +17,22 @@ def half_of_all_rollouts_are_right(monkeypatch):
     monkeypatch.setattr(Relay, "grade", parity)
 
 
-@pytest.mark.parametrize(
-    "flags, new",
-    [
-        (["--occupancy", "fresh"], [12, 12, 12]),
-        (["--min-ess", "0"], [12, 0, 0]),
-        (["--min-ess", "0.99"], [12, 12, 12]),
-        (["--occupancy", "stale"], [12, 0, 0]),
-        (["--occupancy", "joint"], [12]),
-    ],
-)
-def test_rollouts_are_sampled_and_counted_when_the_flag_says(tmp_path, monkeypatch, flags, new):
+SAMPLED = {  # rollouts that each update of a stage samples anew
+    "--occupancy fresh": [12, 12, 12],
+    "--min-ess 0": [12, 0, 0],
+    "--min-ess 0.99": [12, 12, 12],
+    "--occupancy stale": [12, 0, 0],
+    "--occupancy joint": [12],
+}
+
+
+@pytest.mark.parametrize("flags", SAMPLED)
+def test_rollouts_are_sampled_and_counted_when_the_flag_says(tmp_path, monkeypatch, flags):
     used, collected, collect, advantages = [], [], occupancy.collect, train.group_advantages
     monkeypatch.setattr(train, "group_advantages", lambda *a, **k: used.append(a[0]) or advantages(*a, **k))
     monkeypatch.setattr(occupancy, "collect", lambda *a: collected.append(a[-1].words) or collect(*a))
-    summary, updates, _ = run(tmp_path / "run", *flags)
+    summary, updates, _ = run(tmp_path / "run", *flags.split())
+    new = SAMPLED[flags]
     assert [u["rollouts"] for u in updates] == new * 2
     assert collected == [("train", stage, i) for stage in range(2) for i, count in enumerate(new) if count]
     latest = None
