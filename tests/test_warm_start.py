@@ -120,7 +120,7 @@ def test_stopped_in_its_warm_start_or_after_it_a_run_resumes_to_the_same_bits(
         interrupt_at(moment[0], patch, *moment[1:])
         assert train.main([*TOY, *FLAGS, "--out", str(tmp_path / "run")]) == 130
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
-    assert f"resumed after {done} of 6 steps of warm start and 0 of 2 stages" in capsys.readouterr().out
+    assert f"resumed after {done} steps of warm start and 0 of 2 stages" in capsys.readouterr().out
     assert bits(tmp_path / "run") == bits(warmed)
 
 
