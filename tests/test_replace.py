@@ -20,13 +20,12 @@ from teamtr_min.config import Config
 from teamtr_min.extras import replace
 from teamtr_min.extras.replace import align, mixture_weight, share_vocabulary
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
-from teamtr_min.hf.weights import RELAY
+from teamtr_min.hf.weights import RELAY, load_model
 from teamtr_min.learner import Diverged
 from teamtr_min.tasks import Relay
 from teamtr_min.team import Team
 
 ROOT = Path(__file__).resolve().parents[1]
-N, V = 37, 13
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +36,7 @@ def few_probes(monkeypatch):
 # The target
 
 
-def two_policies() -> list[torch.Tensor]:
-    """Log-probs (N, V) fp32; some rows of both are the same, and some are near."""
-    generator = torch.Generator().manual_seed(0)
-    new, incumbent = (1.5 * torch.randn(2, N, V, generator=generator)).log_softmax(-1)
-    new[:5] = incumbent[:5]
-    new[5:11] = torch.lerp(new, incumbent, 0.9)[5:11].log_softmax(-1)
-    return [new, incumbent]
-
-
-def by_lambda(new, incumbent, lam: float) -> torch.Tensor:
+def by_lambda(new: torch.Tensor, incumbent: torch.Tensor, lam: float) -> torch.Tensor:
     """pi_target of one token by its definition, float64, probabilities."""
     p, q = new.double().exp(), incumbent.double().exp()
     product = p ** (1 / (1 + lam)) * q ** (lam / (1 + lam))
@@ -60,9 +50,12 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
 @pytest.mark.parametrize("delta", [1e-3, 0.02, 0.3, math.inf])
 def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
     """Inside, and outside with a little less of the incumbent; where the newcomer is inside, the newcomer."""
-    new, incumbent = two_policies()
+    logits = 1.5 * torch.randn(2, 37, 13, generator=torch.Generator().manual_seed(0))  # tokens, vocabulary
+    new, incumbent = logits.log_softmax(-1)
+    new[:5] = incumbent[:5]
+    new[5:11] = torch.lerp(new, incumbent, 0.9)[5:11].log_softmax(-1)
     weight = mixture_weight(new, incumbent, delta)
-    for t in range(N):
+    for t in range(37):
         if divergence(new[t].double().exp(), incumbent[t]) <= delta:
             assert weight[t] == 0
             continue
@@ -70,7 +63,7 @@ def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
         at, less = (by_lambda(new[t], incumbent[t], x) for x in (lam, 0.999 * lam))
         assert divergence(at, incumbent[t]) <= delta + 1e-6
         assert divergence(less, incumbent[t]) > delta - 1e-6
-    assert (weight[:5] == 0).all() and (math.isinf(delta) or 15 < weight.count_nonzero() < N - 4)
+    assert (weight[:5] == 0).all() and (math.isinf(delta) or 15 < weight.count_nonzero() < 33)
 
 
 # The loss
@@ -92,24 +85,21 @@ def probes(**changes) -> tuple[Config, object, Team, Team]:
     return ready.config, ready.rollouts, ready.team, with_other(ready.team, 1)
 
 
-def log_probs(team: Team, problem, messages, temperature: float) -> list[torch.Tensor]:
-    """Of each of agent 1's messages (tokens, V), by a forward pass over the transcript alone."""
-    seen = team.render(1, problem, messages, add_generation_prompt=False)
-    logits = team.agents[1].model(torch.tensor([seen.ids]))[0].double()
-    return [(logits[start - 1 : stop - 1] / temperature).log_softmax(-1) for start, stop in seen.spans]
-
-
 def expected_loss(rollouts, now: Team, new: Team, old: Team, config: Config) -> tuple[torch.Tensor, int]:
-    """KL(pi_target || newcomer), summed over messages one token at a time; and the tokens outside."""
+    """KL(pi_target || newcomer), summed over agent 1's messages one token at a time, by forward passes over
+    single transcripts; and the tokens outside."""
     loss, outside = 0.0, 0
     for problem, messages in zip(rollouts.problems, rollouts.messages):
-        policies = [log_probs(team, problem, messages, config.temperature) for team in (now, new, old)]
-        for p, frozen, incumbent in zip(*policies):
-            for t in range(len(p)):
-                a, b = frozen[t].detach(), incumbent[t].detach()
-                weight = mixture_weight(a[None], b[None], config.delta).item()
-                target = by_lambda(a, b, weight / (1 - weight))
-                loss, outside = loss + (target * (target.log() - p[t])).sum(), outside + (weight > 0)
+        policies = []
+        for team in (now, new, old):
+            seen = team.render(1, problem, messages, add_generation_prompt=False)
+            logits = team.agents[1].model(torch.tensor([seen.ids]))[0].double()
+            own = torch.cat([logits[start - 1 : stop - 1] for start, stop in seen.spans])
+            policies.append((own / config.temperature).log_softmax(-1))
+        for p, a, b in zip(policies[0], policies[1].detach(), policies[2].detach(), strict=True):
+            weight = mixture_weight(a[None], b[None], config.delta).item()
+            target = by_lambda(a, b, weight / (1 - weight))
+            loss, outside = loss + (target * (target.log() - p)).sum(), outside + (weight > 0)
     return loss, outside
 
 
@@ -206,27 +196,23 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
     assert new == old
 
 
-def test_teammates_keep_masters_and_adam_and_the_newcomer_starts_anew(stopped, tmp_path):
-    put(stopped, tmp_path / "new", "--agent", "1", "--model", "relay", "--align", "0")
-    files = [f"checkpoints/000002/learner-{j}.safetensors" for j in range(3)]
-    for j in (0, 2):
-        assert (stopped / files[j]).read_bytes() == (tmp_path / "new" / files[j]).read_bytes()
-    before, after = load_file(stopped / files[1]), load_file(tmp_path / "new" / files[1])
-    assert not [key for key in after if key.startswith("adam.")] and any(
-        k.startswith("adam.") for k in before
-    )
-    shipped = Prepared(agents=1).model.state_dict()
-    assert all(torch.equal(after[f"master.0.{name}"], p) for name, p in shipped.items())
-    states = [directory / "checkpoints/000002/state.json" for directory in (stopped, tmp_path / "new")]
-    old, new = (json.loads(state.read_text())["beta"] for state in states)
-    assert new == [old[0], 1e-3, old[2]]
-
-
-def test_an_agent_replaced_by_itself_is_no_shock_and_needs_no_alignment(stopped, tmp_path):
-    line = put(stopped, tmp_path / "new", "--agent", "1", "--model", f"{stopped}/agents/1", "--align", "5")
+def test_an_agent_replaced_by_itself_is_no_shock_and_starts_anew_beside_its_teammates(stopped, tmp_path):
+    """Teammates keep masters and Adam; the newcomer needs no alignment."""
+    itself = f"{stopped}/agents/1"
+    line = put(stopped, tmp_path / "new", "--agent", "1", "--model", itself, "--align", "5")
     zero = ("shock_replaced", "shock_aligned", "outside", "align_steps", "tokens_trained_replace")
     assert not any(line[name] for name in zero) and line["shock_replaced_ci"] == [0, 0]
     assert line["return_before"] == line["return_aligned"]
+    old, new = (directory / "checkpoints/000002" for directory in (stopped, tmp_path / "new"))
+    for j in (0, 2):
+        file = f"learner-{j}.safetensors"
+        assert (old / file).read_bytes() == (new / file).read_bytes()
+    before, after = (load_file(place / "learner-1.safetensors") for place in (old, new))
+    assert {key.split(".")[0] for key in before} == {"adam", "master"}
+    weights = {f"master.0.{name}": p for name, p in load_model(itself).state_dict().items()}
+    assert after.keys() == weights.keys() and all(torch.equal(after[name], p) for name, p in weights.items())
+    old, new = (json.loads((place / "state.json").read_text())["beta"] for place in (old, new))
+    assert new == [old[0], 1e-3, old[2]]
 
 
 def test_a_newcomer_with_another_vocabulary_learns_from_text(stopped, tmp_path):

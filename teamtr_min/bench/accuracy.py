@@ -69,11 +69,18 @@ def find_subject(team: str | None, flags: dict, task: str | None = None) -> Subj
     `flags` are fields of Config from the command line. --model or --agents ask for an untrained team. Raises
     UserError for a directory that is no run, or that holds no agents.
     """
+
+    def taken(run: Path) -> bool:
+        try:
+            return (run / "agents").is_dir() and task in (None, Config.load(run / "config.json").task)
+        except UserError:  # no run
+            return False
+
     untrained = sorted({"model", "agents"} & flags.keys())
     if team and untrained:
         raise UserError(f"--team names trained agents with their models: leave out --{untrained[0]}")
     if not team and not untrained:
-        team = newest_run("summary.json", lambda run: is_of(run, task))
+        team = newest_run("summary.json", taken)
     if not team:
         return Subject("untrained team", pinned(Config(**{"task": task, **flags})))
     run = Path(team)
@@ -81,14 +88,6 @@ def find_subject(team: str | None, flags: dict, task: str | None = None) -> Subj
     if not (run / "agents").is_dir():
         raise UserError(f"{run} holds no trained agents yet")
     return Subject(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
-
-
-def is_of(run: Path, task: str | None) -> bool:
-    """Whether a directory is a run of `task`, or of any with None."""
-    try:
-        return (run / "agents").is_dir() and task in (None, Config.load(run / "config.json").task)
-    except UserError:
-        return False
 
 
 def prepare(subject: Subject, name: str | None, count: int | None, data: str | None) -> Exam:
@@ -123,13 +122,12 @@ class Evaluator:
         if not votes and (self.mode == "vote" or self.mode == "solo" and self.k > 1):
             raise UserError("to vote, a task needs a method answer(messages) -> str | None")
         team, problems = self.load(exam)
-        path, label = rng.RngPath(config.seed, "eval"), f"evaluating {Path(config.task).stem}"
-        result = {"benchmark": config.task, "mode": self.mode, "k": self.k, **setting(exam, team)}
-        result["problems"] = len(problems)
-        teams = {"team": team}
+        teams, path = {"team": team}, rng.RngPath(config.seed, "eval")
+        label = f"evaluating {Path(config.task).stem}"
         if self.mode == "solo":
             one = {"agents": team.agents[:1], "rounds": team.turns, "router": round_robin}
             teams["solo"] = dataclasses.replace(team, **one)
+        result = {"benchmark": config.task, "mode": self.mode, "k": self.k, **setting(exam, team)}
         rollouts = {who: collect(its, problems, self.k, path, label) for who, its in teams.items()}
         if self.mode == "solo":
             most = max(drawn.tokens_sampled for drawn in rollouts.values())
@@ -140,7 +138,8 @@ class Evaluator:
             result["equal_tokens"] = at_equal_tokens(*rollouts.values(), task)
         result |= scores([*rollouts.values()][-1], self.mode, self.k, task)
         result |= {"memory_peak": peak(self.plan.device), "memory_planned": self.plan.total}
-        return result | {"seconds": time.perf_counter() - begin}, rollouts
+        result |= {"problems": len(problems), "seconds": time.perf_counter() - begin}
+        return result, rollouts
 
     def load(self, exam: Exam) -> tuple[Team, list[Problem]]:
         """The team in its roles for this exam, and the problems, with --drop-long those that fit."""
@@ -152,20 +151,16 @@ class Evaluator:
         if not loaded:
             self.team, self.loaded = None, []
             gc.collect()  # its memory serves the next team
-        before = drawn_by(task)
+        drawn = getattr(task, "all_problems", list)  # of a task whose problems have an end
+        before = {problem.id for problem in drawn()}
         config, self.plan = plan_evaluation(config, task, exam.problems, self.k, sources, loaded, self.ranks)
-        gone = before - drawn_by(task)
+        gone = before - {problem.id for problem in drawn()}
         if not loaded:
             self.team, self.loaded = build_team(config, task, self.ranks, sources), wanted
         agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
         router, how = load_router(config.router), (config.temperature, config.max_new_tokens)
         team = Team(agents, task, router, config.rounds, *how, config.batch_rows, self.ranks)
         return team, [problem for problem in exam.problems if problem.id not in gone]
-
-
-def drawn_by(task: Task) -> set[str]:
-    """Ids of the problems that a task can draw, if they are finitely many."""
-    return {problem.id for problem in task.all_problems()} if hasattr(task, "all_problems") else set()
 
 
 def setting(exam: Exam, team: Team) -> dict:
@@ -202,15 +197,16 @@ def scores(rollouts: Rollouts, mode: str, k: int, task: Task) -> dict:
     returns = rollouts.grouped_returns  # (P, k), or more at equal tokens
     right, drawn = (returns == 1).double(), rollouts.group_size
     chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
-    found = {"rollouts_per_problem": drawn, "partial": bool(((returns != 0) & (returns != 1)).any())}
     each = {"avg_at_k": (chosen == 1).double().mean(1), "return_at_k": chosen.double().mean(1)}
     each["pass_at_k"] = best_of(right, k)
+    found = {"rollouts_per_problem": drawn, "partial": bool(((returns != 0) & (returns != 1)).any())}
     for name, values in each.items():
         found[name], found[f"{name}_ci"] = mean_interval(values)
     for name, values in (("pass_at", right), ("best_at", returns)):
-        found[name], found[f"{name}_ci"] = {}, {}
-        for j in sorted({2**i for i in range(drawn.bit_length())} | {drawn}):
-            found[name][str(j)], found[f"{name}_ci"][str(j)] = mean_interval(best_of(values, j))
+        js = sorted({2**i for i in range(drawn.bit_length())} | {drawn})
+        means = {str(j): mean_interval(best_of(values, j)) for j in js}
+        found[name] = {j: mean for j, (mean, _) in means.items()}
+        found[f"{name}_ci"] = {j: interval for j, (_, interval) in means.items()}
     return found | {"tokens_sampled": rollouts.tokens_sampled}
 
 

@@ -193,9 +193,7 @@ def plain_sample(model: Transformer, prompts: Tensor, new: int) -> None:
 def training_cases(team: Team, config: Config, short: bool) -> Iterator[Case]:
     """One optimizer step of each agent on the same rollouts, at a rate of 0, so that all repeats are alike.
 
-    The plain step has a row for each rollout, padded on the right, all logits and AdamW. Ours computes what
-    rollouts have in common once, and logits only where something is trained. Advantages are drawn at random,
-    so no group lacks them. The norms of the gradients are compared.
+    Advantages are drawn at random, so no group lacks them. The norms of the gradients are compared.
     """
     problems = team.task.sample_problems(2 if short else config.problems, rng.generator(0, "problems"))
     rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
@@ -225,10 +223,10 @@ def adamw(model) -> torch.optim.AdamW:
 def plain_step(
     ours: Transformer, rows: Tensor, starts: Tensor, advantages: Tensor, temperature: float
 ) -> tuple[Tensor]:
-    """One step on Eq. 10, whose gradient at pi_old is that of a message's log-prob times its advantage.
+    """One step with a row for each rollout, all logits and AdamW. Returns the norm of the gradient.
 
-    Row r (T,) ends with the agent's message, from `starts[r]` on, and is padded by -1. Returns the norm of
-    the gradient before clipping.
+    At pi_old the gradient of Eq. 10 is that of a message's log-prob times its advantage. Row r (T,) ends with
+    the agent's message, from `starts[r]` on, and is padded by -1.
     """
     model, B = in_transformers(ours), max(1, BATCH_TOKENS // rows.shape[1])
     for ids, start, advantage in zip(rows.split(B), starts.split(B), advantages.split(B)):
@@ -285,13 +283,13 @@ def phases(lines: list[dict]) -> list[dict]:
     """From metrics.jsonl: seconds of a stage by purpose, without the first stage, which makes buffers."""
     updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
     ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
-    rows, rest = [], ends[-1] - ends[0]
+    rows, stages, rest = [], len(ends) - 1, ends[-1] - ends[0]
     for phase, count in (("sampling", "tokens_sampled"), ("training", "tokens_trained")):
         spent, tokens = (sum(update[key] for update in updates) for key in (f"seconds_{phase}", count))
-        rows.append({"by": phase, "seconds": spent, "tokens_per_second": tokens / spent})
         rest -= spent
-    rows.append({"by": "the rest", "seconds": rest})
-    return [{"case": "stage", **row, "seconds": row["seconds"] / (len(ends) - 1)} for row in rows]
+        rate = {"seconds": spent / stages, "tokens_per_second": tokens / spent}
+        rows.append({"case": "stage", "by": phase, **rate})
+    return [*rows, {"case": "stage", "by": "the rest", "seconds": rest / stages}]
 
 
 # All
