@@ -14,7 +14,7 @@ BATCHES = 300
 
 
 def z(values: torch.Tensor, truth: float) -> float:
-    """How many standard errors the mean of these is away from the truth."""
+    """Standard errors from the truth to the mean of these."""
     return ((values.mean() - truth) / values.std() * len(values) ** 0.5).item()
 
 

@@ -7,10 +7,8 @@ import math
 import pytest
 import torch
 from ready import Prepared
-from tiny import each_model, random_model, random_tokens
 
 from teamtr_min.engine import packing
-from teamtr_min.engine.cache import Step
 from teamtr_min.engine.packing import batches_of, pack, trees_of
 from teamtr_min.objective import teamtr_loss
 
@@ -87,28 +85,6 @@ def test_batches_keep_within_their_bound_and_hold_every_tree_once(most, unit, mo
         assert (tokens.numel() <= most or len(rows) == 1) and tokens.shape[1] % unit == 0
     assert sorted(id(tree) for rows in batches for tree in rows) == sorted(map(id, trees))
     assert batches_of([], most, 6.0, CPU) == [] == trees_of([], most, 6.0)
-
-
-@each_model
-def test_packed_hidden_states_and_their_gradients_are_those_of_plain_rows(family, tied):
-    model = random_model(family, tied).double()
-    trunk = random_tokens(model, 9)
-    sequences = [torch.cat((trunk[:n], random_tokens(model, 3 + n, seed=n))).tolist() for n in (2, 9, 5, 9)]
-    sequences += [sequences[0], sequences[1][:7]]
-    sequences += [random_tokens(model, n, seed=n).tolist() for n in (4, 30)]
-    (rows,) = batches_of(trees_of(enumerate(sequences), 10**6, 1e9), 10**6, 1e9, CPU)
-    assert sum(map(len, rows)) < sum(map(len, sequences)) and len(rows) > 1
-    packed = pack(rows, CPU)
-    at = torch.tensor([t for n in range(len(sequences)) for t in packed.paths[n]])
-    step = Step.trees(packed.positions, packed.end, model.dtype)
-    found = model.hidden(packed.tokens, step, at)
-    plain = torch.cat([model.hidden(torch.tensor([s]))[0] for s in sequences])
-    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
-    weight = torch.randn(plain.shape, generator=torch.Generator().manual_seed(3), dtype=torch.double)
-    names, parameters = zip(*model.model.named_parameters())
-    gradients = [torch.autograd.grad((h * weight).sum(), parameters) for h in (found, plain)]
-    for name, p, q in zip(names, *gradients):
-        assert (p - q).norm() <= 1e-6 * q.norm() > 0, name
 
 
 def plainly(ready: Prepared, agent: int, old):
