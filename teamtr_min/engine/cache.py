@@ -16,11 +16,8 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 class KVCache:
-    """Keys and values of many sequences of different lengths; row b holds its first `length[b]` positions.
-
-    `keys` and `values` are (layers, rows, K, capacity, D). Entries past a row's length are leftovers, which
-    no query sees.
-    """
+    """Keys and values (layers, rows, K, capacity, D) of many sequences; row b holds its first `length[b]`
+    positions. Entries past them are leftovers, which no query sees."""
 
     def __init__(self, model, rows: int, capacity: int = 0):
         c, device = model.config, model.device
@@ -30,7 +27,6 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions of a row that there is room for."""
         return self.keys.shape[3]
 
     def reserve(self, positions: int) -> None:

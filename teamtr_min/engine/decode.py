@@ -1,8 +1,7 @@
 """One new token for each of the first rows of a cache: what `Transformer.hidden` computes for T = 1, faster.
 
-A decode step does little work in many operations, so their number counts. A product adds its result to the
-residual stream by itself. On CUDA five kernels (kernels/layer.py, kernels/decode.py) do the rest of a layer,
-and a whole step, draw included, is one CUDA graph. Letters as in model.py.
+A decode step does little work in many operations, so their number counts. On CUDA five kernels do what a
+layer has beside its products, and a whole step, draw included, is one CUDA graph. Letters as in model.py.
 """
 
 import functools

@@ -135,11 +135,9 @@ def _end(number: int, frame) -> None:
 
 
 def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
-    """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices.
-
-    From then on they are fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen
-    parameters, such as the base of LoRA adapters, stay whole, in `dtype`; agents may share them.
-    """
+    """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices: they become
+    fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen parameters, such as the
+    base of LoRA adapters, stay whole, in `dtype`; agents may share them."""
     from torch.distributed.device_mesh import init_device_mesh  # these imports take a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -161,9 +159,8 @@ def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.d
 def unsharded(*models: Transformer) -> Iterator[None]:
     """Whole weights within, gathered once, on entering; without effect where models are not sharded.
 
-    All ranks must enter. Within, sampling and forward passes involve no other rank, so each may make any
-    number of them. A backward pass sums gradients over the ranks, so all must make equally many. What is
-    trained are the parameters that the model has outside.
+    All ranks must enter, and make equally many backward passes, which sum gradients over the ranks. Sampling
+    and forward passes involve no other rank. What is trained are the parameters that the model has outside.
     """
     parts = [part for model in models for part in model.modules() if hasattr(part, "unshard")]
     with connected():
@@ -179,9 +176,7 @@ def unsharded(*models: Transformer) -> Iterator[None]:
 
 def halving(work: Callable[[int], Any], size: int, ranks: Ranks = ALONE) -> tuple[Any, int]:
     """work(size), and where memory runs out again with half the size; the result, and the size that did it.
-
-    Several processes are in the middle of an exchange then and cannot change their minds: the error stands.
-    """
+    Several processes are in the middle of an exchange then, so that the error stands."""
     while True:
         try:
             return work(size), size

@@ -70,9 +70,7 @@ def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_to
     return [_tree(ordered[run], shared[run], numbers) for run in _cheapest_runs(len(ordered), cost)]
 
 
-def batches_of(
-    trees: list[Tree], most: int, pairs_per_token: float, device: torch.device
-) -> list[list[Tree]]:
+def batches_of(trees: list[Tree], most: int, pairs_per_token: float, device) -> list[list[Tree]]:
     """Trees as batches of rows: at most `most` tokens when padded, or one tree. The longest come first, so
     that memory peaks at once or never."""
     trees = sorted(trees, key=len, reverse=True)
@@ -89,11 +87,9 @@ def batches_of(
 
 
 def _cheapest_runs(count: int, cost: Callable[[int, int], np.ndarray]) -> list[slice]:
-    """`count` things in a row, cut into runs that together cost the least.
-
-    cost(low, j): of the runs from low, ..., j up to j; infinite for those that are too large. The cheapest
-    runs up to j are one that ends with j and the cheapest ones up to where it begins.
-    """
+    """`count` things in a row, cut into runs that together cost the least: the cheapest runs up to j are one
+    that ends with j and the cheapest ones up to where it begins. cost(low, j): of the runs from low, ..., j
+    up to j; infinite for those that are too large."""
     best, begin, low = np.zeros(count + 1), [0] * (count + 1), 0
     for j in range(count):
         total = best[low : j + 1] + cost(low, j)

@@ -55,10 +55,8 @@ def generate(
 
 class Sampler:
     """`start` begins a collection of some rows, a sequence each; `generate` lets some of them grow; `finish`
-    ends it. Cache and CUDA graphs stay for the next collection, without graphs only until `finish`.
-
-    Rows that are being written have the first places of the cache, so a decode step works on a plain slice.
-    A row that ends trades places with the last one that goes on.
+    ends it. Cache and CUDA graphs stay for the next collection, without graphs only until `finish`. Rows that
+    are being written have the first places of the cache: one that ends trades places with the last one.
     """
 
     def __init__(self, model: Transformer):

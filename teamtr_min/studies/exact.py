@@ -207,25 +207,16 @@ def log_ratio(x: Rollouts, new: Team, old: Team) -> Tensor:
     return rollouts(new, x.number).logp - rollouts(old, x.number).logp
 
 
-def centred_return(team: Team) -> Tensor:
-    """R - E[R | problem] of every rollout (X, 1): Eq. 9 of a large group, before its division."""
-    game = team.game
-    expected = team.value[: len(game.start)] / game.gamma ** (game.turns - 1)  # (P,)
-    return (game.reward.view(len(expected), -1) - expected[:, None]).reshape(-1, 1)
-
-
-def objective(
-    old: Team, new: Team, agent: int, advantage: Tensor | None = None, clip: float = 0.2, beta: float = 0.0
-) -> Tensor:
+def objective(old: Team, new: Team, agent: int, clip: float = 0.2, beta: float = 0.0) -> Tensor:
     """Eq. 10 [paper] in expectation over the agent's messages in rollouts of `old`, to be maximised: ().
 
         E_m[ min(w A, clip(w, 1 - eps, 1 + eps) A) ] - beta KL(old || new)      w = new(m | s) / old(m | s)
 
-    advantage: (X, turns), or (X, 1) for one number per rollout, as `centred_return`; None: the exact A(s, m).
-    The penalty is the expectation of its k3 form, which is the KL. Log-ratios are not clamped.
+    A is the exact A(s, m). The penalty is the expectation of its k3 form, which is the KL. Log-ratios are not
+    clamped.
     """
     every = rollouts(old)
-    advantage = old.advantage[every.state, every.message] if advantage is None else advantage
+    advantage = old.advantage[every.state, every.message]  # (X, turns)
     weight = old.rollout_law[:, None] * (every.agent == agent)  # (X, turns)
     w = (new.logp - old.logp)[every.state, every.message].exp()
     clipped = torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
