@@ -121,25 +121,25 @@ def summary(path: Path) -> dict | None:
 
 def row(arm: Arm) -> dict:
     """What an arm's runs came to: lists over seeds."""
-    found = {"setting": arm.setting, "name": arm.name, "flags": arm.flags}
-    columns = [*COLUMNS.values(), ("return_final", ""), ("curve", "")]
-    found |= {key: [] for key, _ in columns}
-    for path in arm.runs:
-        log, of_run = read_log(path / "metrics.jsonl"), summary(path)
-        stages, updates = ([line for line in log if line["kind"] == kind] for kind in ("stage", "update"))
-        last = [u.get("ess_weights", 1.0) for u in updates if u["update"] == arm.flags["agents"] - 1]
-        of_run["collections"] = sum(u["rollouts"] > 0 for u in updates) / max(1, len(stages))
-        of_run["ess_last"] = sum(last) / len(last) if last else None  # a joint stage has one update
-        # [rollouts, held-out return] at the start, where it was measured, at the end
-        measured = [s for s in stages if "return_held_out" in s]
-        curve = [[0, of_run["return_start"]]]
-        curve += [[s["rollouts_so_far"], s["return_held_out"]] for s in measured]
-        if of_run["return_final"] is not None:
-            curve.append([of_run["rollouts"], of_run["return_final"]])
-        of_run["curve"] = curve
-        for key, _ in columns:
-            found[key].append(of_run[key])
-    return found
+    runs = [of_run(path, arm.flags["agents"] - 1) for path in arm.runs]
+    keys = [key for key, _ in COLUMNS.values()] + ["return_final", "curve"]
+    names = {"setting": arm.setting, "name": arm.name, "flags": arm.flags}
+    return names | {key: [run[key] for run in runs] for key in keys}
+
+
+def of_run(path: Path, last: int) -> dict:
+    """Its summary; collections a stage; the mean ESS of update `last`; [rollouts, held-out return] at the
+    start, where it was measured, at the end."""
+    log, found = read_log(path / "metrics.jsonl"), summary(path)
+    stages, updates = ([line for line in log if line["kind"] == kind] for kind in ("stage", "update"))
+    ess = [u.get("ess_weights", 1.0) for u in updates if u["update"] == last]
+    curve = [[s["rollouts_so_far"], s["return_held_out"]] for s in stages if "return_held_out" in s]
+    curve.insert(0, [0, found["return_start"]])
+    if found["return_final"] is not None:
+        curve.append([found["rollouts"], found["return_final"]])
+    collections = sum(u["rollouts"] > 0 for u in updates) / max(1, len(stages))
+    mean = sum(ess) / len(ess) if ess else None  # a joint stage has one update
+    return found | {"collections": collections, "ess_last": mean, "curve": curve}
 
 
 def at_equal_rollouts(rows: list[dict]) -> list[dict]:
