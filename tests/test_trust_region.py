@@ -145,20 +145,12 @@ def test_small_kl_is_not_rounding(launches):
     assert got["kl_k3"].item() == pytest.approx(want["kl_k3"].item(), rel=1e-5)
 
 
-def test_wrong_ids_are_refused_on_a_cpu_and_make_the_loss_nan_elsewhere(launches):
-    (logp, old_logp, message, advantage), options = batch([3, 4])
-    agent, beta = options["agent"], torch.zeros(3, device=DEVICE)
-    for ids, agents, says in [
-        (message.flip(0), agent, "ids must ascend below 2"),
-        (message + 1, agent, "ids must ascend below 2"),
-        (message, agent + 3, r"agents must be within 0\.\.2"),
-    ]:
-        if DEVICE == "cpu":
-            with pytest.raises(ValueError, match=says):
-                kernels.trust_region_loss(logp, old_logp, ids, advantage, agent=agents, n_agents=3)
-        below = trust_region._TrustRegion.apply  # the check
-        arguments = (logp, old_logp, advantage, options["weight"], beta, ids, agents)
-        assert below(*arguments, 0.2, "message", "message")[0].isnan()
+def test_wrong_ids_make_the_loss_nan(launches):
+    (*arguments, advantage), options = batch([3, 4])
+    message, agent = arguments.pop(), options["agent"]
+    for ids, agents in ((message.flip(0), agent), (message + 1, agent), (message, agent + 3)):
+        loss, _ = kernels.trust_region_loss(*arguments, ids, advantage, agent=agents, n_agents=3)
+        assert loss.isnan()
 
 
 def test_bad_input_is_refused():
@@ -175,9 +167,6 @@ def test_bad_input_is_refused():
     for extra in ({"ratio": "tokens"}, {"kl_unit": "nat"}):
         with pytest.raises(ValueError, match="|".join(map(repr, extra.values()))):
             kernels.trust_region_loss(logp, old_logp, message, advantage, **extra)
-    if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="weights not negative"):
-            kernels.trust_region_loss(logp, old_logp, message, advantage, weight=-torch.ones(2))
 
 
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
