@@ -126,38 +126,35 @@ def test_sampled_means_are_right_up_to_a_bias_of_one_over_the_number_of_rollouts
     assert bias[2] < 0 and 2.5 < bias[2] / bias[8] < 6.5 and teams[2].J - x.returns.mean() > 0.02
 
 
-class Script:
-    """A stage's RolloutSource on sampled rollouts of enumerable teams."""
+def play(monkeypatch, teams: list[Team], min_ess: float) -> tuple[Rollouts, list[int], exact.Rollouts]:
+    """A stage's RolloutSource on 512 sampled rollouts of enumerable teams, all updates made: the rollouts of
+    one that would follow, the number of each team that was sampled, the latest sample."""
+    sampled, now = [], 0
 
-    def __init__(self, monkeypatch, teams: list[Team], min_ess: float, count: int = 512):
-        self.teams, self.now, self.first, self.collected, self.x = teams, 0, 0, 0, None
+    def collect(*_) -> Rollouts:
+        nonlocal drawn
+        sampled.append(now)
+        g, none = torch.Generator().manual_seed(now), torch.zeros(512, dtype=torch.long)
+        drawn = exact.sample_rollouts(teams[now], none, g)
+        return Rollouts([Problem("", "", "")] * 512, [], drawn.returns, 8)
 
-        def collect(*_) -> Rollouts:
-            self.collected, self.first = self.collected + 1, self.now
-            g, none = torch.Generator().manual_seed(self.now), torch.zeros(count, dtype=torch.long)
-            self.x = exact.sample_rollouts(teams[self.now], none, g)
-            return Rollouts([Problem("", "", "")] * count, [], self.x.returns, 8)
-
-        monkeypatch.setattr(occupancy, "collect", collect)
-        self.source = RolloutSource(Config(min_ess=min_ess), None, [], 0)
-
-    def play(self) -> Rollouts:
-        """All updates; returns the rollouts of one that would follow."""
-        for i, (old, new) in enumerate(pairwise(self.teams)):
-            self.source.of_update(i)
-            self.now = i + 1
-            self.source.updated(log_ratio(self.x, new, old).sum(1))
-        return self.source.of_update(len(self.teams) - 1)
+    monkeypatch.setattr(occupancy, "collect", collect)
+    source, drawn = RolloutSource(Config(min_ess=min_ess), None, [], 0), None
+    for i, (old, new) in enumerate(pairwise(teams)):
+        source.of_update(i)
+        now = i + 1
+        source.updated(log_ratio(drawn, new, old).sum(1))
+    return source.of_update(len(teams) - 1), sampled, drawn
 
 
 @pytest.mark.parametrize("floor, collections", [(0.0, 1), (0.6, 2), (0.999, 4), (1.0, 4)])
 def test_rollouts_are_collected_again_when_their_share_falls_below_the_floor(monkeypatch, floor, collections):
     teams = climbed(small_game(), 0, kl=0.05)
-    script = Script(monkeypatch, teams, floor)
-    rollouts = script.play()
-    assert script.collected == collections and rollouts.ess >= floor
-    assert rollouts.ess == pytest.approx(rollout_share(teams[script.first], teams[-1]).item(), rel=0.1)
-    rho = log_ratio(script.x, teams[-1], teams[script.first]).sum(1).exp()
+    rollouts, sampled, drawn = play(monkeypatch, teams, floor)
+    first = teams[sampled[-1]]
+    assert len(sampled) == collections and rollouts.ess >= floor
+    assert rollouts.ess == pytest.approx(rollout_share(first, teams[-1]).item(), rel=0.1)
+    rho = log_ratio(drawn, teams[-1], first).sum(1).exp()
     assert rollouts.ess == pytest.approx((rho.sum() ** 2 / (512 * rho.square().sum())).item(), rel=1e-4)
 
 
@@ -173,9 +170,8 @@ def test_no_floor_sees_a_message_that_no_rollout_holds_and_the_radius_bounds_it(
     it is 1e-8, and a return of 0.3 is estimated as 0. Only --min-ess 1 collects. But the KL of the update
     bounds what is unseen: at most 1 - exp(-delta), 2% at the radius of 0.02."""
     teams = rare_message(1e-9, 0.3)
-    script = Script(monkeypatch, teams, floor)
-    rollouts = script.play()
-    assert script.collected == 1 + (floor == 1) and rollouts.ess == pytest.approx(1.0)
+    rollouts, sampled, _ = play(monkeypatch, teams, floor)
+    assert len(sampled) == 1 + (floor == 1) and rollouts.ess == pytest.approx(1.0)
     assert rollout_share(*teams) < 2e-8 and teams[1].J == pytest.approx(0.3)
     weights = torch.ones(512) if rollouts.weights is None else rollouts.weights
     assert (weights * rollouts.returns).mean().item() == pytest.approx(0.3 if floor == 1 else 0.0, abs=0.07)

@@ -17,7 +17,7 @@ from teamtr_min.files import UserError, function_from_file, replacing, to_json, 
 def test_json_is_strict():
     value = {"radius": math.inf, "low": (-math.inf, 0.5), "text": "Ωμ", "none": None, "yes": True}
     assert json.loads(to_json(value)) == value | {"radius": "inf", "low": ["-inf", 0.5]}
-    assert float("inf") == math.inf and "Ωμ" in to_json(value)
+    assert "Ωμ" in to_json(value)
     with pytest.raises(ValueError):
         to_json({"x": [math.nan]})
 
@@ -78,9 +78,7 @@ def helper(x):
     return 1 / x
 
 def grade(x):
-    if x == "deep":
-        return helper(0)
-    return Entry(x).number
+    return helper(Entry(x).number)
 """
 
 
@@ -89,11 +87,10 @@ def test_a_users_file_is_named_by_the_line_in_which_it_failed(tmp_path, monkeypa
     (tmp_path / "mine.py").write_text(OWN)
     for path in ("mine.py", str(tmp_path / "mine.py")):  # relative paths as they were typed
         grade = function_from_file(path, "grade")
-        assert grade(3) == 3
         with pytest.raises(ZeroDivisionError) as caught:
-            grade("deep")
+            grade(0)
         words = f"{path}, line 10: `grade` failed: ZeroDivisionError: division by zero"
-        assert users_line(caught.value) == words
+        assert grade(4) == 0.25 and users_line(caught.value) == words
     with pytest.raises(TypeError) as caught:
         len(3)
     assert users_line(caught.value) is None

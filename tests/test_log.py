@@ -38,16 +38,6 @@ def test_a_mean_returns_interval_covers_the_mean_as_often_as_it_says():
         assert 0.93 < covered < 0.97, (name, covered)
 
 
-def test_partial_credit_is_what_is_shown_and_accuracy_stands_beside_it():
-    results = log.held_out_results(torch.tensor([0.5, 0.7]), "start")
-    results |= log.held_out_results(torch.tensor([0.9, 1.0]), "final")
-    assert results["return_final"] == pytest.approx(0.95) and results["accuracy_final"] == 0.5
-    shown = log.held_out_score(results, "final", since="start")
-    assert shown.startswith("return 0.600 -> 0.950 [") and shown.endswith("] (accuracy 0.000 -> 0.500)")
-    right = log.held_out_results(torch.tensor([0.0, 1.0, 1.0, 0.0]), "final")
-    assert log.held_out_score(right, "final") == "accuracy 0.500 [0.150, 0.850]"
-
-
 def test_violation_rates_count_what_exceeded_its_radius_and_a_line_holds_what_was_measured():
     updates = [{"delta": 0.02, "kl": kl} for kl in (0.01, 0.03, 0.02, 0.5)]
     assert log.violation_rate([*updates, {"kl": 9.0}, {"delta": 0.02}], "kl") == 0.5

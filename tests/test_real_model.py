@@ -1,18 +1,17 @@
 """A real instruct model, of 135 million parameters, all the way: a warm start, an update, evaluation."""
 
-import json
 import os
 
 import pytest
 import torch
 from commands import evaluate
 from tiny import real_model
+from toy_runs import lines, results
 
 import train
 
-SMALL = ["--agents", "2", "--task", "sums", "--device", "cpu", "--warm-start", "4", "--problems", "2",
-         "--stages", "1", "--group", "4", "--inner-steps", "1", "--eval-problems", "2",
-         "--max-new-tokens", "12"]  # fmt: skip
+SMALL = """--agents 2 --task sums --warm-start 4 --problems 2 --stages 1 --group 4 --inner-steps 1
+    --eval-problems 2 --max-new-tokens 12 --device cpu"""
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +23,11 @@ def all_threads():
 
 
 def test_a_real_team_starts_warm_trains_inside_its_radius_and_is_evaluated(tmp_path, capsys):
-    model = str(real_model())
     out = tmp_path / "run"
-    assert train.main(["--model", model, *SMALL, "--out", str(out)]) == 0
-    summary = json.loads((out / "summary.json").read_text())
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    warm = [line for line in lines if line["kind"] == "warm_start"]
-    updates = [line for line in lines if line["kind"] == "update"]
-    assert len(warm) == 8 and len(updates) == 2
-    assert warm[-1]["loss"] < 0.5 * warm[0]["loss"]
+    assert train.main(["--model", str(real_model()), *SMALL.split(), "--out", str(out)]) == 0
+    (summary, updates, _), warm = results(out), lines(out, "warm_start")
+    assert len(warm) == 8 and warm[-1]["loss"] < 0.5 * warm[0]["loss"]
+    assert len(updates) == 2 and summary["accuracy_final"] is not None
     assert all(u["kl_after"] <= u["delta"] and u["sampler_mismatch_max"] < 1e-2 for u in updates)
-    assert summary["accuracy_final"] is not None
     found = evaluate(capsys, "sums", "--team", str(out), "--problems", "2")
     assert found["problems"] == 2 and found["benchmark"] == "sums"

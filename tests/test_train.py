@@ -123,37 +123,41 @@ class task(Relay):
 def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(PARTIAL)
-    flags = "--task mine.py --eval-every 1 --eval-problems 32".split()
-    summary, _, stages = run(Path("run"), *flags)
-    said = capsys.readouterr().out
+    summary, _, stages = run(Path("run"), *"--task mine.py --eval-every 1 --eval-problems 32".split())
     start, final = summary["return_start"], summary["return_final"]
     assert summary["accuracy_start"] == summary["accuracy_final"] == 0 and 0.2 < min(start, final)
-    assert f"start         held-out return {start:.3f} [" in said
-    assert f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return " in said
-    assert "mean return on each stage's problems" in said
-    assert f"held-out return {start:.3f} -> {final:.3f} [" in said
-    assert "] (accuracy 0.000 -> 0.000), 32 problems" in said
+    said = capsys.readouterr().out
+    for words in (
+        f"start         held-out return {start:.3f} [",
+        f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return ",
+        "mean return on each stage's problems",
+        f"held-out return {start:.3f} -> {final:.3f} [",
+        "] (accuracy 0.000 -> 0.000), 32 problems",
+    ):
+        assert words in said
 
 
 ROUTER = "calls = []\ndef router(turn, messages, agents, uniform):\n    calls.append(turn)\n"
 
 
-@pytest.mark.parametrize("calls", [0, 150])
 @pytest.mark.parametrize(
     "fault, words",
-    [("return 7", "line 2: `router` returned 7"), ("1 / 0", "line 4: `router` failed: ZeroDivision")],
+    [
+        ("if len(calls) > 0: return 7", "line 2: `router` returned 7"),
+        ("if len(calls) > 150: 1 / 0", "line 4: `router` failed: ZeroDivision"),
+    ],
 )
 def test_a_run_that_fails_names_the_users_line_and_keeps_its_team_if_it_had_measured_anything(
-    tmp_path, capsys, monkeypatch, calls, fault, words
+    tmp_path, capsys, monkeypatch, fault, words
 ):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(f"{ROUTER}    if len(calls) > {calls}: {fault}\n    return turn % agents\n")
+    Path("mine.py").write_text(f"{ROUTER}    {fault}\n    return turn % agents\n")
     assert train.main([*TOY, "--out", "run", "--router", "mine.py"]) == 2
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith(f"error: mine.py, {words}")
     assert ("Traceback" in said) == ("failed" in words)
-    assert Path("run").exists() == (calls > 0)
-    if calls:
+    assert Path("run").exists() == ("150" in fault)
+    if "150" in fault:
         summary = json.loads(Path("run/summary.json").read_text())
         assert summary["reason"] == "error" and f"mine.py, {words}" in summary["stopped"]
         assert Path("run/agents/2/model.safetensors").is_file()
@@ -175,15 +179,13 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_team(tmp_path, capsy
 
 
 def test_an_existing_output_directory_is_refused_first_and_never_written_into(tmp_path, capsys):
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("years of work")
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
     for flags in ([], ["--model", "nonesuch"]):
-        sentence = refusal(capsys, train.main, *TOY, "--out", str(mine), *flags)
-        assert f"--out {mine} exists and is not empty; give another" in sentence
-    assert "Not a directory" in refusal(capsys, train.main, *TOY, "--out", str(mine / "thesis.tex"))
-    assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
-    assert (mine / "thesis.tex").read_text() == "years of work"
+        sentence = refusal(capsys, train.main, *TOY, "--out", str(tmp_path), *flags)
+        assert f"--out {tmp_path} exists and is not empty; give another" in sentence
+    assert "Not a directory" in refusal(capsys, train.main, *TOY, "--out", str(thesis))
+    assert [*tmp_path.iterdir()] == [thesis] and thesis.read_text() == "years of work"
 
 
 def test_a_reader_who_leaves_stops_the_run_without_a_traceback_and_it_resumes(tmp_path):

@@ -35,8 +35,7 @@ def results(out: Path) -> tuple[dict, list[dict], list[dict]]:
 
 def timeless(records: list[dict]) -> list[dict]:
     """Without what two equal runs differ in."""
-    varying = "seconds", "memory"
-    return [{k: v for k, v in record.items() if not k.startswith(varying)} for record in records]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "memory"))} for r in records]
 
 
 def weights(out: Path) -> list[dict]:
