@@ -139,10 +139,10 @@ def test_an_answer_that_takes_long_is_wrong_and_the_next_is_graded_at_once():
         assert is_correct(boxed(f"(x-1)(x+{k + 2})"), f"x^2+{k + 1}x-{k + 2}")
     assert time.perf_counter() - start < 20 * LIMIT  # of processor time, and other tests run beside
     assert _worker().pid == worker and LIMIT <= 1, "no library is loaded again"
-    start = time.process_time()
+    asked = equivalent.cache_info().misses
     for huge in ("x^2+(10^9)!", "x+9^{9^{9^9}}", r"\sqrt{(10^8)!}"):
         assert not is_correct(boxed(huge), "x^2-1")
-    assert time.process_time() - start < 0.1, "none is worked out"
+    assert equivalent.cache_info().misses == asked, "such numbers are not worked out"
     assert is_correct(boxed(r"x^{100}(x+1)"), r"x^{101}+x^{100}")
 
 

@@ -20,16 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@each_model
-def test_shards_load_like_one_file(tmp_path, family, tied):
-    model = random_model(family, tied)
-    for shards in (1, 3):
-        loaded = load_model(write_checkpoint(tmp_path / str(shards), model, shards))
-        assert_same(loaded, model)
-        assert loaded.config == model.config
-        assert all(p.requires_grad for p in loaded.parameters())
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @each_dtype
 def test_every_stored_precision_loads_into_every_compute_precision(tmp_path, stored, dtype):
