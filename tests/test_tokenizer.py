@@ -10,26 +10,19 @@ from tiny import LLAMA3_STYLE, ODD_TEXTS, refusal, shared, write_sentencepiece, 
 
 from teamtr_min import load_tokenizer
 
-LOOK = {"name": "look", "arguments": {"at": "Zürich <b>"}}
+
+def said(*turns: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "Zürich <b>"}}}
+LOOKS = [{"role": "assistant", "content": None, "tool_calls": [LOOK]}]
+TALK = ("user", "B: 3+4"), ("assistant", "7"), ("user", "B: no, 8"), ("assistant", "8 it is\n")
 CHATS = [
-    [{"role": "user", "content": "What is 7*8?"}],
-    [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": " hi "}],
-    [
-        {"role": "system", "content": "You are A."},
-        {"role": "user", "content": "B: 3+4"},
-        {"role": "assistant", "content": "7"},
-        {"role": "user", "content": "B: no, 8"},
-        {"role": "assistant", "content": "8 it is\n"},
-    ],
-    [{"role": "user", "content": text or "nothing"} for text in ODD_TEXTS],
-    [
-        {"role": "user", "content": "weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": LOOK}]},
-        {"role": "tool", "content": '{"degrees": 21}'},
-        {"role": "tool", "content": "sunny"},
-        {"role": "assistant", "content": "21 degrees."},
-    ],
-]
+    said(("user", "What is 7*8?")), said(("system", "Be brief.\n"), ("user", " hi ")),
+    said(("system", "You are A."), *TALK), said(*(("user", text or "nothing") for text in ODD_TEXTS)),
+    said(("user", "weather?")) + LOOKS + said(("tool", '{"degrees": 21}'), ("assistant", "21")),
+]  # fmt: skip
 
 # Everything else that templates out there rely on.
 ODDITIES = """\
@@ -66,8 +59,8 @@ def in_transformers(directory):
 
 def test_any_text_survives_encoding_and_decoding(tmp_path):
     """Special tokens that are written out too; they are one id each, and not shown unless asked for."""
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
-    draw = random.Random(0)
+    made = (write_tokenizer(tmp_path / str(i), shift=i // 2) for i in range(3))
+    draw, (same, tokenizer, other) = random.Random(0), map(load_tokenizer, made)
     texts = ODD_TEXTS + ["".join(chr(draw.randrange(1, 0xD800)) for _ in range(n)) for n in range(40)]
     for text in texts:
         ids = tokenizer.encode(text)
@@ -75,10 +68,8 @@ def test_any_text_survives_encoding_and_decoding(tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode_batch([tokenizer.encode(text) for text in texts[-9:]]) == texts[-9:]
     ids = tokenizer.encode("1<|im_end|>2")
-    assert [i in tokenizer.special_ids for i in ids] == [False, True, False]
-    same, other = (load_tokenizer(write_tokenizer(tmp_path / str(shift), shift=shift)) for shift in range(2))
+    assert [i in tokenizer.special_ids for i in ids] == [False, True, False] and tokenizer.decode(ids) == "12"
     assert same.hash == tokenizer.hash != other.hash and other.encode("x1") != tokenizer.encode("x1")
-    assert tokenizer.decode(ids) == "12"
 
 
 @pytest.mark.parametrize("add_eos", [False, True])

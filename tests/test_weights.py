@@ -1,22 +1,28 @@
 """Checkpoints in every layout that transformers writes, to memory and back, and where they are found."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 import os
-import subprocess
-import sys
+import shutil
+import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import errors
 from tiny import CONFIGS, LLAMA3, assert_same, each_model, random_model, refusal, write_checkpoint
+from tiny import write_tokenizer as write_bytes
 
-from teamtr_min import load_model, save_model
+from teamtr_min import load_model, load_tokenizer, save_model
 from teamtr_min.config import Config
+from teamtr_min.hf import weights
+from teamtr_min.hf.hub import ALIASES, snapshot
 from teamtr_min.hf.weights import RELAY, config_json, find_model, pinned, read_config
 
-ROOT = Path(__file__).resolve().parents[1]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -102,36 +108,19 @@ def test_what_is_saved_loads_here_and_in_transformers_and_the_other_way_round(tm
     torch.testing.assert_close(model.float()(tokens), theirs.float().eval()(tokens).logits, atol=1e-4, rtol=0)
 
 
-PEAK = """
-import sys, torch
-from teamtr_min import load_model
+@pytest.mark.parametrize("shards", [1, 3])
+def test_loading_takes_the_model_and_one_tensor_no_more(tmp_path, monkeypatch, shards):
+    made, read, model = [], weights.read, random_model("qwen2")
 
-def mib(field):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    def watched(file, name):
+        assert not any(tensor() is not None for tensor in made), "the one before is still in memory"
+        tensor = read(file, name)
+        made.append(weakref.ref(tensor))
+        return tensor
 
-load_model("relay")  # whatever is imported on the way is imported now
-before = mib("VmRSS")
-for dtype in (torch.bfloat16, torch.float32):  # the smaller one first: the peak never falls
-    load_model(sys.argv[1], dtype=dtype)
-    print(mib("VmHWM") - before)
-"""
-
-
-def test_loading_takes_the_model_and_one_tensor_no_more(tmp_path):
-    status = Path("/proc/self/status")
-    if not status.is_file() or "VmHWM" not in status.read_text():
-        pytest.skip("this system does not tell a process its peak memory")
-    sizes = dict(vocab_size=30_000, hidden_size=512, intermediate_size=4096, layers=4, head_dim=64)
-    with torch.device("meta"):
-        model = random_model("qwen2", **sizes).to_empty(device="cpu")
-    write_checkpoint(tmp_path, model, change=lambda tensors: [t.fill_(0.01) for t in tensors.values()])
-    stored = [p.numel() * 4 / 2**20 for p in model.parameters()]  # MiB
-    assert sum(stored) > 150
-    command = [sys.executable, "-c", PEAK, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for peak, size in zip(map(float, result.stdout.split()), (sum(stored) / 2, sum(stored)), strict=True):
-        assert size < peak < size + max(stored) + 16
+    monkeypatch.setattr(weights, "read", watched)
+    load_model(write_checkpoint(tmp_path, model, shards), dtype=torch.bfloat16)
+    assert len(made) == len(weights.checkpoint_tensors(model))
 
 
 # What is refused, by name
@@ -214,8 +203,82 @@ def test_names_of_models_lead_to_directories(tmp_path, monkeypatch):
     assert config.models == [str(tmp_path / "here, too"), "relay"]  # from any directory
 
 
-def test_a_name_that_leads_nowhere_gets_a_helpful_sentence(tmp_path):
+def test_a_name_that_leads_nowhere_gets_a_helpful_sentence_before_anything_is_asked(tmp_path, hub):
     (tmp_path / "model.safetensors").touch()
-    for name in ("", "qwen9", "./nothing/here", "x" * 5000, str(tmp_path / "model.safetensors")):
+    for name in ("", "qwen9", "a/b/c", "/nowhere", "~/no", "x" * 5000, f"{tmp_path}/model.safetensors"):
         sentence = refusal(find_model, name)
         assert "give a directory" in sentence and "relay" in sentence and "qwen2.5-1.5b" in sentence
+    assert not hub.asked
+
+
+# The hub
+
+
+COMMIT = "c" * 40
+
+
+class Hub:
+    """Stands for snapshot_download: copies files of `directory` to a cache, and remembers the requests."""
+
+    def __init__(self, directory: Path, cache: Path):
+        self.directory, self.cache, self.asked, self.fails = directory, cache / "snapshots" / COMMIT, [], None
+
+    def __call__(self, repo, revision, allow_patterns):
+        self.asked.append((repo, revision))
+        if self.fails:
+            raise self.fails
+        self.cache.mkdir(parents=True, exist_ok=True)
+        for file in self.directory.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, self.cache / file.name)
+        return str(self.cache)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    (tmp_path / "repo").mkdir()
+    hub = Hub(tmp_path / "repo", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    snapshot.cache_clear()
+    yield hub
+    snapshot.cache_clear()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_only_what_is_read_is_fetched_and_asked_for_once(hub, shards):
+    model = random_model("qwen2")
+    write_bytes(write_checkpoint(hub.directory, model, shards=shards))
+    wanted = {file.name for file in hub.directory.iterdir()}
+    for name in ("pytorch_model.bin", "README.md", "consolidated.safetensors"):
+        (hub.directory / name).write_bytes(b"never read")
+    assert_same(load_model("org/tiny@v2"), model)
+    assert load_tokenizer("org/tiny@v2").encode("ab") and find_model("org/tiny@v2").name == COMMIT
+    assert {file.name for file in hub.cache.iterdir()} == wanted
+    assert hub.asked == [("org/tiny", "v2"), ("org/tiny", COMMIT)]
+
+
+def test_an_alias_is_a_hub_id_in_capitals_or_not_with_a_revision_or_without(hub):
+    write_bytes(write_checkpoint(hub.directory, random_model("qwen2")))
+    for name, revision in (("qwen2.5-1.5b", "main"), ("Qwen2.5-1.5B@v2", "v2")):
+        find_model(name)
+        assert hub.asked[-2] == ("Qwen/Qwen2.5-1.5B-Instruct", revision)
+    assert all(alias == alias.lower() and ALIASES[alias].count("/") == 1 for alias in ALIASES)
+    config = pinned(Config(model="qwen3-0.6b,relay", agents=2, task="relay"))
+    assert config.models == [f"Qwen/Qwen3-0.6B@{COMMIT}", "relay"]
+
+
+def test_a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched(hub):
+    write_bytes(write_checkpoint(hub.directory, random_model("qwen2"), config={"mlp_bias": True}))
+    assert "mlp_bias is not supported" in refusal(find_model, "org/tiny")
+    assert not list(hub.cache.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("error", [
+    errors.GatedRepoError("403, restricted", response=Mock(headers={})), OSError(28, "No space left"),
+    errors.LocalEntryNotFoundError("traffic has been disabled"), errors.HTTPError("connection broke off"),
+])  # fmt: skip
+def test_a_failure_is_one_sentence_with_the_model_the_reason_and_ways_out(hub, error):
+    hub.fails = error
+    sentence = refusal(find_model, "org/tiny")
+    assert sentence.startswith("org/tiny@main cannot be had from the Hugging Face hub: ")
+    assert str(error) in sentence and "hf auth login" in sentence and "--local-dir" in sentence

@@ -99,19 +99,6 @@ def test_the_fingerprint_changes_with_the_problems_their_answers_and_the_grader(
 # ---- data sets by name
 
 
-@pytest.fixture
-def publish(tmp_path, monkeypatch):
-    """Publishes problems under a name of FILES, with the right hash. The cache is empty at first."""
-    monkeypatch.setenv("TEAMTR_CACHE", str(tmp_path / "cache"))
-
-    def put(name: str, *texts: str, field: str = "problem"):
-        file = write(tmp_path / f"{name}-published", *texts, field=field)
-        monkeypatch.setitem(FILES, name, (file.as_uri(), hashlib.sha256(file.read_bytes()).hexdigest()))
-        return file
-
-    return put
-
-
 def test_every_name_is_a_task_and_every_file_is_pinned():
     assert {file for *names, _ in DATASETS.values() for file in names if file} == set(FILES)
     assert set(DATASETS) < set(TASKS) and all(len(sha256) == 32 for _, sha256 in FILES.values())
@@ -120,8 +107,13 @@ def test_every_name_is_a_task_and_every_file_is_pinned():
             load_task(Config(task=name), training=True)
 
 
-def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500(publish, tmp_path):
-    files = [publish("math-train", "a", "b", "c"), publish("math500", "b", "d")]
+def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEAMTR_CACHE", str(tmp_path / "cache"))
+    files = []
+    for name, texts in {"math-train": "abc", "math500": "bd"}.items():  # published here, with the right hash
+        files.append(write(tmp_path / name, *texts, field="problem"))
+        sha256 = hashlib.sha256(files[-1].read_bytes()).hexdigest()
+        monkeypatch.setitem(FILES, name, (files[-1].as_uri(), sha256))
     for _ in range(2):
         task = load_task(Config(task="math"), training=True)
         assert [p.text for p in task.train] == ["a", "c"] and [p.text for p in task.held_out] == ["b", "d"]
