@@ -182,8 +182,8 @@ class Sampler:
         trees = trees_of(new, min(self.prefill_tokens, PREFILL_TREE), cost)
         for batch in batches_of(trees, self.prefill_tokens, cost, device):
             packed = pack(batch, device)
-            source = torch.tensor([t for path in packed.paths.values() for t in path], device=device)
-            rows = torch.tensor([p for p, path in packed.paths.items() for _ in path], device=device)
+            places = [(p, t) for p, path in packed.paths.items() for t in path]
+            rows, source = torch.tensor(places, device=device).t()
             ends = torch.tensor([path[-1] for path in packed.paths.values()], device=device)
             step = Step.trees(packed.positions, packed.end, model.dtype)
             step.keep(cache, rows, packed.positions.flatten()[source], source)

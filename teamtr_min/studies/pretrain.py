@@ -16,7 +16,7 @@ learns one code for all sums; the problems of a run never have a hint.
 """
 
 import argparse
-import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
@@ -53,27 +51,7 @@ ROWS = 128  # transcripts per step
 PARTS = 4  # batches of similar length that they are sorted into
 PEAK_LR = 4e-3
 CAREFUL_ONLY = 0.5  # share of the steps, the first ones, in which all solvers are careful
-SPECIAL = ["<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
-# One token per header. System prompts are left out: this model reads nothing but chains.
-TEMPLATE = (
-    "{%- for message in messages %}{%- if message.role != 'system' %}"
-    "{{- '<|' + message.role + '|>' + message.content + '<|end|>' }}"
-    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
-)
-
-
-def write_tokenizer(directory: Path) -> None:
-    """One token per character, per header and per writer's name."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *"0123456789+-*"])}
-    backend = Backend(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    backend.add_tokens([AddedToken(f"{name}:\n", normalized=False) for name in Relay.agent_names])
-    directory.mkdir(parents=True, exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    config = {"eos_token": "<|end|>", "unk_token": "<|unk|>", "chat_template": TEMPLATE}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # 17 pieces, and headers; no system prompts
 
 
 def transcript(generator: np.random.Generator, course: Course, careful: float) -> str:
@@ -163,11 +141,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps (default 3000; convention 1500)")
     args = parser.parse_args(argv)
     course, out = COURSES[args.task], args.out or ASSETS / args.task
-    write_tokenizer(out)
-    tokenizer = load_tokenizer(out)
+    tokenizer = load_tokenizer(ASSETS / args.task)  # one token per character, header and writer's name
     model = initial_model(tokenizer.vocab_size)
     loss = train(model, tokenizer, course, args.steps or course.steps)
     save_model(model, out)
+    for file in TOKENIZER if args.out else ():
+        shutil.copy(ASSETS / args.task / file, out / file)
     print(f"{out}: loss {loss:.3f}; next: python eval.py {args.task} --model {out}")
 
 
