@@ -13,7 +13,7 @@ import train
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.extras import warm_start
-from teamtr_min.extras.warm_start import as_rollouts, imitate, read_demonstrations
+from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses, read_demonstrations
 from teamtr_min.learner import Diverged
 from teamtr_min.rollout import agent_batches
 from teamtr_min.tasks import Relay, load_task
@@ -44,8 +44,8 @@ def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     model.zero_grad()
     before = ready.learner.clone_masters()
-    got = imitate(ready.learner, batches, lr=0.0)
-    assert got["tokens"] == len(losses)
+    got = descend(ready.learner, next_token_losses(batches), lr=0.0)
+    assert batches.tokens == len(losses)
     assert got["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert got["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(before, ready.learner.masters))  # lr 0
@@ -55,7 +55,7 @@ def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
 def test_an_error_after_the_step_or_within_it_leaves_the_weights_of_before(error, monkeypatch):
     """Once after a good step, so that Adam has a state to go back to."""
     ready, _, batches = shown()
-    imitate(ready.learner, batches, lr=1e-3)
+    descend(ready.learner, next_token_losses(batches), lr=1e-3)
     before = ready.learner.snapshot()
     wanted = [p.clone() for p in before.masters], [{k: v.clone() for k, v in s.items()} for s in before.state]
 
@@ -66,7 +66,7 @@ def test_an_error_after_the_step_or_within_it_leaves_the_weights_of_before(error
 
     monkeypatch.setattr(ready.learner, "step", broken)
     with pytest.raises(error):
-        imitate(ready.learner, batches, lr=1e-2)
+        descend(ready.learner, next_token_losses(batches), lr=1e-2)
     after = ready.learner.snapshot()
     assert all(torch.equal(a, b) for a, b in zip(after.masters, wanted[0]))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(after.state, wanted[1]) for k in b)
@@ -75,7 +75,7 @@ def test_an_error_after_the_step_or_within_it_leaves_the_weights_of_before(error
     with torch.no_grad():
         ready.model.model.norm.weight[0] = torch.nan
     with pytest.raises(Diverged, match="the loss of a supervised step is nan"):
-        imitate(ready.learner, batches, lr=1e-3)
+        descend(ready.learner, next_token_losses(batches), lr=1e-3)
 
 
 @pytest.mark.parametrize("name, agents", [("relay", 5), ("convention", 3)])
@@ -107,8 +107,8 @@ def test_a_run_measures_before_the_warm_start_and_after_it(warmed):
 @pytest.mark.parametrize(
     "moment, most, done",  # `most`: steps between checkpoints; `done`: steps of the last one
     [
-        ((11, warm_start, "imitate"), 10, 0),
-        ((11, warm_start, "imitate"), 2, 2),
+        ((11, warm_start, "descend"), 10, 0),
+        ((11, warm_start, "descend"), 2, 2),
         ((1, train, "update"), 10, 6),
     ],
 )

@@ -24,6 +24,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from teamtr_min.config import Config, Parser
 from teamtr_min.engine import rng
 from teamtr_min.engine.model import Transformer
 from teamtr_min.extras.diagnostics import bootstrap
-from teamtr_min.extras.warm_start import as_rollouts, descend, imitate
+from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses
 from teamtr_min.files import UserError, lock, replacing, to_json
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner
@@ -91,21 +92,19 @@ class Lesson(NamedTuple):
     heads: list[Tensor]  # (V, H) each
     temperature: float
 
+    def log_probs(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """hidden (N, H), head (V, H) -> (N, V) fp32."""
+        logits = F.linear(hidden.to(head.device).float(), head.float())
+        return (logits / self.temperature).log_softmax(1)
+
     def frozen(self) -> list[Tensor]:
         """Log-probs (N, V) of the newcomer as it came and of the incumbent."""
-        pairs = zip(self.hidden, self.heads)
-        return [log_probs(x.to(head.device), head, self.temperature) for x, head in pairs]
+        return [*map(self.log_probs, self.hidden, self.heads)]
 
     def loss(self, model: Transformer, weight: Tensor) -> Tensor:
         """Sum of KL(pi_target || model) over the tokens; weight (N,) of the incumbent in the target."""
         hidden, head = self.batch.hidden(model)[self.batch.pair], model.head[: len(self.heads[0])]
-        target = mixture(*self.frozen(), weight)
-        return kl_divergence(target, log_probs(hidden, head, self.temperature)).sum()
-
-
-def log_probs(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """hidden (N, H), head (V, H) -> (N, V) fp32."""
-    return (F.linear(hidden.float(), head.float()) / temperature).log_softmax(1)
+        return kl_divergence(mixture(*self.frozen(), weight), self.log_probs(hidden, head)).sum()
 
 
 @torch.no_grad()
@@ -120,16 +119,14 @@ def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) ->
     heads = [model.head.detach()[:vocabulary].clone() for model in models]
     tokens = min(config.batch_tokens, MOST_LOGITS // vocabulary)
     own, its = (agent_batches(team, rollouts, [j], none, tokens).own for team in (new, old))
-
-    seen = {}  # (rollout, turn) -> the incumbent's hidden states (tokens, H) of that message
+    seen, found = {}, []  # (rollout, turn) -> the incumbent's hidden states (tokens, H) of that message
     for batch in its:
         hidden, lengths = batch.hidden(models[1])[batch.pair].cpu(), torch.bincount(batch.message).tolist()
         seen |= zip(zip(batch.rollout.tolist(), batch.turn.tolist()), hidden.split(lengths))
-    found = []
     for batch in own:
-        its_own = batch.hidden(models[0])[batch.pair].cpu()
         incumbents = [seen[place] for place in zip(batch.rollout.tolist(), batch.turn.tolist())]
-        found.append(Lesson(batch, [its_own, torch.cat(incumbents)], heads, config.temperature))
+        hidden = [batch.hidden(models[0])[batch.pair].cpu(), torch.cat(incumbents)]
+        found.append(Lesson(batch, hidden, heads, config.temperature))
     return found
 
 
@@ -152,11 +149,6 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
         taught = [(lesson, mixture_weight(*lesson.frozen(), config.delta)) for lesson in found]
         tokens = sum(len(weight) for _, weight in taught)
         outside = sum(int(weight.count_nonzero()) for _, weight in taught)
-
-        def step(lr: float) -> float:
-            parts = (lesson.loss(learner.models[0], weight) / messages for lesson, weight in taught)
-            return descend(learner, parts, lr)["loss"]
-
     else:  # the texts are demonstrations
         rows = zip(rollouts.problems, rollouts.messages)
         shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row])) for problem, row in rows]
@@ -164,12 +156,14 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
         batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
         tokens = outside = batches.tokens
 
-        def step(lr: float) -> float:
-            return imitate(learner, batches, lr)["loss"]
+    def parts() -> Iterator[Tensor]:
+        if shared:
+            return (lesson.loss(learner.models[0], weight) / messages for lesson, weight in taught)
+        return next_token_losses(batches)
 
     steps, peak = steps if outside else 0, LR_FACTOR * config.lr * config.lr_scales[j]
     rates = [peak * (1 - i / steps) for i in range(steps)]
-    losses = [step(rate) for rate in (*rates, 0.0)]  # the last step changes nothing
+    losses = [descend(learner, parts(), rate)["loss"] for rate in (*rates, 0.0)]  # the last changes nothing
     return {
         "shared_vocabulary": shared, "probes": messages, "outside": outside / tokens, "align_steps": steps,
         "align_loss_before": losses[0], "align_loss_after": losses[-1],
@@ -223,11 +217,9 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
         shock = bootstrap(torch.mean, before.returns - played.returns, group=1, seed=stage)
         line[f"shock_{when}"], line[f"shock_{when}_ci"] = shock
     played = [before, *probes, *after.values()]
-    line |= {
-        "rollouts_replace": sum(rollouts.count_sampled for rollouts in played),
-        "tokens_sampled_replace": sum(rollouts.tokens_sampled for rollouts in played),
-        "seconds_replace": time.perf_counter() - begin,
-    }
+    line["rollouts_replace"] = sum(rollouts.count_sampled for rollouts in played)
+    line["tokens_sampled_replace"] = sum(rollouts.tokens_sampled for rollouts in played)
+    line["seconds_replace"] = time.perf_counter() - begin
     logs["metrics.jsonl"] += (to_json(line) + "\n").encode()
     state["bytes"] = {file: len(content) for file, content in logs.items()}
     state["seconds"] += line["seconds_replace"]
@@ -266,12 +258,9 @@ def main(argv: list[str] | None = None) -> int:
         models[args.agent] = args.model
         changes = {"model": ",".join(models), "stages": args.stages or config.stages}
         line = replace(args.resume, args.agent, pinned(dataclasses.replace(config, **changes)), args.align)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
     for when in [w for w in ("replaced", "aligned") if f"shock_{w}" in line]:
         shock, (low, high) = line[f"shock_{when}"], line[f"shock_{when}_ci"]
         print(f"agent {args.agent} {when}: held-out return {line['return_before']:.3f} -> "

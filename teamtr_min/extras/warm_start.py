@@ -8,7 +8,7 @@ whole transcripts, by the masters and the optimizer that train it from then on.
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError
 from teamtr_min.learner import Diverged, Learner, keep_company
-from teamtr_min.rollout import AgentBatch, Batches, Rollouts, agent_batches
+from teamtr_min.rollout import Batches, Rollouts, agent_batches
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
 from teamtr_min.team import Team
 
@@ -43,27 +43,22 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
         for learner in learners:
             begin = time.perf_counter()
             batches = agent_batches(team, rollouts, learner.agents, none, config.batch_tokens)
-            line = {"step": step, "agents": learner.agents, "lr": lr, **imitate(learner, batches, lr)}
+            line = {"step": step, "agents": learner.agents, "lr": lr, "tokens": batches.tokens}
+            if batches.messages:
+                line |= descend(learner, next_token_losses(batches), lr)
             run.log_warm_start(line, time.perf_counter() - begin)
         run.end_warm_step(step)
 
 
-def imitate(learner: Learner, batches: Batches, lr: float) -> dict[str, float]:
-    """One step on the mean of -log p over all trainable tokens.
-
-    Returns `loss` in nats per token before the step, `grad_norm` before clipping, and the number of `tokens`.
-    """
-
-    def part(batch: AgentBatch | Transformer) -> Tensor | Transformer:
+def next_token_losses(batches: Batches) -> Iterator[Tensor | Transformer]:
+    """The mean of -log p over all trainable tokens in parts, for `descend`."""
+    for batch in batches.own:
         if isinstance(batch, Transformer):
-            return batch
+            yield batch
+            continue
         hidden = batch.hidden(batch.model)  # (pairs, H)
         logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
-        return -logp.sum() / batches.tokens
-
-    if not batches.messages:
-        return {"tokens": 0}
-    return descend(learner, map(part, batches.own), lr) | {"tokens": batches.tokens}
+        yield -logp.sum() / batches.tokens
 
 
 def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) -> dict[str, float]:
