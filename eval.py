@@ -38,10 +38,8 @@ from teamtr_min.tasks import TASKS, load_task
 
 SPEED = ("kernels", "sampling", "training", "stage")
 OTHERS = (*SPEED, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
-TEAM_FLAGS = (
-    "model agents rounds router roles fields drop_long temperature max_new_tokens "
-    "seed device dtype batch_rows"
-).split()
+TEAM_FLAGS = "model agents rounds router roles fields drop_long temperature max_new_tokens seed".split()
+TEAM_FLAGS += ["device", "dtype", "batch_rows"]
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 
 
@@ -51,27 +49,22 @@ def main(argv: list[str] | None = None) -> int:
         args, flags = parse(argv)
         ranks = join()
         jobs = plan(args, flags, ranks)  # refuses wrong names before anything is loaded
+        for name, job in jobs:  # one that fails does not stop the others
+            try:
+                for result, text in job():
+                    if ranks.first:
+                        print(to_json(result) if args.json else text, flush=True)
+            except Exception as error:
+                if ranks.size > 1 or len(jobs) == 1:
+                    raise  # other processes may not have failed, and would wait for this one
+                failures.append(f"error: {name}: {sentence(error)}")
     except Exception as error:
-        ranks.say(f"error: {sentence(error)}")
-        return ranks.leave(2)
-    for name, job in jobs:  # one that fails does not stop the others
-        try:
-            for result, text in job():
-                if ranks.first:
-                    print(to_json(result) if args.json else text, flush=True)
-        except Exception as error:
-            failures.append(f"{name}: {sentence(error)}" if len(jobs) > 1 else sentence(error))
-            code = 2
-            if ranks.size > 1:
-                break  # other processes may not have failed, and would wait for this one
-        except KeyboardInterrupt:
-            code = 130
-            break
+        failures.append(f"error: {sentence(error)}")
+    except KeyboardInterrupt:
+        failures, code = [*failures, "interrupted"], 130
     for failure in failures:
-        ranks.say(f"error: {failure}")
-    if code == 130:
-        ranks.say("interrupted")
-    return ranks.leave(code)
+        ranks.say(failure)
+    return ranks.leave(code or 2 * bool(failures))
 
 
 def sentence(error: Exception) -> str:
@@ -85,14 +78,11 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     """All flags, and those of them that are fields of Config. Raises UserError for what cannot be."""
     parser = Parser(__doc__)
     add, names = parser.add_argument, ", ".join([*TASKS, *OTHERS])
-    modes = (
-        "team; solo: its first agent takes every turn, compared with the team at equal tokens; best_of: the "
-        "likeliest of k rollouts; vote: the answer of most of k (default team)"
-    )
     names += ", FILE.py with a task, or ask and a question (default: the task of the run)"
+    modes = "solo: one agent, at equal tokens; best_of: the likeliest of k rollouts; vote: what most of k say"
     add("benchmarks", nargs="*", metavar="benchmark", help=names)
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
-    add("--mode", choices=accuracy.MODES, default="team", help=modes)
+    add("--mode", choices=accuracy.MODES, default="team", help=f"{modes} (default team)")
     add("--k", type=int, default=1, help="rollouts per problem (default 1)")
     add("--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)")
     add("--data", help="JSONL of problems to take instead of the held-out ones")
@@ -114,10 +104,10 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
     words, teams = args.benchmarks, [team for team in args.team.split(",") if team] or [None]
     if words[:1] == ["ask"]:
         return [("ask", partial(ask, words[1:], args, flags))] if ranks.first else []
-    unknown = [name for name in words if name not in (*TASKS, *OTHERS) and not Path(name).is_file()]
-    if unknown:
-        known = ", ".join([*TASKS, *OTHERS])
-        raise UserError(f"no benchmark {', '.join(unknown)}: give {known}, ask, or FILE.py with a task")
+    for name in words:
+        if name not in (*TASKS, *OTHERS) and not Path(name).is_file():
+            known = ", ".join([*TASKS, *OTHERS])
+            raise UserError(f"no benchmark {name}: give {known}, ask, or FILE.py with a task")
     evaluator, exams, others = accuracy.Evaluator(args.mode, args.k, ranks), [], []
     for team in teams:
         for name in words or [None]:
@@ -126,9 +116,8 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
                 exams.append(accuracy.prepare(subject, name, args.problems, args.data))
             elif ranks.first and (team == teams[0] or name in ("report", "export")):
                 others.append((name, partial(other, name, team, args, flags)))
-    table, file = accuracy.Table(len(exams) > 1), None
-    if args.samples:
-        file = open(args.samples, "w", encoding="utf-8")
+    table = accuracy.Table(len(exams) > 1)
+    file = open(args.samples, "w", encoding="utf-8") if args.samples else None
     jobs = [(f"{e.config.task}, {e.team}", partial(evaluate, e, evaluator, table, file)) for e in exams]
     return jobs + others
 

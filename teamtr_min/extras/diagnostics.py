@@ -136,11 +136,13 @@ class Diagnostics:
         agents out of all rollouts."""
         if not self.config.diagnostics:
             return {}
-        own = self.rollouts
-        cost = {"rollouts": own.count_sampled, "tokens_sampled": own.tokens_sampled, "seconds": own.seconds}
-        writes, wrote = self._writes(own), self._writes(self.first)
+        writes, wrote = self._writes(self.rollouts), self._writes(self.first)
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
-        return {f"{name}_diagnostics": value for name, value in cost.items()} | self.found[-1]
+        return self.found[-1] | {
+            "rollouts_diagnostics": self.rollouts.count_sampled,
+            "tokens_sampled_diagnostics": self.rollouts.tokens_sampled,
+            "seconds_diagnostics": self.rollouts.seconds,
+        }
 
     def of_stage(self) -> dict:
         """Thm 3.6: the sum of the updates' bounds, each a proxy; empty if no update was diagnosed.
@@ -150,12 +152,10 @@ class Diagnostics:
         """
         if not any(self.found):
             return {}
-        total = {n: sum(f.get(n, 0.0) for f in self.found) for n in ("certificate", "penalty", "bound")}
+        penalty = sum(found["penalty"] for found in self.found if found)
         gaps = [abs(found["gap"]) for found in self.found[1:] if found]
-        return {
-            "certificate": total["certificate"], "vacuous": total["penalty"] > 1, "bound": total["bound"],
-            "delta_stale": sum(gaps) / len(gaps) if gaps else None,
-        }  # fmt: skip
+        sums = {name: sum(f[name] for f in self.found if f) for name in ("certificate", "bound")}
+        return sums | {"vacuous": penalty > 1, "delta_stale": sum(gaps) / len(gaps) if gaps else None}
 
     def _estimates(self, writes: Tensor, wrote: Tensor) -> dict:
         group, seed, returns = self.rollouts.group_size, self.config.seed, self.rollouts.grouped_returns
@@ -172,13 +172,12 @@ class Diagnostics:
             ("kl_held_out", message_kl, log_w, writes),
         ):
             found[name], found[f"{name}_ci"] = bootstrap(statistic, *tables, group=group, seed=seed)
-        low, high = found["surrogate_ci"]
+        (low, high), kl = found["surrogate_ci"], [found["kl_held_out"], found["kl_held_out_ci"][1]]
         zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
-        penalty = penalty_constant() * math.sqrt(max(found["kl_held_out"], 0.0)) + zeta / (1 - GAMMA)
+        penalty = penalty_constant() * math.sqrt(max(kl[0], 0.0)) + zeta / (1 - GAMMA)
         turns = writes.sum(1).float()  # (R,) messages of the agents in each rollout
         # An agent that writes one message cannot move the states it acts in: L^seq is its gain exactly.
-        kl = max(found["kl_held_out_ci"][1], 0.0)
-        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * kl / 2)
+        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl[1], 0.0) / 2)
         certificate = found["surrogate"] - penalty
         return found | {"zeta": zeta, "certificate": certificate, "penalty": penalty, "bound": bound}
 
@@ -202,21 +201,21 @@ def weights_of(model: Transformer) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-@torch.no_grad()
-def fill(model: Transformer, weights: list[Tensor]) -> None:
-    for p, value in zip((p for p in model.parameters() if p.requires_grad), weights):
-        p.copy_(value)
-
-
 @contextlib.contextmanager
 def swapped(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
     """Within, the model has these weights in place of its own."""
+
+    @torch.no_grad()
+    def fill(values: list[Tensor]) -> None:
+        for p, value in zip((p for p in model.parameters() if p.requires_grad), values):
+            p.copy_(value)
+
     own = weights_of(model)
+    fill(weights)
     try:
-        fill(model, weights)
         yield
     finally:
-        fill(model, own)
+        fill(own)
 
 
 @torch.no_grad()
