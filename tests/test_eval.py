@@ -20,7 +20,7 @@ from teamtr_min.bench.accuracy import best_of, pick
 from teamtr_min.config import Config
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.loading import build_team
-from teamtr_min.tasks import Problem, Relay, WordProblems
+from teamtr_min.tasks import Problem, Relay
 from teamtr_min.tasks.task import Message
 
 PAIR = "--agents", "2", "--device", "cpu"
@@ -120,17 +120,12 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys):
     assert found[2]["team"] == "runs/newer" and found[2]["avg_at_k"] == found[1]["avg_at_k"]
 
 
-@pytest.mark.parametrize("flags", [["--task", "mine.py"], ["--task", "jsonl", "--data", "sums.jsonl"]])
-def test_the_command_that_a_run_prints_last_works_for_every_task(capsys, monkeypatch, flags):
-    sums = [json.dumps({"question": f"{i % 10}+{i // 10}", "answer": "?"}) for i in range(60)]
-    Path("sums.jsonl").write_text("\n".join(sums))
+def test_the_command_that_a_run_prints_last_works_for_a_task_of_ones_own(capsys):
     Path("mine.py").write_text("from teamtr_min.tasks import Relay as task")
-    # The shipped model has no tokens for the English roles.
-    monkeypatch.setattr(WordProblems, "roles", lambda self, n: Relay(Config()).roles(n))
-    run(Path("runs/mine"), *flags, "--stages", "1")
+    run(Path("runs/mine"), "--task", "mine.py", "--stages", "1")
     words = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python eval.py ").split()
     named, plain = (evaluate(capsys, *w, "--problems", "4") for w in (words, words[1:]))
-    assert named["benchmark"] == plain["benchmark"] == flags[1] and named["avg_at_k"] == plain["avg_at_k"]
+    assert named["benchmark"] == plain["benchmark"] == "mine.py" and named["avg_at_k"] == plain["avg_at_k"]
 
 
 def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):

@@ -110,17 +110,6 @@ def test_the_floor_of_a_step_counted_by_hand():
     assert found == pytest.approx(expected, rel=0.02)  # norms, biases
 
 
-def test_the_floor_of_sampling_counted_by_hand():
-    config, team = team_of(agents=2)
-    case = next(speed.sampling_cases(team, config, short=True))  # 3 rows, 5 new tokens
-    c = team.agents[0].model.config
-    layers = sum(p.numel() for name, p in team.agents[0].model.named_parameters() if ".layers." in name)
-    head = c.vocab_size * c.hidden_size
-    assert case.tokens == 15 and case.flops == 2 * 3 * (layers * (32 + 5 - 1) + head * 5)
-    cached = 3 * (32 + 2.5) * 2 * c.layers * c.kv_heads * c.head_dim
-    assert case.bytes == 5 * 4 * (layers + head + cached)
-
-
 def test_what_cannot_be_measured_here_is_a_sentence(capsys):
     assert "--agents has no effect on training" in refusal(
         capsys, evaluation.main, *"training --agents 5".split()
