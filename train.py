@@ -69,7 +69,7 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
                     normalise=not config.no_group_norm,
                     weight=rollouts.grouped_weights,
                 ).flatten()  # (R,)
-                lr = learning_rate(config, (stage + i / len(learners)) / config.stages, learner.agents)
+                lr = learning_rate(config, (stage + i / len(learners)) / config.stages)
 
                 def climb(tokens: int) -> Update:  # Eq. 10 and 11
                     batches = agent_batches(team, rollouts, learner.agents, advantages, tokens)  # noqa: B023

@@ -71,7 +71,6 @@ class Config:
     order: str = knob("fixed", "update order within a stage; random draws one per stage", "fixed", "reversed", "random")
     inner_steps: int = knob(None, "most optimizer steps in one update", least=1)
     lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (times 10 with LoRA)", least=0)
-    lr_scale: str = knob("", "comma-separated factors on lr, one per agent, for unequal models (default: 1 each)")
     lr_end: float = knob(None, "fraction of lr at which the decay ends", least=0)
     # Eq. 9
     advantage_clip: float = knob(2.0, "bound on the normalised advantage, inert above sqrt(group - 1); inf for none", least=0)
@@ -117,7 +116,6 @@ class Config:
         for f in dataclasses.fields(self):
             check(f, getattr(self, f.name))
         # fmt: off
-        one_rate = "--occupancy joint makes one step for all agents, at one rate: leave out --lr-scale"
         for broken, why in (
             (self.beta and not 1e-4 <= self.beta <= 1, "--beta lies between 1e-4 and 1, or is 0 for no penalty"),
             (self.lr_end > 1, "--lr-end is a fraction of --lr, from 0 to 1"),
@@ -127,7 +125,6 @@ class Config:
             (self.min_ess and self.occupancy in ("stale", "joint"), f"--min-ess is about --occupancy corrected; {self.occupancy} rollouts are collected once a stage"),
             (self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)), "--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to"),
             (len(self.models) not in (1, self.agents), f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent"),
-            (len(set(self.lr_scales)) > 1 and self.occupancy == "joint", one_rate),
         ):
             if broken:
                 raise UserError(why)
@@ -152,20 +149,6 @@ class Config:
     def shipped(self) -> bool:
         """Whether all models come with the code."""
         return set(self.models) <= set(SHIPPED)
-
-    @property
-    def lr_scales(self) -> list[float]:
-        """One factor per agent."""
-        words = self.lr_scale.split(",") if self.lr_scale else ["1"] * self.agents
-        try:
-            scales = [float(word) for word in words]
-        except ValueError:
-            scales = []
-        if len(scales) != self.agents or not all(0 < scale < math.inf for scale in scales):
-            raise UserError(
-                f"--lr-scale {self.lr_scale!r}: give {self.agents} positive numbers, one per agent"
-            )
-        return scales
 
     @property
     def turns(self) -> int:

@@ -85,11 +85,6 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
-    @property
-    def trained(self) -> int:
-        """Parameters that an update changes."""
-        return sum(p.numel() for p in self.parameters)
-
     def measure(self, batches: Batches, config: Config) -> Measured:
         """Eq. 10 and 11 at the weights as they are, by a forward pass over all batches.
 

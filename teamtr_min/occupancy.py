@@ -37,10 +37,10 @@ def update_order(config: Config, stage: int, updates: int) -> list[int]:
     return order
 
 
-def learning_rate(config: Config, done: float, agents: list[int]) -> float:
+def learning_rate(config: Config, done: float) -> float:
     """Cosine decay from lr to lr_end * lr; `done` is the share of the run's updates that are made."""
     decayed = 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr_scales[agents[0]] * config.lr * (config.lr_end + (1 - config.lr_end) * decayed)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * decayed)
 
 
 class RolloutSource:

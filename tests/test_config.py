@@ -85,10 +85,8 @@ def test_resume_takes_a_run_as_it_was_started(tmp_path):
 
 
 def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
-    for scale, factors in (("", [1, 1, 1, 1]), ("1,3", [1, 3, 1, 3])):
-        config = Config(agents=2, lr=10.0, lr_end=0.2, lr_scale=scale)
-        rates = [learning_rate(config, done / 4, [done % 2]) / factors[done] for done in range(4)]
-        assert rates == pytest.approx([10, 6 + 4 * 0.5**0.5, 6, 6 - 4 * 0.5**0.5])
+    rates = [learning_rate(Config(lr=10.0, lr_end=0.2), done / 4) for done in range(4)]
+    assert rates == pytest.approx([10, 6 + 4 * 0.5**0.5, 6, 6 - 4 * 0.5**0.5])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,6 @@ def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
         ("--delta nan", "--delta is nan"),
         ("--lr inf", "--lr must be finite"),
         ("--lr-end 2", "--lr-end is a fraction of --lr"),
-        ("--lr-scale 1,2", "give 3 positive numbers"),
         ("--beta 5", "--beta lies between"),
         ("--kl adaptive --delta inf", "--kl adaptive needs"),
         ("--occupancy fresh --min-ess 0.5", "--occupancy fresh means --min-ess 1"),

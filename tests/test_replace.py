@@ -226,7 +226,7 @@ def test_a_newcomer_with_another_vocabulary_learns_from_text(stopped, tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["--lora-rank 2 --dtype bf16 --warm-start 3 --warm-start-lr 5e-2", "--occupancy joint", "--lr-scale 1,3"],
+    ["--lora-rank 2 --dtype bf16 --warm-start 3 --warm-start-lr 5e-2", "--occupancy joint"],
 )
 def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(Relay, "grade", parity)

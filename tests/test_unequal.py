@@ -8,7 +8,7 @@ import torch
 from ready import team_of
 from safetensors.torch import load_file, save_file
 from tiny import MOVED, random_model, write_checkpoint, write_relabelled_tokenizer
-from toy_runs import bits, lines, parity, run
+from toy_runs import bits, parity, run
 
 import train
 from teamtr_min.engine import rng
@@ -80,11 +80,3 @@ def test_the_numbering_of_tokens_changes_nothing(relabelled):
         logps.append(sum(message_logps(team, rollouts, j, 4096) for j in range(3)))
     assert texts[0] == texts[1] and len({text for one in texts[0] for text in one}) > 40
     torch.testing.assert_close(*logps, rtol=0, atol=1e-4)
-
-
-def test_each_agent_has_a_rate_of_its_own_in_the_warm_start_one_for_all(pair, tmp_path):
-    rates = "--lr 1e-9 --warm-start 2 --warm-start-lr 1e-3 --inner-steps 1 --lr-scale 1,3".split()
-    _, updates, _ = run(tmp_path / "run", *FLAGS, "--model", pair, *rates)
-    assert [u["lr"] for u in updates[:2]] == pytest.approx([1e-9, 3e-9 * 0.5 * (1 + 2**-0.5)], rel=1e-6)
-    shown = [line["lr"] for line in lines(tmp_path / "run", "warm_start")]
-    assert shown == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])

@@ -161,7 +161,7 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
             return (lesson.loss(learner.models[0], weight) / messages for lesson, weight in taught)
         return next_token_losses(batches)
 
-    steps, peak = steps if outside else 0, LR_FACTOR * config.lr * config.lr_scales[j]
+    steps, peak = steps if outside else 0, LR_FACTOR * config.lr
     rates = [peak * (1 - i / steps) for i in range(steps)]
     losses = [descend(learner, parts(), rate)["loss"] for rate in (*rates, 0.0)]  # the last changes nothing
     return {
@@ -195,7 +195,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
         raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
     if role.tool:
         raise UserError(f"agent {j} is a tool; only a model can be replaced")
-    alone = dataclasses.replace(changed, agents=1, model=name, lr_scale="", roles="")
+    alone = dataclasses.replace(changed, agents=1, model=name, roles="")
     (newcomer,) = build_team(alone, Questions([role])).agents
     new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
 

@@ -29,14 +29,12 @@ def save(directory: Path, done: int, learners: list[Learner], state: dict) -> No
     With several processes all must call this: the first gathers the tensors and writes. Raises Diverged if a
     weight is not finite, OSError if the disk refuses; older checkpoints stay as they are then.
     """
-    root = directory / "checkpoints"
     if not learners[0].ranks.first:
         for learner in learners:
             _tensors(learner)
         return
-    root.mkdir(exist_ok=True)
-    with replacing(root / f"{done:06d}") as aside:
-        aside.mkdir()
+    with replacing(directory / "checkpoints" / f"{done:06d}") as aside:
+        aside.mkdir(parents=True)
         for j, learner in enumerate(learners):
             save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
         write_json(aside / "state.json", {"beta": [learner.beta for learner in learners], "run": state})
