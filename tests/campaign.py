@@ -31,16 +31,14 @@ def flip_a_bit(file: Path) -> None:
 
 
 def start_or_resume(out: Path, flags: list[str]) -> None:
-    import torch
     from tqdm import tqdm
 
     import train
 
-    torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leak
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    new = not (out / "config.json").exists()
-    sys.exit(train.main([*flags, "--out", str(out)] if new else ["--resume", str(out)]))
+    begun = (out / "config.json").exists()
+    sys.exit(train.main(["--resume", str(out)] if begun else [*flags, "--out", str(out)]))
 
 
 def campaign(seed: int, kills: int) -> None:
@@ -49,24 +47,24 @@ def campaign(seed: int, kills: int) -> None:
 
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train", "torch._dynamo"])  # else most kills hit a child that imports
-    moments, done, kinds = random.Random(seed), 0, range(len(KINDS))
+    moments, done, expected = random.Random(seed), 0, []
 
-    def spawn(out: Path, kind: int) -> multiprocessing.Process:
-        child = processes.Process(target=start_or_resume, args=(out, [*TOY, *FLAGS, *KINDS[kind]]))
+    def spawn(out: Path, flags: list[str]) -> multiprocessing.Process:
+        child = processes.Process(target=start_or_resume, args=(out, [*TOY, *FLAGS, *flags]))
         child.start()
         return child
 
     with tempfile.TemporaryDirectory() as folder:
-        for kind in (0, *kinds):  # the first warms up
-            shutil.rmtree(Path(folder, str(kind)), ignore_errors=True)
+        out = Path(folder, "run")
+        for flags in ([], *KINDS):  # the first warms up
             begin = time.monotonic()
-            spawn(Path(folder, str(kind)), kind).join()
+            spawn(out, flags).join()
             lasts = time.monotonic() - begin
-        expected = [bits(Path(folder, str(kind))) for kind in kinds]
-        for kind in itertools.cycle(kinds):
-            out = Path(folder, "killed")
+            expected.append(bits(out))
+            shutil.rmtree(out)
+        for flags, wanted in itertools.cycle(zip(KINDS, expected[1:])):
             while True:
-                child = spawn(out, kind)
+                child = spawn(out, flags)
                 child.join(moments.uniform(0.1, 0.9) * lasts if done < kills else None)
                 if not child.is_alive():
                     break
@@ -75,7 +73,7 @@ def campaign(seed: int, kills: int) -> None:
                 done += 1
                 if moments.random() < 0.5:
                     harm(out, moments)
-            assert child.exitcode == 0 and bits(out) == expected[kind], f"seed {seed}, after {done} kills"
+            assert child.exitcode == 0 and bits(out) == wanted, f"seed {seed}, after {done} kills"
             shutil.rmtree(out)
             if done >= kills:
                 return

@@ -18,10 +18,9 @@ def team_of(**knobs) -> tuple[Config, Team]:
     return config, build_team(config, load_task(config))
 
 
-def play(path: rng.RngPath | None = None, change=lambda team: None, **knobs) -> tuple[Team, Rollouts]:
-    """Rollouts of five problems, by the team of these knobs as `change` leaves it."""
+def play(path: rng.RngPath | None = None, **knobs) -> tuple[Team, Rollouts]:
+    """Rollouts of five problems."""
     config, team = team_of(**knobs)
-    change(team)
     problems = team.task.sample_problems(5, rng.generator(0, "problems"))
     return team, collect(team, problems, config.group, path or rng.RngPath(0, "train", 0, 0))
 

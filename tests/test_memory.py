@@ -1,6 +1,5 @@
 """What fits is known before anything is loaded: free memory, the plan, its refusals, its peaks."""
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -84,8 +83,7 @@ def planned(**knobs) -> tuple[Config, Relay, memory.Plan]:
 
 @pytest.mark.parametrize("rounds, router", [(1, "round-robin"), (2, "random")])
 def test_no_transcript_is_longer_than_planned(rounds, router):
-    knobs = {"agents": 2, "rounds": rounds, "router": router, "max_new_tokens": 9}
-    config, task, plan = planned(**knobs)
+    config, task, plan = planned(agents=2, rounds=rounds, router=router, max_new_tokens=9)
     assert (config.batch_rows, config.batch_tokens, plan.checkpointing) == (2048, 4096, False)
     team = build_team(config, task)
     for agent in team.agents:
@@ -114,19 +112,24 @@ def test_the_plan_counts_parameters_by_purpose():
     assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizer([0]) == 8 * N // 4
 
 
-def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal(monkeypatch):
+def plans(monkeypatch, mebibytes, **knobs) -> list[memory.Plan]:
+    """For these sizes of memory, from large to small, as long as the run fits."""
     monkeypatch.setattr(memory, "in_use", lambda device: 0)
-    plans = []
-    for mib in (400, *range(160, 50, -10), *range(50, 40, -1)):
+    found, refused = [], False
+    for mib in mebibytes:
         monkeypatch.setenv("TEAMTR_MEMORY", f"{mib}MiB")
         try:
-            plans.append(planned(max_new_tokens=100)[2])
+            found.append(planned(max_new_tokens=100, **knobs)[2])
+            assert not refused and found[-1].total <= found[-1].budget
         except UserError as error:
-            plans.append(None)
-            assert f"{mib}.0 MiB usable on cpu" in str(error) and "--lora-rank 16" in str(error)
-    fit = [plan for plan in plans if plan]
-    assert plans == fit + [None] * (len(plans) - len(fit)) and 0 < len(fit) < len(plans)
-    assert all(plan.total <= plan.budget for plan in fit)
+            refused = True
+            assert f"{mib:.1f} MiB usable on c" in str(error) and "--lora-rank 16" in str(error)
+    assert refused
+    return found
+
+
+def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal(monkeypatch):
+    fit = plans(monkeypatch, [400, *range(160, 50, -10), *range(50, 40, -1)])
     for field in ("rows", "tokens"):
         values = [getattr(plan, field) for plan in fit if not plan.checkpointing]
         assert values == sorted(values, reverse=True) and len(set(values)) > 2
@@ -139,14 +142,11 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
 
 def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_twice(monkeypatch):
     monkeypatch.setattr(memory, "placement", lambda config: (torch.device("cuda"), torch.bfloat16))
-    monkeypatch.setattr(memory, "in_use", lambda device: 0)
     monkeypatch.setattr(memory, "free_memory", lambda device: 1 << 40)
-    ways = []
-    for kib in (30000, *range(12000, 6000, -500)):
-        monkeypatch.setenv("TEAMTR_MEMORY", f"{kib}KiB")
-        with contextlib.suppress(UserError):
-            plan = planned(problems=2, eval_problems=2, max_new_tokens=100, batch_rows=2)[2]
-            ways.append((plan.offload, plan.checkpointing))
+    fit = plans(
+        monkeypatch, [30.0, *torch.arange(12, 6, -0.5).tolist()], problems=2, eval_problems=2, batch_rows=2
+    )
+    ways = [(plan.offload, plan.checkpointing) for plan in fit]
     assert ways == sorted(ways) and set(ways) == {(False, False), (True, False), (True, True)}
 
 
