@@ -100,7 +100,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
 
 
 def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable[[], Results]]]:
-    """Each benchmark with its name, team by team, so that each team is loaded once. Raises UserError."""
+    """Each benchmark with its name. Raises UserError."""
     words, teams = args.benchmarks, [team for team in args.team.split(",") if team] or [None]
     if words[:1] == ["ask"]:
         return [("ask", partial(ask, words[1:], args, flags))] if ranks.first else []
@@ -108,38 +108,39 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
         if name not in (*TASKS, *OTHERS) and not Path(name).is_file():
             known = ", ".join([*TASKS, *OTHERS])
             raise UserError(f"no benchmark {name}: give {known}, ask, or FILE.py with a task")
-    evaluator, exams, others = accuracy.Evaluator(args.mode, args.k, ranks), [], []
+    if args.mode in ("best_of", "vote") and args.k < 2:
+        raise UserError(f"--mode {args.mode} chooses among rollouts; give --k of at least 2")
+    exams, others = [], []
     for team in teams:
         for name in words or [None]:
             if name not in OTHERS:
-                subject = accuracy.find_subject(team, flags, name)
-                exams.append(accuracy.prepare(subject, name, args.problems, args.data))
+                exam = accuracy.find_team(team, flags, name)
+                exams.append(accuracy.prepare(exam, name, args.problems, args.data))
             elif ranks.first and (team == teams[0] or name in ("report", "export")):
                 others.append((name, partial(other, name, team, args, flags)))
     table = accuracy.Table(len(exams) > 1)
-    file = open(args.samples, "w", encoding="utf-8") if args.samples else None
-    jobs = [(f"{e.config.task}, {e.team}", partial(evaluate, e, evaluator, table, file)) for e in exams]
-    return jobs + others
+    file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
 
+    def evaluate(exam: accuracy.Exam) -> Results:
+        result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks)
+        if file:
+            file.writelines(to_json(line) + "\n" for line in accuracy.samples(result, rollouts))
+            file.flush()
+        yield result, table.add(result, rollouts)
 
-def evaluate(exam: accuracy.Exam, evaluator: accuracy.Evaluator, table: accuracy.Table, file) -> Results:
-    result, rollouts = evaluator.evaluate(exam)
-    if file and evaluator.ranks.first:
-        file.writelines(to_json(line) + "\n" for line in accuracy.samples(result, rollouts))
-        file.flush()
-    yield result, table.add(result, rollouts)
+    return [(f"{exam.config.task}, {exam.team}", partial(evaluate, exam)) for exam in exams] + others
 
 
 def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
     """The team's messages and answer to each question; without any, to each line of the standard input."""
-    subject = accuracy.find_subject(args.team or None, flags)
-    if subject.sources or subject.config.shipped:
-        team = build_team(subject.config, load_task(subject.config), sources=subject.sources)
+    asked = accuracy.find_team(args.team or None, flags)
+    if asked.sources or asked.config.shipped:
+        team = build_team(asked.config, load_task(asked.config), sources=asked.sources)
     else:  # no data set is needed
         knobs = {name: value for name, value in flags.items() if name not in ("model", "agents")}
-        team = load_team(subject.config.model_of_each, **knobs)
+        team = load_team(asked.config.model_of_each, **knobs)
     for question in questions or map(str.strip, sys.stdin):
-        for answer in team.solve(question, samples=args.k, seed=subject.config.seed):
+        for answer in team.solve(question, samples=args.k, seed=asked.config.seed):
             messages = [message._asdict() for message in answer.messages]
             lines = [f"  {m.name}: {m.text}" for m in answer.messages]
             result = {"question": question, "messages": messages, "answer": answer.answer}

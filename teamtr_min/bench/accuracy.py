@@ -32,38 +32,30 @@ from teamtr_min.extras.diagnostics import bootstrap
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import pinned
 from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run.loading import build_team, roles_of
+from teamtr_min.run.loading import build_team
 from teamtr_min.run.log import mean_interval
-from teamtr_min.run.memory import Plan, peak, plan_evaluation
+from teamtr_min.run.memory import peak, plan_evaluation
 from teamtr_min.run.run import newest_run
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
 from teamtr_min.tasks.generated import Generated
 from teamtr_min.tasks.task import Message, Task
-from teamtr_min.team import Team, load_router, round_robin
+from teamtr_min.team import Team, round_robin
 
 HELD_OUT = 2048  # problems, unless a count is asked for
 MODES = ("team", "solo", "best_of", "vote")
 
 
-class Subject(NamedTuple):
-    """A team to evaluate: the agents of a run, or copies of a model."""
-
-    team: str
-    config: Config
-    sources: list[Path] | None = None  # agents/0..n-1 of the run; None: the models of `config`
-
-
 class Exam(NamedTuple):
-    """A team, a task, and the problems of the task that are put to it."""
+    """A team to evaluate; and once it is prepared, a task and the problems of it that are put to the team."""
 
-    team: str
+    team: str  # directory of the run
     config: Config  # of the team; it names the task
-    sources: list[Path] | None
-    task: Task
-    problems: list[Problem]
+    sources: list[Path] | None = None  # agents/0..n-1 of the run; None: the models of `config`
+    task: Task | None = None
+    problems: list[Problem] = []
 
 
-def find_subject(team: str | None, flags: dict, task: str | None = None) -> Subject:
+def find_team(team: str | None, flags: dict, task: str | None = None) -> Exam:
     """The run `team`; without one the newest run of `task`; without any, copies of the model of `task`.
 
     `flags` are fields of Config from the command line. --model or --agents ask for an untrained team. Raises
@@ -82,85 +74,60 @@ def find_subject(team: str | None, flags: dict, task: str | None = None) -> Subj
     if not team and not untrained:
         team = newest_run("summary.json", taken)
     if not team:
-        return Subject("untrained team", pinned(Config(**{"task": task, **flags})))
+        return Exam("untrained team", pinned(Config(**{"task": task, **flags})))
     run = Path(team)
     config = Config.load(run / "config.json", **{"batch_rows": 0, **flags})  # 0: as many as fit here
     if not (run / "agents").is_dir():
         raise UserError(f"{run} holds no trained agents yet")
-    return Subject(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
+    return Exam(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
 
 
-def prepare(subject: Subject, name: str | None, count: int | None, data: str | None) -> Exam:
+def prepare(exam: Exam, name: str | None, count: int | None, data: str | None) -> Exam:
     """The task `name`, or the team's own: `count` problems, or all, of `data`; without it held-out ones."""
-    name = name or subject.config.task
-    own = subject.config.data if subject.config.task == name else ""
+    name = name or exam.config.task
+    own = exam.config.data if exam.config.task == name else ""
     generated = issubclass(TASKS.get(name, object), Generated)  # such a task reads no data for itself
-    config = dataclasses.replace(subject.config, task=name, data="" if generated else data or own)
+    config = dataclasses.replace(exam.config, task=name, data="" if generated else data or own)
     task = load_task(config)
     if data and hasattr(task, "fields") and not Path(data).is_dir():
         problems = read_problems(data, *task.fields)[:count]
     else:
         problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
-    return Exam(subject.team, config, subject.sources, task, problems)
+    return exam._replace(config=config, task=task, problems=problems)
 
 
-class Evaluator:
-    """Evaluates teams, and keeps the one that it loaded last for the next benchmark."""
+def evaluate(exam: Exam, mode: str, k: int, ranks: Ranks = ALONE) -> tuple[dict, dict[str, Rollouts]]:
+    """What `--json` prints, and the rollouts behind it by who wrote them: "team", "solo"."""
+    begin, config, task, drawn = time.perf_counter(), exam.config, exam.task, {}
+    votes, all_problems = callable(getattr(task, "answer", None)), getattr(task, "all_problems", list)
+    if not votes and (mode == "vote" or mode == "solo" and k > 1):
+        raise UserError("to vote, a task needs a method answer(messages) -> str | None")
+    gc.collect()  # the memory of the team before
+    sources = exam.sources or config.model_of_each
+    before = {problem.id for problem in all_problems()}
+    config, plan = plan_evaluation(config, task, exam.problems, k, sources, ranks=ranks)
+    long = before - {problem.id for problem in all_problems()}  # with --drop-long
+    problems = [problem for problem in exam.problems if problem.id not in long]
+    team = build_team(config, task, ranks, sources)
 
-    def __init__(self, mode: str = "team", k: int = 1, ranks: Ranks = ALONE):
-        if mode in ("best_of", "vote") and k < 2:
-            raise UserError(f"--mode {mode} chooses among rollouts; give --k of at least 2")
-        self.mode, self.k, self.ranks = mode, k, ranks
-        self.team: Team | None = None
-        self.loaded: list[tuple] = []  # its agents: source, whether it is a model, place
-        self.plan: Plan | None = None
-
-    def evaluate(self, exam: Exam) -> tuple[dict, dict[str, Rollouts]]:
-        """What `--json` prints, and the rollouts behind it by who wrote them: "team", "solo"."""
-        begin, config, task = time.perf_counter(), exam.config, exam.task
-        votes = callable(getattr(task, "answer", None))
-        if not votes and (self.mode == "vote" or self.mode == "solo" and self.k > 1):
-            raise UserError("to vote, a task needs a method answer(messages) -> str | None")
-        team, problems = self.load(exam)
-        teams, path = {"team": team}, rng.RngPath(config.seed, "eval")
+    def sample(team: Team, k: int) -> Rollouts:
         label = f"evaluating {Path(config.task).stem}"
-        if self.mode == "solo":
-            one = {"agents": team.agents[:1], "rounds": team.turns, "router": round_robin}
-            teams["solo"] = dataclasses.replace(team, **one)
-        result = {"benchmark": config.task, "mode": self.mode, "k": self.k, **setting(exam, team)}
-        rollouts = {who: collect(its, problems, self.k, path, label) for who, its in teams.items()}
-        if self.mode == "solo":
-            most = max(drawn.tokens_sampled for drawn in rollouts.values())
-            for who, its in teams.items():  # who writes less gets as many more rollouts
-                k = self.k * most // max(rollouts[who].tokens_sampled, 1)
-                if k > self.k and votes:
-                    rollouts[who] = collect(its, problems, k, path, label)
-            result["equal_tokens"] = at_equal_tokens(*rollouts.values(), task)
-        result |= scores([*rollouts.values()][-1], self.mode, self.k, task)
-        result |= {"memory_peak": peak(self.plan.device), "memory_planned": self.plan.total}
-        result |= {"problems": len(problems), "seconds": time.perf_counter() - begin}
-        return result, rollouts
+        return collect(team, problems, k, rng.RngPath(config.seed, "eval"), label)
 
-    def load(self, exam: Exam) -> tuple[Team, list[Problem]]:
-        """The team in its roles for this exam, and the problems, with --drop-long those that fit."""
-        config, task, roles = exam.config, exam.task, roles_of(exam.config, exam.task)
-        sources = [str(source) for source in exam.sources or config.model_of_each]
-        place = config.device, config.dtype
-        wanted = [(source, role.tool is None, *place) for source, role in zip(sources, roles)]
-        loaded = self.loaded == wanted
-        if not loaded:
-            self.team, self.loaded = None, []
-            gc.collect()  # its memory serves the next team
-        drawn = getattr(task, "all_problems", list)  # of a task whose problems have an end
-        before = {problem.id for problem in drawn()}
-        config, self.plan = plan_evaluation(config, task, exam.problems, self.k, sources, loaded, self.ranks)
-        gone = before - {problem.id for problem in drawn()}
-        if not loaded:
-            self.team, self.loaded = build_team(config, task, self.ranks, sources), wanted
-        agents = [dataclasses.replace(agent, role=role) for agent, role in zip(self.team.agents, roles)]
-        router, how = load_router(config.router), (config.temperature, config.max_new_tokens)
-        team = Team(agents, task, router, config.rounds, *how, config.batch_rows, self.ranks)
-        return team, [problem for problem in exam.problems if problem.id not in gone]
+    result = {"benchmark": config.task, "mode": mode, "k": k, **setting(exam, team)}
+    drawn["team"] = sample(team, k)
+    if mode == "solo":
+        alone = dataclasses.replace(team, agents=team.agents[:1], rounds=team.turns, router=round_robin)
+        drawn["solo"] = sample(alone, k)
+        most = max(rollouts.tokens_sampled for rollouts in drawn.values())
+        for who, its in (("team", team), ("solo", alone)):  # who writes less gets as many more rollouts
+            more = k * most // max(drawn[who].tokens_sampled, 1)
+            if more > k and votes:
+                drawn[who] = sample(its, more)
+        result["equal_tokens"] = at_equal_tokens(drawn["team"], drawn["solo"], task)
+    result |= scores([*drawn.values()][-1], mode, k, task)
+    result |= {"memory_peak": peak(plan.device), "memory_planned": plan.total}
+    return result | {"problems": len(problems), "seconds": time.perf_counter() - begin}, drawn
 
 
 def setting(exam: Exam, team: Team) -> dict:

@@ -135,12 +135,11 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
 
 
 def plan_evaluation(
-    config: Config, task: Task, problems: list[Problem], k: int, sources: Sequence, loaded=False, ranks=ALONE
+    config: Config, task: Task, problems: list[Problem], k: int, sources: Sequence, ranks=ALONE
 ) -> tuple[Config, Plan]:
-    """The same for k rollouts of each problem; `loaded`: the team is in memory already."""
+    """The same for k rollouts of each problem."""
     needs = Needs(config, task, problems, sources, ranks)
-    start = dataclasses.replace(needs.start, weights=0) if loaded else needs.start
-    plan = needs.with_rows(start, ranks.largest_share(len(problems)) * k)
+    plan = needs.with_rows(needs.start, ranks.largest_share(len(problems)) * k)
     refuse(plan, config)
     return dataclasses.replace(config, batch_rows=min(ranks.gather(plan.rows))), plan
 
