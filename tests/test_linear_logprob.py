@@ -68,17 +68,13 @@ def test_large_logits_and_columns_past_the_vocabulary(path, temperature):
         check((h, w, targets, grad), bound=5e-4, temperature=temperature)
 
 
-def test_many_chunks_are_one(path, monkeypatch):
-    """Memory decides the chunks of the vocabulary; nothing else may depend on them."""
+def test_layouts_and_a_vocabulary_in_chunks(path, monkeypatch):
+    """Transposed, strided and misaligned inputs give what contiguous ones give; memory decides the chunks of
+    the vocabulary, and nothing else may depend on them."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 40 * 256 * 4)
     assert len(module._chunks(40, 1000, 4)) == 4
-    check(inputs(40, 64, 1000))
-
-
-def test_layouts(path):
-    """Transposed, strided and misaligned inputs give what contiguous ones give."""
-    hidden, weight, targets, grad = inputs(6, 50, 203)
-    spread = torch.empty(12, 101, device=DEVICE)[::2, 1::2].copy_(hidden)
+    hidden, weight, targets, grad = inputs(40, 50, 1000)
+    spread = torch.empty(80, 101, device=DEVICE)[::2, 1::2].copy_(hidden)
     strided = (spread, weight.t().contiguous().t(), torch.stack((targets, targets), 1)[:, 0])
     assert not any(x.is_contiguous() for x in strided)
     check((*strided, grad))
