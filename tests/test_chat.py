@@ -56,11 +56,11 @@ def write_gpt2(directory):
 # How each kind of tokenizer is made: its directory, given an empty one.
 KINDS = {f"{scheme}, Zephyr": lambda d, s=scheme: write_sentencepiece(d, s) for scheme in SCHEMES}
 KINDS |= {f"{scheme}, no template": lambda d, s=scheme: write_sentencepiece(d, s, None) for scheme in SCHEMES}
-LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+LLAMA, OLD = {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}
 KINDS |= {
     "BOS in the template": lambda d: write_sentencepiece(d, "normalizer", "{{ bos_token }}" + ZEPHYR),
     "read as Llama's": lambda d: write_sentencepiece(d, "normalizer", **LLAMA),
-    "read as Llama's of old": lambda d: write_sentencepiece(d, "never", **LLAMA, legacy=True),
+    "read as Llama's of old": lambda d: write_sentencepiece(d, "never", **OLD),
     "first, an end token is added": lambda d: write_sentencepiece(d, "first", None, add_eos=True),
     "bytes, Llama 3": lambda d: write_bytes(d, LLAMA3_STYLE, bos=True),
     "bytes, no template": lambda d: write_bytes(d, bos=True),

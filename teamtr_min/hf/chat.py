@@ -29,7 +29,6 @@ CHATML = """\
 {{- (end_of_message if message['role'] == 'assistant' else end_of_input) + '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
-END_FILES = "generation_config.json", "config.json"
 MARK = "\N{SECTION SIGN}M\N{SECTION SIGN}"  # stands for a content
 
 
@@ -66,7 +65,9 @@ class Tokenizer:
         self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
         self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
         self.end_ids = set()
-        for file in (at / name for at in (self.directory, base) for name in END_FILES):
+        for file in [
+            at / f"{name}config.json" for at in (self.directory, base) for name in ("generation_", "")
+        ]:
             ids = read_json(file).get("eos_token_id") if file.is_file() else None
             self.end_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
         if self.template is None:

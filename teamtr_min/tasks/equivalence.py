@@ -18,10 +18,8 @@ LIMIT = 0.5  # seconds for one answer; a usual one takes 0.03 to 0.2
 @functools.cache
 def grader() -> str:
     """What decides whether two answers are equal, as results name it."""
-    try:
-        return f"math-verify {importlib.metadata.version('math-verify')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "exact"
+    found = [package.version for package in importlib.metadata.distributions(name="math-verify")]
+    return f"math-verify {found[0]}" if found else "exact"
 
 
 @functools.lru_cache(1 << 14)
