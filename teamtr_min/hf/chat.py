@@ -29,6 +29,7 @@ CHATML = """\
 {{- (end_of_message if message['role'] == 'assistant' else end_of_input) + '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"""
+GENERATION = "generation_config.json"
 MARK = "\N{SECTION SIGN}M\N{SECTION SIGN}"  # stands for a content
 
 
@@ -65,9 +66,7 @@ class Tokenizer:
         self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
         self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
         self.end_ids = set()
-        for file in [
-            at / f"{name}config.json" for at in (self.directory, base) for name in ("generation_", "")
-        ]:
+        for file in [at / name for at in (self.directory, base) for name in (GENERATION, "config.json")]:
             ids = read_json(file).get("eos_token_id") if file.is_file() else None
             self.end_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
         if self.template is None:
@@ -122,8 +121,8 @@ class Tokenizer:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
         if self.end_ids:
-            generation = self._read("generation_config.json") | {"eos_token_id": sorted(self.end_ids)}
-            write_json(directory / "generation_config.json", generation)
+            generation = self._read(GENERATION) | {"eos_token_id": sorted(self.end_ids)}
+            write_json(directory / GENERATION, generation)
 
     def _read(self, name: str) -> dict:
         return read_json(self.directory / name) if (self.directory / name).is_file() else {}
