@@ -175,9 +175,8 @@ class Run:
         self.updates = [line for line in lines if line["kind"] == "update"]
         self.stages = [line for line in lines if line["kind"] == "stage"]
         self.bar.update(len(self.updates))
-        warm = f"{self.warm_steps_done} of {self.config.warm_start} steps of warm start and "
-        done = f"{self.stages_done} of {self.config.stages} stages"
-        log.say(f"resumed after {warm if self.config.warm_start else ''}{done}")
+        warm = f"{self.warm_steps_done} steps of warm start and " if self.config.warm_start else ""
+        log.say(f"resumed after {warm}{self.stages_done} of {self.config.stages} stages")
 
     def _append(self, name: str, lines: list[dict]) -> list[dict]:
         """Write lines at once, so that a kill loses none; returns them without what was not measured."""
