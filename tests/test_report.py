@@ -129,7 +129,8 @@ def test_hostile_text_stays_text(mine):
     record["messages"] = [{"agent": 0, "text": HOSTILE}]
     with (mine / "transcripts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    dataclasses.replace(Config.load(mine / "config.json"), fields=HOSTILE).save(mine / "config.json")
+    changes = {"fields": HOSTILE, "task": f"{HOSTILE}.py", "model": "relay"}
+    dataclasses.replace(Config.load(mine / "config.json"), **changes).save(mine / "config.json")
     page = page_of(mine.rename(mine.with_name("<img src=x>")))
     count = {tag: page.tags.count(tag) for tag in {*page.tags, *before.tags} - {"b", "span"}}
     assert count == {tag: before.tags.count(tag) for tag in count}  # b and span: changed knobs are bold
