@@ -70,14 +70,14 @@ def test_bounds_and_shifts_of_other_orders_turns_and_routers(tmp_path, monkeypat
 
 
 def test_a_diagnosis_compares_the_weights_of_before_and_after():
-    """By hand, for the second update of a stage: agent 1 has moved, then agent 2 moves."""
+    """By hand, for the second update of a stage: agent 0 has moved, then agent 2 moves."""
     ready = Prepared(agents=3, group=4, problems=5)
     team = ready.team
     config = dataclasses.replace(ready.config, diagnostics=True)
     watch, rollouts = Diagnostics(config, team, 0), []
     start = [[p.detach().clone() for p in agent.model.parameters()] for agent in team.agents]
     g = torch.Generator().manual_seed(0)
-    for i, j in enumerate((1, 2)):
+    for i, j in enumerate((0, 2)):
         watch.before(i, [j])
         rollouts.append(watch.rollouts)
         with torch.no_grad():
@@ -93,10 +93,10 @@ def test_a_diagnosis_compares_the_weights_of_before_and_after():
             return (new - message_logps(team, r, j, 300))[:, j].double()
 
     first, present = rollouts
-    w, rho = change(present, 2).exp(), change(present, 1).exp()
+    w, rho = change(present, 2).exp(), change(present, 0).exp()
     left_out = [[(group.sum() - r) / 3 for r in group] for group in present.grouped_returns]
     advantage = present.returns - torch.tensor(left_out).flatten()
-    rho_first = change(first, 1).exp()
+    rho_first = change(first, 0).exp()
     wanted = {
         "surrogate": ((w - 1) * advantage).mean(),
         "gap": ((1 - 1 / rho) * (w - 1) * advantage).mean(),
