@@ -176,8 +176,8 @@ class Learner:
                     sums["sampler_mismatch"] += mismatch.sum() / batches.tokens
                     largest["sampler_mismatch_max"].append(mismatch.max())
                 loss, stats = trust_region_loss(
-                    logp, batch.old_logp, batch.message, batch.advantage,
-                    weight=batch.weight, agent=batch.agents, n_agents=len(self.agents),
+                    logp, batch.old_logp, batch.message, batch.advantage, weight=batch.weight,
+                    agent=torch.full_like(batch.rollout, batch.agent), n_agents=len(self.agents),
                     clip=config.clip, beta=self.beta, ratio=config.ratio, kl_unit=config.kl_unit,
                 )  # fmt: skip
                 share = batch.total_weight / total  # Eq. 10 and 11 are means over all messages

@@ -105,11 +105,6 @@ class AgentBatch:
         step = Step.trees(self.positions, self.end, model.dtype)
         return model.hidden(self.tokens, step, self.where)
 
-    @property
-    def agents(self) -> Tensor:
-        """(M,) int64, the agent of each message."""
-        return torch.full_like(self.rollout, self.agent)
-
     def per_message(self, x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""
         return x.new_zeros(len(self.advantage)).index_add(0, self.message, x)

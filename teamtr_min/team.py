@@ -94,10 +94,6 @@ class Team:
     def turns(self) -> int:
         return len(self.agents) * self.rounds
 
-    def writes_last(self, j: int, turn: int) -> bool:
-        """Whether agent j, writing at `turn`, is known to have no turn in the rest of the rollout."""
-        return self.router is round_robin and turn + len(self.agents) >= self.turns
-
     def route(self, turn: int, messages: list[Message], uniform: float) -> int:
         """The agent whose turn is next. Raises UserError for a router that returns no agent's number."""
         n = len(self.agents)
@@ -175,7 +171,7 @@ class Team:
                 texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in done])
                 for r, c, text in zip(rows, done, texts):
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
-                if self.writes_last(j, turn):
+                if self.router is round_robin and turn + len(self.agents) >= self.turns:  # its last turn
                     agent.sampler.finish()
         for agent in models:
             agent.sampler.finish()

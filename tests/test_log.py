@@ -68,7 +68,5 @@ def test_a_run_that_cannot_learn_says_why_and_what_helps():
     assert "harder problems" in log.advice(config, [update(0, 0.01, **idle, return_mean=1.0)])
 
 
-def test_the_plot_reads_well():
-    lines = log.plot([0.0, 0.5, 1.0], width=3).splitlines()
-    assert lines[0] == " 1.0 │  █" and lines[3].endswith("│ ██") and len(lines) == 5
-    assert len(log.plot([0.3] * 500).splitlines()[0]) == 66
+def test_a_curve_is_one_line_of_at_most_sixty_columns():
+    assert log.sparkline([0.0, 0.5, 1.0]) == "▁▅█" and log.sparkline([0.2] * 500) == 60 * "▂"

@@ -130,7 +130,7 @@ def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     for words in (
         f"start         held-out return {start:.3f} [",
         f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return ",
-        "mean return on each stage's problems",
+        "mean return by stage",
         f"held-out return {start:.3f} -> {final:.3f} [",
         "] (accuracy 0.000 -> 0.000), 32 problems",
     ):

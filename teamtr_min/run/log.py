@@ -192,11 +192,11 @@ def advice(config: Config, updates: list[dict]) -> str:
 
 def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) -> str:
     """The last lines of a run: the curve, the result, where the files are, what to do next."""
-    lines = [""]
+    lines = []
     if stages:
         partial = any(s["return_mean"] > s["accuracy"] for s in stages)
-        label = f"{'mean return' if partial else 'accuracy'} on each stage's problems, {len(stages)} stages"
-        lines.append(plot([s["return_mean"] for s in stages], label))
+        curve = sparkline([s["return_mean"] for s in stages])
+        lines.append(f"{'mean return' if partial else 'accuracy'} by stage, 0 to 1: {curve}")
     if summary["reason"]:
         lines.append(f"stopped early: {summary['stopped']}; to go on: python train.py --resume {directory}")
     else:
@@ -213,13 +213,9 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
     return "\n".join(lines)
 
 
-def plot(values: list[float], label: str = "", width: int = 60) -> str:
-    """A curve in [0, 1], four lines high; a column is the mean of its share of the values."""
+def sparkline(values: list[float], width: int = 60) -> str:
+    """A curve in [0, 1], one line high; a column is the mean of its share of the values."""
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
-    repeat, lines = width // columns, []
-    for row, tick in ((3, "1.0"), (2, ""), (1, "0.5"), (0, "")):
-        heights = [min(8, max(0, round(8 * (4 * mean - row)))) for mean in means]
-        lines.append(f"{tick:>4s} │{''.join(' ▁▂▃▄▅▆▇█'[height] * repeat for height in heights)}")
-    return "\n".join([*lines, f" 0.0 └{'─' * (columns * repeat)} {label}"])
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for mean in means)

@@ -232,10 +232,8 @@ def unused_name(config: Config) -> Path:
 
 def check_out(config: Config) -> None:
     """Raises UserError if --out holds anything but what a run leaves that is killed as it begins."""
-    given = config.out and not config.resume and Path(config.out).exists()
-    for path in Path(config.out).iterdir() if given else ():
-        empty_log = path.name in LOGS and not path.stat().st_size
-        if not empty_log and path.name != ".config.json.part":
+    if config.out and not config.resume and Path(config.out).exists():
+        if any(path.stat().st_size and path.suffix != ".part" for path in Path(config.out).iterdir()):
             raise UserError(f"--out {config.out} exists and is not empty; give another, or remove it first")
 
 
