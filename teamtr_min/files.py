@@ -42,6 +42,24 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
+def read_jsonl(path: str | Path, whole: bool = False) -> Iterator[tuple[int, dict]]:
+    """Line number and object of each line that is not blank; with `whole` only of lines that end with a
+    newline, as all do that a kill did not cut off. Raises UserError, which names file and line."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")  # not splitlines(): a text may hold other separators
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines[:-1] if whole else lines, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)  # with or without a byte order mark
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: must be a JSON object, but is {str(record)[:100]}")
+            yield number, record
+
+
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as aside:
         aside.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")

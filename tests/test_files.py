@@ -29,6 +29,17 @@ def test_what_is_no_json_is_named(tmp_path):
     assert f"{path} cannot be read: " in (told := refusal(files.read_json, path)) and "column 2" in told
 
 
+def test_lines_of_json_are_parted_by_newlines_alone_and_a_fault_is_located(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b"}\r\n\n{"x": 1}\n'.encode() + b'{"x": "\xc3')
+    right = [(1, {"text": "a\u2028b"}), (3, {"x": 1})]
+    assert [*files.read_jsonl(path, whole=True)] == right  # without what a kill cut off
+    for line in (b'{"x": "\xc3', b"nonsense", b"[1]", b"7"):
+        path.write_bytes(b'{"x": 1}\n' + line)
+        assert "a.jsonl, line 2: " in refusal(list, files.read_jsonl(path))
+    assert "none.jsonl cannot be read: No such" in refusal(list, files.read_jsonl(tmp_path / "none.jsonl"))
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_file_or_directory_is_replaced_whole_or_not_at_all(tmp_path, error):
     file, directory = tmp_path / "file", tmp_path / "directory"

@@ -153,7 +153,7 @@ def test_transcripts_of_another_run_are_demonstrations_but_for_its_held_out_prob
 
 @pytest.mark.parametrize(
     "line",
-    ["[]", "{", '{"text": "1+1"}', '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}',
+    ["{}", '{"text": "1+1"}', '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}',
      '{"text": "1+1", "messages": [{"agent": 3, "text": "2"}]}',
      '{"text": "1", "messages": [{"agent": 0, "text": 2}]}'],
 )  # fmt: skip

@@ -5,11 +5,9 @@ task grades gets no return at all, so it is first shown some: next-token loss on
 whole transcripts, by the masters and the optimizer that train it from then on.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, read_jsonl
 from teamtr_min.learner import Diverged, Learner, keep_company
 from teamtr_min.rollout import Batches, Rollouts, agent_batches
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
@@ -99,20 +97,11 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
     path, found, held_out = config.demonstrations, [], 0
     if not path and not hasattr(task, "demonstrations"):
         raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
-    try:  # not splitlines(): a text may hold other line separators
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n") if path else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"--demonstrations {path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, record in read_jsonl(path) if path else ():
         try:
-            record = json.loads(line)
             agents, texts = zip(*[(message["agent"], message["text"]) for message in record["messages"]])
             problem = Problem(str(record.get("id", number)), record["text"], str(record.get("answer", "")))
-            right = set(agents) <= {*range(config.agents)} and {type(t) for t in (problem.text, *texts)} == {
-                str
-            }
+            right = set(agents) <= {*range(config.agents)} and {*map(type, (problem.text, *texts))} == {str}
         except (ValueError, KeyError, TypeError):
             right = False
         if not right:

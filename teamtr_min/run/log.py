@@ -3,7 +3,6 @@
 docs/metrics.md explains every key. A line holds only what was measured: a key that means nothing is absent.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from teamtr_min.config import Config
-from teamtr_min.files import UserError
+from teamtr_min.files import read_jsonl
 from teamtr_min.learner import Learner, Update
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.memory import size
@@ -96,13 +95,7 @@ def transcripts(rollouts: Rollouts, stage: int, split: str) -> list[dict]:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log. A last line that a kill cut off is left out; UserError names any other damage."""
-    records = []
-    try:
-        for line in path.read_bytes().split(b"\n")[:-1]:  # a whole line ends with a newline
-            records.append(json.loads(line))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}, line {len(records) + 1}: {error}") from None
-    return records
+    return [record for _, record in read_jsonl(path, whole=True)]
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.files import UserError
+from teamtr_min.files import UserError, read_jsonl
 from teamtr_min.tasks.answers import RULES, canonical, extract_answer, is_correct
 from teamtr_min.tasks.datasets import data_set
 from teamtr_min.tasks.equivalence import grader
@@ -97,26 +97,13 @@ def last_statement(messages: list[Message]) -> str:
 
 def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
     """Problems from a JSONL file. A problem's id is the file's name and its line. Raises UserError."""
-    try:
-        # Not splitlines(), which would also cut at the other line separators that a text may hold.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
     problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            values = [record[question_field], record[answer_field]]
-        except (ValueError, LookupError, TypeError):
-            values = []
-        texts = [
-            str(value) for value in values if isinstance(value, str | float | int) and str(value).strip()
-        ]
+    for number, record in read_jsonl(path):
+        values = record.get(question_field), record.get(answer_field)
+        texts = [str(v) for v in values if isinstance(v, str | float | int) and str(v).strip()]
         if len(texts) < 2:
-            wanted = f'a JSON object with a text in "{question_field}" and in "{answer_field}" (or --fields)'
-            raise UserError(f"{path}, line {number}: must be {wanted}, but is {line[:100]}")
+            wanted = f'a text in "{question_field}" and in "{answer_field}" (or --fields)'
+            raise UserError(f"{path}, line {number}: must have {wanted}, but is {str(record)[:100]}")
         answer = extract_answer(texts[1]) or texts[1]
         problems.append(Problem(f"{Path(path).name}, line {number}", texts[0], answer))
     if not problems:
