@@ -171,12 +171,12 @@ class Needs:
 
     def weights(self) -> int:
         """Frozen bases once. Several processes have a part of what is trained, in fp32, and in whole the
-        agents at work. --diagnostics keeps the weights of three moments."""
+        agents at work. --diagnostics keeps the weights of the stage's start."""
         frozen = count({id(p): p for m in self.models.values() for p in m.parameters()}.values(), False)
         trained, moved = sum(self.trained.values()), max(self.trained.values())
         if self.config.occupancy == "joint":
             moved = trained
-        kept = 2 * (trained + moved) if self.config.diagnostics else trained
+        kept = 2 * trained + moved if self.config.diagnostics else trained
         if self.ranks.size == 1:
             return self.width * (frozen + kept)
         return self.width * (frozen + moved) + 4 * kept // self.ranks.size
