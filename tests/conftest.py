@@ -1,8 +1,7 @@
 """Settings that must stand before torch and Triton are imported.
 
-Toy models gain nothing from a second thread and lose a lot on a busy machine: one thread each, children too.
-Without a GPU Triton's interpreter is at hand, so that kernel tests execute the kernels themselves, and
-TEAMTR_KERNELS=torch, so that all other tests take the fast references. No test reaches the real hub.
+Toy models gain nothing from a second thread: one each, children too. Without a GPU, kernel tests run in
+Triton's interpreter and all other tests take the fast references. No test reaches the real hub.
 """
 
 import os

@@ -11,18 +11,15 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 SOURCES = [ROOT / "train.py", ROOT / "eval.py"]
 SOURCES += [path for folder in ("kernels", "teamtr_min") for path in (ROOT / folder).rglob("*.py")]
-FLOORS = [
-    line.split() for line in re.search(r"```\n(train.py eval.py\n.*?)```", PAGE, re.DOTALL)[1].splitlines()
-]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FLOORS = re.search(r"```\n(train.py eval.py\n.*?)```", PAGE, re.DOTALL)[1].splitlines()
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
 def room(module: str) -> str | None:
     """`teamtr_min.run.log` is in the room `run`; None for other packages and for a package's own face."""
     first, *rest = module.split(".")
-    if first in ("train", "eval"):
-        return f"{first}.py"
-    return first if first == "kernels" else rest[0] if first == "teamtr_min" and rest else None
+    own = {"train": "train.py", "eval": "eval.py", "kernels": "kernels", "teamtr_min": rest and rest[0]}
+    return own.get(first) or None
 
 
 def imports(path: Path) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from campaign import campaign, cut, flip_a_bit
 from commands import interrupt_at, refusal
 from conftest import SHARED
-from toy_runs import TOY, bits, run
+from toy_runs import TOY, bits, results, run
 
 import train
 from teamtr_min.config import Config
@@ -31,7 +31,7 @@ def test_killed_and_damaged_at_random_moments_a_run_resumes_to_the_same_bits():
 
 
 def test_ctrl_c_leaves_agents_a_summary_and_a_run_that_resumes_to_the_same_bits(finished, copy, capsys):
-    summary = json.loads((copy / "summary.json").read_text())
+    summary = results(copy)[0]
     assert summary["reason"] == summary["stopped"] == "interrupted" and summary["stages"] == 2
     assert summary["accuracy_start"] is not None and summary["accuracy_final"] is None
     assert (copy / "agents" / "2" / "model.safetensors").is_file()

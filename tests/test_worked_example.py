@@ -10,15 +10,14 @@ import torch
 from teamtr_min.objective import group_advantages, teamtr_loss
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "worked-example.md").read_text(encoding="utf-8")
-INPUTS = "eps_norm A_clip returns_a returns_b returns_c old_logp new_logp eps radius kl_full_step".split()
+NUMBERS = ["eps_norm", "A_clip", "eps", "radius", "kl_full_step"]
+INPUTS = [*NUMBERS, "returns_a", "returns_b", "returns_c", "old_logp", "new_logp"]
 BLOCK = re.compile(r"^```\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def computed(given: dict[str, list[float]]) -> dict[str, list[float]]:
     """name -> numbers: all that the page derives, from what it gives."""
-    names = "eps_norm", "A_clip", "eps", "radius", "kl_full_step"
-    eps_norm, clip, eps, radius, full_step = (given[name][0] for name in names)
-    found = {}
+    found, (eps_norm, clip, eps, radius, full_step) = {}, (given[name][0] for name in NUMBERS)
     for group in "abc":
         returns = torch.tensor([given[f"returns_{group}"]], dtype=torch.float64)
         found[f"sigma_{group}"] = [math.sqrt(returns.var(correction=0) + eps_norm)]
