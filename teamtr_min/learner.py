@@ -16,7 +16,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine.distributed import local, offset, unsharded, whole
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.rounding import round_into
-from teamtr_min.objective import trust_region_loss
+from teamtr_min.objective import teamtr_loss
 from teamtr_min.rollout import Batches
 from teamtr_min.team import Team
 
@@ -175,7 +175,8 @@ class Learner:
                     sums["entropy"] += new.entropy[batch.pair].sum() / batches.tokens
                     sums["sampler_mismatch"] += mismatch.sum() / batches.tokens
                     largest["sampler_mismatch_max"].append(mismatch.max())
-                loss, stats = trust_region_loss(
+                objective = kernels.trust_region_loss if kernels.use_triton(hidden) else teamtr_loss
+                loss, stats = objective(
                     logp, batch.old_logp, batch.message, batch.advantage, weight=batch.weight,
                     agent=torch.full_like(batch.rollout, batch.agent), n_agents=len(self.agents),
                     clip=config.clip, beta=self.beta, ratio=config.ratio, kl_unit=config.kl_unit,

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from kernels.trust_region import LOG_RATIO_LIMIT
 
 
@@ -132,12 +131,3 @@ def _clipped(w: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]
 def _mean_of_sums(total: Tensor, weight: Tensor) -> Tensor:
     """total / weight, and 0 where there is no weight."""
     return total / torch.where(weight > 0, weight, 1.0)
-
-
-def trust_region_loss(logp: Tensor, *others, **options) -> tuple[Tensor, dict[str, Tensor]]:
-    """teamtr_loss, by the fused kernel where TEAMTR_KERNELS and the device let it; what training calls.
-
-    The kernel needs the message ids to ascend, as a batch has them.
-    """
-    loss_function = kernels.trust_region_loss if kernels.use_triton(logp) else teamtr_loss
-    return loss_function(logp, *others, **options)

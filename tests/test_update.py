@@ -238,8 +238,8 @@ def test_beta_follows_the_attempted_overshoot_within_its_bounds():
 
 def test_every_knob_of_the_objective_reaches_it(monkeypatch):
     ready = Prepared(clip=0.3, ratio="mean", kl_unit="token", beta=0.07, inner_steps=1)
-    seen, original = [], learning.trust_region_loss
-    monkeypatch.setattr(learning, "trust_region_loss", lambda *a, **k: seen.append(k) or original(*a, **k))
+    seen, original = [], learning.teamtr_loss
+    monkeypatch.setattr(learning, "teamtr_loss", lambda *a, **k: seen.append(k) or original(*a, **k))
     ready.update()
     wanted = {"clip": 0.3, "ratio": "mean", "kl_unit": "token", "beta": 0.07}
     assert seen and all(wanted == {name: k[name] for name in wanted} for k in seen)
