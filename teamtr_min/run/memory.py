@@ -86,16 +86,15 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
 
     Raises UserError if memory cannot hold the run, or if problems are too long for a model.
     """
-    held_out = task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)
+    drawn = [*task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)]
+    rollouts = ranks.largest_share(config.problems) * config.group
+    most_rows = max(rollouts, ranks.largest_share(len(drawn)))
     if hasattr(task, "all_problems"):
         drawn = task.all_problems()
     else:  # problems without end: those of the first stages stand for all
-        drawn = list(held_out)
         for stage in range(min(config.stages, LOOKED_AT)):
             drawn += task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
     needs = Needs(config, task, drawn, config.model_of_each, ranks)
-    rollouts = ranks.largest_share(config.problems) * config.group
-    most_rows = max(rollouts, ranks.largest_share(len(held_out)))
     # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
     # have equal returns, so their batches leave nothing for a backward pass.
     most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2) // 2
@@ -108,12 +107,10 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
         def update(tokens: int) -> int:
             return max(needs.update(group, min(tokens, most_tokens), checkpointing) for group in groups)
 
-        begun = dataclasses.replace(needs.start, optimizer=max(optimizers) if offload else sum(optimizers))
+        held = {"optimizer": max(optimizers) if offload else sum(optimizers)}
+        begun = dataclasses.replace(needs.start, **held, checkpointing=checkpointing, offload=offload)
         tokens = fitting(config.batch_tokens, usual, update, begun, least=needs.longest)
-        return dataclasses.replace(
-            needs.with_rows(begun, most_rows),
-            tokens=tokens, update=update(tokens), checkpointing=checkpointing, offload=offload,
-        )  # fmt: skip
+        return dataclasses.replace(needs.with_rows(begun, most_rows), tokens=tokens, update=update(tokens))
 
     found = plan(checkpointing=False, offload=False)
     smaller = found.tokens < (config.batch_tokens or usual) or found.total > found.budget
@@ -123,12 +120,13 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
         found = plan(checkpointing=True, offload=found.offload)
     # Each process has looked at its own memory; all go through the same batches.
     rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
-    refuse(found, config)
-    out, disk = (
-        Path(config.resume or config.out or ".").absolute(),
+    refuse(found)
+    out = Path(config.resume or config.out or ".").absolute()
+    disk, folder = (
         CHECKPOINTS * 12 * sum(needs.trained.values()),
+        next(filter(Path.is_dir, (out, *out.parents))),
     )
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.is_dir())).free
+    free = shutil.disk_usage(folder).free
     warning = f"\ndisk    checkpoints take {size(disk)}, and {size(free)} are free" if disk > free else ""
     found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, warning=warning)
     return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), found
@@ -140,7 +138,7 @@ def plan_evaluation(
     """The same for k rollouts of each problem."""
     needs = Needs(config, task, problems, sources, ranks)
     plan = needs.with_rows(needs.start, ranks.largest_share(len(problems)) * k)
-    refuse(plan, config)
+    refuse(plan)
     return dataclasses.replace(config, batch_rows=min(ranks.gather(plan.rows))), plan
 
 
@@ -283,7 +281,7 @@ def token_bytes(m: ModelConfig, width: int, checkpointing: bool = False, lora: b
     return (kept + layer_work(m)) * width + 32 * m.hidden_size  # fp32 below the first layer, above the last
 
 
-def refuse(plan: Plan, config: Config) -> None:
+def refuse(plan: Plan) -> None:
     """UserError unless the plan fits, with what would help."""
     if plan.total > plan.budget:
         flags = "fewer --agents, a smaller --model, a lower --max-new-tokens or --batch-rows"
@@ -337,10 +335,9 @@ def size(count: float) -> str:
 
 
 def text(path: Path) -> str:
-    """A file of /proc or /sys; empty where there is none."""
     return path.read_text() if path.is_file() else ""
 
 
 def fields(path: Path) -> dict[str, int]:
-    """Of lines such as `name 12` or `name: 12 kB`."""
+    """Of lines such as `name 12` or `name: 12 kB`; empty without the file."""
     return {name: int(value) for name, value in re.findall(r"^(\w+):?\s+(\d+)", text(path), re.MULTILINE)}
