@@ -20,16 +20,20 @@ PRESETS = {
     "shipped": dict(
         task="relay", stages=50, inner_steps=6, problems=64, group=8, temperature=1.0, max_new_tokens=16,
         lr=5e-4, lr_end=0.0, delta=0.02, eval_problems=2048, warm_start=0, warm_start_lr=1e-3,
-        checkpoint_every=1,
+        checkpoint_every=1, clip=0.2,
     ),
     "pretrained": dict(
         task="gsm8k", stages=50, inner_steps=6, problems=32, group=8, temperature=0.8, max_new_tokens=256,
         lr=1e-6, lr_end=0.0, delta=0.01, eval_problems=128, warm_start=0, warm_start_lr=1e-4,
-        checkpoint_every=1,
+        checkpoint_every=1, clip=0.2,
     ),
     "sums": dict(  # pretrained on this task: a small model on a CPU
         stages=32, inner_steps=1, problems=8, temperature=1.0, max_new_tokens=24, lr=2e-5, lr_end=0.3,
         delta=0.05, eval_problems=192, warm_start=15, checkpoint_every=4,
+    ),
+    "floors": dict(  # a team must agree: large steps of both, which a clip of 0.2 would stop
+        stages=12, problems=16, temperature=1.0, max_new_tokens=4, lr=1e-4, lr_end=1.0, delta=0.3, clip=4.0,
+        eval_problems=64, warm_start=24, checkpoint_every=4,
     ),
 }  # fmt: skip
 
@@ -76,7 +80,7 @@ class Config:
     advantage_clip: float = knob(2.0, "bound on the normalised advantage, inert above sqrt(group - 1); inf for none", least=0)
     no_group_norm: bool = knob(False, "leave advantages in units of the return")
     # Eq. 10
-    clip: float = knob(0.2, "epsilon of the ratio clip", least=0)
+    clip: float = knob(None, "epsilon of the ratio clip", least=0)
     ratio: str = knob("message", "a ratio is the product over the message's tokens, their geometric mean (GSPO), or one per token (GRPO)", "message", "mean", "token")
     beta: float = knob(1e-3, "weight of the KL penalty, at first, or with --kl fixed always; 0 for none", least=0)
     # Eq. 11

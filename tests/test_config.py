@@ -127,4 +127,4 @@ def test_help_prints_every_flag_with_its_default(capsys):
     told = " ".join(capsys.readouterr().out.split())
     for f in dataclasses.fields(Config):
         assert f"--{f.name.replace('_', '-')} " in told
-    assert "(default 0.02 shipped, 0.01 pretrained, 0.05 sums)" in told
+    assert "(default 0.02 shipped, 0.01 pretrained, 0.05 sums, 0.3 floors)" in told
