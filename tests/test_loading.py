@@ -64,10 +64,9 @@ def test_a_list_of_models_is_a_team_with_given_roles_or_word_problem_roles():
 
 
 def test_roles_come_from_a_file(tmp_path):
-    file = tmp_path / "roles.json"
-    file.write_text(json.dumps([{"name": "X", "system": "Go."}, {"name": "Y", "system": "Stop."}]))
-    _, team = team_of(agents=2, roles=str(file))
-    assert [a.role for a in team.agents] == [Role("X", "Go."), Role("Y", "Stop.")]
+    file, roles = tmp_path / "roles.json", [Role("X", "Go."), Role("Y", "Stop.")]
+    file.write_text(json.dumps([{"name": role.name, "system": role.system} for role in roles]))
+    assert [a.role for a in team_of(agents=2, roles=str(file))[1].agents] == roles
     assert "has 2 roles for 3 agents" in refusal(team_of, agents=3, roles=str(file))
     file.write_text('[{"nome": "X"}]')
     assert "not a JSON list" in refusal(team_of, agents=1, roles=str(file))

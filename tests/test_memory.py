@@ -109,6 +109,8 @@ def test_the_plan_counts_parameters_by_purpose():
     problems = task.sample_problems(9, rng.generator(0))
     needs = memory.Needs(config, task, problems, ["relay"] * 3, Ranks(0, 4))
     assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizer([0]) == 8 * N // 4
+    config, plan = plan_evaluation(config, task, problems, 3, ["relay"] * 3)
+    assert plan.optimizer == plan.update == 0 and plan.weights == 3 * 4 * N and config.batch_rows == plan.rows
 
 
 def plans(monkeypatch, mebibytes, **knobs) -> list[memory.Plan]:
@@ -152,8 +154,8 @@ def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_tw
 def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "build_team", lambda *_: pytest.fail("loaded"))
     monkeypatch.setenv("TEAMTR_MEMORY", "40MiB")
-    assert "40.0 MiB usable" in refusal(capsys, train.main, *TOY, "--out", str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)
+    assert "40.0 MiB usable" in refusal(capsys, train.main, *TOY) and not [*tmp_path.iterdir()]
 
 
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
@@ -167,23 +169,15 @@ def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(model, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
     flags = "--batch-tokens", "256", "--eval-problems", "64"
     run(tmp_path / "plenty", *flags)
-    assert "\nmemory  " in capsys.readouterr().out
+    assert "\nmemory  " in capsys.readouterr().out and not calls
     monkeypatch.setattr(memory, "in_use", lambda device: 300 << 20)
     monkeypatch.setenv("TEAMTR_MEMORY", "352MiB")
     monkeypatch.setattr(train, "plan_training", tight)
-    assert not calls
     run(tmp_path / "lean", *flags)
     assert calls, "activations were computed again"
     lean, plenty = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("lean", "plenty"))
     assert lean["batch_rows"] < 64 < plenty["batch_rows"] == 2048
     assert same(weights(tmp_path / "plenty"), weights(tmp_path / "lean"))
-
-
-def test_an_evaluation_needs_no_optimizer():
-    config, task, _ = planned(agents=2)
-    problems = task.sample_problems(40, rng.generator(0, "held-out"), held_out=True)
-    config, plan = plan_evaluation(config, task, problems, 3, [RELAY] * 2)
-    assert plan.optimizer == plan.update == 0 and plan.weights == 2 * 4 * N and config.batch_rows == plan.rows
 
 
 def test_overlong_problems_are_found_among_all_or_dropped(tmp_path, capsys):

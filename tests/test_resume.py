@@ -12,18 +12,22 @@ import torch
 from campaign import campaign, cut, flip_a_bit
 from commands import interrupt_at, refusal
 from conftest import SHARED
+from ready import Prepared
 from toy_runs import TOY, bits, results, run
 
 import train
-from teamtr_min.config import Config
-from teamtr_min.learner import Diverged, Learner
+from teamtr_min.learner import Diverged
 from teamtr_min.run import checkpoint
-from teamtr_min.run.loading import build_team
-from teamtr_min.tasks import Relay
 
 
 def content(directory: Path) -> dict:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def resume(out: Path, finished: Path) -> None:
+    """To the same bits as the run that was never stopped."""
+    assert train.main(["--resume", str(out)]) == 0
+    assert bits(out) == bits(finished)
 
 
 def test_killed_and_damaged_at_random_moments_a_run_resumes_to_the_same_bits():
@@ -35,9 +39,8 @@ def test_ctrl_c_leaves_agents_a_summary_and_a_run_that_resumes_to_the_same_bits(
     assert summary["reason"] == summary["stopped"] == "interrupted" and summary["stages"] == 2
     assert summary["accuracy_start"] is not None and summary["accuracy_final"] is None
     assert (copy / "agents" / "2" / "model.safetensors").is_file()
-    assert train.main(["--resume", str(copy)]) == 0
+    resume(copy, finished)
     assert "resumed after 2 of 3 stages" in capsys.readouterr().out
-    assert bits(copy) == bits(finished)
 
 
 @pytest.mark.parametrize("place", [(2, train, "group_advantages"), (1, checkpoint, "save_file")])
@@ -45,8 +48,7 @@ def test_stopped_before_its_first_checkpoint_a_run_starts_again(finished, tmp_pa
     with monkeypatch.context() as patch:
         interrupt_at(place[0], patch, *place[1:])
         assert train.main([*TOY, *SHARED, "--out", str(tmp_path / "run")]) == 130
-    assert train.main(["--resume", str(tmp_path / "run")]) == 0
-    assert bits(tmp_path / "run") == bits(finished)
+    resume(tmp_path / "run", finished)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +57,9 @@ def test_stopped_before_its_first_checkpoint_a_run_starts_again(finished, tmp_pa
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(finished, copy, capsys, file, damage):
     damage(copy / "checkpoints" / "000002" / file)
-    assert train.main(["--resume", str(copy)]) == 0
+    resume(copy, finished)
     text = capsys.readouterr().out
     assert "000002 is damaged; trying the one before" in text and "resumed after 1 of 3 stages" in text
-    assert bits(copy) == bits(finished)
 
 
 def test_the_newest_two_checkpoints_stay_whole_and_nothing_else_does(finished, stopped):
@@ -150,13 +151,11 @@ def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(finished, copy, c
         assert "No space left on device" in refusal(capsys, train.main, "--resume", str(copy))
     assert sorted(p.name for p in (copy / "checkpoints").iterdir())[0] in ("000001", "000002")
     assert not list(copy.rglob("*.part"))
-    assert train.main(["--resume", str(copy)]) == 0
-    assert bits(copy) == bits(finished)
+    resume(copy, finished)
 
 
 def test_a_weight_that_is_not_finite_makes_no_checkpoint(tmp_path):
-    config = Config(agents=1, device="cpu")
-    learner = Learner(build_team(config, Relay(config)), [0], 0.01)
+    learner = Prepared().learner
     checkpoint.save(tmp_path, 1, [learner], {"seconds": 7})
     assert checkpoint.load(tmp_path, [learner]) == {"seconds": 7}
     with torch.no_grad():

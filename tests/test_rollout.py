@@ -36,10 +36,8 @@ def test_every_sampled_token_is_trained_on_once_and_nothing_else(knobs):
     (team, rollouts), advantages = play(**knobs), torch.arange(20.0)
     assert any(not m.stopped for ms in rollouts.messages for m in ms) == ("max_new_tokens" in knobs)
     for j in range(len(team.agents)):
-        trained, places = (
-            [],
-            [(r, t) for r in range(20) for t, k in enumerate(writers(rollouts)[r]) if k == j],
-        )
+        places = [(r, t) for r, row in enumerate(writers(rollouts)) for t, k in enumerate(row) if k == j]
+        trained = []
         for b in agent_batches(team, rollouts, [j], advantages, batch_tokens=60).own:
             B, T = b.tokens.shape
             assert B * T <= 60 or B == 1
