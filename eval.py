@@ -4,15 +4,15 @@ python eval.py relay                    the newest run under runs/, or without o
 python eval.py relay --team runs/NAME --k 8     a run by name; eight rollouts per problem
 python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table
 python eval.py relay --agents 5         an untrained team of five
-python eval.py relay --mode solo        one agent taking every turn, beside the team at equal tokens
+python eval.py relay --mode solo        one agent taking every turn
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py mine.py --samples F      your task; every transcript and its return go to F, as JSONL
 python eval.py jsonl --model DIR --data FILE    your own word problems
 python eval.py ask "12*7?" --team runs/NAME     the messages of the team, and its answer
 python eval.py report --team runs/NAME  figures, and a page with the transcripts
-python eval.py export --team runs/NAME --merge  its agents; LoRA adapters become whole checkpoints
-python eval.py kernels sampling training stage  how fast, beside other libraries and the machine's limits
-python eval.py gpu                      these four on a GPU
+python eval.py export --team runs/NAME  its agents; LoRA adapters become whole checkpoints
+python eval.py kernels sampling training    how fast, beside other libraries and the machine's limits
+python eval.py gpu                      these three on a GPU
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eight processes, a GPU each
 """
@@ -36,8 +36,7 @@ from teamtr_min.run.loading import build_team, load_team
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS, load_task
 
-SPEED = ("kernels", "sampling", "training", "stage")
-OTHERS = (*SPEED, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
+OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
 TEAM_FLAGS = "model agents rounds router roles fields drop_long temperature max_new_tokens seed".split()
 TEAM_FLAGS += ["device", "dtype", "batch_rows"]
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
@@ -79,7 +78,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     parser = Parser(__doc__)
     add, names = parser.add_argument, ", ".join([*TASKS, *OTHERS])
     names += ", FILE.py with a task, or ask and a question (default: the task of the run)"
-    modes = "solo: one agent, at equal tokens; best_of: the likeliest of k rollouts; vote: what most of k say"
+    modes = "solo: the first agent alone; best_of: the likeliest of k rollouts; vote: what most of k say"
     add("benchmarks", nargs="*", metavar="benchmark", help=names)
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
     add("--mode", choices=accuracy.MODES, default="team", help=f"{modes} (default team)")
@@ -90,7 +89,6 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--samples", help="file for every transcript with its return, as JSONL")
     add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
     add("--out", help="export, occupancy: directory for what they write")
-    add("--merge", action="store_true", help="export: whole checkpoints instead of adapters")
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
     args = parser.parse_args(argv)
@@ -148,14 +146,15 @@ def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
 
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
+    """A benchmark that is no task."""
     made = {
         "report": (report, [team]),
-        "export": (export, [team, args.merge, args.out]),
+        "export": (export, [team, args.out]),
         "occupancy": (occupancy, [Path(args.out or "runs/occupancy"), args.short, args.jobs]),
     }
     if name == "gpu" and not torch.cuda.is_available():
         raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-    for benchmark in SPEED if name == "gpu" else [name]:
+    for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
         module, given = made.get(benchmark, (speed, [benchmark, flags, args.short]))
         result = module.run(*given)
         yield result, module.table(result)

@@ -10,7 +10,7 @@ from teamtr_min.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-EVAL = "team mode k problems data json samples again show short jobs out merge help".split()
+EVAL = "team mode k problems data json samples short jobs out help".split()
 REPLACE = "resume agent model stages out align".split()
 TORCHRUN = ["nproc-per-node"]
 

@@ -245,7 +245,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trai
 
 
 def test_export_writes_whole_models_of_the_same_policy(trained_run, tmp_path, capsys):
-    flags = ["export", "--team", str(trained_run), "--merge", "--out", str(tmp_path / "whole")]
+    flags = ["export", "--team", str(trained_run), "--out", str(tmp_path / "whole")]
     whole, tokens = evaluate(capsys, *flags), random_tokens(load_model(RELAY), 3, 11)
     for j, (model, _) in enumerate(loaded(*(trained_run / "agents" / str(j) for j in range(2)))):
         with torch.no_grad():

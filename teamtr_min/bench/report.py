@@ -1,4 +1,4 @@
-"""What a run did, to look at: two figures, and one page with them, the transcripts and the configuration.
+"""What a run did, on one page: two figures, the transcripts, the knobs that are not the preset's.
 
 Everything is read from the run's directory, so a run that was stopped, or still goes on, has a report too.
 report.html stands alone: images, style and script are inside, and its policy forbids any request.
@@ -7,21 +7,31 @@ report.html stands alone: images, style and script are inside, and its policy fo
 import base64
 import dataclasses
 import html
+import io
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from teamtr_min.bench.plots import COLOURS, FIGURES, render
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, read_json
 from teamtr_min.run.loading import roles_of
-from teamtr_min.run.log import held_out_score, read_log, region, totals, violation_rate
+from teamtr_min.run.log import held_out_score, read_log, region
 from teamtr_min.run.run import newest_run
 from teamtr_min.tasks import load_task
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 FILLED_IN = ("batch_rows", "batch_tokens", "date")  # knobs that a run sets by itself
+# Okabe and Ito's colours, which colour-blind people can tell apart; the last is a grey.
+COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "grid.color": "#dfe3e7", "axes.edgecolor": COLOURS[-1], "savefig.dpi": 160,
+    "axes.titlelocation": "left", "axes.titlesize": "medium", "axes.titleweight": "bold",
+    "legend.frameon": False, "text.parse_math": False,  # a role may be called $x$
+}  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -31,51 +41,24 @@ class Record(NamedTuple):
     config: Config
     updates: list[dict]
     stages: list[dict]
-    summary: dict  # without what it says of the end, while the run goes on
+    summary: dict  # {} until the run has ended once
     transcripts: list[dict]
     names: list[str]  # of the agents
 
     @property
-    def score(self) -> str:
-        """The measure that is shown: the return where any rollout got another one than 0 or 1."""
-        partial = any(u["return_mean"] > u["accuracy"] for u in self.updates)
-        return "return" if partial else "accuracy"
-
-    def of_stages(self, key: str) -> list[float]:
-        """Of the rollouts that each stage began with."""
-        return [u[key] for u in self.updates if u["update"] == 0]
-
-    @property
     def held_out(self) -> dict[int, tuple[float, list[float]]]:
-        """Score on held-out problems and its 95% interval, by the stages done before."""
+        """Return on held-out problems and its 95% interval, by the stages done before."""
         lines = [(0, self.summary, "start"), *((s["stage"] + 1, s, "held_out") for s in self.stages)]
         lines.append((len(self.stages), self.summary, "final"))
-        named = [(at, line, f"{self.score}_{name}") for at, line, name in lines]
+        named = [(at, line, f"return_{name}") for at, line, name in lines]
         return {at: (line[key], line[f"{key}_ci"]) for at, line, key in named if line.get(key) is not None}
-
-    @property
-    def seconds(self) -> float:
-        return self.summary.get("seconds") or (self.stages[-1]["seconds"] if self.stages else 0.0)
 
     @property
     def state(self) -> str:
         done = f"{len(self.stages)} of {self.config.stages} stages"
-        stopped = self.summary.get("stopped", "the run goes on, or was killed")
-        return f"{done}; not finished: {stopped}" if stopped else f"{done}; finished"
-
-    @property
-    def headline(self) -> dict[str, str]:
-        """The numbers on top, as far as they are known."""
-        texts = {}
-        for name, label in (("start", "held out, at the start"), ("final", "held out, at the end")):
-            if self.summary.get(f"accuracy_{name}") is not None:
-                texts[label] = held_out_score(self.summary, name)
-        if len(texts) < 2:
-            texts["on the last stage's problems"] = f"{self.score} {self.of_stages('return_mean')[-1]:.3f}"
-        texts |= {"time": f"{self.seconds:,.0f} s", "rollouts": f"{totals(self.updates)['rollouts']:,}"}
-        if (before := violation_rate(self.updates, "kl_before")) is not None:
-            texts["updates that exceeded the radius"] = f"{before:.0%}"
-        return texts
+        if stopped := self.summary.get("stopped", "the run goes on, or was killed"):
+            return f"{done}; not finished: {stopped}"
+        return f"{done}; held-out {held_out_score(self.summary, 'final', since='start')}"
 
 
 def read(directory: Path) -> Record:
@@ -86,8 +69,6 @@ def read(directory: Path) -> Record:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
     path = directory / "summary.json"
     summary = read_json(path) if path.exists() else {}
-    if summary and summary["tokens_trained"] != totals(updates)["tokens_trained"]:  # it is of before a resume
-        summary = {key: value for key, value in summary.items() if "_start" in key}
     try:
         names = [role.name for role in roles_of(config, load_task(config))]
     except Exception:  # the file or data of the task is gone, which may raise anything
@@ -96,43 +77,107 @@ def read(directory: Path) -> Record:
     return Record(directory, config, updates, stages, summary, transcripts, names)
 
 
+# Figures. Their docstrings are also their text for people who cannot see them.
+
+
+def require_matplotlib():
+    """matplotlib, which only figures need. Raises UserError where it is not installed."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    return matplotlib
+
+
+def render(draw: Callable, what) -> bytes:
+    """The figure that `draw(figure, what)` fills, as PNG."""
+    matplotlib, buffer = require_matplotlib(), io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(8, 3.6), layout="constrained")
+        draw(figure, what)
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def finish(axes, **settings) -> None:
+    """Settings; whole stages on the x axis; the legend right of the axes, where it hides no curve."""
+    axes.set(**settings)
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def learning(figure, record: Record) -> None:
+    """Mean return and accuracy on each stage's problems; the return on held-out ones with its interval."""
+    axes, held_out = figure.subplots(), record.held_out
+    first = [u for u in record.updates if u["update"] == 0]
+    axes.plot([u["return_mean"] for u in first], ".-", color=COLOURS[0], label="on each stage's problems")
+    axes.plot([u["accuracy"] for u in first], "--", color=COLOURS[-1], label="accuracy there")
+    if held_out:
+        off = [[max(0, value - low), max(0, high - value)] for value, (low, high) in held_out.values()]
+        how = {"fmt": "D", "mfc": "none", "capsize": 3, "color": COLOURS[1], "label": "held out"}
+        axes.errorbar([*held_out], [value for value, _ in held_out.values()], [*zip(*off)], **how)
+    finish(axes, title="Mean return", ylim=(-0.02, 1.02), xlabel="stages done")
+
+
+def trust_region(figure, record: Record) -> None:
+    """KL of each update, as attempted (circles) and as kept (dots), and the radius (dashed)."""
+    axes, config, delta = figure.subplots(), record.config, record.config.delta
+    updates = [u for u in record.updates if "kl_after" in u]  # without those of an agent that took no turn
+    per_stage = 1 + max(u["update"] for u in record.updates)
+    top = max([u["kl_before"] for u in updates] + [delta] * math.isfinite(delta)) or 1.0
+    bottom = top / 1e3  # lower values stand on the axis
+    for agent in sorted({u.get("agent", -1) for u in updates}):  # -1: all together
+        own = [u for u in updates if u.get("agent", -1) == agent]
+        x = [u["stage"] + u["update"] / per_stage for u in own]
+        attempted, kept = ([max(u[key], bottom) for u in own] for key in ("kl_before", "kl_after"))
+        colour = COLOURS[agent % len(COLOURS)]
+        axes.plot(x, attempted, "o", color=colour, mfc="none", ms=4)
+        axes.plot(x, kept, "o", color=colour, ms=3, label="team" if agent < 0 else record.names[agent][:24])
+    if math.isfinite(delta):
+        enforced = "" if config.kl == "hard" else ", not enforced"
+        axes.axhline(delta, color=COLOURS[-1], ls="--", label=f"radius {delta:g}{enforced}")
+    axes.set(yscale="log", ylim=(bottom * 0.8, 2 * top), ylabel=f"nats per {config.kl_unit}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    finish(axes, title="KL of each update; circles: attempted, dots: kept", xlabel="stage")
+
+
+# The page
+
+
 def run(team: str | None) -> dict:
     """Write report/*.png and report.html of a run, None for the newest; returns what `--json` prints."""
     directory = Path(team) if team else newest_run("metrics.jsonl")
     if not directory:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
     record, path = read(directory), directory / "report.html"
-    images = {draw: render(draw, record) for draw in FIGURES}
+    images = {draw: render(draw, record) for draw in (learning, trust_region)}
     (directory / "report").mkdir(exist_ok=True)
     figures = {directory / "report" / f"{draw.__name__}.png": image for draw, image in images.items()}
     for figure, image in figures.items():
         figure.write_bytes(image)
     path.write_text(page(record, images), encoding="utf-8")
     return {
-        "benchmark": "report", "team": str(directory), "report": str(path), "figures": [*map(str, figures)],
-        "headline": record.headline, "state": record.state, "stages": len(record.stages),
-        "seconds": record.seconds, "transcripts": len(record.transcripts), **totals(record.updates),
+        "benchmark": "report", "team": str(directory), "state": record.state, "report": str(path),
+        "figures": [*map(str, figures)], "transcripts": len(record.transcripts),
     }  # fmt: skip
 
 
-def page(record: Record, images: dict) -> str:
+def page(record: Record, images: dict[Callable, bytes]) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
     config, knobs, figures = record.config, [], []
     usual = Config(model=config.model, task=config.task, agents=config.agents, lora_rank=config.lora_rank)
     for name, value in dataclasses.asdict(config).items():
-        tag = "span" if name in FILLED_IN or value == getattr(usual, name) else "b"
-        text = html.escape(str(value)) if value != "" else "none"
-        knobs.append(f'<li><span class="soft">{name}</span> <{tag}>{text}</{tag}>')
+        if name not in FILLED_IN and value != (preset := getattr(usual, name)):
+            cells = (html.escape(str(cell)) for cell in (name, value, preset))
+            knobs.append("<tr><td>" + "<td>".join(cells))
     for draw, image in images.items():
         source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
         figures.append(f'<img src="{source}" alt="{html.escape(draw.__doc__)}">')
-    tiles = (map(html.escape, pair) for pair in record.headline.items())
     what = f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
     data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
     parts = {
         "title": html.escape(record.directory.resolve().name),
         "subtitle": html.escape(f"{what}, {region(config)}; {record.state}"),
-        "tiles": "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in tiles),
         "figures": "\n".join(figures),
         "knobs": "\n".join(knobs),
         "data": json.dumps(data).replace("<", "\\u003c"),
@@ -141,9 +186,6 @@ def page(record: Record, images: dict) -> str:
 
 
 def table(result: dict) -> str:
-    """For the terminal: the headline, and where everything is."""
-    width = max(map(len, result["headline"].values()))
-    lines = [f"{result['team']}: {result['state']}"]
-    lines += [f"  {text:{width}s}  {name}" for name, text in result["headline"].items()]
-    lines += [f"  figure   {path}" for path in result["figures"]]
-    return "\n".join([*lines, f"  report   {result['report']}   ({result['transcripts']} transcripts)"])
+    """For the terminal: how far the run is, and where everything is."""
+    paths = [f"  {path}" for path in (*result["figures"], result["report"])]
+    return "\n".join([f"{result['team']}: {result['state']}", *paths])

@@ -1,4 +1,4 @@
-"""How fast the code is: kernels, sampling, a training step, a stage; beside other libraries, on one machine.
+"""How fast the code is: kernels, sampling, a training step; beside other libraries, on one machine.
 
 A benchmark is a list of cases. A case is some work, done by several contestants with the same inputs in one
 process: ours first, then what others would write. They take turns; medians count.
@@ -14,12 +14,8 @@ With one thread (OMP_NUM_THREADS=1) a CPU's clock is that thread's: other work o
 import functools
 import importlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,11 +33,9 @@ from teamtr_min.hf.weights import config_json
 from teamtr_min.learner import GRADIENT_NORM, Learner
 from teamtr_min.rollout import Batches, agent_batches, collect
 from teamtr_min.run.loading import build_team, placement
-from teamtr_min.run.log import read_log
-from teamtr_min.tasks import Sums, load_task
-from teamtr_min.team import Rendered, Team
+from teamtr_min.tasks import load_task
+from teamtr_min.team import Rendered
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 PROMPT, NEW = 32, 64  # tokens of `sampling`
 BATCH_TOKENS = 4096  # of a forward pass of `training`, for all contestants
 
@@ -87,8 +81,7 @@ class Machine:
 
     def compare(self, case: Case, repeats: int) -> list[dict]:
         """A row for each contestant; one that cannot run here has the reason in `missing`."""
-        rows = {name: {"case": case.name, "by": name} for name in case.contestants}
-        works, ours = {}, None
+        rows, works = {name: {"case": case.name, "by": name} for name in case.contestants}, {}
         for name, work in case.contestants.items():
             try:
                 got = work()  # which also warms it up
@@ -97,8 +90,10 @@ class Machine:
                     raise
                 rows[name]["missing"] = " ".join((str(error) or type(error).__name__).split())[:40]
                 continue
-            works[name], ours = work, ours or got
-            if got and name != "ours":
+            works[name] = work
+            if name == "ours":
+                ours = got
+            elif got:
                 pairs = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, ours)]
                 rows[name]["apart"] = max(pairs)
             if self.cuda:
@@ -138,8 +133,9 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -loss(weight, hidden, targets)
 
 
-def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Iterator[Case]:
+def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
     """linear_logprob at hidden (N, H), weight (V, H), with both gradients."""
+    device, dtype = placement(config)
     N, H, V = (8, 16, 40) if short else (16384, 1536, 151936) if device.type == "cuda" else (512, 256, 8192)
     draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     hidden, weight = draw(N, H).to(dtype), (draw(V, H) * 4 / H**0.5).to(dtype)  # logits spread by 4
@@ -159,15 +155,15 @@ def kernel_cases(device: torch.device, dtype: torch.dtype, short: bool) -> Itera
 # Sampling
 
 
-def sampling_cases(team: Team, config: Config, short: bool) -> Iterator[Case]:
+def sampling_cases(config: Config, short: bool) -> Iterator[Case]:
     """Random prompts of 32 tokens, 64 more of each; the floor is products, or reading weights and cache."""
-    model = team.agents[0].model
+    (agent, *_) = build_team(config, load_task(config)).agents
+    model, new = agent.model, 5 if short else NEW
     c, head, many = model.config, model.head.numel(), config.shipped or model.device.type == "cuda"
     layers = sum(p.numel() for p in model.model.layers.parameters())
     for B in [3] if short else [1, 16, 64, 256] if many else [16]:
-        new, g = 5 if short else NEW, torch.Generator().manual_seed(B)
-        prompts = torch.randint(c.vocab_size, (B, PROMPT), generator=g)
-        both = {"ours": functools.partial(sample, team.agents[0].sampler, prompts.tolist(), new)}
+        prompts = torch.randint(c.vocab_size, (B, PROMPT), generator=torch.Generator().manual_seed(B))
+        both = {"ours": functools.partial(sample, agent.sampler, prompts.tolist(), new)}
         both["transformers"] = functools.partial(plain_sample, model, prompts.to(model.device), new)
         flops = 2 * B * (layers * (PROMPT + new - 1) + head * new)
         cached = B * (PROMPT + new / 2) * c.kv_per_token  # mean over the steps
@@ -190,22 +186,25 @@ def plain_sample(model: Transformer, prompts: Tensor, new: int) -> None:
 # A training step
 
 
-def training_cases(team: Team, config: Config, short: bool) -> Iterator[Case]:
+def training_cases(config: Config, short: bool) -> Iterator[Case]:
     """One optimizer step of each agent on the same rollouts, at a rate of 0, so that all repeats are alike.
 
     Advantages are drawn at random, so no group lacks them. The norms of the gradients are compared.
     """
+    team = build_team(config, load_task(config))
     problems = team.task.sample_problems(2 if short else config.problems, rng.generator(0, "problems"))
     rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
     advantages = torch.randn(len(rollouts.returns), generator=torch.Generator().manual_seed(0))  # (R,)
     for j, agent in enumerate(team.agents):
         seen = [team.render(j, p, m, False) for p, m in zip(rollouts.problems, rollouts.messages)]
         rows = pad_sequence([torch.tensor(s.ids) for s in seen], batch_first=True, padding_value=-1)  # (R, T)
-        starts = torch.tensor([s.spans[0][0] for s in seen])  # (R,) of the agent's message, the last it sees
-        inputs = [x.to(agent.model.device) for x in (rows, starts, advantages)]
+        pull = torch.zeros(rows.shape)  # (R, T): the advantage at the agent's tokens, else 0
+        for r, s in enumerate(seen):
+            pull[r, slice(*s.spans[0])] = advantages[r]
         batches = agent_batches(team, rollouts, [j], advantages, BATCH_TOKENS)
         both = {"ours": functools.partial(step, Learner(team, [j], beta=0.0), batches, config)}
-        both["transformers"] = functools.partial(plain_step, agent.model, *inputs, config.temperature)
+        inputs = rows.to(agent.model.device), pull.to(agent.model.device), config.temperature
+        both["transformers"] = functools.partial(plain_step, agent.model, *inputs)
         pairs = sum(len(batch.targets) for batch in batches.own)
         yield Case(f"agent {j}", both, batches.tokens, step_flops(agent.model, seen, pairs))
 
@@ -220,22 +219,18 @@ def adamw(model) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def plain_step(
-    ours: Transformer, rows: Tensor, starts: Tensor, advantages: Tensor, temperature: float
-) -> tuple[Tensor]:
-    """One step with a row for each rollout, all logits and AdamW. Returns the norm of the gradient.
+def plain_step(ours: Transformer, rows: Tensor, pull: Tensor, temperature: float) -> tuple[Tensor]:
+    """One step on rows (R, T) padded by -1, with all logits and AdamW. Returns the norm of the gradient.
 
-    At pi_old the gradient of Eq. 10 is that of a message's log-prob times its advantage. Row r (T,) ends with
-    the agent's message, from `starts[r]` on, and is padded by -1.
+    At pi_old the gradient of Eq. 10 is that of a token's log-prob times its advantage, pull (R, T).
     """
     model, B = in_transformers(ours), max(1, BATCH_TOKENS // rows.shape[1])
-    for ids, start, advantage in zip(rows.split(B), starts.split(B), advantages.split(B)):
-        ids = ids[:, : (ids >= 0).sum(1).max()]  # (B, T), of this pass
-        trained = (ids >= 0) & (torch.arange(ids.shape[1], device=ids.device) >= start[:, None])
-        mask, ids = (ids >= 0).long(), ids.clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
-        logp = (logits.float() / temperature).log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        (-(logp * trained[:, 1:]).sum(1) @ advantage / len(rows)).backward()
+    for ids, weight in zip(rows.split(B), pull.split(B)):
+        longest = (ids >= 0).sum(1).max()
+        ids, weight = ids[:, :longest], weight[:, 1:longest]  # (B, T), (B, T-1) of this pass
+        output = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), use_cache=False)
+        logp = (output.logits[:, :-1].float() / temperature).log_softmax(-1)  # (B, T-1, V)
+        (-(logp.gather(2, ids[:, 1:, None].clamp(min=0))[..., 0] * weight).sum() / len(rows)).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
     adamw(model).step()
     adamw(model).zero_grad(set_to_none=True)
@@ -243,9 +238,8 @@ def plain_step(
 
 
 def step_flops(model: Transformer, seen: list[Rendered], pairs: int) -> float:
-    """FLOPs of products, forward once and back twice: of all layers but the last at every distinct position
-    (each start of a transcript), of the last one and of the head at the trained `pairs` of context and token.
-    """
+    """FLOPs of products, forward once and back twice: of all layers but the last at each distinct start of a
+    transcript, of the last one and of the head at the trained `pairs` of context and token."""
     starts: dict[tuple[int, int], int] = {}  # (start of a transcript, next token) -> the longer start
     for rendered in seen:
         start = 0
@@ -256,43 +250,9 @@ def step_flops(model: Transformer, seen: list[Rendered], pairs: int) -> float:
     return 6 * ((len(layers) - 1) * layer * len(starts) + (layer + model.head.numel()) * pairs)
 
 
-# A stage
-
-
-def task(config: Config) -> Sums:
-    """For `--task speed.py`: sums, graded by a hash of what was said, so that any model has what to learn."""
-    sums = Sums(config)
-    sums.grade = lambda problem, messages: float(sum(sum(m.tokens) for m in messages) % 2)
-    return sums
-
-
-def stage_rows(what: dict, short: bool) -> list[dict]:
-    """Seconds of a stage of `python train.py` by phase, as it logs them."""
-    what |= {"stages": 3, "eval_problems": 1, "warm_start": 0}
-    what |= {"problems": 2, "group": 4, "stages": 2, "inner_steps": 1} if short else {}
-    words = [word for name, value in what.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "run"
-        done = subprocess.run([sys.executable, TRAIN, *words, "--out", out], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"train.py ended with {done.returncode}: {done.stderr[-300:]}")
-        return phases(read_log(out / "metrics.jsonl"))
-
-
-def phases(lines: list[dict]) -> list[dict]:
-    """From metrics.jsonl: seconds of a stage by purpose, without the first stage, which makes buffers."""
-    updates = [line for line in lines if line["kind"] == "update" and line["stage"] > 0]
-    ends = [line["seconds"] for line in lines if line["kind"] == "stage"]
-    rows, stages, rest = [], len(ends) - 1, ends[-1] - ends[0]
-    for phase, count in (("sampling", "tokens_sampled"), ("training", "tokens_trained")):
-        spent, tokens = (sum(update[key] for update in updates) for key in (f"seconds_{phase}", count))
-        rest -= spent
-        rate = {"seconds": spent / stages, "tokens_per_second": tokens / spent}
-        rows.append({"case": "stage", "by": phase, **rate})
-    return [*rows, {"case": "stage", "by": "the rest", "seconds": rest / stages}]
-
-
 # All
+
+BENCHMARKS = {"kernels": kernel_cases, "sampling": sampling_cases, "training": training_cases}
 
 
 def run(name: str, flags: dict, short: bool = False) -> dict:
@@ -304,21 +264,13 @@ def run(name: str, flags: dict, short: bool = False) -> dict:
     what = flags | {"model": model, "task": model if shipped else "sums", "agents": 3 if shipped else 2}
     device, dtype = placement(Config(**what))
     if not shipped and device.type == "cuda":  # as one trains a pretrained model on a GPU
-        what |= {"problems": 32, "group": 8, "max_new_tokens": 256, "inner_steps": 6, "temperature": 0.8}
-    config, machine, cases = Config(**what), Machine(device, dtype), []
-    repeats = 1 if short else 20 if name == "kernels" else 5
-    if name == "kernels":
-        cases = kernel_cases(device, dtype, short)
-    elif name in ("sampling", "training"):
-        of_team = sampling_cases if name == "sampling" else training_cases
-        cases = of_team(build_team(config, load_task(config)), config, short)
-    rows = [row for case in cases for row in machine.compare(case, repeats)]
-    if name == "stage":
-        rows = stage_rows(what if shipped else what | {"task": __file__}, short)
+        what |= {"problems": 32, "group": 8, "max_new_tokens": 256, "temperature": 0.8}
+    machine, repeats = Machine(device, dtype), 1 if short else 20 if name == "kernels" else 5
+    cases = BENCHMARKS[name](Config(**what), short)
     return {
         "benchmark": name, "model": model, "device": machine.name, "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__, "flops_per_second": machine.flops, "bytes_per_second": machine.bytes,
-        "repeats": repeats, "rows": rows,
+        "repeats": repeats, "rows": [row for case in cases for row in machine.compare(case, repeats)],
     }  # fmt: skip
 
 
@@ -333,15 +285,15 @@ COLUMNS = {  # of a row: title, width, form, factor
 
 
 def table(result: dict) -> str:
-    r, columns = result, {k: how for k, how in COLUMNS.items() if any(k in row for row in result["rows"])}
+    r = result
     rates = f"{r['flops_per_second'] / 1e12:.3g} TFLOP/s, {r['bytes_per_second'] / 1e9:.3g} GB/s"
     lines = [
         f"{r['benchmark']}, {r['model']}, {r['dtype']}, on {r['device']}, median of {r['repeats']}",
-        f"{rates:39}" + "".join(f"{title:>{width}}" for title, width, *_ in columns.values()),
+        f"{rates:39}" + "".join(f"{title:>{width}}" for title, width, *_ in COLUMNS.values()),
     ]
     for row in r["rows"]:
         line = f"{row['case']:16} {row['by']:22}{row.get('missing', '')}"
-        for key, (_, width, form, factor) in columns.items():
+        for key, (_, width, form, factor) in COLUMNS.items():
             line += f"{row[key] * factor:>{width}{form}}" if key in row else " " * width
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from teamtr_min.bench.plots import COLOURS, render, require_matplotlib
+from teamtr_min.bench.report import COLOURS, render, require_matplotlib
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.run.log import read_log
 
