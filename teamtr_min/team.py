@@ -168,7 +168,8 @@ class Team:
                 how = self.max_new_tokens, self.temperature, agent.chat.end_tokens
                 with unsharded(agent.model):
                     done = agent.sampler.generate(rows, prompts, keys, *how, progress)
-                texts = agent.tokenizer.decode_batch([c.tokens[: len(c.tokens) - c.stopped] for c in done])
+                contents = [c.tokens[: len(c.tokens) - c.stopped] for c in done]
+                texts = agent.tokenizer.backend.decode_batch(contents)
                 for r, c, text in zip(rows, done, texts):
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
                 if self.router is round_robin and turn + len(self.agents) >= self.turns:  # its last turn
@@ -182,7 +183,8 @@ class Team:
         chat = self.agents[agent].chat
         ids = self.render(agent, Problem("", question, ""), [], add_generation_prompt=False).ids
         for j, text in ((m[0], m[-1]) for m in messages):
-            ids += chat.own(text) if j == agent else chat.teammate(self.agents[j].role.name, text)
+            name = self.agents[j].role.name
+            ids += chat.said("assistant", text) if j == agent else chat.teammate(name, text)
         return [*ids, *chat.assistant_header]
 
     def solve(

@@ -10,7 +10,7 @@ import pytest
 from tiny import SHARED
 
 from teamtr_min.tasks import extract_answer, is_correct
-from teamtr_min.tasks.answers import TOO_LARGE, canonical, closed_form
+from teamtr_min.tasks.answers import canonical, closed_form
 from teamtr_min.tasks.equivalence import LIMIT, _worker, equivalent, grader
 
 PAIRS = (Path(__file__).parent / "data" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
@@ -134,15 +134,11 @@ def test_an_answer_that_takes_long_is_wrong_and_the_next_is_graded_at_once():
         pytest.skip("math-verify is not installed")
     assert is_correct(boxed("(x-1)(x+1)"), "x^2-1")
     worker, start = _worker().pid, time.perf_counter()
-    for k, long in enumerate(["(x+y+z)^{99999}", r"\sqrt{x}^{9999!}-1"]):
+    for k, long in enumerate(["(x+y+z)^{99999}", r"\sqrt{x}^{9999!}-1", "x+9^{9^{9^9}}", "(10^9)!"]):
         assert not is_correct(boxed(long), "x^2-1")
         assert is_correct(boxed(f"(x-1)(x+{k + 2})"), f"x^2+{k + 1}x-{k + 2}")
-    assert time.perf_counter() - start < 20 * LIMIT  # of processor time, and other tests run beside
+    assert time.perf_counter() - start < 40 * LIMIT  # of processor time, and other tests run beside
     assert _worker().pid == worker and LIMIT <= 1, "no library is loaded again"
-    asked = equivalent.cache_info().misses
-    for huge in ("x^2+(10^9)!", "x+9^{9^{9^9}}", r"\sqrt{(10^8)!}"):
-        assert not is_correct(boxed(huge), "x^2-1")
-    assert equivalent.cache_info().misses == asked, "such numbers are not worked out"
     assert is_correct(boxed(r"x^{100}(x+1)"), r"x^{101}+x^{100}")
 
 
@@ -150,8 +146,8 @@ def test_closed_forms_have_exact_values():
     values = {
         "-2^2": -4, "2^{-1}": F(1, 2), "2*-3+1": -5, "7-2-1": 4, "8/2/2": 2, "2^3^2": 512, "3!^2": 36,
         r"3\frac{1}{2}": F(7, 2), r"\frac{1}{\frac{2}{3}}": F(3, 2), "1,234.5": F(2469, 2), ".5e3": 500,
-        "10^{4000}": 10**4000, "10^{5000}": TOO_LARGE, "9^{9^{9^9}}": TOO_LARGE, "2000!": TOO_LARGE,
-        "(2+2)!": 24, "(10^9)!": TOO_LARGE, "(1/2)!": None, "(1-3)!": None, "1-(2^3)!/7": -5759,
+        "10^{4000}": 10**4000, "10^{5000}": None, "9^{9^{9^9}}": None, "2000!": None,
+        "(2+2)!": 24, "(10^9)!": None, "(1/2)!": None, "(1-3)!": None, "1-(2^3)!/7": -5759,
         "True": None, r"\{5\}": None, "3 1/2": F(7, 2), "(1,234)": None, "5 6": None, "1/0": None,
         "2^{1/2}": None, "2^3!": None, "2^{10}!": None, "5!!": None, "x": None, "[5]": None, "": None,
     }  # fmt: skip

@@ -158,7 +158,7 @@ def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
         tokenizer.decode([*tokenizer.special_ids], skip_special_tokens=False),
     )
     assert set(tokenizer.encode(spelled)) >= tokenizer.special_ids and "<" in spelled
-    for written in (chat.teammate, lambda name, text: chat.own(f"{name}{text}")):
+    for written in (chat.teammate, lambda name, text: chat.said("assistant", f"{name}{text}")):
         special, plain = (
             [i for i in written("B", text) if i in tokenizer.special_ids] for text in (f"1{spelled}2", "1")
         )

@@ -164,7 +164,7 @@ def test_a_users_task_has_the_defaults_and_whatever_else_it_defines(tmp_path):
     ("return 1\n", "return 2\n", "`grade` must return .*returned 2"),
     ("return 1\n", "return '1'\n", "`grade` must return .*returned '1'"),
     ("return 1\n", "pass\n", "`grade` .*None"),
-    ("range(agents)]", "range(agents - 1)]", "`roles` must return a list of 3 Roles, one per agent"),
+    ("range(agents)]", "range(agents - 1)]", "`roles` must return a list of 3 Roles, but"),
     ("Role(str(j), '')".replace("'", '"'), "str(j)", "`roles` must return a list of 3 Roles"),
     ("* count", "* (count - 1)", "`sample_problems` must return a list of 4 Problems"),
     ('[Problem("1", "1+1", "2")]', '["1+1"]', "`sample_problems` must return a list of 4 Problems"),

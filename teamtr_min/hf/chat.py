@@ -44,16 +44,13 @@ class Tokenizer:
     def __init__(self, directory: str | os.PathLike):
         directory, base = Path(directory), find_base(Path(directory))[0]  # an adapter may lack a tokenizer
         self.directory = directory if (directory / "tokenizer.json").is_file() else base
-        path, config = self.directory / "tokenizer.json", self._read("tokenizer_config.json")
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; a checkpoint needs its tokenizer.json")
+        config = _read(self.directory / "tokenizer_config.json")
+        jinja = self.directory / "chat_template.jinja"
         try:
-            text = _as_transformers_reads(path.read_text(encoding="utf-8"), config)
+            text = _as_transformers_reads((self.directory / "tokenizer.json").read_text("utf-8"), config)
             self.backend, self.special = self._load(text, config)
-            self.template = config.get("chat_template")
-            if (self.directory / "chat_template.jinja").is_file():
-                self.template = (self.directory / "chat_template.jinja").read_text(encoding="utf-8")
-            elif isinstance(self.template, list):  # several, by name
+            self.template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
+            if isinstance(self.template, list):  # several, by name
                 self.template = {one["name"]: one["template"] for one in self.template}["default"]
         except Exception as error:  # the backend raises bare Exceptions
             raise UserError(f"{self.directory} holds no usable tokenizer: {error}") from None
@@ -64,19 +61,16 @@ class Tokenizer:
         around, alone = self.backend.encode("x"), self.backend.encode("x", add_special_tokens=False).ids
         before = (around.special_tokens_mask + [0]).index(0)
         self.start, self._end = around.ids[:before], around.ids[before + len(alone) :]
+        self.vocab_size = self.backend.get_vocab_size()
         self.backend.post_processor = None  # all that is left of it moves the offsets that `between` goes by
         self.end_ids = set()
         for file in [at / name for at in (self.directory, base) for name in (GENERATION, "config.json")]:
-            ids = read_json(file).get("eos_token_id") if file.is_file() else None
+            ids = _read(file).get("eos_token_id")
             self.end_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
         if self.template is None:
             known = self.backend.token_to_id("<|im_end|>") is not None
             self.special["end_of_message"] = "<|im_end|>" if known else self.special.get("eos_token", "</s>")
             self.special["end_of_input"] = "<|im_end|>" if known else ""
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with those that the tokenizer puts around every text (Llama's BOS) unless told not
@@ -100,14 +94,10 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def decode_batch(self, batch: list[list[int]]) -> list[str]:
-        return self.backend.decode_batch(batch)
-
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **template_kwargs) -> str:
         """The conversation as the chat template writes it, and transformers' `apply_chat_template` does.
         `messages` are {"role", "content"}. Raises UserError where the template fails."""
-        given = [{key: v for key, v in message.items() if v is not None} for message in messages]
-        values = {"tools": None, "documents": None, **self.special, **template_kwargs, "messages": given}
+        values = {"tools": None, "documents": None, **self.special, **template_kwargs, "messages": messages}
         try:
             template = _compiled(CHATML if self.template is None else self.template)
             return template.render(values, add_generation_prompt=add_generation_prompt)
@@ -121,35 +111,30 @@ class Tokenizer:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
         if self.end_ids:
-            generation = self._read(GENERATION) | {"eos_token_id": sorted(self.end_ids)}
-            write_json(directory / GENERATION, generation)
-
-    def _read(self, name: str) -> dict:
-        return read_json(self.directory / name) if (self.directory / name).is_file() else {}
+            ends = {"eos_token_id": sorted(self.end_ids)}
+            write_json(directory / GENERATION, _read(directory / GENERATION) | ends)
 
     def _load(self, text: str, config: dict) -> tuple[Backend, dict[str, str]]:
-        """The backend with every token that a file beside tokenizer.json declares, and special ones by name.
-
-        As transformers reads them: without `added_tokens_decoder` the older files count.
-        """
+        """The backend with every token that a file beside tokenizer.json declares, and special ones by name,
+        as transformers reads them: without `added_tokens_decoder` the older files count."""
         backend = Backend.from_str(text)
         backend.no_truncation()
         backend.no_padding()
-        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         listed, older = config.get("added_tokens_decoder"), {}
         if listed is None:
-            config, older = config | self._read("special_tokens_map.json"), self._read("added_tokens.json")
+            config = config | _read(self.directory / "special_tokens_map.json")
+            older = _read(self.directory / "added_tokens.json")
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         named |= extra if isinstance(extra, dict) else dict(enumerate(extra))
         named = {name: _special(token) for name, token in named.items() if isinstance(token, str | dict)}
-        contents = {token.content for token in named.values()}
+        known = {t.content: t for t in [*named.values(), *backend.get_added_tokens_decoder().values()]}
         listed = sorted((listed or {}).items(), key=lambda item: int(item[0]))
         new = {fields["content"]: AddedToken(**fields) for _, fields in listed}
-        for content in sorted(older, key=older.get):
-            new.setdefault(content, known.get(content) or AddedToken(content, special=content in contents))
+        for content in [*sorted(older, key=older.get), *(token.content for token in named.values())]:
+            new.setdefault(content, known.get(content) or AddedToken(content))
         for token in named.values():
-            new.setdefault(token.content, known.get(token.content) or token).special = True
+            new[token.content].special = True
         backend.add_tokens([*new.values()])
         return backend, {name: token.content for name, token in named.items() if isinstance(name, str)}
 
@@ -204,7 +189,7 @@ class ChatFormat:
         """System prompt and problem, up to the end of the problem's message."""
         tokenizer = self.tokenizer
         unknown = tokenizer.backend.token_to_id(tokenizer.special.get("unk_token", ""))
-        if unknown in tokenizer.encode(problem, add_special_tokens=False):
+        if unknown in tokenizer.encode(problem):
             raise UserError(f"the model in {tokenizer.directory} has no tokens for problem {problem[:60]!r}")
         turns = [("system", system)] * bool(system) + [("user", problem)]
         text = self._render(turns, prompt=True).removesuffix(self.header)
@@ -215,15 +200,11 @@ class ChatFormat:
     @functools.lru_cache(maxsize=4096)  # noqa: B019
     def teammate(self, name: str, text: str) -> list[int]:
         """A message of another agent, given as text. It cannot end by spelling a special token."""
-        return self._said("user", f"{name}:\n{text}")
+        return self.said("user", f"{name}:\n{text}")
 
     def teammate_ids(self, name: str, ids: list[int]) -> list[int]:
         """A message of another agent, given as the ids that it sampled, without its end token."""
         return [*self._name(name), *ids, *self.user_footer]
-
-    def own(self, text: str) -> list[int]:
-        """A message of this agent, given as text: header, content, end token and footer."""
-        return self._said("assistant", text)
 
     def encode(self, text: str) -> list[int]:
         """The ids that this agent would sample to write `text`, without an end token."""
@@ -237,8 +218,8 @@ class ChatFormat:
     def _name(self, name: str) -> list[int]:
         return self.tokenizer.between("x" + self.footer, f"{self.user_header}{name}:\n")
 
-    def _said(self, role: str, content: str) -> list[int]:
-        """A later message, whose content the template may trim."""
+    def said(self, role: str, content: str) -> list[int]:
+        """A message given as text: header, content, which the template may trim, end token and footer."""
         turns = (role, self.tokenizer.mere(content)), ("user", MARK)
         part = self._behind_first(*turns).removeprefix(self.footer).rpartition(MARK)[0]
         return self.tokenizer.between("x" + self.footer, part.removesuffix(self.user_header), self.next)
@@ -250,6 +231,10 @@ class ChatFormat:
     def _render(self, turns: list[tuple[str, str]], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         return self.tokenizer.render(messages, prompt, strftime_now=self.date.strftime)
+
+
+def _read(file: Path) -> dict:
+    return read_json(file) if file.is_file() else {}
 
 
 def _as_transformers_reads(text: str, config: dict) -> str:
@@ -275,12 +260,8 @@ def _compiled(template: str) -> jinja2.Template:
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    # {% generation %} marks what an assistant said, and changes no text.
-    template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": datetime.datetime.now().strftime}
     return environment.from_string(template)

@@ -77,10 +77,9 @@ def find_base(directory: Path) -> tuple[Path, str]:
 def load_model(
     name_or_dir: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """Read a checkpoint into memory, one tensor at a time: never more than the model plus one tensor.
+    """A checkpoint's model in `dtype` on `device`; memory holds it and at most one tensor more.
 
-    Parameters arrive in `dtype` on `device`, whatever they are stored in. Raises UserError for what is not
-    supported, for tensors that are missing, unexpected or misshapen, and for NaN or infinity.
+    Raises UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN.
     """
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
@@ -94,7 +93,6 @@ def load_model(
     if model.config.tied and {head, embedding} <= held.keys():
         if read(files[head], head).equal(read(files[embedding], embedding)):
             del held[head]  # a repetition
-    held = {name: shape for name, shape in held.items() if not name.endswith("rotary_emb.inv_freq")}
     check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():
@@ -129,12 +127,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def open_tensors(path: Path) -> safe_open:
     """A safetensors file to read from; UserError where it is not one. No *.bin file, which is a pickle and
     may run any program, is ever opened."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no {path.name}; weights must be safetensors, not *.bin")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}") from None
+        raise UserError(f"no weights in {path}, a safetensors file (not *.bin): {error}") from None
 
 
 def shapes(path: Path) -> dict[str, list[int]]:
@@ -176,15 +172,13 @@ def read_config(directory: Path) -> ModelConfig:
     other_layers = {*(raw.get("layer_types") or [])} - {"full_attention"}
     refused = {
         f"architecture {architecture} (supported are {', '.join(FAMILIES)})": family is None,
-        "quantization_config": raw.get("quantization_config"),
-        "use_sliding_window": raw.get("use_sliding_window"),
-        "sliding_window": family == "llama" and raw.get("sliding_window"),
         f"attention of the kinds {other_layers} (layer_types)": other_layers,
         f"activation {raw.get('hidden_act')}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": family != "qwen2" and raw.get("attention_bias"),
-        "mlp_bias": raw.get("mlp_bias"),
         f"rope scaling {kind} (supported are default and llama3)": kind not in ("default", "llama3"),
         "partial_rotary_factor": rope.get("partial_rotary_factor") not in (None, 1),
+        f"{_SCALING[3]} outside of the scaling": kind == "llama3" and raw.get(_SCALING[3]),
+        **{key: raw.get(key) for key in ("quantization_config", "use_sliding_window", "mlp_bias")},
     }
     for feature, used in refused.items():
         if used:
@@ -192,9 +186,7 @@ def read_config(directory: Path) -> ModelConfig:
     heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
     usual = {"num_key_value_heads": heads, "head_dim": heads and hidden and hidden // heads}
     sizes = {key: raw.get(key) or usual.get(key) for key in _SIZES}
-    # Where both levels name the original length the outer one counts, and the current length is the fallback.
-    original = {**rope, **raw}.get(_SCALING[3]) or raw.get("max_position_embeddings")
-    scaling = (*(rope.get(key) for key in _SCALING[:3]), original) if kind == "llama3" else None
+    scaling = tuple(rope.get(key) for key in _SCALING) if kind == "llama3" else None
     for key, value in [*sizes.items(), *zip(_SCALING, scaling or ())]:
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{directory / 'config.json'}: {key} must be a positive number, not {value!r}")

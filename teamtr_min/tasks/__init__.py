@@ -48,26 +48,24 @@ class UserTask:
     def __getattr__(self, name: str):
         return getattr(self._task if hasattr(self._task, name) else Task(), name)
 
-    def _check(self, method: str, wanted: str, right: bool, returned) -> None:
-        if not right:
-            got = reprlib.repr(returned)
-            raise UserError(f"{self._path}: `{method}` must return {wanted}, but returned {got}")
-
     def roles(self, agents: int) -> list[Role]:
-        roles = self._task.roles(agents)
-        right = isinstance(roles, list) and len(roles) == agents and all(isinstance(r, Role) for r in roles)
-        self._check("roles", f"a list of {agents} Roles, one per agent", right, roles)
-        return roles
+        return self._list_of(Role, agents, agents, "roles", self._task.roles(agents))
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         problems = self._task.sample_problems(count, generator, held_out=held_out)
-        right = isinstance(problems, list) and all(isinstance(p, Problem) for p in problems)
-        right = right and (1 if held_out else count) <= len(problems) <= count
-        self._check("sample_problems", f"a list of {count} Problems", right, problems)
-        return problems
+        return self._list_of(Problem, 1 if held_out else count, count, "sample_problems", problems)
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         value = self._task.grade(problem, messages)
-        right = not isinstance(value, str) and hasattr(value, "__float__") and 0 <= float(value) <= 1
-        self._check("grade", "a number from 0 to 1", right, value)
+        if isinstance(value, str) or not hasattr(value, "__float__") or not 0 <= float(value) <= 1:
+            raise self._fault("grade", "a number from 0 to 1", value)
         return float(value)
+
+    def _list_of(self, kind: type, least: int, most: int, method: str, value) -> list:
+        right = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        if not right or not least <= len(value) <= most:
+            raise self._fault(method, f"a list of {most} {kind.__name__}s", value)
+        return value
+
+    def _fault(self, method: str, wanted: str, value) -> UserError:
+        return UserError(f"{self._path}: `{method}` must return {wanted}, but returned {reprlib.repr(value)}")

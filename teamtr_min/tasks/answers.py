@@ -14,11 +14,10 @@ from teamtr_min.tasks.equivalence import equivalent
 
 RULES = 4  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
-TOO_LARGE = math.inf  # stands for a value of more than BITS
-BITS = 14_000  # of a numerator or denominator: 4,214 digits, and Python writes no more than 4,300
+BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 
 # Which answer a text states. A second + never goes back, so a search is linear in the length of the text.
-_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*+\{)|\\[{}]|(\{)|(\})")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*+\{|\\?[{}]")
 _TAKES_BACK = re.compile(r"(?i)\b(?:no|not|wait|actually|instead|wrong|mistake|sorry)\b")
 _HASHES = re.compile(r"(?i)(?<!#)####(?!#)[ \t*]*+(?:(?:the )?(?:final )?answer(?: is)?\b[ :*]*)?([^\n]*+)")
 _SAYS = re.compile(r"(?i)\banswer\s++is\b\s*+:?\s*+((?:[^\n.]|\.(?=\d))++)")
@@ -52,9 +51,9 @@ def _boxes(text: str) -> list[str]:
     """The content of each box."""
     opened, found = [], []  # of every open brace: whether it is a box's, and where its content begins
     for m in _BRACES.finditer(text):
-        if m[1] or m[2]:
-            opened.append((bool(m[1]), m.end()))
-        elif m[3] and opened:
+        if m[0].endswith("{") and m[0] != r"\{":
+            opened.append((m[0] != "{", m.end()))
+        elif m[0] == "}" and opened:
             is_box, begin = opened.pop()
             content = text[begin : m.start()].strip()
             if is_box and content and "\\boxed" not in content:
@@ -73,8 +72,10 @@ def _value(said: str) -> str | None:
 def is_correct(response: str, answer: str) -> bool:
     """Whether the answer that `response` states equals `answer`; several boxes may be a list, as `1, 2`."""
     given, wanted = extract_answer(response), extract_answer(answer) or answer
-    if given is None or _equal(given, wanted):
-        return given is not None
+    if given is None or len(wanted) > LONGEST:
+        return given == wanted
+    if _equal(given, wanted):
+        return True
     plain = _plain(wanted)
     is_list = "\\pm" in plain or closed_form(plain) is None and len(_items(plain)) > 1
     kept = list(filter(None, map(_boxes, _TAKES_BACK.split(response))))
@@ -113,45 +114,41 @@ _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
 
 
 def _equal(given: str, wanted: str) -> bool:
+    if len(given) > LONGEST:
+        return False
     given, wanted = _plain(given), _plain(wanted)
     if ("=" in given) != ("=" in wanted):  # x = 2, x = 3 is 2, 3, though x = 5 is not y = 5
         given, wanted = (_NAMED.sub(r"\1", text) if len({m[2] for m in _NAMED.finditer(text)}) == 1 else text
                          for text in (given, wanted))  # fmt: skip
     if _canonical(given) == _canonical(wanted):
         return True
-    values = closed_form(given), closed_form(wanted)
-    if None not in values and values != (TOO_LARGE, TOO_LARGE):
-        return False  # two values differ, of which at most one is too large to work out
-    numerals = re.findall(r"[\d{}()^!*/.+-]+", given)
-    if None in values and any(closed_form(part.lstrip(")}^!*/.+-")) == TOO_LARGE for part in numerals):
-        return False  # x + 9^9^9^9
+    if closed_form(given) is not None and closed_form(wanted) is not None:
+        return False
     same_brackets = given.startswith(r"\{") == wanted.startswith(r"\{") or "(" not in (given[:1], wanted[:1])
     return same_brackets and _is_maths(given) and _is_maths(wanted) and equivalent(given, wanted)
 
 
 def canonical(answer: str) -> str:
     """One text for all ways to write an answer that can be told without algebra."""
-    return _canonical(_plain(answer))
+    return _canonical(_plain(answer)) if len(answer) <= LONGEST else answer
 
 
 def _plain(text: str) -> str:
-    """An answer without its unit and without what only LaTeX needs; a very long one stays as it is."""
-    for pattern, to in _REWRITES if len(text) <= LONGEST else ():
+    """An answer without its unit and without what only LaTeX needs."""
+    for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
-    return _UNITS.sub("", text) if len(text) <= LONGEST else text
+    return _UNITS.sub("", text)
 
 
 def _canonical(text: str) -> str:
-    if (value := closed_form(text)) not in (None, TOO_LARGE):
+    if (value := closed_form(text)) is not None:
         return str(value)
     if len(items := _items(text)) > 1:
         items = [_canonical(item) for item in items]
         # Numbers without brackets may come in any order, words may not.
         return ", ".join(sorted(items) if all(re.search(r"[\d\\]", item) for item in items) else items)
     parts = re.split(r"([,;=&()\[\]]|\\[{}\\])", text)
-    text = "".join(
-        part if (value := closed_form(part)) in (None, TOO_LARGE) else str(value) for part in parts
-    )
+    text = "".join(part if (value := closed_form(part)) is None else str(value) for part in parts)
     return re.sub(r"(?<!\d) | (?!\d)", "", text).lower()  # "5 6" does not become 56
 
 
@@ -160,7 +157,7 @@ def _items(text: str) -> list[str]:
     if inside := re.fullmatch(r"\\\{((?:[^\\]|\\[^{}])*)\\\}", text):
         text = inside[1]
     depth, items = 0, [""]
-    for piece in re.split(r"([,()\[\]{}])", text) if len(text) <= LONGEST else [text]:
+    for piece in re.split(r"([,()\[\]{}])", text):
         depth += (piece in tuple("([{")) - (piece in tuple(")]}"))
         if piece == "," and depth == 0:
             items.append("")
@@ -171,8 +168,6 @@ def _items(text: str) -> list[str]:
 
 def _is_maths(text: str) -> bool:
     """Whether letters are variables in it: words, 0x10 and 12_3 are not for algebra."""
-    if len(text) > LONGEST:
-        return False
     bare = re.sub(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+", " ", text)
     return bool(re.search(r"[\d\\^=<>+-]", text)) and not re.search(r"[^\W\d_]{3}|\d_|\d[^\W\d_]+\d", bare)
 
@@ -186,9 +181,9 @@ _ALLOWED = re.compile(r"(?:[0-9+*/() -]|frac|fact)*+")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def closed_form(text: str) -> Fraction | float | None:
-    r"""The exact value of numerals with + - * / ^ !, `\frac` and brackets, TOO_LARGE beyond BITS, or None."""
-    if len(text) > LONGEST or not text.isascii():
+def closed_form(text: str) -> Fraction | None:
+    r"""Exact value of numerals with + - * / ^ !, `\frac` and brackets; None for others and beyond BITS."""
+    if not text.isascii():
         return None
     if "(" not in text:  # (1,234) is a pair
         text = _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
@@ -199,8 +194,6 @@ def closed_form(text: str) -> Fraction | float | None:
         for latex, python in _PYTHON.items():
             text = text.replace(latex, python)
         return _evaluate(ast.parse(text.strip(), mode="eval").body) if _ALLOWED.fullmatch(text) else None
-    except OverflowError:
-        return TOO_LARGE
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
         return None
 
@@ -213,24 +206,24 @@ def _evaluate(node: ast.expr) -> Fraction:
             return -_evaluate(operand) if isinstance(node.op, ast.USub) else _evaluate(operand)
         case ast.Call(func=ast.Name(id="fact"), args=[operand]):
             n = _evaluate(operand)
-            if n.denominator != 1:
+            if n.denominator != 1 or n > 1500:  # 1500! has 13,664 bits
                 raise ValueError
-            if n > 1500:  # 1500! has 13,664 bits
-                raise OverflowError
             value = Fraction(math.factorial(n.numerator))
         case ast.Call(func=ast.Call(func=ast.Name(id="frac"), args=[over]), args=[under]):
             value = _evaluate(over) / _evaluate(under)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             base, exponent = _evaluate(left), _evaluate(right)
-            if exponent.denominator != 1:
+            if exponent.denominator != 1 or abs(exponent) * _bits(base) > 2 * BITS:
                 raise ValueError
-            if abs(exponent) * max(map(int.bit_length, base.as_integer_ratio())) > 2 * BITS:
-                raise OverflowError
             value = base**exponent
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             value = _OPERATORS[type(op)](_evaluate(left), _evaluate(right))
         case _:
             raise ValueError
-    if max(map(int.bit_length, value.as_integer_ratio())) > BITS:
-        raise OverflowError
+    if _bits(value) > BITS:
+        raise ValueError
     return value
+
+
+def _bits(value: Fraction) -> int:
+    return max(map(int.bit_length, value.as_integer_ratio()))
