@@ -42,7 +42,7 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
     if ranks.first:
         check_out(config)
     config = pinned(config)
-    task = load_task(config, training=True)
+    task = load_task(config)
     config, plan = plan_training(config, task, ranks)  # refuses what memory cannot hold
     team = build_team(config, task, ranks)
     groups = update_groups(config, team)

@@ -147,9 +147,9 @@ def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):
         sentence = refusal(loaded, file.parent)
         assert reason in sentence and len(sentence) < 650
     file.write_bytes(b"short")
-    assert "damaged or cut short" in refusal(loaded, file.parent)
+    assert f"no weights in {file}, a safetensors file" in refusal(loaded, file.parent)
     file.unlink()
-    assert f"adapter holds no {WEIGHTS}" in refusal(loaded, file.parent)
+    assert "No such file" in refusal(loaded, file.parent)
     assert "is an adapter" in refusal(load_model, file.parent)
     shutil.rmtree(tmp_path / "base")
     save_file(whole, file)

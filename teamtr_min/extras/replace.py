@@ -180,7 +180,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     `steps` are those of the alignment; 0 leaves it out. Returns the line about the replacement for
     metrics.jsonl. Raises UserError if the run or the model cannot be used. After an error nothing is written.
     """
-    begin, task, incumbents = time.perf_counter(), load_task(changed, True), Config.load(run / "config.json")
+    begin, task, incumbents = time.perf_counter(), load_task(changed), Config.load(run / "config.json")
     changed, _ = plan_training(changed, task)  # refuses what memory cannot hold
     old = build_team(dataclasses.replace(changed, model=incumbents.model), task)
     with (run / "metrics.jsonl").open("a") as log:

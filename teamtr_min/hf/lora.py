@@ -4,10 +4,8 @@
 
 A product that stands for several layers (model.FUSED) has an A and a B for each, stacked along rows as its
 weight is: A (parts * rank, in), B (out, rank). x A^T is split into parts, and each part goes through its own
-rows of B. A part without an adapter has zeros in both, whose gradients are zero.
-Only A and B ask for gradients; masters, Adam, snapshots and checkpoints follow from that. A Transformer with
-adapters has the same modules as one without, so the same code samples and trains it. On disk an adapter has
-PEFT's layout.
+rows of B. A part without an adapter has zeros in both, whose gradients are zero. Only A and B ask for
+gradients; masters, Adam, snapshots and checkpoints follow from that. On disk an adapter has PEFT's layout.
 """
 
 import math

@@ -89,11 +89,9 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     drawn = [*task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)]
     rollouts = ranks.largest_share(config.problems) * config.group
     most_rows = max(rollouts, ranks.largest_share(len(drawn)))
-    if hasattr(task, "all_problems"):
-        drawn = task.all_problems()
-    else:  # problems without end: those of the first stages stand for all
-        for stage in range(min(config.stages, LOOKED_AT)):
-            drawn += task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
+    for stage in range(min(config.stages, LOOKED_AT)):  # the first stages stand for problems without end
+        drawn += task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
+    drawn = task.all_problems() if hasattr(task, "all_problems") else drawn
     needs = Needs(config, task, drawn, config.model_of_each, ranks)
     # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
     # have equal returns, so their batches leave nothing for a backward pass.

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from teamtr_min.tasks.equivalence import equivalent
 
-RULES = 4  # counts up when a verdict may change; part of a run's fingerprint
+RULES = 5  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
 BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 

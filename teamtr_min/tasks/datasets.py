@@ -11,10 +11,7 @@ from teamtr_min.files import UserError
 DATASETS = {  # name -> the file to train on, or None; the held-out file; the field of the question
     "gsm8k": ("gsm8k-train", "gsm8k-test", "question"),
     "math": ("math-train", "math500", "problem"),  # 12,000 and 500 problems of MATH
-    "math500": (None, "math500", "problem"),
-    "aime24": (None, "aime24", "problem"),
-    "aime25": (None, "aime25", "problem"),
-    "amc23": (None, "amc23", "problem"),
+    **{name: (None, name, "problem") for name in ("math500", "aime24", "aime25", "amc23")},  # to evaluate on
 }
 
 GITHUB = "https://raw.githubusercontent.com"

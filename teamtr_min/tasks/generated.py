@@ -26,6 +26,7 @@ class Generated(Task):
     fields = ("problem", "answer")
     grader = "exact"
     least_turns, most_turns = 1, 8
+    agent_names: Sequence[str] = [f"Agent {j}" for j in range(1, 9)]
 
     def __init__(self, config: Config):
         if not self.least_turns <= config.turns <= self.most_turns:
@@ -36,7 +37,7 @@ class Generated(Task):
         self.agents, self.turns = config.agents, config.turns
 
     def roles(self, agents: int) -> list[Role]:
-        return [Role(f"Agent {j + 1}", self.system) for j in range(agents)]
+        return [Role(name, self.system) for name in self.agent_names[:agents]]
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` problems from one side of the split, with replacement."""

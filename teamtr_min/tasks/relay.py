@@ -6,7 +6,7 @@ import re
 from numpy.random import Generator
 
 from teamtr_min.tasks.generated import Generated, habits
-from teamtr_min.tasks.task import Message, Problem, Role
+from teamtr_min.tasks.task import Message, Problem
 
 
 class Relay(Generated):
@@ -23,9 +23,6 @@ class Relay(Generated):
         "Carry out the first operation of the latest chain and write the whole rest, nothing else: "
         "7+8*3-4 becomes 5*3-4."
     )
-
-    def roles(self, agents: int) -> list[Role]:
-        return [Role(name, self.system) for name in self.agent_names[:agents]]
 
     def draw(self, generator: Generator) -> str:
         digits = generator.integers(10, size=self.turns + 1)
