@@ -30,7 +30,7 @@ import torch
 
 from teamtr_min.bench import accuracy, export, report, speed
 from teamtr_min.config import Parser, add_flags
-from teamtr_min.engine.distributed import ALONE, Lost, Ranks, join
+from teamtr_min.engine.distributed import ALONE, Ranks, join
 from teamtr_min.files import UserError, to_json, users_line
 from teamtr_min.run.loading import build_team, load_team
 from teamtr_min.studies import occupancy
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sentence(error: Exception) -> str:
     """The error in one line; the traceback of one that has no cause at a door is shown first."""
-    if not isinstance(error, UserError | OSError | FloatingPointError | torch.OutOfMemoryError | Lost):
+    if not isinstance(error, UserError | OSError | FloatingPointError | torch.OutOfMemoryError):
         traceback.print_exception(error)
     return users_line(error) or str(error)
 

@@ -20,7 +20,7 @@ import torch
 
 from teamtr_min.config import Config, parse
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Lost, Ranks, halving, join
+from teamtr_min.engine.distributed import ALONE, Ranks, halving, join
 from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, users_line
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         ranks.say(f"error: {error}")
         code = 2
-    except (Diverged, FloatingPointError, torch.OutOfMemoryError, Lost) as error:
+    except (Diverged, FloatingPointError, torch.OutOfMemoryError) as error:
         ranks.say(f"stopped: {str(error).splitlines()[0]}")
         code = 1
     except KeyboardInterrupt:

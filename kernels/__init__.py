@@ -5,7 +5,7 @@ the kernels themselves on a CPU, slowly.
 """
 
 from kernels.launch import use_triton
-from kernels.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats
+from kernels.linear_logprob import linear_logprob, linear_logprob_stats
 from kernels.trust_region import trust_region_loss
 
-__all__ = ["TokenStats", "linear_logprob", "linear_logprob_stats", "trust_region_loss", "use_triton"]
+__all__ = ["linear_logprob", "linear_logprob_stats", "trust_region_loss", "use_triton"]

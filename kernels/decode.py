@@ -6,12 +6,11 @@
 B rows with one new token each, Q query heads, K key and value heads, D head size, V vocabulary; the cache is
 (rows, K, capacity, D) for keys and for values, and `at` (B,) int64 the position of each row's new token.
 
-All is bound by memory. A layer reads each live cache entry once, 4 K D bytes a position in bf16, with Q / K
-FLOPs a byte: 256 rows at 1,024 positions of Qwen2.5-1.5B are 268 MB, 89 microseconds at 3 TB/s. A draw
-reads its 4 V bytes of logits twice: 0.31 GB for 256 rows, 104 microseconds.
+All is bound by memory. A layer reads each live cache entry once, 4 K D bytes a position in bf16: 256 rows at
+1,024 positions of Qwen2.5-1.5B are 268 MB, 89 microseconds at 3 TB/s. A draw reads its 4 V bytes of logits
+twice: 0.31 GB for 256 rows, 104 microseconds.
 
-No tile and no order of sums depends on the number of rows, so a row's results have the same bits in every
-batch. No launch depends on how long rows are, so a step can be a CUDA graph.
+A row has the same bits in every batch. No launch depends on how long rows are, so a step can be a CUDA graph.
 """
 
 import math
@@ -111,9 +110,9 @@ def attend_cached(
     """One new token a row goes into the cache and attends to positions 0..at of its row -> (B, Q * D).
 
     qkv (B, (Q + 2K) * D), what a layer's projection gives; cos and sin (positions, 1, D) as model.rope_table
-    has them, the first half of sin negative; keys and values (rows, K, capacity, D), of which the first B
-    rows are written at `at` (B,) int64; norms: weights of the queries' and the keys' norm, (D,) each, with
-    `eps`. `Decode._attend` in engine/decode.py does the same in plain torch.
+    has them; keys and values (rows, K, capacity, D), of which the first B rows are written at `at` (B,)
+    int64; norms: weights of the queries' and the keys' norm, (D,) each, with `eps`. `Decode._attend` in
+    engine/decode.py does the same in plain torch.
     """
     (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
     heads, splits = width // D - 2 * K, triton.cdiv(capacity, SPLIT)
@@ -181,8 +180,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     """One token per row by inverting the cumulative distribution, and its log-prob.
 
     logits (B, V) fp32, uniform (B,) fp32 in [0, 1) -> tokens (B,) int64, log-probs (B,) fp32. Temperature 0
-    is the argmax, with its log-prob at temperature 1. Triton or the torch reference, as `use_triton` says;
-    the argmax is torch's.
+    is the argmax, with its log-prob at temperature 1.
     """
     if temperature == 0 or not use_triton(logits):
         return draw_reference(logits, uniform, temperature)

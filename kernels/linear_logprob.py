@@ -10,16 +10,13 @@ which over a message of 256 tokens is more than a trust region.
 
 F = 2 N H V FLOPs forward; backward makes z again, and from it dX = dZ W and dW = dZ^T X: 4F both ways. At
 N 16,384, H 1,536, V 151,936 and 790 TFLOP/s of dense bf16 the floor is 9.7 ms forward and 38.7 ms both ways.
-Bytes are no bound: reading the weight takes 0.16 ms at 3 TB/s.
 
-Forward: one program holds a block of rows and walks one strip of the vocabulary with a running maximum and
-sum; the strips of a row are merged in order. Rows share nothing and there are no atomics, so a log-prob has
-the same bits in every run and in every batch. Backward: for one chunk of the vocabulary at a time a kernel
-writes dZ; the vendor's matrix products turn it into dW, written once, and dX, summed in fp32.
+Forward: one program walks a block of rows through one strip of the vocabulary; the strips of a row are merged
+in order. Rows share nothing, so a log-prob has the same bits in every batch. Backward: for one chunk of the
+vocabulary at a time a kernel writes dZ; the vendor's matrix products turn it into dW and dX.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +29,6 @@ STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 
 GROUP = tl.constexpr(16)  # row blocks that share a tile of the weight while it is in L2
 NEVER = tl.constexpr(-1e30)  # the logit of a column past V; finite, so that 0 probability times it is 0
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
-
-
-class TokenStats(NamedTuple):
-    logp: Tensor  # (N,) fp32
-    entropy: Tensor | None  # (N,) fp32, nats, no gradient
 
 
 def strips_reference(hidden, weight, targets, temperature, entropy, chosen):
@@ -239,25 +231,23 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     hidden and weight are both bf16 or both fp32, in any layout; N may be 0. What does not fit raises
     ValueError, but on CUDA, where looking would stall the stream, a target outside 0..V-1 has log-prob NaN.
     """
-    return linear_logprob_stats(hidden, weight, targets, temperature).logp
+    return linear_logprob_stats(hidden, weight, targets, temperature)[0]
 
 
 def linear_logprob_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, entropy: bool = False
-) -> TokenStats:
-    """`linear_logprob` and, if wanted, the entropy from the same logits; only logp carries a gradient."""
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_logprob` and, if wanted, the entropy (N,) fp32 in nats, which carries no gradient."""
     matrices = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and weight.numel()
     floats = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float32)
     integers = not (targets.is_floating_point() or targets.dtype == torch.bool)
     together = hidden.device == weight.device == targets.device and targets.shape == hidden.shape[:1]
-    if not (matrices and floats and integers and together):
-        given = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (hidden, weight, targets))
+    if not (matrices and floats and integers and together and 0 < temperature < math.inf):
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (hidden, weight, targets))
         wanted = "hidden (N, H) and weight (V, H), bfloat16 or float32, and targets (N,), integers"
-        raise ValueError(f"it takes {wanted}, on one device; these are {', '.join(given)}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-    targets, temperature = targets.long().contiguous(), float(temperature)
+        raise ValueError(f"it takes {wanted}, on one device, not {given} at temperature {temperature}")
+    targets = targets.long().contiguous()
     if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
         raise ValueError(f"a target is outside 0..{len(weight) - 1}")
     by_triton = len(hidden) > 0 and use_triton(hidden)
-    return TokenStats(*_Logprob.apply(hidden, weight, targets, temperature, entropy, by_triton))
+    return _Logprob.apply(hidden, weight, targets, float(temperature), entropy, by_triton)

@@ -8,10 +8,9 @@ and k3 = sum (e^x - 1 - x); per agent the means, weighted by the messages' weigh
 for ratio "message"; "mean" divides the first term by the message's length, "token" has a w at every token.
 teamtr_min.objective.teamtr_loss is the reference, in plain torch, and documents arguments and results.
 
-N tokens, M messages, A agents. The kernels are launch-bound: forward and backward each read 8 bytes of
-log-probs and 8 of ids per token once, and backward writes 4, with some 40 FLOPs. At 16,384 tokens that is 0.6
-MB, 0.2 microseconds at 3 TB/s, where one launch costs about 5. Forward: one program per message walks its
-tokens, then one per agent walks all messages. No atomics: the same bits in every run.
+N tokens, M messages, A agents. Forward: one program per message walks its tokens, then one per agent walks
+all messages. No atomics: the same bits in every run. The kernels are launch-bound: with 36 bytes a token,
+16,384 tokens take 0.2 microseconds at 3 TB/s, where one launch costs about 5.
 """
 
 import torch
@@ -186,9 +185,9 @@ def trust_region_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """teamtr_min.objective.teamtr_loss in fp32 by the kernels, on CUDA or in Triton's interpreter.
 
-    logp (N,) carries the gradient. The kernels need one thing more than the definition: the ids in `message`
-    (N,) must ascend; slots to ignore, -1, may stand anywhere and hold anything. What does not fit raises
-    ValueError, but wrong ids make the loss NaN: looking at them would stall the stream.
+    logp (N,) carries the gradient. The ids in `message` (N,) must ascend; slots to ignore, -1, may stand
+    anywhere and hold anything. What does not fit raises ValueError, but wrong ids make the loss NaN: looking
+    at them would stall the stream.
     """
     if ratio not in RATIOS or kl_unit not in KL_UNITS:
         raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
@@ -201,9 +200,9 @@ def trust_region_loss(
     ids = not (message.is_floating_point() or agent.is_floating_point())
     flat = logp.dim() == 1 and logp.dtype == torch.float32
     if not (same and ids and flat and len({x.device for x in given}) == 1):
-        shown = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in given)
+        shown = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in given)
         wanted = "float32 logp, old_logp and ids message, (N,); advantage, weight and ids agent, (M,)"
-        raise ValueError(f"it takes {wanted}, on one device; these are {', '.join(shown)}")
+        raise ValueError(f"it takes {wanted}, on one device, not {shown}")
     floats = [x.detach().float().contiguous() for x in (old_logp, advantage, weight, beta)]
     ints = message.long().contiguous(), agent.long().contiguous()
     loss, stats = _TrustRegion.apply(logp.contiguous(), *floats, *ints, clip, ratio, kl_unit)

@@ -165,14 +165,14 @@ class Learner:
             idle = not batch.pulls and (first or self.beta == 0) and not together and not batch.model.sharded
             with torch.set_grad_enabled(backward and not idle):
                 hidden = batch.hidden(batch.model)  # (pairs, H)
-                new = kernels.linear_logprob_stats(
+                logp, entropy = kernels.linear_logprob_stats(
                     hidden, batch.model.head, batch.targets, config.temperature, entropy=first
                 )
-                logp = new.logp[batch.pair]  # (N,)
+                logp = logp[batch.pair]  # (N,)
                 if first:
                     batch.old_logp = logp.detach()
                     mismatch = (batch.sampled_logp - batch.old_logp).abs()
-                    sums["entropy"] += new.entropy[batch.pair].sum() / batches.tokens
+                    sums["entropy"] += entropy[batch.pair].sum() / batches.tokens
                     sums["sampler_mismatch"] += mismatch.sum() / batches.tokens
                     largest["sampler_mismatch_max"].append(mismatch.max())
                 objective = kernels.trust_region_loss if kernels.use_triton(hidden) else teamtr_loss

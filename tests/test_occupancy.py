@@ -57,8 +57,9 @@ def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_fi
     out = Path(made[0][made[0].index("--out") + 1])
     summary, first = json.loads((out / "summary.json").read_text()), rows["fresh"]
     assert first["return_final"][0] == summary["return_final"] and len(first["curve"][0]) == 3
-    assert first["curve"][0][0] == [0, summary["return_start"]]
-    assert first["curve"][0][-1] == [summary["rollouts"], summary["return_final"]]
+    seconds = summary["seconds"] - summary["seconds_evaluation"]
+    assert first["curve"][0][0] == [0, summary["return_start"], 0]
+    assert first["curve"][0][-1] == [summary["rollouts"], summary["return_final"], seconds]
     assert "| relay, 3 agents, radius 0.02 | stale |" in occupancy.table(found)
 
     before, cut = bits(out), summary | {"return_final": None, "reason": "interrupted"}
@@ -75,22 +76,24 @@ def test_a_run_that_really_diverged_has_ended_and_one_that_failed_is_named(made,
     assert occupancy.summary(tmp_path / "run")["reason"] == "diverged"
     row = occupancy.row(occupancy.Arm("relay", "no radius", flags, [tmp_path / "run"]))
     assert row["return_final"] == [None] and len(row["curve"][0]) == 1
-    occupancy.at_equal_rollouts([row])
+    occupancy.at_equal_cost([row])
     assert "failed: error: relay" in refusal(occupancy.train, {"agents": 99}, tmp_path / "broken")
 
 
-def test_curves_are_read_at_the_fewest_rollouts_of_a_finished_run():
-    slow = {"setting": "x", "curve": [[[0, 0.1], [100, 0.3], [300, 0.7]]], "return_final": [0.7]}
-    fast = {"setting": "x", "curve": [[[0, 0.1], [200, 0.5]], [[0, 0.1]]], "return_final": [0.5, None]}
-    one, other = occupancy.at_equal_rollouts([slow, fast])
+def test_curves_are_read_at_the_fewest_rollouts_and_seconds_of_a_finished_run():
+    first = [0, 0.1, 0]
+    slow = {"setting": "x", "curve": [[first, [100, 0.3, 4], [300, 0.7, 8]]], "return_final": [0.7]}
+    fast = {"setting": "x", "curve": [[first, [200, 0.5, 20]], [first]], "return_final": [0.5, None]}
+    one, other = occupancy.at_equal_cost([slow, fast])
     assert one["at"] == 200 and one["return_at"] == pytest.approx([0.5])
     assert other["return_at"] == [0.5, None] and occupancy.interval([0.5, None]) == "diverged"
+    assert one["at_seconds"] == 8 and one["return_at_seconds"] == [0.7]
+    assert other["return_at_seconds"] == [pytest.approx(0.26), None]
     values = [0.5, 0.7, 0.6]
     assert occupancy.interval(values) == f"0.600 ±{4.303 * np.std(values, ddof=1) / 3**0.5:.3f}"
 
 
-def test_what_cannot_be_is_said_before_any_run_is_made(made, tmp_path, monkeypatch):
-    assert "--jobs must be at least 1" in refusal(occupancy.run, tmp_path, True, 0)
+def test_without_matplotlib_it_says_so_before_any_run_is_made(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refusal(occupancy.run, tmp_path, True, 1)
     assert not made

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ready import Prepared
 
-from teamtr_min.engine import packing
+from teamtr_min.engine import cache, packing
 from teamtr_min.engine.packing import batches_of, pack, trees_of
 from teamtr_min.objective import teamtr_loss
 
@@ -77,7 +77,7 @@ def test_no_other_trees_and_no_other_batches_would_cost_less(
 @pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("most", [1, 30, 10**6])
 def test_batches_keep_within_their_bound_and_hold_every_tree_once(most, unit, monkeypatch):
-    monkeypatch.setitem(packing.ROW_UNIT, "cpu", unit)
+    monkeypatch.setitem(cache.UNIT, "cpu", unit)
     trees = trees_of(enumerate(random_sequences(7, 200)), most, pairs_per_token=6.0)
     batches = batches_of(trees, most, 6.0, CPU)
     for rows in batches:
@@ -123,7 +123,7 @@ def plainly(ready: Prepared, agent: int, old):
 )
 def test_loss_and_gradients_are_those_of_one_plain_row_per_rollout(agents, knobs, monkeypatch):
     """At pi_old, and after a step."""
-    monkeypatch.setitem(packing.ROW_UNIT, "cpu", knobs.pop("unit", 1))
+    monkeypatch.setitem(cache.UNIT, "cpu", knobs.pop("unit", 1))
     ready = Prepared(agents, **{"problems": 6} | knobs)
     ready.learner.beta = 0.3
     old = copy.deepcopy(ready.learner.models)

@@ -209,7 +209,6 @@ SMALL = {  # program -> flags before and after those printed that keep it small
     "train.py": (TOY, "--stages 1 --problems 3 --inner-steps 2 --eval-problems 4"),
     "eval.py": ([], "--problems 16 --device cpu"),
     "teamtr_min.extras.replace": ([], "--align 2 --stages 2"),
-    "teamtr_min.studies.pretrain": ([], "--steps 2 --out made"),
 }
 TAKE_MINUTES = {"kernels", "occupancy", "sampling", "training", "stage", "gpu"}
 

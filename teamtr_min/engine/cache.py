@@ -13,6 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PRODUCTS_FROM_ROWS = 32  # measured on a CPU: from here on two batched products beat torch's kernel
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+UNIT = {"cuda": 64}  # rows and caches are a multiple of this long: each new shape costs plans of kernels
+
+
+def aligned(positions: int, device: torch.device) -> int:
+    return positions + -positions % UNIT.get(device.type, 1)
 
 
 class KVCache:
@@ -33,24 +38,19 @@ class KVCache:
         """Make room for so many in each row. Storage grows by half at least, so that it rarely grows."""
         if positions > self.capacity:
             longer = aligned(max(positions, self.capacity * 3 // 2), self.keys.device)
-            self.keys, self.values = (_longer(x, longer) for x in (self.keys, self.values))
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = old.new_zeros(
+                    *old.shape[:3], longer, old.shape[4]
+                )  # on a CPU pages that stay 0 are free
+                new[:, :, :, : old.shape[3]] = old
+                setattr(self, name, new)
 
     def permute(self, to: Tensor, source: Tensor) -> None:
         """Row `to[i]` becomes what row `source[i]` was; all reads come before all writes."""
         for x in (self.keys, self.values):
             x[:, to] = x[:, source]
         self.length[to] = self.length[source]
-
-
-def aligned(positions: int, device: torch.device) -> int:
-    """At least so many; on CUDA a multiple of 64, since kernels are chosen for each new shape."""
-    return -(-positions // 64) * 64 if device.type == "cuda" else positions
-
-
-def _longer(x: Tensor, capacity: int) -> Tensor:
-    longer = x.new_zeros(*x.shape[:3], capacity, x.shape[4])  # on a CPU it takes memory only once written to
-    longer[:, :, :, : x.shape[3]] = x
-    return longer
 
 
 class Step:

@@ -1,7 +1,7 @@
 """One new token for each of the first rows of a cache: what `Transformer.hidden` computes for T = 1, faster.
 
-A decode step does little work in many operations, so their number counts. On CUDA five kernels do what a
-layer has beside its products, and a whole step, draw included, is one CUDA graph. Letters as in model.py.
+On CUDA five kernels do what a layer has beside its products, and a whole step, draw included, is one CUDA
+graph. Letters as in model.py.
 """
 
 import functools
@@ -24,7 +24,7 @@ class Decode:
 
     On CUDA a step for 1, 2, 4, ... rows is recorded when it is first wanted, and replayed from then on. Rows
     behind the live ones come along up to the next power of two; their new keys and values lie where no query
-    looks. Graphs share a pool of memory, so what a step returns is copied before the next one.
+    looks. Graphs share a pool of memory.
     """
 
     def __init__(self, model: Transformer, cache: KVCache):
@@ -43,11 +43,8 @@ class Decode:
         self.pool, self.table, self.capacity = None, None, -1  # of the graphs; of `table`
 
     def next(self, token: Tensor, uniform: Tensor, temperature: float, span: int, even: bool) -> Drawn:
-        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> as `draw`.
-
-        The first B rows of the cache grow by one, to at most `span`, for which it has room; with `even` all
-        of them to just that.
-        """
+        """Feed each row's last token, draw the next: token (B,) int64, uniform (B,) -> as `draw`. The first B
+        rows of the cache grow by one, to at most `span`, with `even` all of them to just that."""
         if not self.records:
             return self._step(token, uniform, temperature, span, even)
         if self.capacity != self.cache.capacity:  # the cache has grown, and is somewhere else
@@ -131,8 +128,8 @@ def add_product(x: Tensor, linear: nn.Module, y: Tensor) -> None:
 
 
 def record(step: Callable[[], tuple], pool) -> tuple[Callable[[], tuple], object]:
-    """Record the operations of step() on the current CUDA device without doing them. Returns a function that
-    does them on the same memory and gives the same tensors with new contents, and the pool they lie in."""
+    """Record the operations of step() without doing them. Returns a function that does them, with the same
+    tensors for results, and the pool they lie in."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = step()

@@ -7,9 +7,7 @@ that decide what happens next are gathered first, so all ranks take the same bra
 all files and prints. torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its
 gradient and of Adam's moments, as fp32 DTensors. It gathers the weights of one model, in the compute dtype,
 for a turn of sampling or for a pass over its batches (`unsharded`). A backward pass sums each layer's
-gradients over the ranks, straight into their parts.
-
-When a process dies, its connections break. Others that wait for it raise `Lost`; torchrun ends the rest.
+gradients over the ranks, straight into their parts. When a process dies, torchrun ends the others.
 """
 
 import contextlib
@@ -17,7 +15,6 @@ import datetime
 import gc
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,22 +28,6 @@ from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError
 
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
-ENDED = "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
-
-
-class Lost(Exception):
-    """Another rank cannot be reached."""
-
-
-@contextlib.contextmanager
-def connected() -> Iterator[None]:
-    """Around code that communicates: raises Lost where a connection breaks."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE):
-            raise
-        raise Lost(ENDED) from error
 
 
 class Ranks:
@@ -63,7 +44,6 @@ class Ranks:
     def largest_share(self, count: int) -> int:
         return -(-count // self.size)
 
-    @connected()
     def gather(self, value) -> list:
         """The value of each rank, at all ranks. It goes through JSON, which keeps floats exactly."""
         if self.size == 1:
@@ -80,7 +60,6 @@ class Ranks:
     def total(self, number: float) -> float:
         return sum(self.gather(number))
 
-    @connected()
     def sum(self, x: Tensor) -> None:
         """Add up a tensor over the ranks, in place."""
         if self.size > 1:
@@ -120,18 +99,17 @@ def join() -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run cannot reach each other: {error}") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun ends what goes on after another rank has died
+        signal.signal(number, _interrupt)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the program's whole life
         sys.stderr.isatty = lambda: False  # tqdm draws no bar then
     return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), store)
 
 
-def _end(number: int, frame) -> None:
-    """Ctrl-C, or torchrun's SIGTERM after another rank has died. Ctrl-C comes twice: torchrun repeats it."""
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else Lost(ENDED)
+def _interrupt(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # Ctrl-C comes twice: torchrun repeats it
+    raise KeyboardInterrupt
 
 
 def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
@@ -163,15 +141,14 @@ def unsharded(*models: Transformer) -> Iterator[None]:
     and forward passes involve no other rank. What is trained are the parameters that the model has outside.
     """
     parts = [part for model in models for part in model.modules() if hasattr(part, "unshard")]
-    with connected():
-        with torch.inference_mode(False), torch.no_grad():
-            for part in parts:
-                part.unshard()
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.reshard()
+    with torch.inference_mode(False), torch.no_grad():
+        for part in parts:
+            part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
 
 
 def halving(work: Callable[[int], Any], size: int, ranks: Ranks = ALONE) -> tuple[Any, int]:
@@ -195,7 +172,6 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-@connected()
 def whole(x: Tensor) -> Tensor:
     """All of a DTensor, at all ranks, which must all ask for it; any other tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x

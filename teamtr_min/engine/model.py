@@ -9,9 +9,8 @@
 | `rope_scaling` | none           | none            | "llama3" wave lengths  |
 
 Modules are named as in Hugging Face checkpoints. Layers that read the same input are one product here:
-`FUSED` names those that a checkpoint holds apart, and `checkpoint_tensors` shows the model under its names.
-Letters in shape comments: B rows of a batch, T tokens in a padded row, H hidden size, Q query heads, K
-key/value heads, D head size, V vocabulary.
+`FUSED` names those that a checkpoint holds apart. Letters in shape comments: B rows of a batch, T tokens in a
+padded row, H hidden size, Q query heads, K key/value heads, D head size, V vocabulary.
 """
 
 import copy
@@ -53,10 +52,9 @@ class ModelConfig:
         return self.family == "qwen3"
 
     def outputs(self, module: str) -> list[int]:
-        """Outputs of each layer that the product `module` stands for."""
-        if module == "qkv_proj":
-            return [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
-        return [self.intermediate_size] * 2
+        """Outputs of each layer that the product `module` stands for, see FUSED."""
+        heads = [self.heads, self.kv_heads, self.kv_heads]
+        return [n * self.head_dim for n in heads] if module == "qkv_proj" else [self.intermediate_size] * 2
 
     @property
     def pairs_per_token(self) -> float:
@@ -155,10 +153,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)  # (..., 2I)
-        if type(self.down_proj) is nn.Linear:
-            return swiglu(gate_up, self.down_proj.weight)
-        return self.down_proj(swiglu(gate_up))  # LoRA
+        gate_up, down = self.gate_up_proj(x), self.down_proj  # (..., 2I)
+        return swiglu(gate_up, down.weight) if type(down) is nn.Linear else down(swiglu(gate_up))  # LoRA
 
 
 class Block(nn.Module):
@@ -215,15 +211,15 @@ class Transformer(nn.Module):
         return self.compute_dtype or self.head.dtype
 
     def copy(self) -> "Transformer":
-        """A model that training this one leaves alone; what is frozen in both is shared."""
+        """With weights of its own; what is frozen is shared."""
         return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad})
 
     def hidden(self, tokens: Tensor, step: Step | None = None, where: Tensor | None = None) -> Tensor:
         """Final hidden states, tokens (B, T) int64 -> (B, T, H); with `where` (pairs,) only those at these
         places of the flattened B * T, (pairs, H).
 
-        Without a `step` row b starts at position 0, and shorter rows are padded on the right with any token,
-        which no earlier position can see. Where a step continues a cache, the caller advances `cache.length`.
+        Without a `step` rows start at position 0, and shorter ones are padded on the right with any token.
+        Where a step continues a cache, the caller advances `cache.length`.
         """
         T = tokens.shape[1]
         step = step or Step(torch.arange(T, device=tokens.device)[None], T)
@@ -241,8 +237,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., V) fp32. The product accumulates in fp32 and is never rounded to the compute
-        dtype: bf16 logits are off by 2e-2, more than a trust region of 0.01 can bear."""
+        """(..., H) -> (..., V) fp32, never rounded to the compute dtype: bf16 logits are off by 2e-2."""
         flat, V = hidden.flatten(0, -2), len(self.head)
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
             logits = torch.mm(flat, self.head.t(), out_dtype=torch.float32)

@@ -8,24 +8,23 @@ A tree lies in its row depth first, so whatever follows a token up to its `end` 
 token k exactly when k <= i < end[k]. A row of one sequence is the ordinary causal case.
 
 A row of T tokens costs T * pairs_per_token + T^2: attention looks at every pair, and `pairs_per_token` pairs
-cost as much as what else is computed for one token. Trees are runs of neighbours among the sorted sequences,
-batches are runs of trees of like length, both such that the sum of costs is least; a training step then takes
-0.82 of the time that a greedy choice needs (measured with SmolLM2-135M).
+cost as much as what else is computed for one token. Trees are runs of the sorted sequences, batches runs of
+trees of like length, both such that the sum of costs is least: 0.82 of the time of a greedy choice.
 """
 
-import bisect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from os.path import commonprefix  # of any two sequences
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from teamtr_min.engine.cache import aligned
+
 LONGEST_TREE = 4096  # tokens; a row's mask has the square of it
-# Rows are a multiple of this long: on CUDA each new shape costs plans of kernels, and memory cut anew.
-ROW_UNIT = {"cuda": 64}
 BATCH_COST = 256  # tokens that cost as much as one more batch: measured on a CPU, and flat
 
 
@@ -36,7 +35,7 @@ class Tree:
     tokens: list[int]
     positions: list[int]  # of each token in its sequences
     end: list[int]
-    paths: dict[int, list[int]]  # number of a sequence -> where its tokens stand
+    paths: dict[int, list[int]]  # number of a sequence -> where its tokens stand in the row
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,7 +56,7 @@ def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_to
     for number, sequence in sequences:
         numbers.setdefault(tuple(sequence), []).append(number)
     ordered, most = sorted(numbers), min(most, LONGEST_TREE)
-    shared = [_common(a, b) for a, b in zip([(), *ordered], ordered)]  # with the neighbour before
+    shared = [len(commonprefix(pair)) for pair in zip([(), *ordered], ordered)]  # with the neighbour before
     length = np.array([len(sequence) for sequence in ordered], dtype=float)
     upto = np.cumsum(length - shared)
     extra = length - upto  # a tree of i to j has extra[i] + upto[j] tokens
@@ -71,10 +70,10 @@ def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_to
 
 
 def batches_of(trees: list[Tree], most: int, pairs_per_token: float, device) -> list[list[Tree]]:
-    """Trees as batches of rows: at most `most` tokens when padded, or one tree. The longest come first, so
-    that memory peaks at once or never."""
+    """Trees as batches of at most `most` padded tokens, or of one tree. The longest come first: memory peaks
+    at once or never."""
     trees = sorted(trees, key=len, reverse=True)
-    width = np.array([padded(len(tree), device) for tree in trees], dtype=float)
+    width = np.array([aligned(len(tree), device) for tree in trees], dtype=float)
 
     def cost(low: int, j: int) -> np.ndarray:
         each = width[low : j + 1]
@@ -87,9 +86,8 @@ def batches_of(trees: list[Tree], most: int, pairs_per_token: float, device) -> 
 
 
 def _cheapest_runs(count: int, cost: Callable[[int, int], np.ndarray]) -> list[slice]:
-    """`count` things in a row, cut into runs that together cost the least: the cheapest runs up to j are one
-    that ends with j and the cheapest ones up to where it begins. cost(low, j): of the runs from low, ..., j
-    up to j; infinite for those that are too large."""
+    """`count` things in a row, cut into runs that together cost the least, by dynamic programming. cost(low,
+    j): of the runs from low, ..., j up to j; infinite for those that are too large."""
     best, begin, low = np.zeros(count + 1), [0] * (count + 1), 0
     for j in range(count):
         total = best[low : j + 1] + cost(low, j)
@@ -101,11 +99,6 @@ def _cheapest_runs(count: int, cost: Callable[[int, int], np.ndarray]) -> list[s
         runs.append(slice(begin[stop], stop))
         stop = begin[stop]
     return runs[::-1]
-
-
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the prefix that both have."""
-    return bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 def _tree(ordered: list[tuple], shared: list[int], numbers: dict[tuple, list[int]]) -> Tree:
@@ -123,12 +116,8 @@ def _tree(ordered: list[tuple], shared: list[int], numbers: dict[tuple, list[int
     return tree
 
 
-def padded(width: int, device: torch.device) -> int:
-    return width + -width % ROW_UNIT.get(device.type, 1)
-
-
 def pack(trees: list[Tree], device: torch.device) -> Packed:
-    width = padded(max(map(len, trees)), device)  # T
+    width = aligned(max(map(len, trees)), device)  # T
     tokens, positions, end, paths = [], [], [], {}
     for b, tree in enumerate(trees):
         nothing = [0] * (width - len(tree))

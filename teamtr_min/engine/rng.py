@@ -2,8 +2,7 @@
 
 Each draw has an rng path: the seed of the run and words such as "train", stage, update, rollout, turn. `key`
 turns it into 64 bits. Sampling tokens takes `uniforms`: Philox-2x32-10 (Salmon et al. 2011) with that key and
-the position as counter, so a message is the same alone, in any batch, in any order, on any device. Draws on
-the host take `generator`.
+the position as counter, so a message is the same alone, in any batch, on any device.
 """
 
 import hashlib
@@ -38,11 +37,7 @@ class RngPath:
 
 
 def uniforms(keys: list[int], count: int, device: torch.device | str = "cpu") -> Tensor:
-    """(R, count) fp32 in [0, 1): row r holds draws 0..count-1 of keys[r].
-
-    Philox-2x32-10 on int64 lanes: ten rounds of a 32 x 32 -> 64 bit product whose high word is mixed with the
-    other word and a key that walks by a constant. Integer arithmetic only, hence equal on every device.
-    """
+    """(R, count) fp32 in [0, 1): row r holds draws 0..count-1 of keys[r]. Philox-2x32-10 on int64 lanes."""
     counter = torch.arange(count, device=device)[None]  # (1, count)
     low_key = torch.tensor([k & _LOW for k in keys], device=device)[:, None]  # (R, 1)
     left = counter.expand(len(keys), count)

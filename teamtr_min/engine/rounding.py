@@ -1,12 +1,10 @@
-"""fp32 masters -> bf16 weights, each rounded at a threshold of its own. [ours]
+"""fp32 masters -> bf16 weights, each rounded at its own threshold. [ours]
 
 A step of 1e-6 moves most bf16 weights by less than half of their last bit. Rounded to the nearest, a policy
-that started from bf16 weights hardly changes then, while its masters drift away unseen, and jumps later: the
-monitor would measure a part of what training did (docs/results/rounding.md). So weight i is rounded up, in
+would hardly change then, while its masters drift away unseen (docs/results.md). So weight i is rounded up, in
 magnitude, where what bf16 cuts off exceeds threshold i, and thresholds are spread evenly: of many weights
-that all move by a tenth of the gap between bf16 numbers, a tenth jumps. A weight keeps its threshold, so
-nothing is random, none jumps back and forth, and the same masters have the same bf16 weights again. A master
-that bf16 can hold stays as it is.
+that all move by a tenth of the gap between bf16 numbers, a tenth jumps. Nothing is random: the same masters
+give the same bf16 weights. A master that bf16 can hold stays as it is.
 """
 
 import functools
@@ -23,17 +21,14 @@ GOLDEN = 40503
 @functools.lru_cache
 @torch.inference_mode(False)
 def thresholds(device: torch.device) -> Tensor:
-    """Those of weights 0, 1, ..., int32: what to add to the bits of each before they are cut off. They repeat
-    after 2^16, so all later ones are here too."""
+    """Of weights 0, 1, ..., int32, to be added to bits before they are cut off. They repeat after 2^16."""
     return (torch.arange(PIECE + LOW + 1, device=device) * GOLDEN % (LOW + 1)).to(torch.int32)
 
 
 @torch.no_grad()
 def round_into(weight: Tensor, master: Tensor, first: int = 0) -> None:
-    """Overwrite `weight`, bf16 or fp32 that stands for it, by `master`, fp32 of the same shape, rounded.
-
-    Both are contiguous. `first`: number of their first element, where they are a part of a tensor.
-    """
+    """Overwrite `weight`, bf16 or fp32 that stands for it, by `master`, fp32 of the same shape, rounded. Both
+    are contiguous; `first` is the number of their first element, where they are a part of a tensor."""
     for to, x in zip(weight.view(-1).split(PIECE), master.view(-1).split(PIECE)):
         bits = x.view(torch.int32) + thresholds(x.device)[first % (LOW + 1) :][: len(x)]
         rounded = bits.bitwise_and_(~LOW).view(torch.float32)

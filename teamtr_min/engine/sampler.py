@@ -1,8 +1,8 @@
 """KV-cached, batched sampling from one model: many sequences of different lengths at a time.
 
-A `Sampler` lives as long as its model. In a collection of rollouts it is handed whole sequences turn by turn,
-and computes only what its cache does not hold yet. Each token takes one uniform that is a function of the
-row's key and the position alone (rng.py), so a message does not depend on the rest of its batch.
+In a collection of rollouts a `Sampler` is handed whole sequences turn by turn, and computes only what its
+cache does not hold yet. Each token takes one uniform that is a function of the row's key and the position
+alone (rng.py), so a message does not depend on the rest of its batch.
 """
 
 import math
@@ -39,11 +39,8 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> list[Completion]:
-    """Continue every prompt; temperature 0 is greedy.
-
-    A completion depends on the model, the seed, its own prompt and how often that prompt stood in the list
-    before, not on the rest of the batch, its size or its order.
-    """
+    """Continue every prompt; temperature 0 is greedy. A completion depends on the model, the seed, its prompt
+    and how often that prompt stood in the list before, not on the rest of the batch."""
     seen, keys = Counter(), []
     for prompt in map(tuple, prompts):
         keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
@@ -55,9 +52,8 @@ def generate(
 
 class Sampler:
     """`start` begins a collection of some rows, a sequence each; `generate` lets some of them grow; `finish`
-    ends it. Cache and CUDA graphs stay for the next collection, without graphs only until `finish`. Rows that
-    are being written have the first places of the cache: one that ends trades places with the last one.
-    """
+    ends it. Rows that are being written have the first places of the cache: one that ends trades places with
+    the last one."""
 
     def __init__(self, model: Transformer):
         self.model, self.prefill_tokens = model, PREFILL_TOKENS
@@ -67,7 +63,6 @@ class Sampler:
         self.row_at = self.held = torch.empty(0, dtype=torch.long)
 
     def start(self, rows: int) -> None:
-        """Begin a collection of so many sequences, which are empty."""
         if self.cache is None or len(self.cache.length) < rows:
             self.release()  # before more is asked for
             self.cache = KVCache(self.model, rows)
@@ -77,7 +72,7 @@ class Sampler:
         self.held = torch.zeros(rows, dtype=torch.long)  # (rows,) tokens of each row in the cache
 
     def finish(self) -> None:
-        if self.decode is None or not self.decode.graphs:
+        if self.decode is None or not self.decode.graphs:  # which, with their cache, serve the next one too
             self.release()
 
     def release(self) -> None:
@@ -97,9 +92,8 @@ class Sampler:
     ) -> list[Completion]:
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
 
-        Only what a prompt adds to its row in the cache is computed. `progress` is told now and then how many
-        more messages are written. Raises ValueError where a sequence is too long for the model or a prompt
-        adds nothing, FloatingPointError where the model's output is not finite.
+        `progress` is told now and then how many more messages are written. Raises ValueError where a sequence
+        is too long for the model or a prompt adds nothing, FloatingPointError where output is not finite.
         """
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
@@ -152,9 +146,7 @@ class Sampler:
             size = max_new_tokens if end is None else end + 1
             completions.append(Completion(ids[:size], values[:size], end is not None))
         if not all(math.isfinite(sum(c.logprobs)) for c in completions):
-            raise FloatingPointError(
-                "the model's output is not finite: its weights hold NaN, or the temperature is too low"
-            )
+            raise FloatingPointError("the model's output is not finite: NaN, or the temperature is too low")
         written = torch.tensor([len(c.tokens) for c in completions])
         self.held[rows] = lengths + written - 1  # the last token of a message was drawn, not fed
         self.cache.length[: len(self.row_at)] = self.held[self.row_at].to(device)

@@ -1,10 +1,10 @@
-"""What fresh rollouts are worth: fresh, stale, joint and reweighted arms of Algorithm 1 at equal rollouts.
+"""What fresh rollouts are worth: fresh, stale, joint and reweighted arms of Algorithm 1 at equal cost.
 
 Each arm is `python train.py` with a few flags, once per seed, in a directory under `--out`. A finished run is
 not made again and an unfinished one is resumed, so the study may be stopped and started at will. An arm that
 collects once a stage has n times as many stages as one that collects before each of its n updates; an arm
 with a floor (`--min-ess`) collects as it needs. So all arms of a setting are compared at the fewest rollouts
-that one of their runs took.
+that one of their runs took, and at the fewest seconds, evaluation left out.
 """
 
 import os
@@ -45,6 +45,7 @@ SETTINGS = {  # name: flags, and the stages of the fresh arm
 }
 SHOWN = list(SETTINGS)[:3]  # in the figure; --short runs only these
 STUDENT = {2: 12.706, 3: 4.303}  # seeds: 97.5% quantile
+ROLLOUTS, SECONDS = 0, 2  # places in a point of a curve
 
 
 class Arm(NamedTuple):  # a row of the table
@@ -70,22 +71,14 @@ def arms(root: Path, short: bool) -> list[Arm]:
 
 def run(root: Path, short: bool, jobs: int) -> dict:
     """Make the missing runs, `jobs` at once; draw the figure; returns the content of occupancy.json."""
-    if jobs < 1:
-        raise UserError("--jobs must be at least 1")
     require_matplotlib()
     root = root / "short" if short else root
     wanted = arms(root, short)
     todo = [(arm.flags | {"seed": seed}, path) for arm in wanted for seed, path in enumerate(arm.runs)]
-    todo = [(flags, path) for flags, path in todo if summary(path) is None]
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(train, flags, path) for flags, path in todo]
-        try:
-            for job in tqdm(waiting, unit="run", disable=None):
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    rows, figure = at_equal_rollouts([row(arm) for arm in wanted]), root / "occupancy.png"
+    todo = [job for job in todo if summary(job[1]) is None]
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        list(tqdm(pool.map(lambda job: train(*job), todo), total=len(todo), unit="run", disable=None))
+    rows, figure = at_equal_cost([row(arm) for arm in wanted]), root / "occupancy.png"
     figure.write_bytes(render(draw, rows))
     found = {"benchmark": "occupancy", "rows": rows, "figure": str(figure)}
     write_json(root / "occupancy.json", found)
@@ -128,35 +121,40 @@ def row(arm: Arm) -> dict:
 
 
 def of_run(path: Path, last: int) -> dict:
-    """Its summary; collections a stage; the mean ESS of update `last`; [rollouts, held-out return] at the
-    start, where it was measured, at the end."""
+    """Its summary; collections a stage; the mean ESS of update `last`; [rollouts, held-out return, seconds]
+    at the start, where it was measured, at the end."""
     log, found = read_log(path / "metrics.jsonl"), summary(path)
     stages, updates = ([line for line in log if line["kind"] == kind] for kind in ("stage", "update"))
     ess = [u.get("ess_weights", 1.0) for u in updates if u["update"] == last]
-    curve = [[s["rollouts_so_far"], s["return_held_out"]] for s in stages if "return_held_out" in s]
-    curve.insert(0, [0, found["return_start"]])
-    if found["return_final"] is not None:
-        curve.append([found["rollouts"], found["return_final"]])
+    end = found | {"rollouts_so_far": found["rollouts"], "return_held_out": found["return_final"]}
+    curve = [[0, found["return_start"], 0.0]]
+    for line in [*stages, end]:
+        if line.get("return_held_out") is not None:
+            seconds = line["seconds"] - line["seconds_evaluation"]
+            curve.append([line["rollouts_so_far"], line["return_held_out"], seconds])
     collections = sum(u["rollouts"] > 0 for u in updates) / max(1, len(stages))
     mean = sum(ess) / len(ess) if ess else None  # a joint stage has one update
     return found | {"collections": collections, "ess_last": mean, "curve": curve}
 
 
-def at_equal_rollouts(rows: list[dict]) -> list[dict]:
-    """The rows with returns at the fewest rollouts of a finished run of their setting; None for a seed that
-    diverged before."""
+def at_equal_cost(rows: list[dict]) -> list[dict]:
+    """The rows with returns at the fewest rollouts, and the fewest seconds, of a finished run of their
+    setting; None for a seed that diverged before."""
     for row in rows:
         peers = [r for r in rows if r["setting"] == row["setting"]]
-        runs = [(curve, final) for r in peers for curve, final in zip(r["curve"], r["return_final"])]
-        at = row["at"] = min((curve[-1][0] for curve, final in runs if final is not None), default=0)
-        row["return_at"] = [read(c, at).item() if c[-1][0] >= at else None for c in row["curve"]]
+        ends = [c[-1] for r in peers for c, final in zip(r["curve"], r["return_final"]) if final is not None]
+        for name, cost in (("at", ROLLOUTS), ("at_seconds", SECONDS)):
+            at = row[name] = min((end[cost] for end in ends), default=0)
+            enough = [curve[-1][cost] >= at for curve in row["curve"]]
+            values = [read(curve, at, cost).item() for curve in row["curve"]]
+            row[f"return_{name}"] = [value if reaches else None for value, reaches in zip(values, enough)]
     return rows
 
 
-def read(curve: list[list[float]], at) -> np.ndarray:
-    """The return of a curve at some number of rollouts, or at several."""
-    rollouts, returns = zip(*curve)
-    return np.interp(at, rollouts, returns)
+def read(curve: list[list[float]], at, cost: int = ROLLOUTS) -> np.ndarray:
+    """The return of a curve at some cost, or at several."""
+    points = list(zip(*curve))
+    return np.interp(at, points[cost], points[1])
 
 
 def interval(values: list[float | None]) -> str:
@@ -195,11 +193,14 @@ COLUMNS = {  # title: key and form
 
 def table(found: dict) -> str:
     """The study as a Markdown table."""
-    heads = ["setting", "arm", "return at equal rollouts", *COLUMNS]
-    lines = ["± is Student's 95% interval over seeds.", ""]
+    heads = ["setting", "arm", "return at equal rollouts", "return at equal seconds", *COLUMNS]
+    lines = [
+        "± is Student's 95% interval over seeds. Seconds leave out evaluation; they need an idle machine.",
+        "",
+    ]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found["rows"]:
-        cells = [row["setting"], row["name"], interval(row["return_at"])]
+        cells = [row["setting"], row["name"], interval(row["return_at"]), interval(row["return_at_seconds"])]
         for key, form in COLUMNS.values():
             cells.append("" if None in row[key] else format(np.mean(row[key]), form))
         lines.append(f"| {' | '.join(cells)} |")

@@ -5,20 +5,17 @@
 A model learns to predict the next token of transcripts that made-up solvers write. The same thread count and
 torch version give the same bits.
 
-Relay: transcripts of 1 to 8 operations by solvers of two kinds. A few are careful and nearly always right;
-most are careless and put a random digit in two steps out of three. A model of this mixture knows every step
-and gets it right about half of the time, which leaves something for reinforcement to find.
+Relay: a few solvers are careful and nearly always right; most are careless and put a random digit in two
+steps out of three. A model of this mixture knows every step and gets it right about half of the time, which
+leaves something for reinforcement to find.
 
-Convention: transcripts of 2 to 4 operations by solvers that are always right. The code of each message is
-drawn, with odds that depend on the turn alone (Convention.starting_habits): so agents start with opposite
-habits. In half of the transcripts a hint behind the problem names the code of all messages, so that the model
-learns one code for all sums; the problems of a run never have a hint.
+Convention: solvers are always right. The code of each message is drawn, with odds that depend on the turn
+alone (Convention.starting_habits): so agents start with opposite habits. In half of the transcripts a hint
+behind the problem names the code of all messages; the problems of a run never have a hint.
 """
 
 import argparse
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,15 +45,13 @@ COURSES = {
     "convention": Course(Convention, 1500, 1.0, (1.0, 1.0)),
 }
 ROWS = 128  # transcripts per step
-PARTS = 4  # batches of similar length that they are sorted into
+PARTS = 4  # batches of similar length
 PEAK_LR = 4e-3
 CAREFUL_ONLY = 0.5  # share of the steps, the first ones, in which all solvers are careful
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # 17 pieces, and headers; no system prompts
 
 
 def transcript(generator: np.random.Generator, course: Course, careful: float) -> str:
-    """One rollout as one of its agents sees it: own messages as assistant, the others' by name. `careful` is
-    the share of careful solvers."""
+    """One rollout as one of its agents sees it: own messages as assistant, the others' by name."""
     operations = int(generator.integers(course.task.least_turns, course.task.most_turns + 1))
     task = course.task(Config(agents=operations))
     chain = task.sample_problems(1, generator)[0].text
@@ -110,14 +105,13 @@ def initial_model(vocab_size: int) -> Transformer:
     return model
 
 
-def train(model: Transformer, tokenizer: Tokenizer, course: Course, steps: int) -> float:
+def train(model: Transformer, tokenizer: Tokenizer, course: Course) -> float:
     """Train `model` on ROWS new transcripts a step; returns the last loss, in nats per token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.0)
-    # The schedule also moves the first beta. It cannot warm up within a single step, a twentieth of 20.
-    schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.05 if steps > 20 else 0.0)
-    for step in tqdm(range(steps), desc="pretrain", disable=None):
+    schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=course.steps, pct_start=0.05)  # also of a beta
+    for step in tqdm(range(course.steps), desc="pretrain", disable=None):
         # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
-        careful = course.careful if step >= CAREFUL_ONLY * steps else 1.0
+        careful = course.careful if step >= CAREFUL_ONLY * course.steps else 1.0
         generator = rng.generator(0, "pretrain", step)
         parts = list(batches(tokenizer, [transcript(generator, course, careful) for _ in range(ROWS)]))
         count = sum((targets >= 0).sum() for _, targets in parts)
@@ -134,20 +128,15 @@ def train(model: Transformer, tokenizer: Tokenizer, course: Course, steps: int) 
     return loss
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=COURSES, default="relay", help="which model (default relay)")
-    parser.add_argument("--out", type=Path, help="directory to write (default: the shipped model's)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default 3000; convention 1500)")
-    args = parser.parse_args(argv)
-    course, out = COURSES[args.task], args.out or ASSETS / args.task
-    tokenizer = load_tokenizer(ASSETS / args.task)  # one token per character, header and writer's name
+    task = parser.parse_args().task
+    tokenizer = load_tokenizer(ASSETS / task)  # one token per character, header and writer's name
     model = initial_model(tokenizer.vocab_size)
-    loss = train(model, tokenizer, course, args.steps or course.steps)
-    save_model(model, out)
-    for file in TOKENIZER if args.out else ():
-        shutil.copy(ASSETS / args.task / file, out / file)
-    print(f"{out}: loss {loss:.3f}; next: python eval.py {args.task} --model {out}")
+    loss = train(model, tokenizer, COURSES[task])
+    save_model(model, ASSETS / task)
+    print(f"{task}: loss {loss:.3f}; next: python eval.py {task} --model {task}")
 
 
 if __name__ == "__main__":
