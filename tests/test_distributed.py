@@ -44,8 +44,8 @@ def runs(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("ranks")
 
     def lines(processes: int, kinds: Iterable[str] = KINDS) -> list[list[str]]:
-        named = [(KINDS[kind].split(), str(root / f"{kind}-{processes}")) for kind in kinds]
-        return [["train", *TOY, *flags, "--out", out] for flags, out in named]
+        outs = {kind: str(root / f"{kind}-{processes}") for kind in kinds}
+        return [["train", *TOY, *KINDS[kind].split(), "--out", out] for kind, out in outs.items()]
 
     for _, *flags in lines(1):
         assert train.main(flags) == 0
@@ -101,13 +101,6 @@ def test_shares_are_whole_even_and_in_order():
         assert max(map(len, shares)) == Ranks(0, size).largest_share(5) <= min(map(len, shares)) + 1
 
 
-def torchrun(*command: str) -> subprocess.Popen:
-    """Two processes; stderr in a pipe."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    options = {"cwd": ROOT, "process_group": 0, "stdout": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen([*program, *command], stderr=subprocess.PIPE, **options)
-
-
 def ended(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -117,8 +110,10 @@ def ended(process: int) -> bool:
 
 @pytest.mark.parametrize("ctrl_c", [False, True])
 def test_when_one_process_ends_all_do_and_resume_goes_on(tmp_path, ctrl_c):
-    out = tmp_path / "run"
-    child = torchrun("train.py", *TOY, "--stages", "8", "--out", str(out))
+    out, torchrun = tmp_path / "run", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "train.py", *TOY, "--stages", "8", "--out", str(out)]
+    options = {"cwd": ROOT, "process_group": 0, "stdout": subprocess.DEVNULL, "text": True}
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
     while not list(out.glob("checkpoints/[0-9]*")):
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.02)
@@ -135,24 +130,3 @@ def test_when_one_process_ends_all_do_and_resume_goes_on(tmp_path, ctrl_c):
     assert child.returncode and (not ctrl_c or err.count("interrupted") == 1)
     assert max(path.name for path in out.glob("checkpoints/[0-9]*")) < "000008"
     assert train.main(["--resume", str(out)]) == 0 and results(out)[0]["stages"] == 8
-
-
-TASK = """
-import os, time
-from teamtr_min.tasks import Relay
-class task(Relay):
-    def grade(self, problem, messages):
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), 9)
-        while True:
-            time.sleep(0.01)
-"""
-
-
-def test_a_process_that_is_busy_ends_too(tmp_path):
-    """It waits for nobody, so it hears of it from torchrun alone."""
-    (tmp_path / "own.py").write_text(TASK)
-    flags = [*TOY, "--task", str(tmp_path / "own.py"), "--model", "relay"]
-    child = torchrun("train.py", *flags, "--out", str(tmp_path / "run"))
-    _, err = child.communicate(timeout=90)
-    assert child.returncode and err.count("interrupted") == 1

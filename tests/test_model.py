@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from tiny import FAMILIES, each_model, in_transformers, random_model, random_tokens, shared
+from tiny import each_model, in_transformers, random_model, random_tokens, shared
 
 from teamtr_min import load_model, load_tokenizer
-from teamtr_min.engine.cache import KVCache, Step, attend
+from teamtr_min.engine.cache import attend
 from teamtr_min.engine.model import checkpoint_tensors, split_fused
 from teamtr_min.engine.sampler import generate
 
@@ -120,42 +120,6 @@ def test_attend_equals_its_definition(rows, T, Q, K, dtype, bound):
         assert got.shape == q.shape and got.dtype == dtype
         expected = attend_reference(*(t.double() for t in (q, x, y)), given)
         torch.testing.assert_close(got.double(), expected, atol=bound, rtol=bound)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_steps_equal_one_pass(family):
-    """Rows of different lengths, fed in pieces, in any order, with padding, over leftovers."""
-    model = random_model(family)
-    lengths = [41, 17, 30, 5]
-    tokens = random_tokens(model, 4, max(lengths))
-    whole = model.hidden(tokens)
-    cache = KVCache(model, 4, 2)
-    cache.keys.fill_(1e4), cache.values.fill_(1e4)  # leftovers of another row
-    got = torch.full_like(whole, math.nan)
-
-    def feed(rows, counts, even=False):
-        T, index = max(counts), torch.arange(4)[rows]
-        start = cache.length[rows].tolist()
-        piece = torch.zeros(len(counts), T, dtype=torch.long)
-        for i, (row, n) in enumerate(zip(index, counts)):
-            piece[i, :n] = tokens[row, start[i] : start[i] + n]
-        hidden = model.hidden(piece, Step.after(cache, rows, T, max(start) + T, even))
-        for i, (row, n) in enumerate(zip(index, counts)):
-            got[row, start[i] : start[i] + n] = hidden[i, :n]
-        cache.length[rows] += torch.tensor(counts)
-
-    feed(torch.tensor([2, 0]), [3, 11])
-    feed(torch.tensor([3, 1]), [3, 3], even=True)
-    feed(torch.tensor([3, 1]), [2, 13])
-    feed(slice(0, 2), [1, 1])
-    feed(slice(2, 3), [27], even=True)
-    for n in range(29):
-        feed(slice(0, 1), [1], even=n % 2 == 0)
-    assert cache.length.tolist() == lengths
-    assert (cache.keys.numel() + cache.values.numel()) == 4 * cache.capacity * model.config.kv_per_token
-    for row, n in enumerate(lengths):
-        torch.testing.assert_close(got[row, :n], whole[row, :n], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ def test_turns_of_a_collection_are_those_of_a_plain_sampling_loop(family, tied, 
             assert sum(told) == len(chosen), "each message is reported once"
             for r, c in zip(chosen, found):
                 texts[r] = texts[r] + c.tokens + [2, 5, 1, 3][: 1 + (r + turn) % 4]
+        assert 2 * sampler.cache.keys[:, 0, :, 0].numel() == model.config.kv_per_token
         sampler.finish()
         assert sampler.cache is None, "without graphs the memory is free between collections"
 

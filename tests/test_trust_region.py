@@ -66,9 +66,10 @@ def test_equals_the_definition(ratio, kl_unit, scale, launches):
 
 
 @each_ratio
-def test_more_tokens_and_messages_than_a_block(ratio, launches, monkeypatch):
+@pytest.mark.parametrize("lengths", [[], [0, 0], [4], [1, 9, 4, 5, 1, 1, 2, 8, 3]], ids=len)
+def test_no_valid_token_and_more_tokens_and_messages_than_a_block(lengths, ratio, launches, monkeypatch):
     monkeypatch.setattr(trust_region, "BLOCK", 4)
-    arguments, options = batch([1, 9, 4, 5, 1, 1, 2, 8, 3], scale=0.3, ignored=0.1)
+    arguments, options = batch(lengths, scale=0.3, ignored=0.1 if len(lengths) > 2 else 1.1)
     check(arguments, options | {"beta": 0.3, "ratio": ratio})
 
 
@@ -100,37 +101,27 @@ def test_every_side_of_the_clip(ratio, launches):
     assert got["clip_fraction"].tolist() == [1, 0, 0, 1, 0, 0]
 
 
-@each_ratio
-@pytest.mark.parametrize("lengths", [[], [0, 0], [4]])
-def test_no_valid_token(lengths, ratio, launches):
-    arguments, options = batch(lengths, ignored=1.1)
-    check(arguments, options | {"beta": 0.1, "ratio": ratio})
-
-
 def test_layouts_small_ids_and_a_message_of_ignored_slots(launches):
-    arguments, options = batch([3, 4, 60], ignored=0.1)
-    arguments[2][3:7] = -1  # the whole of message 1
-    arguments[2][0] = arguments[2][-1] = -1
-    arguments[0][arguments[2] < 0] = math.nan
-    arguments[:2] = [torch.stack((x, x), 1)[:, 0] for x in arguments[:2]]
-    arguments[2], options["agent"] = arguments[2].int(), options["agent"].int()
-    assert not arguments[0].is_contiguous()
-    check(arguments, options | {"beta": 0.3})
+    (*logps, message, advantage), options = batch([3, 4, 60], ignored=0.1)
+    message[0] = message[3:7] = message[-1] = -1  # the whole of message 1
+    logps = [torch.stack((x, x), 1)[:, 0] for x in logps]
+    logps[0][message < 0] = math.nan
+    assert not logps[0].is_contiguous()
+    options |= {"agent": options["agent"].int(), "beta": 0.3}
+    check([*logps, message.int(), advantage], options)
 
 
 @each_ratio
 def test_extreme_log_ratios(ratio, launches):
     """0: the ratio is exactly 1, and no KL. +-20 still moves, as with torch's clamp; beyond it is flat. NaN
     shows. The same bits again."""
-    logp = torch.tensor([20.0, -20.0, 20.1, -20.1], device=DEVICE)
+    logp, options = torch.tensor([20.0, -20.0, 20.1, -20.1], device=DEVICE), {"ratio": ratio, "beta": 0.5}
     arguments = [logp, 0 * logp, torch.arange(4, device=DEVICE), -torch.ones(4, device=DEVICE)]
-    first = check(arguments, {"ratio": ratio, "beta": 0.5})
-    again = run(kernels.trust_region_loss, arguments, {"ratio": ratio, "beta": 0.5})
+    first, again = check(arguments, options), run(kernels.trust_region_loss, arguments, options)
     assert all(torch.equal(first[name], again[name]) for name in first)
     (logp, _, *others), _ = batch([5, 300, 1])
     _, stats = kernels.trust_region_loss(logp, logp, *others, ratio=ratio)
-    assert stats["ratio_mean"] == stats["ratio_max"] == 1
-    assert stats["kl_k1"] == stats["kl_k3"] == stats["clip_fraction"] == 0
+    assert [stats[name] for name in trust_region.STATS] == [0, 0, 0, 1, 1, 3]
     logp[7] = math.nan
     loss, stats = kernels.trust_region_loss(logp, 0 * logp, *others, ratio=ratio)
     assert loss.isnan() and stats["kl_k3"].isnan() and stats["ratio_max"].isnan()
@@ -138,18 +129,17 @@ def test_extreme_log_ratios(ratio, launches):
 
 def test_small_kl_is_not_rounding(launches):
     """Log-ratios of 1e-4: e^x - 1 - x in fp32 would be noise, even negative."""
-    arguments, _ = batch([50, 20])
-    arguments[1] = torch.zeros_like(arguments[0])
-    arguments[0] = 1e-4 * torch.randn(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    (logp, *_, message, advantage), _ = batch([50, 20])
+    arguments = [1e-4 * (logp + 1.5), 0 * logp, message, advantage]
     got, want = run(kernels.trust_region_loss, arguments, {}), run(teamtr_loss, arguments, {}, torch.float64)
     assert got["kl_k3"].item() == pytest.approx(want["kl_k3"].item(), rel=1e-5)
 
 
 def test_wrong_ids_make_the_loss_nan(launches):
-    (*arguments, advantage), options = batch([3, 4])
-    message, agent = arguments.pop(), options["agent"]
+    (*logps, message, advantage), options = batch([3, 4])
+    agent = options["agent"]
     for ids, agents in ((message.flip(0), agent), (message + 1, agent), (message, agent + 3)):
-        loss, _ = kernels.trust_region_loss(*arguments, ids, advantage, agent=agents, n_agents=3)
+        loss, _ = kernels.trust_region_loss(*logps, ids, advantage, agent=agents, n_agents=3)
         assert loss.isnan()
 
 
@@ -164,8 +154,8 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(ValueError, match=r"takes float32 logp, old_logp and ids message, \(N,\)"):
             kernels.trust_region_loss(*arguments, **extra)
-    for extra in ({"ratio": "tokens"}, {"kl_unit": "nat"}):
-        with pytest.raises(ValueError, match="|".join(map(repr, extra.values()))):
+    for extra in ({"ratio": "tokens"}, {"kl_unit": "tokens"}):
+        with pytest.raises(ValueError, match="'tokens'"):
             kernels.trust_region_loss(logp, old_logp, message, advantage, **extra)
 
 

@@ -97,9 +97,10 @@ def diagnoses(teams: list[Team], batches: int, seed: int) -> dict:
     old = surrogate_terms(y.returns.view(-1, GROUP), log_w_first, wrote)
     before, rho, ess = before_turn(drift), drift.sum(1), effective_sample_share
     surrogate, kl = exact.surrogate(base, new), exact.mean_message_kl(base, new, LAST)
+    stale = exact.surrogate(base, new, states=first)
     found = {
         "L^seq": (surrogate, torch.mean, surrogate_terms(returns, log_w, writes)),
-        "gap": (exact.stale_gap(first, base, new), torch.mean, gap),
+        "gap": (surrogate - stale, torch.mean, gap),
         "D_occ": (exact.occupancy_shift(first, base, LAST), diagnostics.occupancy_shift, before, wrote),
         "ESS/B": (share(first.law[own], base.law[own]), ess, before, wrote),
         "KL held out": (kl, diagnostics.message_kl, log_w, writes),

@@ -1,23 +1,21 @@
 """Teams small enough to enumerate: the truth that bounds and sampled estimators are tested against.
 
-A rollout is one problem and `turns` messages. A state is the shared context (problem, m_0, ..., m_{t-1}). So
-the states of turn t are numbers with t digits in base M behind the problem, and message m leads from state s
-of turn t to state s * M + m of turn t + 1:
+A rollout is one problem and `turns` messages. A state is the shared context (problem, m_0, ..., m_{t-1}):
+message m leads from state s of turn t to state s * M + m of turn t + 1.
 
     theta  --rows-->  token_logp  --sum over tokens-->  logp (S, M)        the policy in each state
     law of turn t + 1  =  flatten(law of turn t [:, None] * pi)            forward: probability of each state
     value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)  backward: expected return
 
-The states of all turns stand in one list of S, turn after turn. All is float64 and differentiable.
+All is float64 and differentiable. The states of all turns stand in one list of S, turn after turn.
 
     A agents    P problems    V tokens in the vocabulary    U tokens in a message    M = V^U possible messages
     S = P (1 + M + ... + M^(turns-1)) states      X = P M^turns rollouts
     prefixes = 1 + V + ... + V^(U-1): all unfinished messages, the empty one first
 
 Discounting [ours, where the paper leaves it open]: the last message earns the return, so J =
-gamma^(turns-1) E[return]. After it the team stays in an absorbing state without reward, which holds the
-remaining gamma^turns of the occupancy. Sums over states weigh turn t by gamma^t: that is (1/(1-gamma))
-E_{s ~ d^pi} for gamma < 1 and the finite-horizon sum for gamma = 1, so one code serves both.
+gamma^(turns-1) E[return]. After it the team stays in an absorbing state without reward. Sums over states
+weigh turn t by gamma^t: that is (1/(1-gamma)) E_{s ~ d^pi} for gamma < 1, and the finite-horizon sum for 1.
 """
 
 from collections.abc import Callable
@@ -25,7 +23,6 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Context = tuple[int, ...]  # (problem, message numbers so far); its length less one is the turn
@@ -35,9 +32,8 @@ class Game:
     """The part of a team's work that training does not change.
 
     reward: (X,) in [0, 1], or a function of the finished context. start: law (P,) of the problems; None: one
-    problem. router(context) names the next agent; None: round-robin. row(agent, context, token prefix) is
-    the number of the row in the agent's table of logits that is used there: equal numbers are tied. None: a
-    row each.
+    problem. router(context) names the next agent; None: round-robin. row(agent, context, token prefix)
+    numbers the row of the agent's table of logits that is used there; None: a row each.
     """
 
     def __init__(
@@ -56,7 +52,6 @@ class Game:
         self.tokens = m // V ** (U - 1 - u) % V  # (M, U): message number m spells tokens[m] in base V
         self.prefix = (V**u).cumsum(0) - V**u + m // V ** (U - u)  # (M, U): number of the prefix before each
         prefixes = [p for n in range(U) for p in product(range(V), repeat=n)]
-        self.passes = F.one_hot(self.prefix, len(prefixes)).sum(1).double()  # (M, prefixes): 1 on its way
 
         self.sizes = [P * M**t for t in range(turns)]  # states of each turn
         first = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
@@ -128,14 +123,9 @@ class Team:
         return self.law[self.game.actor == agent].sum()
 
 
-def token_kl(old: Team, new: Team) -> Tensor:
-    """KL(old || new) of the next token at every state and token prefix: (S, prefixes)."""
-    return (old.token_logp.exp() * (old.token_logp - new.token_logp)).sum(-1)
-
-
 def message_kl(old: Team, new: Team) -> Tensor:
-    """Eq. 5 [paper]: KL(old || new) of the message, by the chain rule over its tokens: (S,)."""
-    return (old.pi @ old.game.passes * token_kl(old, new)).sum(-1)  # P(prefix | state) times its token KL
+    """Eq. 5 [paper]: KL(old || new) of the message: (S,)."""
+    return (old.pi * (old.logp - new.logp)).sum(-1)
 
 
 def mean_message_kl(old: Team, new: Team, agent: int) -> Tensor:
@@ -150,11 +140,6 @@ def surrogate(base: Team, new: Team, states: Team | None = None) -> Tensor:
     L_i^seq is surrogate(team^{i-1}, team^i); L_i^stale takes its states from team^0.
     """
     return ((states or base).visits[:, None] * new.pi * base.advantage).sum()
-
-
-def stale_gap(first: Team, base: Team, new: Team) -> Tensor:
-    """Gap_i () = L_i^seq - L_i^stale, signed [ours]."""
-    return surrogate(base, new) - surrogate(base, new, states=first)
 
 
 def occupancy_shift(first: Team, base: Team, agent: int) -> Tensor:

@@ -86,7 +86,6 @@ def run(root: Path, short: bool, jobs: int) -> dict:
 
 
 def words(flags: dict) -> list[str]:
-    """Flags as train.py's command line has them."""
     return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -116,8 +115,8 @@ def row(arm: Arm) -> dict:
     """What an arm's runs came to: lists over seeds."""
     runs = [of_run(path, arm.flags["agents"] - 1) for path in arm.runs]
     keys = [key for key, _ in COLUMNS.values()] + ["return_final", "curve"]
-    names = {"setting": arm.setting, "name": arm.name, "flags": arm.flags}
-    return names | {key: [run[key] for run in runs] for key in keys}
+    found = {key: [run[key] for run in runs] for key in keys}
+    return {"setting": arm.setting, "name": arm.name, "flags": arm.flags, **found}
 
 
 def of_run(path: Path, last: int) -> dict:
@@ -145,9 +144,8 @@ def at_equal_cost(rows: list[dict]) -> list[dict]:
         ends = [c[-1] for r in peers for c, final in zip(r["curve"], r["return_final"]) if final is not None]
         for name, cost in (("at", ROLLOUTS), ("at_seconds", SECONDS)):
             at = row[name] = min((end[cost] for end in ends), default=0)
-            enough = [curve[-1][cost] >= at for curve in row["curve"]]
-            values = [read(curve, at, cost).item() for curve in row["curve"]]
-            row[f"return_{name}"] = [value if reaches else None for value, reaches in zip(values, enough)]
+            returns = [read(c, at, cost).item() if c[-1][cost] >= at else None for c in row["curve"]]
+            row[f"return_{name}"] = returns
     return rows
 
 
