@@ -169,8 +169,9 @@ def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
 
 @pytest.mark.parametrize("agents", [1, 2, 3, 4])
 def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
-    """Any order of writers; messages of any ids, cut off or not, some with nothing in them but their end."""
-    tokenizers = [load_tokenizer(write_bytes(tmp_path / str(i), shift=i)) for i in range(2)]
+    """Any order of writers; messages of any ids, cut off or not, some with nothing in them but their end; a
+    template that rewrites histories."""
+    tokenizers = [load_tokenizer(write_bytes(tmp_path / str(i), FORGETFUL, shift=i)) for i in range(2)]
     team, draw = team_of(*(tokenizers[j % 2] for j in range(agents))), random.Random(agents)
     for _ in range(60):
         messages = []
@@ -178,6 +179,7 @@ def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
             j, stopped = draw.randrange(agents), draw.random() < 0.6
             ids = [draw.randrange(250) for _ in range(draw.randrange(0 if stopped else 1, 6))]
             messages.append(say(team, j, tokenizers[j % 2].decode(ids), stopped, ids))
+        closed = [say(team, m.agent, m.text, ids=m.content) for m in messages]
         for j, agent in enumerate(team.agents):
             final, trained = seen(team, j, messages), seen(team, j, messages, prompt=False)
             own = [(t, message) for t, message in enumerate(messages) if message.agent == j]
@@ -186,34 +188,10 @@ def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
                 before = seen(team, j, messages[:t])
                 # What was sampled stands right behind what was prefilled, and nothing of either ever changes.
                 assert final.ids[:stop] == before.ids + message.tokens and start == len(before.ids)
+            assert final.ids == seen(team, j, closed).ids  # as context what was cut off is closed
             # Trained on is no context behind the last trainable token.
             end = final.spans[-1][1] if own else len(agent.chat.opening(agent.role.system, "2+2?"))
             assert trained.ids == final.ids[:end]
-
-
-def test_sampled_ids_are_never_encoded_anew_though_the_template_rewrites_histories(tmp_path):
-    tokenizer = load_tokenizer(write_bytes(tmp_path, FORGETFUL))
-    text = "<think>7*8</think>abab"
-    spelled = [i for letter in text for i in tokenizer.encode(letter)]
-    assert len(tokenizer.encode(text)) == len(spelled) - 2
-    team = team_of(tokenizer, tokenizer)
-    for j in range(2):
-        ids = seen(team, j, [say(team, 0, text, ids=spelled), say(team, 1, "yes")]).ids
-        assert any(ids[i : i + len(spelled)] == spelled for i in range(len(ids)))
-
-
-def test_a_message_cut_off_is_closed_as_context(tmp_path):
-    tokenizer = load_tokenizer(write_bytes(tmp_path))
-    team = team_of(tokenizer, tokenizer)
-    whole, cut = say(team, 0, "12 and"), say(team, 0, "12 and", stopped=False)
-    end = team.agents[0].chat.end_of_message
-    for j in range(2):
-        assert seen(team, j, [cut]).ids == seen(team, j, [whole]).ids
-    both = seen(team, 0, [whole, cut])
-    (start, stop), (start_cut, stop_cut) = both.spans
-    assert both.ids[start:stop] == whole.tokens and both.ids[stop - 1] == end
-    assert both.ids[start_cut:stop_cut] == cut.tokens
-    assert both.ids[stop_cut] == end  # behind the span: never trained
 
 
 @pytest.mark.parametrize("add_eos", [False, True])

@@ -74,16 +74,6 @@ def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
 
 
 @torch.no_grad()
-def draw_adapter(model: Transformer, seed: int, agent: int) -> None:
-    """Start as LoRA does: A uniform within 1 / sqrt(in), a function of seed, agent and name; B zero."""
-    for name, p in adapter_tensors(model).items():
-        if name.endswith("lora_A"):
-            bound = 1 / math.sqrt(p.shape[1])
-            draws = rng.generator(seed, "lora", agent, name).uniform(-bound, bound, tuple(p.shape))
-            p.copy_(torch.from_numpy(draws))
-
-
-@torch.no_grad()
 def merge(model: Transformer) -> Transformer:
     """The same policy without adapters, in fp32: bf16 would round off part of what was trained."""
     tensors = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
@@ -109,8 +99,9 @@ def load_models(
 ) -> Iterator[tuple[Transformer, Adapter | None]]:
     """The model of each agent, from checkpoints or directories of adapters. A base is loaded once.
 
-    With a `rank` a checkpoint becomes a base, and its agent gets a new adapter. Raises UserError for an
-    adapter that is not plain LoRA or of another rank, for damaged files, and for a base that is gone.
+    With a `rank` a checkpoint becomes a base and its agent gets a new adapter: B is zero, A uniform within
+    1 / sqrt(in), a function of seed, agent and name. Raises UserError for an adapter that is not plain LoRA
+    or of another rank, for damaged files, and for a base that is gone.
     """
     bases: dict[Path, Transformer] = {}
     for j, source in enumerate(sources):
@@ -123,16 +114,17 @@ def load_models(
         if base not in bases:
             bases[base] = weights.load_model(base, device, dtype)
         model = add_lora(bases[base], adapter)
-        if base == directory:
-            draw_adapter(model, seed, j)
-        else:
-            file = directory / WEIGHTS
-            wanted = {_NAME(name): part for name, part in adapter_tensors(model, adapter.targets).items()}
+        parts, file = adapter_tensors(model, adapter.targets), directory / WEIGHTS
+        if base != directory:
             fault = f"{file} does not hold the adapter of its {weights.ADAPTER_CONFIG}"
-            weights.check_shapes(weights.shapes(file), wanted, fault)
-            with torch.no_grad():
-                for name, part in wanted.items():
-                    part.copy_(weights.read(file, name))
+            weights.check_shapes(weights.shapes(file), {_NAME(name): p for name, p in parts.items()}, fault)
+        for name, p in parts.items():
+            if base != directory:
+                p.copy_(weights.read(file, _NAME(name)))
+            elif name.endswith("lora_A"):
+                bound = 1 / math.sqrt(p.shape[1])
+                draws = rng.generator(seed, "lora", j, name).uniform(-bound, bound, tuple(p.shape))
+                p.copy_(torch.from_numpy(draws))
         yield model, adapter
 
 
