@@ -49,7 +49,6 @@ def lines(file: str) -> list[dict]:
     (r"\boxed{unbalanced", None),
     # #### in front of a heading
     ("#### 18\n\n#### Check\nfine", "18"), ("#### Check\n9 * 2 = 18", None), ("#### Check", None),
-    ("#### Sanity test\n9 * 2 = 18", None),
     ("#### Step 2: add 18", None), ("#### 2. Check the work\n9 * 2 = 18", None), ("#### Answer\n18", None),
     ("#### Final Answer: 18\nDone.", "18"), ("#### **18**", "18"), ("##### 5", None), ("####   \n", None),
     ("so #### Paris", "Paris"), ("#### $18 per day\n\nThat is all.", "$18 per day"),
@@ -59,8 +58,7 @@ def lines(file: str) -> list[dict]:
     ("The answer is 18, which is correct.", "18"), ("The answer is 18 (see above), so I agree.", "18"),
     ("I agree, the answer is right.", None), ("The answer is already correct: nothing to change.", None),
     ("The answer is 18. The answer is not 17.", "18"), ("The answer is what was written above.", None),
-    ("The answer is 18. I checked: the answer is the same.", "18"), ("The answer isn't 17", None),
-    ("The answer is indeed correct, 9 * 2 is 18.", None), ("it is 5", None), ("", None),
+    ("The answer is indeed correct, 9 * 2 is 18.", None), ("The answer isn't 17", None), ("", None),
 ])  # fmt: skip
 def test_the_answer_that_a_text_states(text, answer):
     assert extract_answer(text) == answer
@@ -71,8 +69,7 @@ def test_the_answer_that_a_text_states(text, answer):
     (r"$x = \boxed{1}$ or $x = \boxed{2}$", r"1 \text{ and } 2", True),
     (r"\boxed{1}, \boxed{2}", r"\{1, 2\}", True),
     (r"First \boxed{7}, no: \boxed{1} and \boxed{2}", "1, 2", True), (r"\boxed{1, 2}", "2, 1", True),
-    (r"\boxed{1} or \boxed{2}. So \boxed{1} and \boxed{2}", "1, 2", True),
-    (r"\boxed{2} and \boxed{\frac{1}{2}}", "0.5, 2", True),
+    (r"\boxed{1} or \boxed{\frac{1}{2}}. So \boxed{1} and \boxed{\frac{1}{2}}", "0.5, 1", True),
     (r"\boxed{1} and \boxed{2} and \boxed{3}", "1, 2", False),
     (r"First \boxed{1}, no: \boxed{2}", "1, 2", False), (r"\boxed{1} and \boxed{2}", "1, 3", False),
     (r"\boxed{1} and \boxed{2}", "12", False), (r"\boxed{1} and \boxed{234}", "1,234", False),

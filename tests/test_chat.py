@@ -153,10 +153,8 @@ def test_sampled_ids_stand_where_transformers_writes_them(tmp_path, kind):
 @each_kind
 def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
     tokenizer = load_tokenizer(KINDS[kind](tmp_path / "t"))
-    chat, spelled = (
-        ChatFormat(tokenizer),
-        tokenizer.decode([*tokenizer.special_ids], skip_special_tokens=False),
-    )
+    chat = ChatFormat(tokenizer)
+    spelled = tokenizer.decode([*tokenizer.special_ids], skip_special_tokens=False)
     assert set(tokenizer.encode(spelled)) >= tokenizer.special_ids and "<" in spelled
     for written in (chat.teammate, lambda name, text: chat.said("assistant", f"{name}{text}")):
         special, plain = (

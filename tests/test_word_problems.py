@@ -99,11 +99,6 @@ def test_the_fingerprint_changes_with_the_problems_their_answers_and_the_grader(
 # ---- data sets by name
 
 
-def test_every_name_is_a_task_and_every_file_is_pinned():
-    assert {file for *names, _ in DATASETS.values() for file in names if file} == set(FILES)
-    assert set(DATASETS) < set(TASKS) and all(len(sha256) == 32 for _, sha256 in FILES.values())
-
-
 def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500(tmp_path, monkeypatch):
     monkeypatch.setenv("TEAMTR_CACHE", str(tmp_path / "cache"))
     files = []
@@ -116,7 +111,7 @@ def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500
         assert [p.text for p in task.train] == ["a", "c"] and [p.text for p in task.held_out] == ["b", "d"]
         for file in files:
             file.write_text("another")
-    assert load_task(Config(task="math500")).held_out == task.held_out
+    assert load_task(Config(task="math500")).held_out == task.held_out and set(DATASETS) < set(TASKS)
     assert task.train[1].id == "math-train.jsonl, line 3"
     shutil.rmtree(tmp_path / "cache")
     for why in ("invalid hash", "No such file"):
@@ -151,10 +146,8 @@ def test_a_users_task_has_the_defaults_and_whatever_else_it_defines(tmp_path):
     assert task.grade(problem, []) == 1.0 and type(task.grade(problem, [])) is float
     assert task.view(problem, 1) == "1+1" and task.fingerprint() == {} and not task.is_held_out("1+1")
     assert not hasattr(task, "demonstrations") and not hasattr(task, "answer")
-    task = own(
-        tmp_path, "class Own:", "class Own:\n    notes = ['seen']\n    def view(self, p, j): return f'{j}!'"
-    )
-    assert task.view(problem, 1) == "1!" and task.notes == ["seen"]
+    task = own(tmp_path, "class Own:", "class Own:\n    notes = ['seen']")
+    assert task.notes == ["seen"]
 
 
 @pytest.mark.parametrize("old, new, fault", [
@@ -174,10 +167,7 @@ def test_what_a_users_task_returns_is_checked_in_one_sentence(tmp_path, old, new
         task.grade(*task.sample_problems(4, rng.generator(0))[:1], [])
 
 
-def test_a_users_task_that_fails_or_lacks_a_method(tmp_path):
-    with pytest.raises(ZeroDivisionError) as error:
-        own(tmp_path, "return 1\n", "return 1 / 0\n").grade(None, [])
-    assert error.traceback[-1].path.name == "mine.py"
+def test_a_users_task_that_lacks_a_method_is_named(tmp_path):
     with pytest.raises(UserError, match="mine.py: its task has no grade"):
         own(tmp_path, "def grade", "def great")
     with pytest.raises(UserError, match="absent.py"):
