@@ -22,13 +22,12 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from teamtr_min.bench import accuracy, export, report, speed
+from teamtr_min.bench import accuracy, report, speed
 from teamtr_min.config import Parser, add_flags
 from teamtr_min.engine.distributed import ALONE, Ranks, join
 from teamtr_min.files import UserError, to_json, users_line
@@ -43,34 +42,22 @@ Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for peo
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks, failures, code = ALONE, [], 0
+    ranks, code = ALONE, 0
     try:
         args, flags = parse(argv)
         ranks = join()
-        jobs = plan(args, flags, ranks)  # refuses wrong names before anything is loaded
-        for name, job in jobs:  # one that fails does not stop the others
-            try:
-                for result, text in job():
-                    if ranks.first:
-                        print(to_json(result) if args.json else text, flush=True)
-            except Exception as error:
-                if ranks.size > 1 or len(jobs) == 1:
-                    raise  # other processes may not have failed, and would wait for this one
-                failures.append(f"error: {name}: {sentence(error)}")
-    except Exception as error:
-        failures.append(f"error: {sentence(error)}")
+        for result, text in results(args, flags, ranks):
+            if ranks.first:
+                print(to_json(result) if args.json else text, flush=True)
     except KeyboardInterrupt:
-        failures, code = [*failures, "interrupted"], 130
-    for failure in failures:
-        ranks.say(failure)
-    return ranks.leave(code or 2 * bool(failures))
-
-
-def sentence(error: Exception) -> str:
-    """The error in one line; the traceback of one that has no cause at a door is shown first."""
-    if not isinstance(error, UserError | OSError | FloatingPointError | torch.OutOfMemoryError):
-        traceback.print_exception(error)
-    return users_line(error) or str(error)
+        ranks.say("interrupted")
+        code = 130
+    except Exception as error:
+        if not isinstance(error, UserError | OSError | FloatingPointError | torch.OutOfMemoryError):
+            traceback.print_exc()  # it has no cause at a door
+        ranks.say(f"error: {users_line(error) or error}")
+        code = 2
+    return ranks.leave(code)
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
@@ -97,11 +84,12 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 
 
-def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable[[], Results]]]:
-    """Each benchmark with its name. Raises UserError."""
+def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
+    """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
     words, teams = args.benchmarks, [team for team in args.team.split(",") if team] or [None]
     if words[:1] == ["ask"]:
-        return [("ask", partial(ask, words[1:], args, flags))] if ranks.first else []
+        yield from ask(words[1:], args, flags) if ranks.first else ()
+        return
     for name in words:
         if name not in (*TASKS, *OTHERS) and not Path(name).is_file():
             known = ", ".join([*TASKS, *OTHERS])
@@ -115,18 +103,17 @@ def plan(args: Namespace, flags: dict, ranks: Ranks) -> list[tuple[str, Callable
                 exam = accuracy.find_team(team, flags, name)
                 exams.append(accuracy.prepare(exam, name, args.problems, args.data))
             elif ranks.first and (team == teams[0] or name in ("report", "export")):
-                others.append((name, partial(other, name, team, args, flags)))
+                others.append((name, team))
     table = accuracy.Table(len(exams) > 1)
     file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
-
-    def evaluate(exam: accuracy.Exam) -> Results:
+    for exam in exams:
         result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks)
         if file:
             file.writelines(to_json(line) + "\n" for line in accuracy.samples(result, rollouts))
             file.flush()
         yield result, table.add(result, rollouts)
-
-    return [(f"{exam.config.task}, {exam.team}", partial(evaluate, exam)) for exam in exams] + others
+    for name, team in others:
+        yield from other(name, team, args, flags)
 
 
 def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
@@ -147,17 +134,21 @@ def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
     """A benchmark that is no task."""
-    made = {
-        "report": (report, [team]),
-        "export": (export, [team, args.out]),
-        "occupancy": (occupancy, [Path(args.out or "runs/occupancy"), args.short, args.jobs]),
-    }
-    if name == "gpu" and not torch.cuda.is_available():
+    if name == "report":
+        result = report.run(team)
+        yield result, report.table(result)
+    elif name == "export":
+        result = accuracy.export(team, args.out)
+        yield result, "\n".join(result["agents"])
+    elif name == "occupancy":
+        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
+        yield result, occupancy.table(result)
+    elif name == "gpu" and not torch.cuda.is_available():
         raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-    for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
-        module, given = made.get(benchmark, (speed, [benchmark, flags, args.short]))
-        result = module.run(*given)
-        yield result, module.table(result)
+    else:
+        for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
+            result = speed.run(benchmark, flags, args.short)
+            yield result, speed.table(result)
 
 
 if __name__ == "__main__":

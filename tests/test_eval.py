@@ -199,16 +199,17 @@ def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
     assert "runs/a" in out and "runs/b" not in out and err == "interrupted\n"
 
 
-def test_what_fails_is_named_and_does_not_stop_the_others(capsys):
+def test_what_fails_is_one_sentence_after_the_rows_before_it(capsys):
     """Damaged weights, and an error in the user's own file, by its line."""
     toy_teams("a", "b")
-    Path("runs/a/agents/1/model.safetensors").write_bytes(b"no weights")
-    Path("mine.py").write_text(GRADED.replace("return sum", "return 1 / 0 + sum"))
-    assert evaluation.main("relay mine.py --team runs/a,runs/b --problems 8 --json".split()) == 2
+    Path("runs/b/agents/1/model.safetensors").write_bytes(b"no weights")
+    assert evaluation.main("relay --team runs/a,runs/b --problems 8 --json".split()) == 2
     out, err = capsys.readouterr()
-    assert [(r["benchmark"], r["team"]) for r in map(json.loads, out.splitlines())] == [("relay", "runs/b")]
-    assert "error: relay, runs/a: " in err and "model.safetensors" in err
-    assert "error: mine.py, runs/b: mine.py, line 8: `grade` failed: ZeroDivisionError" in err
+    assert json.loads(out)["team"] == "runs/a" and "error: " in err and "model.safetensors" in err
+    Path("mine.py").write_text(GRADED.replace("return sum", "return 1 / 0 + sum"))
+    assert evaluation.main("mine.py --team runs/a --problems 8".split()) == 2
+    err = capsys.readouterr().err
+    assert "error: mine.py, line 8: `grade` failed: ZeroDivisionError" in err and "Traceback" in err
 
 
 @pytest.mark.parametrize(

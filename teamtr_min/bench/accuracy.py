@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from torch import Tensor
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.files import UserError, read_json
-from teamtr_min.hf.weights import pinned
+from teamtr_min.files import UserError, read_json, replacing
+from teamtr_min.hf.lora import WEIGHTS, load_models, merge
+from teamtr_min.hf.weights import ADAPTER_CONFIG, pinned, save_model
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.log import mean_interval
@@ -217,3 +219,29 @@ def samples(result: dict, rollouts: Rollouts) -> Iterator[dict]:
         written = [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]
         about = dataclasses.asdict(problem) | {"messages": written, "return": rollouts.returns[r].item()}
         yield place | about
+
+
+# For use elsewhere
+
+
+def export(team: str | None, out: str | None) -> dict:
+    """Write the agents of a run, None for the newest, into a new directory; all of them or none.
+
+    LoRA adapters are merged into whole checkpoints, in fp32.
+    """
+    exam = find_team(team, {})
+    if not exam.sources:
+        raise UserError("there is no trained team to export; train one, or name a run with --team")
+    directory = Path(out or Path(exam.team) / "export")
+    if directory.exists():
+        raise UserError(f"{directory} exists; give another --out, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    sources = [source for source in exam.sources if source.is_dir()]  # a tool has none
+    with replacing(directory) as aside:
+        shutil.copytree(Path(exam.team) / "agents", aside)
+        for source in (source for source in sources if (source / ADAPTER_CONFIG).is_file()):
+            model, _ = next(load_models([source], "cpu", torch.float32))
+            for file in (ADAPTER_CONFIG, WEIGHTS):
+                (aside / source.name / file).unlink()
+            save_model(merge(model), aside / source.name)
+    return {"benchmark": "export", "team": exam.team, "agents": [str(directory / s.name) for s in sources]}

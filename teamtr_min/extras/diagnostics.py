@@ -8,9 +8,8 @@ team^{i-1} the one just before the update:
     log_w     log pi_new - log pi_old of the message, 0 where another agent wrote it
     log_rho   log-likelihood of all messages *before* this turn under team^{i-1}, minus under team^0
 
-On enumerable teams (studies/estimators.py) they are unbiased, and their intervals hold while updates are
-small. From about 1 nat per message on, the intervals of the gap, which weighs by 1/rho, cover the truth too
-rarely, and ESS/B, which should warn of it, is itself read too high.
+studies/estimators.py checks them on enumerable teams. From about 1 nat per message on, the intervals of the
+gap, which weighs by 1/rho, cover the truth too rarely, and ESS/B is read too high.
 """
 
 import contextlib
@@ -136,13 +135,16 @@ class Diagnostics:
         agents out of all rollouts."""
         if not self.config.diagnostics:
             return {}
-        writes, wrote = self._writes(self.rollouts), self._writes(self.first)
+        now, first = self.rollouts, self.first
+        writes, wrote = (  # (R, turns): the message of an agent that was updated
+            torch.tensor([[m.agent in self.agents for m in messages] for messages in r.messages])
+            for r in (now, first)
+        )
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
         return self.found[-1] | {
-            "rollouts_diagnostics": self.rollouts.count_sampled,
-            "tokens_sampled_diagnostics": self.rollouts.tokens_sampled,
-            "seconds_diagnostics": self.rollouts.seconds,
-        }
+            "rollouts_diagnostics": now.count_sampled, "tokens_sampled_diagnostics": now.tokens_sampled,
+            "seconds_diagnostics": now.seconds,
+        }  # fmt: skip
 
     def of_stage(self) -> dict:
         """Thm 3.6: the sum of the updates' bounds, each a proxy; empty if no update was diagnosed.
@@ -150,19 +152,19 @@ class Diagnostics:
         `vacuous` says that the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean
         |gap| of all updates but the first, whose gap is 0.
         """
-        if not any(self.found):
+        diagnosed = [found for found in self.found if found]
+        if not diagnosed:
             return {}
-        penalty = sum(found["penalty"] for found in self.found if found)
+        sums = {key: sum(found[key] for found in diagnosed) for key in ("certificate", "bound", "penalty")}
         gaps = [abs(found["gap"]) for found in self.found[1:] if found]
-        sums = {name: sum(f[name] for f in self.found if f) for name in ("certificate", "bound")}
-        return sums | {"vacuous": penalty > 1, "delta_stale": sum(gaps) / len(gaps) if gaps else None}
+        stale = sum(gaps) / len(gaps) if gaps else None
+        return sums | {"vacuous": sums.pop("penalty") > 1, "delta_stale": stale}
 
     def _estimates(self, writes: Tensor, wrote: Tensor) -> dict:
         group, seed, returns = self.rollouts.group_size, self.config.seed, self.rollouts.grouped_returns
-        log_w = self._log_ratio(self.rollouts, {j: self.old[j] for j in self.agents})
-        start = {k: weights for k, weights in self.old.items() if k not in self.agents}
-        log_rho = before_turn(self._log_ratio(self.rollouts, start))
-        drift = before_turn(self._log_ratio(self.first, start))
+        log_w = self._log_ratio(self.rollouts, self.agents)
+        earlier = [j for j in self.old if j not in self.agents]
+        log_rho, drift = (before_turn(self._log_ratio(r, earlier)) for r in (self.rollouts, self.first))
         found = {}
         for name, statistic, *tables in (
             ("surrogate", torch.mean, surrogate_terms(returns, log_w, writes)),
@@ -172,26 +174,22 @@ class Diagnostics:
             ("kl_held_out", message_kl, log_w, writes),
         ):
             found[name], found[f"{name}_ci"] = bootstrap(statistic, *tables, group=group, seed=seed)
-        (low, high), kl = found["surrogate_ci"], [found["kl_held_out"], found["kl_held_out_ci"][1]]
+        (low, high), kl = found["surrogate_ci"], max(found["kl_held_out"], 0.0)
         zeta = (1 - GAMMA) * (high - low) / 2  # on the scale of one advantage: Thm 3.4 divides it again
-        penalty = penalty_constant() * math.sqrt(max(kl[0], 0.0)) + zeta / (1 - GAMMA)
+        penalty = penalty_constant() * math.sqrt(kl) + zeta / (1 - GAMMA)
         turns = writes.sum(1).float()  # (R,) messages of the agents in each rollout
         # An agent that writes one message cannot move the states it acts in: L^seq is its gain exactly.
-        bound = low if turns.max() <= 1 else -math.sqrt(turns.mean().item() * max(kl[1], 0.0) / 2)
-        certificate = found["surrogate"] - penalty
-        return found | {"zeta": zeta, "certificate": certificate, "penalty": penalty, "bound": bound}
+        several = -math.sqrt(turns.mean().item() * max(found["kl_held_out_ci"][1], 0.0) / 2)
+        found |= {"zeta": zeta, "penalty": penalty, "certificate": found["surrogate"] - penalty}
+        return found | {"bound": low if turns.max() <= 1 else several}
 
-    def _writes(self, rollouts: Rollouts) -> Tensor:
-        """(R, turns) bool: a message of an agent that was updated."""
-        return torch.tensor([[m.agent in self.agents for m in messages] for messages in rollouts.messages])
-
-    def _log_ratio(self, rollouts: Rollouts, old: dict[int, list[Tensor]]) -> Tensor:
-        """(R, turns) fp64, where exp does not overflow: log-prob of each message of the agents in `old` by
-        their present weights, minus by the old ones."""
+    def _log_ratio(self, rollouts: Rollouts, agents: list[int]) -> Tensor:
+        """(R, turns) fp64, where exp does not overflow: log-prob of each message of these agents by their
+        present weights, minus by the old ones."""
         table = torch.zeros(len(rollouts.messages), self.team.turns, dtype=torch.double)
-        for j, weights in old.items():
+        for j in agents:
             table += message_logps(self.team, rollouts, j, self.config.batch_tokens)
-            with swapped(self.team.agents[j].model, weights):
+            with swapped(self.team.agents[j].model, self.old[j]):
                 table -= message_logps(self.team, rollouts, j, self.config.batch_tokens)
         return table
 
@@ -204,18 +202,14 @@ def weights_of(model: Transformer) -> list[Tensor]:
 @contextlib.contextmanager
 def swapped(model: Transformer, weights: list[Tensor]) -> Iterator[None]:
     """Within, the model has these weights in place of its own."""
-
-    @torch.no_grad()
-    def fill(values: list[Tensor]) -> None:
-        for p, value in zip((p for p in model.parameters() if p.requires_grad), values):
-            p.copy_(value)
-
-    own = weights_of(model)
-    fill(weights)
+    trained, own = [p.detach() for p in model.parameters() if p.requires_grad], weights_of(model)
     try:
+        for p, old in zip(trained, weights):
+            p.copy_(old)
         yield
     finally:
-        fill(own)
+        for p, kept in zip(trained, own):
+            p.copy_(kept)
 
 
 @torch.no_grad()

@@ -21,12 +21,11 @@ messages, by next-token prediction.
 """
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,27 +83,31 @@ def mixture_weight(new: Tensor, incumbent: Tensor, delta: float) -> Tensor:
     return high
 
 
-class Lesson(NamedTuple):
+@dataclass
+class Lesson:
     """One batch of the newcomer's, with what its targets are made of. Hidden states wait on the host."""
 
     batch: AgentBatch
     hidden: list[Tensor]  # (N, H) each, of the newcomer as it came and of the incumbent
     heads: list[Tensor]  # (V, H) each
-    temperature: float
+    config: Config
+
+    def __post_init__(self):
+        self.weight = mixture_weight(*self.frozen(), self.config.delta)  # (N,)
 
     def log_probs(self, hidden: Tensor, head: Tensor) -> Tensor:
         """hidden (N, H), head (V, H) -> (N, V) fp32."""
         logits = F.linear(hidden.to(head.device).float(), head.float())
-        return (logits / self.temperature).log_softmax(1)
+        return (logits / self.config.temperature).log_softmax(1)
 
     def frozen(self) -> list[Tensor]:
         """Log-probs (N, V) of the newcomer as it came and of the incumbent."""
         return [*map(self.log_probs, self.hidden, self.heads)]
 
-    def loss(self, model: Transformer, weight: Tensor) -> Tensor:
-        """Sum of KL(pi_target || model) over the tokens; weight (N,) of the incumbent in the target."""
+    def loss(self, model: Transformer) -> Tensor:
+        """Sum of KL(pi_target || model) over the tokens."""
         hidden, head = self.batch.hidden(model)[self.batch.pair], model.head[: len(self.heads[0])]
-        return kl_divergence(mixture(*self.frozen(), weight), self.log_probs(hidden, head)).sum()
+        return kl_divergence(mixture(*self.frozen(), self.weight), self.log_probs(hidden, head)).sum()
 
 
 @torch.no_grad()
@@ -126,7 +129,7 @@ def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) ->
     for batch in own:
         incumbents = [seen[place] for place in zip(batch.rollout.tolist(), batch.turn.tolist())]
         hidden = [batch.hidden(models[0])[batch.pair].cpu(), torch.cat(incumbents)]
-        found.append(Lesson(batch, hidden, heads, config.temperature))
+        found.append(Lesson(batch, hidden, heads, config))
     return found
 
 
@@ -145,29 +148,25 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
     learner, messages = Learner(new, [j], beta=0.0), len(rollouts.by([j]))
     shared = share_vocabulary(old.agents[j], new.agents[j])
     if shared:
-        found = lessons(rollouts, old, new, j, config)
-        taught = [(lesson, mixture_weight(*lesson.frozen(), config.delta)) for lesson in found]
-        tokens = sum(len(weight) for _, weight in taught)
-        outside = sum(int(weight.count_nonzero()) for _, weight in taught)
+        taught = lessons(rollouts, old, new, j, config)
+        outside = torch.cat([lesson.weight for lesson in taught]).gt(0).float().mean().item()
     else:  # the texts are demonstrations
         rows = zip(rollouts.problems, rollouts.messages)
         shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row])) for problem, row in rows]
-        none = torch.zeros_like(rollouts.returns)
+        none, outside = torch.zeros_like(rollouts.returns), 1.0
         batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
-        tokens = outside = batches.tokens
 
     def parts() -> Iterator[Tensor]:
         if shared:
-            return (lesson.loss(learner.models[0], weight) / messages for lesson, weight in taught)
+            return (lesson.loss(learner.models[0]) / messages for lesson in taught)
         return next_token_losses(batches)
 
     steps, peak = steps if outside else 0, LR_FACTOR * config.lr
     rates = [peak * (1 - i / steps) for i in range(steps)]
     losses = [descend(learner, parts(), rate)["loss"] for rate in (*rates, 0.0)]  # the last changes nothing
     return {
-        "shared_vocabulary": shared, "probes": messages, "outside": outside / tokens, "align_steps": steps,
+        "shared_vocabulary": shared, "probes": messages, "outside": outside, "align_steps": steps,
         "align_loss_before": losses[0], "align_loss_after": losses[-1],
-        "tokens_trained_replace": steps * tokens,
     }  # fmt: skip
 
 
@@ -177,8 +176,8 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
 def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     """Make the run `changed.out`, which is `run` with the j-th model of `changed` as agent j.
 
-    `steps` are those of the alignment; 0 leaves it out. Returns the line about the replacement for
-    metrics.jsonl. Raises UserError if the run or the model cannot be used. After an error nothing is written.
+    `steps` are those of the alignment. Returns the line about the replacement for metrics.jsonl. Raises
+    UserError if the run or the model cannot be used. After an error nothing is written.
     """
     begin, task, incumbents = time.perf_counter(), load_task(changed), Config.load(run / "config.json")
     changed, _ = plan_training(changed, task)  # refuses what memory cannot hold
@@ -190,35 +189,29 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
         if state is None or state["warm_steps_done"] < changed.warm_start:
             raise UserError(f"{run} has no checkpoint of a stage yet: start a new run with other models")
         logs = {file: (run / file).read_bytes()[:length] for file, length in state["bytes"].items()}
-    stage, name, role = state["stages_done"], changed.model_of_each[j], old.agents[j].role
+    stage, name = state["stages_done"], changed.model_of_each[j]
     if stage >= changed.stages:
         raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
-    if role.tool:
-        raise UserError(f"agent {j} is a tool; only a model can be replaced")
     alone = dataclasses.replace(changed, agents=1, model=name, roles="")
-    (newcomer,) = build_team(alone, Questions([role])).agents
+    (newcomer,) = build_team(alone, Questions([old.agents[j].role])).agents
     new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
 
     held_out = task.sample_problems(changed.eval_problems, rng.generator(0, "held-out"), held_out=True)
     path = rng.RngPath(changed.seed, "replace", stage)  # the same draws for each team, so that they pair
-    before, probes = collect(old, held_out, 1, path), []
-    after = {"replaced": collect(new, held_out, 1, path)}
     line = {"kind": "replace", "stage": stage, "agent": j, "model": name}
-    line["return_before"] = before.returns.mean().item()
-    if steps:
-        batches = range(-(-PROBES // (changed.rounds * changed.problems)))
-        draws = [rng.generator(changed.seed, "probes", stage, i) for i in batches]
-        problems = [problem for draw in draws for problem in task.sample_problems(changed.problems, draw)]
-        probes.append(collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage)))
-        line |= align(probes[0], old, new, j, changed, steps)
-        after["aligned"] = collect(new, held_out, 1, path)
-    for when, played in after.items():
-        line[f"return_{when}"] = played.returns.mean().item()
-        shock = bootstrap(torch.mean, before.returns - played.returns, group=1, seed=stage)
+    before = collect(old, held_out, 1, path).returns
+    replaced = collect(new, held_out, 1, path).returns
+    draws = range(-(-PROBES // (changed.rounds * changed.problems)))
+    draws = [rng.generator(changed.seed, "probes", stage, i) for i in draws]
+    problems = [problem for draw in draws for problem in task.sample_problems(changed.problems, draw)]
+    probes = collect(old, problems, 1, rng.RngPath(changed.seed, "probes", stage))
+    line |= align(probes, old, new, j, changed, steps)
+    aligned = collect(new, held_out, 1, path).returns
+    line["return_before"] = before.mean().item()
+    for when, returns in (("replaced", replaced), ("aligned", aligned)):
+        line[f"return_{when}"] = returns.mean().item()
+        shock = bootstrap(torch.mean, before - returns, group=1, seed=stage)
         line[f"shock_{when}"], line[f"shock_{when}_ci"] = shock
-    played = [before, *probes, *after.values()]
-    line["rollouts_replace"] = sum(rollouts.count_sampled for rollouts in played)
-    line["tokens_sampled_replace"] = sum(rollouts.tokens_sampled for rollouts in played)
     line["seconds_replace"] = time.perf_counter() - begin
     logs["metrics.jsonl"] += (to_json(line) + "\n").encode()
     state["bytes"] = {file: len(content) for file, content in logs.items()}
@@ -248,8 +241,6 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         out = args.out or f"{args.resume}-replaced"
         config = Config.load(args.resume / "config.json", batch_tokens=0, batch_rows=0, out=out)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("one process replaces an agent: start it without torchrun")
         if not 0 <= args.agent < config.agents or args.align < 0:
             raise UserError(f"--agent is a number from 0 to {config.agents - 1}, --align is 0 or more")
         if Path(out).exists():
@@ -261,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for when in [w for w in ("replaced", "aligned") if f"shock_{w}" in line]:
+    for when in ("replaced", "aligned"):
         shock, (low, high) = line[f"shock_{when}"], line[f"shock_{when}_ci"]
         print(f"agent {args.agent} {when}: held-out return {line['return_before']:.3f} -> "
               f"{line[f'return_{when}']:.3f}, swap shock {shock:+.3f} [{low:+.3f}, {high:+.3f}]")  # fmt: skip
