@@ -73,8 +73,8 @@ class Tokenizer:
             self.special["end_of_input"] = "<|im_end|>" if known else ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, with those that the tokenizer puts around every text (Llama's BOS) unless told not
-        to. A special token that is spelled in `text` becomes its id, as in a rendered template."""
+        """Ids of `text`, by default with those put around every text (Llama's BOS). A special token that is
+        spelled in `text` becomes its id, as in a rendered template."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [*self.start, *ids, *self._end] if add_special_tokens else ids
 
@@ -148,12 +148,10 @@ class ChatFormat:
     """The ids of a transcript in the eyes of an agent that has this tokenizer and its chat template.
 
     A transcript is `opening`, then each message: `teammate`, or where the agent wrote it `assistant_header`,
-    the sampled ids with their end token, `assistant_footer`. All together are the ids of the conversation,
+    the sampled ids with their end token, `assistant_footer`. Together they are the ids of the conversation,
     rendered and encoded at once; only sampled ids stay as they are. Raises UserError for a template that does
-    not treat messages alike wherever they stand.
-
-    date: the day that the template is told. end_tokens: the ids that end a message; end_of_message: the one
-    that the template writes.
+    not treat messages alike wherever they stand. date: the day that the template is told. end_tokens: the ids
+    that end a message; end_of_message: the one that the template writes.
     """
 
     def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
