@@ -293,3 +293,21 @@ def test_a_joint_update_has_one_radius_for_the_mean_over_all_messages_and_report
     mean = counts @ torch.tensor(own) / counts.sum()
     assert update.kept["kl"] == pytest.approx(mean.item(), rel=1e-3)
     assert update.tokens == update.steps * sum(len(m.tokens) for m in rollouts.by([0, 1]))
+
+
+def test_a_step_that_stays_inside_against_expectation_is_followed_by_one_with_its_gradient():
+    """The third step's start, just within the radius, was expected outside: its gradient is computed late."""
+    free = Prepared(lr=1e-3, inner_steps=3, delta=math.inf, beta=0.0)
+    course, steps = [free.learner.backward(free.batches, free.config).kl], []
+    for _ in range(3):
+        free.learner.step(1e-3)
+        steps.append(free.learner.clone_masters())
+        course.append(free.learner.backward(free.batches, free.config).kl)
+    radius = course[2] * 1.01
+    assert 4 * course[1] > radius and course[3] > radius, "the case under test"
+    ready = Prepared(lr=1e-3, inner_steps=3, delta=radius, beta=0.0)
+    seen, clone = [], ready.learner.clone_masters
+    ready.learner.clone_masters = lambda: seen.append(clone()) or clone()
+    update = ready.update()
+    assert update.steps == 3 and update.attempted["kl"] == pytest.approx(course[3], rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(seen[-1], steps[2]))
