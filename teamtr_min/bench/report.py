@@ -29,8 +29,8 @@ COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "grid.color": "#dfe3e7", "axes.edgecolor": COLOURS[-1], "savefig.dpi": 160,
-    "axes.titlelocation": "left", "axes.titlesize": "medium", "axes.titleweight": "bold",
-    "legend.frameon": False, "text.parse_math": False,  # a role may be called $x$
+    "axes.titlelocation": "left", "legend.frameon": False,
+    "text.parse_math": False,  # a role may be called $x$
 }  # fmt: skip
 
 
@@ -44,14 +44,6 @@ class Record(NamedTuple):
     summary: dict  # {} until the run has ended once
     transcripts: list[dict]
     names: list[str]  # of the agents
-
-    @property
-    def held_out(self) -> dict[int, tuple[float, list[float]]]:
-        """Return on held-out problems and its 95% interval, by the stages done before."""
-        lines = [(0, self.summary, "start"), *((s["stage"] + 1, s, "held_out") for s in self.stages)]
-        lines.append((len(self.stages), self.summary, "final"))
-        named = [(at, line, f"return_{name}") for at, line, name in lines]
-        return {at: (line[key], line[f"{key}_ci"]) for at, line, key in named if line.get(key) is not None}
 
     @property
     def state(self) -> str:
@@ -108,14 +100,17 @@ def finish(axes, **settings) -> None:
 
 def learning(figure, record: Record) -> None:
     """Mean return and accuracy on each stage's problems; the return on held-out ones with its interval."""
-    axes, held_out = figure.subplots(), record.held_out
-    first = [u for u in record.updates if u["update"] == 0]
+    axes, first = figure.subplots(), [u for u in record.updates if u["update"] == 0]
     axes.plot([u["return_mean"] for u in first], ".-", color=COLOURS[0], label="on each stage's problems")
     axes.plot([u["accuracy"] for u in first], "--", color=COLOURS[-1], label="accuracy there")
-    if held_out:
-        off = [[max(0, value - low), max(0, high - value)] for value, (low, high) in held_out.values()]
-        how = {"fmt": "D", "mfc": "none", "capsize": 3, "color": COLOURS[1], "label": "held out"}
-        axes.errorbar([*held_out], [value for value, _ in held_out.values()], [*zip(*off)], **how)
+    measured = [(0, record.summary, "return_start"), (len(record.stages), record.summary, "return_final")]
+    measured += [(s["stage"] + 1, s, "return_held_out") for s in record.stages]
+    for at, line, key in measured:
+        if (value := line.get(key)) is not None:
+            low, high = line[f"{key}_ci"]
+            off = [[max(0, value - low)], [max(0, high - value)]]
+            axes.errorbar(at, value, off, fmt="D", mfc="none", capsize=3, color=COLOURS[1])
+    axes.plot([], "D", mfc="none", color=COLOURS[1], label="held out")
     finish(axes, title="Mean return", ylim=(-0.02, 1.02), xlabel="stages done")
 
 
@@ -145,24 +140,16 @@ def trust_region(figure, record: Record) -> None:
 
 
 def run(team: str | None) -> dict:
-    """Write report/*.png and report.html of a run, None for the newest; returns what `--json` prints."""
+    """Write report.html of a run, None for the newest; returns what `--json` prints."""
     directory = Path(team) if team else newest_run("metrics.jsonl")
     if not directory:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
     record, path = read(directory), directory / "report.html"
-    images = {draw: render(draw, record) for draw in (learning, trust_region)}
-    (directory / "report").mkdir(exist_ok=True)
-    figures = {directory / "report" / f"{draw.__name__}.png": image for draw, image in images.items()}
-    for figure, image in figures.items():
-        figure.write_bytes(image)
-    path.write_text(page(record, images), encoding="utf-8")
-    return {
-        "benchmark": "report", "team": str(directory), "state": record.state, "report": str(path),
-        "figures": [*map(str, figures)], "transcripts": len(record.transcripts),
-    }  # fmt: skip
+    path.write_text(page(record), encoding="utf-8")
+    return {"benchmark": "report", "team": str(directory), "state": record.state, "report": str(path)}
 
 
-def page(record: Record, images: dict[Callable, bytes]) -> str:
+def page(record: Record) -> str:
     """report.html, all in one file. Text gets into markup through html.escape, or as JSON without a `<`."""
     config, knobs, figures = record.config, [], []
     usual = Config(model=config.model, task=config.task, agents=config.agents, lora_rank=config.lora_rank)
@@ -170,8 +157,8 @@ def page(record: Record, images: dict[Callable, bytes]) -> str:
         if name not in FILLED_IN and value != (preset := getattr(usual, name)):
             cells = (html.escape(str(cell)) for cell in (name, value, preset))
             knobs.append("<tr><td>" + "<td>".join(cells))
-    for draw, image in images.items():
-        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    for draw in (learning, trust_region):
+        source = f"data:image/png;base64,{base64.b64encode(render(draw, record)).decode()}"
         figures.append(f'<img src="{source}" alt="{html.escape(draw.__doc__)}">')
     what = f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
     data = {"transcripts": record.transcripts, "names": record.names, "colours": COLOURS}
@@ -186,6 +173,4 @@ def page(record: Record, images: dict[Callable, bytes]) -> str:
 
 
 def table(result: dict) -> str:
-    """For the terminal: how far the run is, and where everything is."""
-    paths = [f"  {path}" for path in (*result["figures"], result["report"])]
-    return "\n".join([f"{result['team']}: {result['state']}", *paths])
+    return f"{result['team']}: {result['state']}\n  {result['report']}"

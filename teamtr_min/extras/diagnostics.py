@@ -53,8 +53,7 @@ def gap_terms(returns: Tensor, log_w: Tensor, log_rho: Tensor, writes: Tensor) -
 
     The weight 1/rho turns team^{i-1}'s states into team^0's; the advantages stay team^{i-1}'s.
     """
-    shift = -(-log_rho).expm1() * log_w.expm1() * writes
-    return shift.sum(1) * centred(returns).flatten()
+    return (-(-log_rho).expm1() * log_w.expm1() * writes).sum(1) * centred(returns).flatten()
 
 
 def occupancy_shift(log_rho: Tensor, writes: Tensor) -> Tensor:
@@ -89,9 +88,7 @@ def penalty_constant(gamma: float = GAMMA, largest_advantage: float = 1.0) -> fl
     return math.sqrt(2) * gamma * largest_advantage / (1 - gamma) ** 2
 
 
-def bootstrap(
-    statistic: Callable[..., Tensor], *tables: Tensor, group: int, seed: int
-) -> tuple[float, list[float]]:
+def bootstrap(statistic: Callable, *tables: Tensor, group: int, seed: int) -> tuple[float, list[float]]:
     """A statistic of tables (R, ...) and its 95% percentile interval over problems, `group` rows each."""
     problems = len(tables[0]) // group
     chosen = rng.generator(seed, "bootstrap").integers(problems, size=(RESAMPLES, problems))
@@ -104,10 +101,8 @@ def bootstrap(
 
 
 class Diagnostics:
-    """Diagnoses the updates of one stage, each on rollouts of the team just before it.
-
-    Without `--diagnostics` it does nothing. Its problems are not those that are trained on.
-    """
+    """Diagnoses the updates of one stage, each on rollouts of the team just before it, and on problems that
+    are not trained on. Without `--diagnostics` it does nothing."""
 
     def __init__(self, config: Config, team: Team, stage: int):
         self.config, self.team, self.stage = config, team, stage
@@ -119,20 +114,16 @@ class Diagnostics:
 
     def before(self, i: int, agents: list[int]) -> None:
         """Call just before update number i of the stage, which moves `agents`."""
-        config, team = self.config, self.team
+        config, team, place = self.config, self.team, (self.config.seed, "diagnostics", self.stage)
         if config.diagnostics:
-            generator = rng.generator(config.seed, "diagnostics", self.stage)
-            problems = team.task.sample_problems(config.problems, generator)
-            path = rng.RngPath(config.seed, "diagnostics", self.stage, i)
-            self.rollouts = collect(team, problems, config.group, path, label="diagnosing")
-            self.first = self.first or self.rollouts
-            self.agents = agents
+            problems = team.task.sample_problems(config.problems, rng.generator(*place))
+            self.rollouts = collect(team, problems, config.group, rng.RngPath(*place, i), "diagnosing")
+            self.first, self.agents = self.first or self.rollouts, agents
             self.old |= {j: weights_of(team.agents[j].model) for j in agents}
 
     @torch.no_grad()
     def after(self) -> dict:
-        """Call just after it. Returns the line for metrics.jsonl: without estimates where a router left the
-        agents out of all rollouts."""
+        """Call just after it. Returns what to log: no estimates where a router left the agents out."""
         if not self.config.diagnostics:
             return {}
         now, first = self.rollouts, self.first
@@ -147,18 +138,15 @@ class Diagnostics:
         }  # fmt: skip
 
     def of_stage(self) -> dict:
-        """Thm 3.6: the sum of the updates' bounds, each a proxy; empty if no update was diagnosed.
-
-        `vacuous` says that the penalty is more than returns in [0, 1] can lose. `delta_stale` is the mean
-        |gap| of all updates but the first, whose gap is 0.
-        """
+        """Thm 3.6: the sum of the updates' bounds; `vacuous`: the penalty is more than returns in [0, 1] can
+        lose; `delta_stale`: the mean |gap| of all updates but the first, whose gap is 0."""
         diagnosed = [found for found in self.found if found]
         if not diagnosed:
             return {}
         sums = {key: sum(found[key] for found in diagnosed) for key in ("certificate", "bound", "penalty")}
         gaps = [abs(found["gap"]) for found in self.found[1:] if found]
         stale = sum(gaps) / len(gaps) if gaps else None
-        return sums | {"vacuous": sums.pop("penalty") > 1, "delta_stale": stale}
+        return {"vacuous": sums.pop("penalty") > 1, "delta_stale": stale} | sums
 
     def _estimates(self, writes: Tensor, wrote: Tensor) -> dict:
         group, seed, returns = self.rollouts.group_size, self.config.seed, self.rollouts.grouped_returns
@@ -184,8 +172,7 @@ class Diagnostics:
         return found | {"bound": low if turns.max() <= 1 else several}
 
     def _log_ratio(self, rollouts: Rollouts, agents: list[int]) -> Tensor:
-        """(R, turns) fp64, where exp does not overflow: log-prob of each message of these agents by their
-        present weights, minus by the old ones."""
+        """(R, turns) log-prob of these agents' messages, minus by their old weights; exp fits into fp64."""
         table = torch.zeros(len(rollouts.messages), self.team.turns, dtype=torch.double)
         for j in agents:
             table += message_logps(self.team, rollouts, j, self.config.batch_tokens)

@@ -6,18 +6,16 @@
 The first command only reads RUN. It makes a new run: RUN's logs up to its newest checkpoint, a line about
 the replacement, and a checkpoint in which agent 1 is the newcomer. The second resumes it as any other run.
 
-Stage-0 teaches the newcomer the habits of the incumbent, the agent that it replaces, before the team works
-with it. Probe contexts are the team's own rollouts. At each token of the incumbent's messages the target is
-the policy nearest to the newcomer that the team would hardly notice: [mechanism ours]
+Stage-0 first teaches the newcomer the habits of the incumbent, the agent that it replaces. At each token of
+the incumbent's messages in the team's own rollouts the target is the policy nearest to the newcomer that the
+team would hardly notice: [mechanism ours]
 
     pi_target ∝ pi_new^{1/(1+lam)} * pi_incumbent^{lam/(1+lam)},   KL(pi_target || pi_incumbent) <= delta
 
-with the least lam >= 0. Both policies are frozen in the target. The loss is KL(pi_target || newcomer), summed
-over a message, averaged over messages. A token with lam = 0 is inside already, and its target is the newcomer
-as it came: this holds it there while other tokens are learned. [ours]
+with the least lam >= 0, both policies frozen. The loss is KL(pi_target || newcomer), summed over a message,
+averaged over messages. Where lam = 0 it holds the newcomer as it came while other tokens are learned. [ours]
 
-The target needs one vocabulary for both. A newcomer with another one learns the text of the incumbent's
-messages, by next-token prediction.
+A newcomer with another vocabulary learns the text of the messages instead, by next-token prediction.
 """
 
 import dataclasses
@@ -36,7 +34,7 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.model import Transformer
 from teamtr_min.extras.diagnostics import bootstrap
 from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses
-from teamtr_min.files import UserError, lock, replacing, to_json
+from teamtr_min.files import UserError, replacing, to_json
 from teamtr_min.hf.weights import pinned
 from teamtr_min.learner import Diverged, Learner
 from teamtr_min.occupancy import update_groups
@@ -71,8 +69,7 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 def mixture_weight(new: Tensor, incumbent: Tensor, delta: float) -> Tensor:
     """The least weight (N,) whose mixture has KL(mixture || incumbent) <= delta: 0 where `new` is inside.
 
-    The KL falls all the way from weight 0 to 1, so bisection finds it. [ours] bisects lam; its weight is the
-    same search in an interval that ends. The weight that is returned lies inside.
+    The KL falls all the way from weight 0 to 1, so bisection finds it. The weight that is returned is inside.
     """
     low = torch.zeros_like(new[:, 0])
     high = 1 - (kl_divergence(new, incumbent) <= delta).to(new)  # weight 1 is the incumbent; NaN is outside
@@ -112,11 +109,8 @@ class Lesson:
 
 @torch.no_grad()
 def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) -> list[Lesson]:
-    """The incumbent's messages in rollouts of team `old`, as batches of agent j of team `new`.
-
-    Each of the two sees a message in contexts of its own template and in batches of its own order, so hidden
-    states are matched by rollout and turn.
-    """
+    """The incumbent's messages in rollouts of team `old`, as batches of agent j of team `new`. Templates and
+    packing of the two may differ, so hidden states are matched by rollout and turn."""
     models, none = [team.agents[j].model for team in (new, old)], torch.zeros_like(rollouts.returns)
     vocabulary = min(len(model.head) for model in models)  # one may have padding past it
     heads = [model.head.detach()[:vocabulary].clone() for model in models]
@@ -140,11 +134,8 @@ def share_vocabulary(a: Agent, b: Agent) -> bool:
 
 
 def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, steps: int) -> dict:
-    """Train agent j of team `new` on rollouts of team `old`, in which the incumbent has its place.
-
-    Takes that many full-batch steps, none if the newcomer is inside everywhere. Returns its part of the line
-    in metrics.jsonl. Raises Diverged when a loss or gradient is not finite.
-    """
+    """Train agent j of team `new` on rollouts of team `old`, in that many full-batch steps, none if it is
+    inside everywhere. Returns its part of the line in metrics.jsonl. Raises Diverged."""
     learner, messages = Learner(new, [j], beta=0.0), len(rollouts.by([j]))
     shared = share_vocabulary(old.agents[j], new.agents[j])
     if shared:
@@ -174,21 +165,16 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
 
 
 def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
-    """Make the run `changed.out`, which is `run` with the j-th model of `changed` as agent j.
-
-    `steps` are those of the alignment. Returns the line about the replacement for metrics.jsonl. Raises
-    UserError if the run or the model cannot be used. After an error nothing is written.
-    """
+    """Make the run `changed.out`, which is `run` with the j-th model of `changed` as agent j, after `steps`
+    of alignment. Returns the line for metrics.jsonl. After an error nothing is written."""
     begin, task, incumbents = time.perf_counter(), load_task(changed), Config.load(run / "config.json")
     changed, _ = plan_training(changed, task)  # refuses what memory cannot hold
     old = build_team(dataclasses.replace(changed, model=incumbents.model), task)
-    with (run / "metrics.jsonl").open("a") as log:
-        lock(log)  # the run must not go on meanwhile
-        learners = [Learner(old, agents, changed.first_beta) for agents in update_groups(changed, old)]
-        state = checkpoint.load(run, learners)
-        if state is None or state["warm_steps_done"] < changed.warm_start:
-            raise UserError(f"{run} has no checkpoint of a stage yet: start a new run with other models")
-        logs = {file: (run / file).read_bytes()[:length] for file, length in state["bytes"].items()}
+    learners = [Learner(old, agents, changed.first_beta) for agents in update_groups(changed, old)]
+    state = checkpoint.load(run, learners)
+    if state is None or state["warm_steps_done"] < changed.warm_start:
+        raise UserError(f"{run} has no checkpoint of a stage yet: start a new run with other models")
+    logs = {file: (run / file).read_bytes()[:length] for file, length in state["bytes"].items()}
     stage, name = state["stages_done"], changed.model_of_each[j]
     if stage >= changed.stages:
         raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
