@@ -80,8 +80,7 @@ def test_batches_keep_within_their_bound_and_hold_every_tree_once(most, unit, mo
     monkeypatch.setitem(cache.UNIT, "cpu", unit)
     trees = trees_of(enumerate(random_sequences(7, 200)), most, pairs_per_token=6.0)
     batches = batches_of(trees, most, 6.0, CPU)
-    for rows in batches:
-        tokens = pack(rows, CPU).tokens
+    for rows, tokens in ((rows, pack(rows, CPU).tokens) for rows in batches):
         assert (tokens.numel() <= most or len(rows) == 1) and tokens.shape[1] % unit == 0
     assert sorted(id(tree) for rows in batches for tree in rows) == sorted(map(id, trees))
     assert batches_of([], most, 6.0, CPU) == [] == trees_of([], most, 6.0)

@@ -87,9 +87,9 @@ def write_checkpoint(
         save_file(tensors, directory / "model.safetensors")
         return directory
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    for i, file in enumerate(files):
-        save_file(dict(list(tensors.items())[i::shards]), directory / file)
     weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: x for name, x in tensors.items() if weight_map[name] == file}, directory / file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
@@ -169,9 +169,8 @@ def write_sentencepiece(
     replace = decoders.Replace("▁", " ")
     backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
-    single = "<s> $A </s>" if add_eos else "<s> $A"
-    pair = [("<s>", 1), ("</s>", 2)]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pair)
+    how = {"single": "<s> $A </s>" if add_eos else "<s> $A", "special_tokens": [("<s>", 1), ("</s>", 2)]}
+    backend.post_processor = processors.TemplateProcessing(**how)
     return written(directory, backend, template, unk_token="<unk>", add_eos_token=add_eos, **config)
 
 
