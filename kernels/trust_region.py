@@ -28,7 +28,7 @@ BLOCK = 256
 
 @jit
 def _clamp(x, low, high):
-    """A clamp that lets NaN through, so that a diverged loss shows."""
+    """It lets NaN through, so that a diverged loss shows."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 

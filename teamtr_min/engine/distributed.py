@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from teamtr_min.engine.model import Transformer
-from teamtr_min.files import UserError
 
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
 
@@ -93,12 +92,9 @@ def join() -> Ranks:
     if cuda and here < torch.cuda.device_count():
         torch.cuda.set_device(here)
     timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run cannot reach each other: {error}") from None
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     for number in (signal.SIGINT, signal.SIGTERM):  # torchrun ends what goes on after another rank has died
         signal.signal(number, _interrupt)
     if rank:
@@ -152,8 +148,8 @@ def unsharded(*models: Transformer) -> Iterator[None]:
 
 
 def halving(work: Callable[[int], Any], size: int, ranks: Ranks = ALONE) -> tuple[Any, int]:
-    """work(size), and where memory runs out again with half the size; the result, and the size that did it.
-    Several processes are in the middle of an exchange then, so that the error stands."""
+    """work(size), and where memory runs out again with half the size, unless other processes wait for this
+    one; the result, and the size that did it."""
     while True:
         try:
             return work(size), size

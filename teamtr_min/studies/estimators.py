@@ -21,15 +21,14 @@ LAST = 2  # the agent looked at: the last to be updated, so two others have move
 
 
 def small_game(router=None) -> Game:
-    """Right when three of the six messages continue the one before as the problem asks: of a random team's
-    rollouts a fifth are."""
+    """Right when three of the six messages continue the one before as the problem asks."""
 
     def reward(context: tuple) -> float:
         wanted = [(context[0] + before) % 4 for before in context[:-1]]
         return float(sum(w == m for w, m in zip(wanted, context[1:])) >= 3)
 
     def row(agent: int, context: tuple, prefix: tuple) -> int:
-        """Six rows stand for all contexts, as a network's parameters do: each update changes many states."""
+        """Six rows stand for all contexts, as a network's parameters do."""
         return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
 
     start = torch.full((4,), 0.25)
@@ -61,7 +60,6 @@ def stage(game: Game, seed: int, kl: float) -> list[Team]:
 
 
 def sample_batches(team: Team, batches: int, seed: int) -> exact.Rollouts:
-    """Batches of PROBLEMS x GROUP rollouts, one after the other."""
     g = torch.Generator().manual_seed(seed)
     problem = torch.multinomial(team.game.start, batches * PROBLEMS, replacement=True, generator=g)
     return exact.sample_rollouts(team, problem.repeat_interleave(GROUP), g)
@@ -73,7 +71,6 @@ def share(old: Tensor, new: Tensor) -> Tensor:
 
 
 def weighted_mean(log_rho: Tensor, terms: Tensor) -> Tensor:
-    """sum rho x / sum rho of terms x (R,)."""
     return (log_rho.softmax(0) * terms).sum()
 
 
@@ -84,10 +81,8 @@ def weighted_kl(log_rho: Tensor, log_w: Tensor, writes: Tensor) -> Tensor:
 
 
 def diagnoses(teams: list[Team], batches: int, seed: int) -> dict:
-    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the stage's last update.
-
-    The first five are those of --diagnostics. The others read rollouts of team^0, weighted as by --min-ess.
-    """
+    """name -> (truth, statistic, its tables (batches, rollouts, ...)) for the stage's last update. The first
+    five are those of --diagnostics; the others read rollouts of team^0, weighted as by --min-ess."""
     first, *_, base, new = teams
     x, y = sample_batches(base, batches, seed), sample_batches(first, batches, seed + 1)
     writes, wrote = x.agent == LAST, y.agent == LAST

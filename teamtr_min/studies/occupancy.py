@@ -56,7 +56,6 @@ class Arm(NamedTuple):  # a row of the table
 
 
 def arms(root: Path, short: bool) -> list[Arm]:
-    """All arms; `short` ones show the form of the table, not results."""
     found = []
     for setting in SHOWN if short else SETTINGS:
         flags, stages = SETTINGS[setting]
@@ -120,8 +119,8 @@ def row(arm: Arm) -> dict:
 
 
 def of_run(path: Path, last: int) -> dict:
-    """Its summary; collections a stage; the mean ESS of update `last`; [rollouts, held-out return, seconds]
-    at the start, where it was measured, at the end."""
+    """Its summary; collections a stage; the mean ESS of update `last`; a curve of [rollouts, held-out return,
+    seconds]."""
     log, found = read_log(path / "metrics.jsonl"), summary(path)
     stages, updates = ([line for line in log if line["kind"] == kind] for kind in ("stage", "update"))
     ess = [u.get("ess_weights", 1.0) for u in updates if u["update"] == last]

@@ -75,8 +75,7 @@ def transcript(generator: np.random.Generator, course: Course, careful: float) -
 
 
 def batches(tokenizer: Tokenizer, transcripts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The transcripts as batches of similar length: tokens and targets, both (B, T). Targets are -100 where
-    the next token is no part of a message."""
+    """Tokens and targets, both (B, T). Targets are -100 where the next token is no part of a message."""
     encoded = sorted(map(tokenizer.encode, transcripts), key=len)
     (end,) = tokenizer.encode("<|end|>")
     headers = tokenizer.encode("<|user|><|assistant|>" + "".join(f"{n}:\n" for n in Relay.agent_names))
