@@ -3,7 +3,6 @@
 python eval.py relay                    the newest run under runs/, or without one the untrained team
 python eval.py relay --team runs/NAME --k 8     a run by name; eight rollouts per problem
 python eval.py gsm8k math500 --team runs/A,runs/B   each on each, in one table
-python eval.py relay --agents 5         an untrained team of five
 python eval.py relay --mode solo        one agent taking every turn
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py mine.py --samples F      your task; every transcript and its return go to F, as JSONL
@@ -36,8 +35,9 @@ from teamtr_min.studies import occupancy
 from teamtr_min.tasks import TASKS, load_task
 
 OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
-TEAM_FLAGS = "model agents rounds router roles fields drop_long temperature max_new_tokens seed".split()
-TEAM_FLAGS += ["device", "dtype", "batch_rows"]
+KNOWN = ", ".join([*TASKS, *OTHERS])
+TEAM_FLAGS = """model agents rounds router roles fields drop_long temperature max_new_tokens seed
+    device dtype batch_rows""".split()
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 
 
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     """All flags, and those of them that are fields of Config. Raises UserError for what cannot be."""
     parser = Parser(__doc__)
-    add, names = parser.add_argument, ", ".join([*TASKS, *OTHERS])
-    names += ", FILE.py with a task, or ask and a question (default: the task of the run)"
+    add = parser.add_argument
+    names = f"{KNOWN}, FILE.py with a task, or ask and a question (default: the task of the run)"
     modes = "solo: the first agent alone; best_of: the likeliest of k rollouts; vote: what most of k say"
     add("benchmarks", nargs="*", metavar="benchmark", help=names)
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
@@ -92,8 +92,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
         return
     for name in words:
         if name not in (*TASKS, *OTHERS) and not Path(name).is_file():
-            known = ", ".join([*TASKS, *OTHERS])
-            raise UserError(f"no benchmark {name}: give {known}, ask, or FILE.py with a task")
+            raise UserError(f"no benchmark {name}: give {KNOWN}, ask, or FILE.py with a task")
     if args.mode in ("best_of", "vote") and args.k < 2:
         raise UserError(f"--mode {args.mode} chooses among rollouts; give --k of at least 2")
     exams, others = [], []
@@ -125,11 +124,10 @@ def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
         knobs = {name: value for name, value in flags.items() if name not in ("model", "agents")}
         team = load_team(asked.config.model_of_each, **knobs)
     for question in questions or map(str.strip, sys.stdin):
-        for answer in team.solve(question, samples=args.k, seed=asked.config.seed):
-            messages = [message._asdict() for message in answer.messages]
-            lines = [f"  {m.name}: {m.text}" for m in answer.messages]
-            result = {"question": question, "messages": messages, "answer": answer.answer}
-            yield result, "\n".join([*lines, f"answer: {answer.answer}"])
+        for messages, answer in team.solve(question, samples=args.k, seed=asked.config.seed):
+            lines = [f"  {m.name}: {m.text}" for m in messages] + [f"answer: {answer}"]
+            said = [message._asdict() for message in messages]
+            yield {"question": question, "messages": said, "answer": answer}, "\n".join(lines)
 
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:

@@ -199,8 +199,8 @@ def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
     assert "runs/a" in out and "runs/b" not in out and err == "interrupted\n"
 
 
-def test_what_fails_is_one_sentence_after_the_rows_before_it(capsys):
-    """Damaged weights, and an error in the user's own file, by its line."""
+def test_damaged_weights_and_an_error_in_a_users_file_are_one_sentence(capsys):
+    """After the rows before it."""
     toy_teams("a", "b")
     Path("runs/b/agents/1/model.safetensors").write_bytes(b"no weights")
     assert evaluation.main("relay --team runs/a,runs/b --problems 8 --json".split()) == 2
@@ -208,34 +208,24 @@ def test_what_fails_is_one_sentence_after_the_rows_before_it(capsys):
     assert json.loads(out)["team"] == "runs/a" and "error: " in err and "model.safetensors" in err
     Path("mine.py").write_text(GRADED.replace("return sum", "return 1 / 0 + sum"))
     assert evaluation.main("mine.py --team runs/a --problems 8".split()) == 2
-    err = capsys.readouterr().err
-    assert "error: mine.py, line 8: `grade` failed: ZeroDivisionError" in err and "Traceback" in err
+    assert "error: mine.py, line 8: `grade` failed: ZeroDivisionError" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("relay chess", "no benchmark chess"),
-        ("--k 0", "must be at least 1"),
-        ("--team runs/a,nowhere", "nowhere/config.json"),
-        ("--team runs/a --agents 2", "leave out --agents"),
-        ("--agent 2", "did you mean --agents"),
-        ("--agents 2 --data nowhere.jsonl", "nowhere.jsonl"),
-        ("jsonl --agents 2", "--task jsonl needs --data"),
-        ("relay --mode vote", "--k of at least 2"),
-        ("gsm8k --model nowhere", "no model 'nowhere'"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatch, flags, message):
+def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatch):
     toy_teams("a")
-    monkeypatch.setattr(accuracy, "build_team", lambda *given: pytest.fail("a model was loaded"))
-    assert message in refusal(capsys, evaluation.main, *flags.split())
-
-
-def test_a_vote_needs_a_task_with_answers(capsys):
     Path("mine.py").write_text(GRADED.replace("grader = ", "answer = None\n    grader = "))
-    sentence = refusal(capsys, evaluation.main, "mine.py", *PAIR, "--mode", "vote", "--k", "2")
-    assert "a method answer" in sentence
+    monkeypatch.setattr(accuracy, "build_team", lambda *given: pytest.fail("a model was loaded"))
+    for flags, message in {
+        "relay chess": "no benchmark chess",
+        "--team runs/a,nowhere": "nowhere/config.json",
+        "--team runs/a --agents 2": "leave out --agents",
+        "--agents 2 --data nowhere.jsonl": "nowhere.jsonl",
+        "jsonl --agents 2": "--task jsonl needs --data",
+        "relay --mode vote": "--k of at least 2",
+        "mine.py --agents 2 --mode vote --k 2": "a method answer",
+        "gsm8k --model nowhere": "no model 'nowhere'",
+    }.items():
+        assert message in refusal(capsys, evaluation.main, *flags.split())
 
 
 # Asking
@@ -244,18 +234,17 @@ def test_a_vote_needs_a_task_with_answers(capsys):
 def test_a_team_can_be_asked(capsys, monkeypatch):
     """The messages and the answer are those of load_team(RUN).solve, of a word or of each line of stdin."""
     toy_teams("a")
-    first, *more = load_team("runs/a", device="cpu").solve("7+8*3", samples=6)
+    answers = load_team("runs/a", device="cpu").solve("7+8*3", samples=6)
     text = printed(capsys, "ask", "7+8*3", "--team", "runs/a", "--device", "cpu")
-    said = [f"  {message.name}: {message.text}" for message in first.messages]
-    assert text.splitlines() == [*said, f"answer: {first.answer}"]
+    said = [f"  {message.name}: {message.text}" for message in answers[0].messages]
+    assert text.splitlines() == [*said, f"answer: {answers[0].answer}"]
     monkeypatch.setattr("sys.stdin", io.StringIO("7+8*3\n1+2-3\n"))
     lines = printed(capsys, "ask", "--team", "runs/a", "--device", "cpu", "--k", "6", "--json").splitlines()
     found = [json.loads(line) for line in lines]
     assert [line["question"] for line in found] == ["7+8*3"] * 6 + ["1+2-3"] * 6
-    for line, answer in zip(found, (first, *more)):
+    for line, answer in zip(found, answers):
         assert [m["text"] for m in line["messages"]] == [m.text for m in answer.messages]
         assert line["answer"] == answer.answer
-    assert "nowhere" in refusal(capsys, evaluation.main, "ask", "1+1", "--team", "nowhere")
     stories = str(shared("stories260K/hf_qwen2"))  # of its default task, no data are needed
     text = printed(capsys, "ask", "Hi", "--model", stories, "--agents", "2", "--max-new-tokens", "4")
     assert text.startswith("  Agent 1: ") and "\n  Agent 2: " in text and text.endswith("answer: None\n")

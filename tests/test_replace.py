@@ -86,8 +86,7 @@ def probes(**changes) -> tuple[Config, object, Team, Team]:
 
 
 def expected_loss(rollouts, now: Team, new: Team, old: Team, config: Config) -> tuple[torch.Tensor, int]:
-    """KL(pi_target || newcomer), summed over agent 1's messages one token at a time, by forward passes over
-    single transcripts; and the tokens outside."""
+    """KL(pi_target || newcomer), summed one token at a time over single transcripts; the tokens outside."""
     loss, outside = 0.0, 0
     for problem, messages in zip(rollouts.problems, rollouts.messages):
         policies = []
@@ -207,7 +206,6 @@ def test_an_agent_replaced_by_itself_is_no_shock_and_starts_anew_beside_its_team
         file = f"learner-{j}.safetensors"
         assert (old / file).read_bytes() == (new / file).read_bytes()
     before, after = (load_file(place / "learner-1.safetensors") for place in (old, new))
-    assert {key.split(".")[0] for key in before} == {"adam", "master"}
     weights = {f"master.0.{name}": p for name, p in load_model(itself).state_dict().items()}
     assert after.keys() == weights.keys() and all(torch.equal(after[name], p) for name, p in weights.items())
     old, new = (json.loads((place / "state.json").read_text())["beta"] for place in (old, new))
@@ -237,22 +235,18 @@ def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path
     assert train.main(["--resume", str(tmp_path / "new")]) == 0
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        ("--agent 1 --model relay --stages 2", "has done all of its 2 stages; give --stages of more than 2"),
-        ("--agent 3 --model relay", "--agent is a number from 0 to 2"),
-        ("--agent 1 --model relay --align -1", "--align is 0 or more"),
-        ("--agent 1 --model nonesuch", "nonesuch"),
-        ("--agent 1 --model relay --out OLD", "exists; give another, or remove it first"),
-        ("--agent 1 --model relay --resume nowhere", "nowhere/config.json"),
-        ("--agent 1 --model relay --resume BARE", "has no checkpoint of a stage yet"),
-    ],
-)
-def test_bad_input_is_a_sentence_and_changes_nothing(stopped, copy, tmp_path, capsys, flags, sentence):
+def test_bad_input_is_a_sentence_and_changes_nothing(stopped, copy, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoints")
-    before = contents(stopped.parent)
-    words = flags.replace("OLD", str(stopped)).replace("BARE", str(copy)).split()
-    said = refusal(capsys, replace.main, "--resume", str(stopped), "--out", str(tmp_path / "new"), *words)
-    assert sentence in said
+    before, plain = contents(stopped.parent), "--agent 1 --model relay"
+    for flags, sentence in {
+        f"{plain} --stages 2": "has done all of its 2 stages; give --stages of more than 2",
+        "--agent 3 --model relay": "--agent is a number from 0 to 2",
+        f"{plain} --align -1": "--align is 0 or more",
+        "--agent 1 --model nonesuch": "nonesuch",
+        f"{plain} --out {stopped}": "exists; give another, or remove it first",
+        f"{plain} --resume nowhere": "nowhere/config.json",
+        f"{plain} --resume {copy}": "has no checkpoint of a stage yet",
+    }.items():
+        given = ["--resume", str(stopped), "--out", str(tmp_path / "new"), *flags.split()]
+        assert sentence in refusal(capsys, replace.main, *given)
     assert contents(stopped.parent) == before and not (tmp_path / "new").exists()

@@ -112,8 +112,8 @@ class Machine:
 def in_transformers(model: Transformer):
     """The same weights, shared and not copied, in transformers' class. Raises ModuleNotFoundError."""
     transformers = importlib.import_module("transformers")
-    config = transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
     with model.device:
+        config = transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict(checkpoint_tensors(model), strict=False, assign=True)
     theirs.tie_weights()
