@@ -86,10 +86,9 @@ DECLARED = {  # beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s>
     "in tokenizer_config.json": {"added_tokens_decoder": {"262": NEW | {"special": True}, "263": SPACED}},
     "as text before": {"added_tokens_decoder": {"256": NEW | {"content": "ab", "special": True}}},
     "special, which tokenizer.json denies": {
-        "tokenizer": False,
-        "added_tokens_decoder": {"259": NEW | {"content": "<|im_end|>", "special": True}},
+        "tokenizer": False, "added_tokens_decoder": {"259": NEW | {"content": "<|im_end|>", "special": True}},
     },
-    "by a name alone": {"eos_token": "<new>", "pad_token": {"content": "<pad>", "__type": "AddedToken"}},
+    "by a name alone": {"eos_token": "<new>", "pad_token": SPACED | {"content": "<pad>", "special": True}},
     "by a name, as text before": {"eos_token": "ab"},
     "by a name, which tokenizer.json denies": {"tokenizer": False, "eos_token": "<|im_end|>"},
     "in a list": {"extra_special_tokens": ["<new>", "<newer>"]},
@@ -100,11 +99,10 @@ DECLARED = {  # beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s>
         "special_tokens_map.json": {"eos_token": NEW, "extra_special_tokens": ["<tool>"]},
     },
     "in old files that no longer count": {
-        "added_tokens_decoder": {},
-        "added_tokens.json": {"<new>": 262},
+        "added_tokens_decoder": {}, "added_tokens.json": {"<new>": 262},
         "special_tokens_map.json": {"eos_token": "<tool>"},
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("where", DECLARED)
@@ -120,7 +118,7 @@ def test_tokens_that_only_other_files_declare_count(tmp_path, where):
         file = tmp_path / "tokenizer.json"
         file.write_text(file.read_text().replace('"special": true', '"special": false'))
     tokenizer, theirs = load_tokenizer(tmp_path), in_transformers(tmp_path)
-    for text in ("a<new>b", "x <tool> ab<newer>", "<pad></s>a<|im_end|>1", " <new>\n"):
+    for text in ("a<new>b", "x <tool> ab<newer>", "x <pad> </s>a<|im_end|>1", " <new>\n"):
         assert tokenizer.encode(text) == theirs.encode(text)
     assert tokenizer.special_ids == set(theirs.all_special_ids) | {
         i for i, token in theirs.added_tokens_decoder.items() if token.special

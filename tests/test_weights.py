@@ -84,9 +84,8 @@ def test_what_is_saved_loads_here_and_in_transformers_and_the_other_way_round(tm
     model = random_model(family, tied).to(dtype)
     save_model(model, tmp_path / "new")
     assert sorted(os.listdir(tmp_path / "new")) == ["config.json", "model.safetensors"]
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "new", output_loading_info=True
-    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, info = load(tmp_path / "new", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == dtype
     theirs.save_pretrained(tmp_path / "theirs")

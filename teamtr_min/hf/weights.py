@@ -101,8 +101,7 @@ def load_model(
 
 
 def save_model(model: Transformer, directory: str | os.PathLike) -> None:
-    """Write config.json and model.safetensors as transformers reads them, in the model's dtype, each file
-    whole or not at all."""
+    """Write config.json and model.safetensors as transformers reads them, in the model's dtype."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(parts_of(model, model.named_parameters()), directory / SINGLE)
