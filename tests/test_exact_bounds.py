@@ -59,13 +59,9 @@ def thm_37(teams):
 
 
 def stale_ours(teams):
-    """[ours] Thm 3.7 by the radii that a stale run can measure, with roots of sums for sums of roots: n^1.5
-    where Thm 3.7 has n^2.
-
-    Proof: go from team^0 to team^i in one step, TV(d^i, d^0) <= gamma/(1-gamma) sqrt(E_{d^0} KL / 2). That
-    KL(team^0 || team^i) is the sum of delta_k over k <= i, each under d^{team^0}: one agent acts in a state
-    (Lemma 3.1), and each is updated once in a stage.
-    """
+    """[ours] Thm 3.7 by the radii that a stale run can measure: n^1.5 where Thm 3.7 has n^2. Proof: go from
+    team^0 to team^i in one step, TV(d^i, d^0) <= gamma/(1-gamma) sqrt(E_{d^0} KL / 2). That KL is the sum of
+    delta_k over k <= i, each under d^{team^0}: one agent acts in a state, and each is updated once."""
     s = Stage(teams)
     return sum(s.stale) - s.gain, s.c * root(s.stale_delta.cumsum(0)).sum()
 
@@ -153,11 +149,8 @@ def test_agents_who_speak_once_gain_exactly_their_surrogate():
 
 
 def test_the_monitor_dominates_delta_and_bounds_the_gain_of_a_finite_horizon():
-    """delta_j <= spread * dhat_j, where spread is (1-gamma) times the messages per rollout of agent j. Hence
-    delta_j <= dhat_j while spread <= 1; past that it need not be.
-
-    For gamma = 1, |J' - J| <= sqrt(KL / 2) [ours]: the KL between the laws of whole rollouts is that of one
-    message, dhat_j, times the messages per rollout of agent j."""
+    """delta_j <= dhat_j while (1-gamma) times the messages per rollout of agent j is at most 1; past that it
+    need not be. For gamma = 1, |J' - J| <= sqrt(KL / 2) [ours] of the laws of whole rollouts."""
     exceeded = 0
     for teams, order in random_stages() + random_stages(gamma=1.0):
         for j, (old, new) in zip(order, pairwise(teams)):

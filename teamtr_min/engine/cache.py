@@ -54,8 +54,8 @@ class KVCache:
 
 
 class Step:
-    """One forward pass over tokens (B, T), as every layer needs it. Rows begin at position 0, or they are
-    prefix trees (`Step.trees`), or each continues a row of the cache (`Step.after`)."""
+    """One forward pass over tokens (B, T). Rows begin at position 0, or they are prefix trees (`Step.trees`),
+    or each continues a row of the cache (`Step.after`)."""
 
     def __init__(self, positions: Tensor, span: int, mask: Tensor | None = None):
         self.positions = positions  # (B or 1, T) int64, of each token in its sequence
@@ -78,8 +78,7 @@ class Step:
 
     @classmethod
     def after(cls, cache: KVCache, rows: slice | Tensor, T: int, span: int, even: bool = False) -> "Step":
-        """T new tokens in each of these rows, none of which gets longer than `span`; a slice of rows costs no
-        copy. `even`: all rows are equally long, and reach `span`."""
+        """T new tokens in each of these rows, which then have at most `span`, with `even` all of them."""
         new = torch.arange(T, device=cache.keys.device)
         span = span if even else aligned(span, new.device)
         step = cls((span - T + new)[None] if even else cache.length[rows][:, None] + new, span)  # (1 or B, T)
@@ -97,8 +96,7 @@ class Step:
         return step
 
     def keep(self, cache: KVCache, rows: Tensor, positions: Tensor, source: Tensor | None = None) -> None:
-        """The cache gets an entry at each of these rows and positions (E,): that of the token at `source` in
-        the flattened B * T, or of all in order."""
+        """The cache gets an entry at each of these rows and positions (E,), of the tokens at `source`."""
         _, _, K, capacity, _ = cache.keys.shape
         first = (rows[:, None] * K + torch.arange(K, device=rows.device)) * capacity  # (E, K)
         self.cache, self.source, self.index = cache, source, (first + positions[:, None]).flatten()

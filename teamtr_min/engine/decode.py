@@ -104,7 +104,7 @@ class Decode:
         return of_layer
 
     def _attend_by_kernels(self, B: int) -> Callable[[int, nn.Module, Tensor], Tensor]:
-        """The same. A row at the end of the cache, which is no live one, stays there."""
+        """The same. A row at the end of the cache is no live one."""
         c, cache = self.model.config, self.cache
         at = cache.length[:B].clamp(max=cache.capacity - 1)
         if self.capacity != cache.capacity:  # graphs read the very same table again

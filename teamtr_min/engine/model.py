@@ -74,10 +74,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """A parameter of ours as a checkpoint holds it: its names -> views of the rows. Most are a single one.
-
-    LoRA's A has as many rows for each part, all else has rows as the product has outputs.
-    """
+    """A parameter of ours as a checkpoint holds it: its names -> views of the rows. LoRA's A has as many rows
+    for each part, all else has rows as the product has outputs."""
     module = name.split(".")[-2]
     if module not in FUSED:
         return {name: tensor}
