@@ -82,13 +82,14 @@ def test_special_tokens_around_a_text_can_be_left_out(tmp_path, add_eos):
 
 NEW = {"content": "<new>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 SPACED = NEW | {"content": "<tool>", "lstrip": True, "rstrip": True, "special": False}
+PAD = SPACED | {"content": "<pad>", "__type": "AddedToken"}
 DECLARED = {  # beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s> and </s> as 258 to 261
     "in tokenizer_config.json": {"added_tokens_decoder": {"262": NEW | {"special": True}, "263": SPACED}},
     "as text before": {"added_tokens_decoder": {"256": NEW | {"content": "ab", "special": True}}},
     "special, which tokenizer.json denies": {
         "tokenizer": False, "added_tokens_decoder": {"259": NEW | {"content": "<|im_end|>", "special": True}},
     },
-    "by a name alone": {"eos_token": "<new>", "pad_token": SPACED | {"content": "<pad>", "special": True}},
+    "by a name alone": {"eos_token": "<new>", "pad_token": PAD},
     "by a name, as text before": {"eos_token": "ab"},
     "by a name, which tokenizer.json denies": {"tokenizer": False, "eos_token": "<|im_end|>"},
     "in a list": {"extra_special_tokens": ["<new>", "<newer>"]},
