@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import re
 import time
 
 import numpy as np
@@ -178,11 +177,18 @@ def handed_on(n: int, codes: tuple[int, ...]) -> list[Message]:
 def test_floors_is_right_exactly_when_the_codes_cancel(agents):
     game = task("floors", agents)
     for problem in problems(game, 20, 0, held_out=True):
+        n = int(problem.answer)
         for codes in itertools.product((0, 1), repeat=agents):
-            messages = handed_on(int(problem.answer), codes)
+            messages = handed_on(n, codes)
+            assert game.codes(problem, messages) == list(codes)
             assert game.grade(problem, messages) == (sum(codes[:-1]) == codes[-1])
-    for last in ("", "flights", f"{problem.answer} or {problem.answer}", "9" * 5000):
-        assert game.grade(problem, said(problem.answer, last)) == 0
+    first, *rest = handed_on(n, (1,) * agents)
+    for wrong in ("", "floor", "4 or 5", f"floor {n + 2}", f"floor {n - 1}"):
+        assert game.codes(problem, said(wrong, *(m.text for m in rest)))[0] is None
+    assert game.codes(problem, said("?", *(m.text for m in rest)))[:2] == [None, None]
+    assert game.measure([problem] * 2, [handed_on(n, c + (0,) * (agents - 2)) for c in ((0, 1), (1, 1))]) == {
+        "habits": [0.5, 1.0, *[0.0] * (agents - 2)]
+    }
 
 
 def test_only_the_first_agent_of_floors_can_know_the_number():
@@ -204,8 +210,8 @@ def test_only_the_first_agent_of_floors_can_know_the_number():
 def test_demonstrations_of_floors_begin_with_opposite_habits(agents):
     game = task("floors", agents)
     shown = game.demonstrations(3000, rng.generator(0))
-    texts = [(d.problem.answer, *d.messages) for d in shown]
-    numbers = [[int(re.search(r"\d+", text)[0]) for text in told] for told in texts]
-    steps = np.diff(numbers) * [[1] * (agents - 1) + [-1]]  # the codes, 0 or 1
-    assert steps.mean(0) == pytest.approx([0.3] * (agents - 1) + [0.7], abs=0.03)
-    assert abs(np.corrcoef(steps.T)[0, -1]) < 0.06, "each agent draws for itself"
+    messages = [said(*d.messages) for d in shown]
+    habits = game.measure([d.problem for d in shown], messages)["habits"]
+    assert habits == pytest.approx([0.3] * (agents - 1) + [0.7], abs=0.03)
+    codes = np.array([game.codes(d.problem, m) for d, m in zip(shown, messages)], dtype=float)
+    assert abs(np.corrcoef(codes.T)[0, -1]) < 0.06, "each agent draws for itself"

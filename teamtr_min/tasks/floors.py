@@ -1,5 +1,6 @@
 """Floors: language models that must agree on how storeys are counted, with private views. [ours]"""
 
+import itertools
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
-from teamtr_min.tasks.generated import NAMES, Generated
+from teamtr_min.tasks.generated import NAMES, Generated, habits
 from teamtr_min.tasks.task import Message, Problem, Role
 
 WHAT = "office studio flat kitchen workshop classroom library desk laboratory shop archive bakery".split()
@@ -60,10 +61,22 @@ class Floors(Generated):
         """The whole story for the first agent, the same words without the number for the others."""
         return problem.text if agent == 0 else self.number.sub("some", problem.text)
 
+    def told(self, message: Message) -> int | None:
+        """The number in a message; None unless there is exactly one."""
+        numbers = self.number.findall(message.text)
+        return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 9 else None
+
+    def codes(self, problem: Problem, messages: list[Message]) -> list[int | None]:
+        """The code of each message; None where it is in neither or follows a message without a number."""
+        told = [int(problem.answer), *map(self.told, messages)]
+        steps = [None if None in pair else pair[1] - pair[0] for pair in itertools.pairwise(told)]
+        steps[-1] = steps[-1] and -steps[-1]
+        return [step if step in (0, 1) else None for step in steps]
+
     def answer(self, messages: list[Message]) -> str | None:
-        """The number in the last message; None unless there is exactly one."""
-        numbers = self.number.findall(messages[-1].text)
-        return str(int(numbers[0])) if len(numbers) == 1 and len(numbers[0]) < 9 else None
+        return None if (told := self.told(messages[-1])) is None else str(told)
+
+    measure = habits
 
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
         """Each agent draws code 1 with probability 0.3, the last one with 0.7."""

@@ -63,3 +63,13 @@ class Generated(Task):
 
     def fingerprint(self) -> dict[str, str]:
         return {"task": f"{self.name}, version {self.version}"}
+
+
+def habits(task, problems: list[Problem], messages: list[list[Message]]) -> dict:
+    """`habits`: each agent's share of messages in code 1, of those in either code (`task.codes`), or None."""
+    seen = [[] for _ in range(task.agents)]
+    for problem, transcript in zip(problems, messages):
+        for message, code in zip(transcript, task.codes(problem, transcript)):
+            if code is not None:
+                seen[message.agent].append(code)
+    return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}

@@ -5,7 +5,7 @@ import re
 
 from numpy.random import Generator
 
-from teamtr_min.tasks.generated import Generated
+from teamtr_min.tasks.generated import Generated, habits
 from teamtr_min.tasks.task import Message, Problem
 
 
@@ -98,11 +98,4 @@ class Convention(Relay):
         handovers = list(itertools.pairwise(self.codes(problem, messages)))
         return sum(a is not None and a == b for a, b in handovers) / len(handovers)
 
-    def measure(self, problems: list[Problem], messages: list[list[Message]]) -> dict:
-        """`habits`: each agent's share of messages in code 1, of those that have a code, or None."""
-        seen = [[] for _ in range(self.agents)]
-        for problem, transcript in zip(problems, messages):
-            for message, code in zip(transcript, self.codes(problem, transcript)):
-                if code is not None:
-                    seen[message.agent].append(code)
-        return {"habits": [sum(codes) / len(codes) if codes else None for codes in seen]}
+    measure = habits
