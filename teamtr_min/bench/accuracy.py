@@ -57,9 +57,7 @@ class Exam(NamedTuple):
 
 def find_team(team: str | None, flags: dict, task: str | None = None) -> Exam:
     """The run `team`; without one the newest run of `task`; without any, copies of the model of `task`.
-
-    `flags` are fields of Config from the command line. --model or --agents ask for an untrained team.
-    """
+    `flags` are fields of Config from the command line. --model or --agents ask for an untrained team."""
     untrained = sorted({"model", "agents"} & flags.keys())
     if team and untrained:
         raise UserError(f"--team names trained agents with their models: leave out --{untrained[0]}")
@@ -120,10 +118,8 @@ def evaluate(exam: Exam, mode: str, k: int, ranks: Ranks = ALONE) -> tuple[dict,
 
 
 def best_of(values: Tensor, j: int) -> Tensor:
-    """(P,) expected largest of j values, without bias from the k of each problem (P, k).
-
-    Of zeros and ones it is pass@j: 1 - C(k - c, j) / C(k, j) for c ones [Chen et al. 2021].
-    """
+    """(P,) expected largest of j values, without bias from the k of each problem (P, k). Of zeros and ones it
+    is pass@j: 1 - C(k - c, j) / C(k, j) for c ones [Chen et al. 2021]."""
     k = values.shape[1]
     # The i-th smallest is the largest of C(i, j - 1) choices of j.
     chances = torch.tensor([math.comb(i, j - 1) / math.comb(k, j) for i in range(k)], dtype=torch.float64)
@@ -225,10 +221,8 @@ def samples(result: dict, rollouts: Rollouts) -> Iterator[dict]:
 
 
 def export(team: str | None, out: str | None) -> dict:
-    """Write the agents of a run, None for the newest, into a new directory; all of them or none.
-
-    LoRA adapters are merged into whole checkpoints, in fp32.
-    """
+    """Write the agents of a run, None for the newest, into a new directory; all of them or none. LoRA
+    adapters are merged into whole checkpoints, in fp32."""
     exam = find_team(team, {})
     if not exam.sources:
         raise UserError("there is no trained team to export; train one, or name a run with --team")

@@ -42,25 +42,19 @@ def centred(returns: Tensor) -> Tensor:
 
 def surrogate_terms(returns: Tensor, log_w: Tensor, writes: Tensor) -> Tensor:
     """(R,) terms whose mean estimates L^seq, undiscounted: sum over j's turns of (w - 1)(return - baseline).
-
-    In each state E_old[w A] = E_new[A] and E_old[A] = 0, so w - 1 in place of w changes the variance alone.
-    """
+    In each state E_old[A] = 0, so w - 1 in place of w changes the variance alone."""
     return (log_w.expm1() * writes).sum(1) * centred(returns).flatten()
 
 
 def gap_terms(returns: Tensor, log_w: Tensor, log_rho: Tensor, writes: Tensor) -> Tensor:
-    """(R,) terms whose mean estimates the signed gap L^seq - L^stale from rollouts of team^{i-1}.
-
-    The weight 1/rho turns team^{i-1}'s states into team^0's; the advantages stay team^{i-1}'s.
-    """
+    """(R,) terms whose mean estimates the signed gap L^seq - L^stale from rollouts of team^{i-1}. The weight
+    1/rho turns team^{i-1}'s states into team^0's; the advantages stay team^{i-1}'s."""
     return (-(-log_rho).expm1() * log_w.expm1() * writes).sum(1) * centred(returns).flatten()
 
 
 def occupancy_shift(log_rho: Tensor, writes: Tensor) -> Tensor:
     """D_occ in [0, 1]: total variation between team^{i-1}'s and team^0's states where j acts, turn by turn.
-
-    From rollouts of *team^0*: E|rho - 1| / 2 over j's messages, rho self-normalised within each turn.
-    """
+    From rollouts of *team^0*: E|rho - 1| / 2 over j's messages, rho self-normalised within each turn."""
     rho = log_rho.exp() * writes
     mean = rho.sum(0) / writes.sum(0).clamp(min=1)  # (turns,)
     return ((rho / mean.clamp(min=1e-30) - 1).abs() * writes).sum() / (2 * writes.sum().clamp(min=1))
@@ -126,16 +120,14 @@ class Diagnostics:
         """Call just after it. Returns what to log: no estimates where a router left the agents out."""
         if not self.config.diagnostics:
             return {}
-        now, first = self.rollouts, self.first
-        writes, wrote = (  # (R, turns): the message of an agent that was updated
-            torch.tensor([[m.agent in self.agents for m in messages] for messages in r.messages])
-            for r in (now, first)
+        now, agents = self.rollouts, self.agents  # writes and wrote are (R, turns)
+        writes, wrote = (
+            torch.tensor([[m.agent in agents for m in messages] for messages in r.messages])
+            for r in (now, self.first)
         )
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
-        return self.found[-1] | {
-            "rollouts_diagnostics": now.count_sampled, "tokens_sampled_diagnostics": now.tokens_sampled,
-            "seconds_diagnostics": now.seconds,
-        }  # fmt: skip
+        cost = {"rollouts": now.count_sampled, "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
+        return self.found[-1] | {f"{name}_diagnostics": value for name, value in cost.items()}
 
     def of_stage(self) -> dict:
         """Thm 3.6: the sum of the updates' bounds; `vacuous`: the penalty is more than returns in [0, 1] can

@@ -61,9 +61,7 @@ def next_token_losses(batches: Batches) -> Iterator[Tensor | Transformer]:
 
 def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) -> dict[str, float]:
     """One step on a loss that is the sum of `parts`; a model stands for a pass without a loss, see Batches.
-
-    Returns `loss` before the step and `grad_norm` before clipping. Raises Diverged, before the step.
-    """
+    Returns `loss` before the step and `grad_norm` before clipping. Raises Diverged, before the step."""
     loss = 0.0
     learner.onload()
     with unsharded(*learner.models):
@@ -83,11 +81,8 @@ def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) 
 
 
 def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
-    """The lines of --demonstrations; none if the task makes demonstrations itself. Raises UserError.
-
-    A line is {"text": ..., "messages": [{"agent": ..., "text": ...}, ...]}, as in transcripts.jsonl. Those of
-    held-out problems are left out, and counted on the terminal.
-    """
+    """The lines of --demonstrations, as in transcripts.jsonl, without those of held-out problems; none if the
+    task makes demonstrations itself. Raises UserError."""
     path, found, held_out = config.demonstrations, [], 0
     if not path and not hasattr(task, "demonstrations"):
         raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
@@ -95,12 +90,11 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
         try:
             agents, texts = zip(*[(message["agent"], message["text"]) for message in record["messages"]])
             problem = Problem(str(record.get("id", number)), record["text"], str(record.get("answer", "")))
-            right = set(agents) <= {*range(config.agents)} and {*map(type, (problem.text, *texts))} == {str}
+            if not set(agents) <= {*range(config.agents)} or {*map(type, (problem.text, *texts))} != {str}:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
-            right = False
-        if not right:
             form = f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
-            raise UserError(f"{path}, line {number}: not a transcript, which is {form}")
+            raise UserError(f"{path}, line {number}: not a transcript, which is {form}") from None
         if hasattr(task, "is_held_out") and task.is_held_out(problem.text):
             held_out += 1
         else:
