@@ -20,7 +20,7 @@ import torch
 
 from teamtr_min.config import Config, parse
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks, halving, join
+from teamtr_min.engine.distributed import ALONE, Ranks, halving, join, lost
 from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, users_line
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         ranks.say("interrupted")
         code = 130
     except Exception as error:
-        line = users_line(error)  # of the user's task or router
-        if line or not isinstance(error, OSError):
+        line = users_line(error) or lost(ranks, error)  # of the user's task or router
+        if users_line(error) or not line and not isinstance(error, OSError):
             traceback.print_exc()
         ranks.say(f"error: {line or error}")
         code = 2

@@ -7,7 +7,8 @@ that decide what happens next are gathered first, so all ranks take the same bra
 all files and prints. torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its
 gradient and of Adam's moments, as fp32 DTensors. It gathers the weights of one model, in the compute dtype,
 for a turn of sampling or for a pass over its batches (`unsharded`). A backward pass sums each layer's
-gradients over the ranks, straight into their parts. When a process dies, torchrun ends the others.
+gradients over the ranks, straight into their parts. When a process dies, connections
+to it break, or torchrun ends the others: `lost`.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import datetime
 import gc
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -105,7 +107,15 @@ def join() -> Ranks:
 
 def _interrupt(number: int, frame) -> None:
     signal.signal(number, signal.SIG_IGN)  # Ctrl-C comes twice: torchrun repeats it
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else RuntimeError("connection: ended by torchrun")
+
+
+def lost(ranks: Ranks, error: Exception) -> str | None:
+    """A sentence for an error that says that another process is gone; else None."""
+    found = re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE)
+    if ranks.size > 1 and isinstance(error, RuntimeError) and found:
+        return "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
+    return None
 
 
 def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
