@@ -18,7 +18,7 @@ from teamtr_min.objective import group_advantages
 from teamtr_min.occupancy import RolloutSource
 from teamtr_min.rollout import Rollouts
 from teamtr_min.studies import exact
-from teamtr_min.studies.estimators import rollout_share, small_game
+from teamtr_min.studies.estimators import share, small_game
 from teamtr_min.studies.estimators import stage as climbed
 from teamtr_min.studies.exact import Game, Team, log_ratio
 from teamtr_min.tasks import Problem, Relay
@@ -88,7 +88,7 @@ def test_rollouts_are_collected_again_when_their_share_falls_below_the_floor(mon
     rollouts, sampled, drawn = play(monkeypatch, teams, floor)
     first = teams[sampled[-1]]
     assert len(sampled) == collections and rollouts.ess >= floor
-    assert rollouts.ess == pytest.approx(rollout_share(first, teams[-1]).item(), rel=0.1)
+    assert rollouts.ess == pytest.approx(share(first.rollout_law, teams[-1].rollout_law).item(), rel=0.1)
     rho = log_ratio(drawn, teams[-1], first).sum(1).exp()
     assert rollouts.ess == pytest.approx((rho.sum() ** 2 / (512 * rho.square().sum())).item(), rel=1e-4)
 
@@ -107,7 +107,7 @@ def test_no_floor_sees_a_message_that_no_rollout_holds_and_the_radius_bounds_it(
     teams = rare_message(1e-9, 0.3)
     rollouts, sampled, _ = play(monkeypatch, teams, floor)
     assert len(sampled) == 1 + (floor == 1) and rollouts.ess == pytest.approx(1.0)
-    assert rollout_share(*teams) < 2e-8 and teams[1].J == pytest.approx(0.3)
+    assert share(*(team.rollout_law for team in teams)) < 2e-8 and teams[1].J == pytest.approx(0.3)
     assert rollouts.returns.mean().item() == pytest.approx(seen, abs=0.07)
     for new in (1e-3, 0.02, 0.1, 0.3):
         kl = exact.mean_message_kl(*rare_message(1e-9, new), 0).item()

@@ -1,5 +1,6 @@
 """The warm start: supervised steps on demonstrations before stage 0."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -52,14 +53,27 @@ def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
     assert all(torch.equal(a, b) for a, b in zip(before, ready.learner.masters))  # lr 0
 
 
-def test_a_loss_that_is_not_finite_moves_nothing():
+def test_an_error_after_the_step_or_within_it_leaves_the_weights_of_before(monkeypatch):
+    """Once after a good step, so that Adam has a state to go back to."""
     ready, _, batches = shown()
+    descend(ready.learner, next_token_losses(batches), lr=1e-3)
+    before = copy.deepcopy(ready.learner.snapshot())
+
+    def broken(lr: float) -> float:
+        ready.learner.optimizer.step()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ready.learner, "step", broken)
+        descend(ready.learner, next_token_losses(batches), lr=1e-2)
+    after = ready.learner.snapshot()
+    assert all(torch.equal(a, b) for a, b in zip(after.masters, before.masters))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(after.state, before.state) for k in b)
     with torch.no_grad():
         ready.model.model.norm.weight[0] = torch.nan
-    before = ready.learner.clone_masters()
     with pytest.raises(Diverged, match="the loss of a supervised step is nan"):
         descend(ready.learner, next_token_losses(batches), lr=1e-3)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, ready.learner.masters))
+    assert all(p.grad is None for p in ready.learner.masters)
 
 
 @pytest.mark.parametrize("name, agents", [("relay", 5), ("convention", 3)])

@@ -61,23 +61,28 @@ def next_token_losses(batches: Batches) -> Iterator[Tensor | Transformer]:
 
 def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) -> dict[str, float]:
     """One step on a loss that is the sum of `parts`; a model stands for a pass without a loss, see Batches.
-    Returns `loss` before the step and `grad_norm` before clipping. Raises Diverged, before the step."""
+    Returns `loss` before the step and `grad_norm` before clipping. An error leaves the weights of before."""
     loss = 0.0
     learner.onload()
-    with unsharded(*learner.models):
-        for part in parts:
-            if isinstance(part, Transformer):
-                keep_company(part)
-                continue
-            part.backward()
-            learner.add_gradients()
-            loss += part.item()
-    loss = learner.ranks.total(loss)
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss of a supervised step is {loss}")
-    norm = learner.step(lr)
-    learner.offload()
-    return {"loss": loss, "grad_norm": norm}
+    before = learner.snapshot()
+    try:
+        with unsharded(*learner.models):
+            for part in parts:
+                if isinstance(part, Transformer):
+                    keep_company(part)
+                    continue
+                part.backward()
+                learner.add_gradients()
+                loss += part.item()
+        loss = learner.ranks.total(loss)
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss of a supervised step is {loss}")
+        return {"loss": loss, "grad_norm": learner.step(lr)}
+    except BaseException:
+        learner.restore(before)
+        raise
+    finally:
+        learner.offload()
 
 
 def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
