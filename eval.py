@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from teamtr_min.bench import accuracy, report, speed
-from teamtr_min.config import Parser, add_flags
+from teamtr_min.config import Parser, add_flags, split_names
 from teamtr_min.engine.distributed import ALONE, Ranks, join
 from teamtr_min.files import UserError, to_json, users_line
 from teamtr_min.run.loading import build_team, load_team
@@ -86,7 +86,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
 
 def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
-    words, teams = args.benchmarks, [team for team in args.team.split(",") if team] or [None]
+    words, teams = args.benchmarks, [team for team in split_names(args.team) if team] or [None]
     if words[:1] == ["ask"]:
         yield from ask(words[1:], args, flags) if ranks.first else ()
         return

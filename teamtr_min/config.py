@@ -1,10 +1,11 @@
 """Every knob once, one line each, and the command-line flags made of them. Loads no torch.
 
-A knob whose default is None takes its value from PRESETS, by kind of model and by task.
+A knob whose default is None depends on others: see PRESETS and `Config.__post_init__`.
 """
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import math
 import os
@@ -66,7 +67,7 @@ class Config:
     max_new_tokens: int = knob(None, "longest message, in tokens", least=1)
     # before Algorithm 1
     warm_start: int = knob(None, "supervised steps on demonstrations before stage 0", least=0)
-    warm_start_lr: float = knob(None, "their peak learning rate, which falls to 0 (times 10 with LoRA)", least=0)
+    warm_start_lr: float = knob(None, "their peak learning rate, which falls to 0 (with LoRA the default is 10 times as large)", least=0)
     demonstrations: str = knob("", "JSONL file of transcripts for the warm start (default: made by the task)")
     # Algorithm 1
     stages: int = knob(None, "stages; each updates every agent once", least=1)
@@ -74,7 +75,7 @@ class Config:
     min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts would fall below this; 1: before every update, 0: once a stage (default 1)", least=0)
     order: str = knob("fixed", "update order within a stage; random draws one per stage", "fixed", "reversed", "random")
     inner_steps: int = knob(None, "most optimizer steps in one update", least=1)
-    lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (times 10 with LoRA)", least=0)
+    lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (with LoRA the default is 10 times as large)", least=0)
     lr_end: float = knob(None, "fraction of lr at which the decay ends", least=0)
     # Eq. 9
     advantage_clip: float = knob(2.0, "bound on the normalised advantage, inert above sqrt(group - 1); inf for none", least=0)
@@ -119,6 +120,10 @@ class Config:
         default("date", time.strftime("%Y-%m-%d"))
         for f in dataclasses.fields(self):
             check(f, getattr(self, f.name))
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError:
+            raise UserError(f"--date {self.date} is not a day such as 2026-11-30") from None
         # fmt: off
         for broken, why in (
             (self.beta and not 1e-4 <= self.beta <= 1, "--beta lies between 1e-4 and 1, or is 0 for no penalty"),
@@ -136,13 +141,8 @@ class Config:
 
     @property
     def models(self) -> list[str]:
-        """Model names as given, one or one per agent. A directory whose name holds a comma is one model."""
-        words, names = self.model.split(","), []
-        while words:
-            taken = next((n for n in range(len(words), 1, -1) if os.path.isdir(",".join(words[:n]))), 1)
-            names.append(",".join(words[:taken]).strip())
-            words = words[taken:]
-        return names
+        """Model names as given, one or one per agent."""
+        return split_names(self.model)
 
     @property
     def model_of_each(self) -> list[str]:
@@ -196,6 +196,16 @@ def check(f: dataclasses.Field, value) -> None:
         raise UserError(f"{flag} must be finite")
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{flag} {value!r} is not one of: {', '.join(rule['choices'])}")
+
+
+def split_names(text: str) -> list[str]:
+    """Names between commas; a directory whose name holds a comma is one name."""
+    words, names = text.split(","), []
+    while words:
+        taken = next((n for n in range(len(words), 1, -1) if os.path.isdir(",".join(words[:n]))), 1)
+        names.append(",".join(words[:taken]).strip())
+        words = words[taken:]
+    return names
 
 
 class Parser(argparse.ArgumentParser):

@@ -25,7 +25,7 @@ GRADIENT_NORM = 1.0
 
 
 class Diverged(Exception):
-    """A loss or gradient is not finite. The agent is back at its last accepted weights."""
+    """A loss, gradient or weight is not finite. A step that meets one leaves the weights of before."""
 
 
 class Measured(NamedTuple):

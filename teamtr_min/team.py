@@ -100,7 +100,8 @@ class Team:
         choice = self.router(turn, messages, n, uniform)
         whole = hasattr(choice, "__index__") and not isinstance(choice, bool)
         if not whole or not 0 <= operator.index(choice) < n:
-            place = f"{self.router.__module__}, line {self.router.__code__.co_firstlineno}"
+            code = getattr(self.router, "__code__", None)  # a callable object has none
+            place = f"{self.router.__module__}{f', line {code.co_firstlineno}' if code else ''}"
             raise UserError(f"{place}: `router` returned {choice!r} at turn {turn}; agents are 0 to {n - 1}")
         return operator.index(choice)
 

@@ -113,6 +113,7 @@ def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
         ("--router nonesuch", "no router 'nonesuch'"),
         ("--roles nonesuch.json", "--roles nonesuch.json: not a JSON list"),
         ("--device cuda:77", "--device cuda:77 cannot be used here"),
+        ("--date 26.07.2024", "--date 26.07.2024 is not a day such as 2026-11-30"),
     ],
 )
 def test_impossible_values_are_a_sentence_before_any_work(tmp_path, capsys, flags, message):

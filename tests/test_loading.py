@@ -68,8 +68,9 @@ def test_roles_come_from_a_file(tmp_path):
     file.write_text(json.dumps([{"name": role.name, "system": role.system} for role in roles]))
     assert [a.role for a in team_of(agents=2, roles=str(file))[1].agents] == roles
     assert "has 2 roles for 3 agents" in refusal(team_of, agents=3, roles=str(file))
-    file.write_text('[{"nome": "X"}]')
-    assert "not a JSON list" in refusal(team_of, agents=1, roles=str(file))
+    for wrong in ('[{"nome": "X"}]', "[1]", '[{"name": "X", "system": 2}]'):
+        file.write_text(wrong)
+        assert "not a JSON list" in refusal(team_of, agents=1, roles=str(file))
 
 
 class Odd(Relay):

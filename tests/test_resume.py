@@ -119,7 +119,7 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
     assert train.main(["--resume", "run"]) == 0, "what was accepted is what the run rests on from then on"
     Path("roles.json").write_text(json.dumps([*roles[:2], {"name": "D", "system": ""}]))
     sentence = refusal(capsys, train.main, "--resume", "run")
-    prompts = [f"prompts of agent {j} (template, roles, date)" for j in range(2)]
+    prompts = [f"prompts of agent {j} (tokenizer, template, roles, date)" for j in range(2)]
     assert f"began: {', '.join(prompts)}, roles file; put" in sentence  # C does not read its own name
 
 

@@ -174,6 +174,24 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_team(tmp_path, capsy
     assert all(torch.isfinite(p).all() for agent in weights(out) for p in agent.values())
 
 
+MEASURE = """
+from teamtr_min.tasks import Relay
+class task(Relay):
+    def measure(self, problems, messages):
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    "returned, words",
+    [('{"x": [1.0, float("nan")]}', "JSON cannot hold"), ('{"lr": 1}', "lr, which are logged")],
+)
+def test_what_a_tasks_measure_returns_is_checked(tmp_path, monkeypatch, capsys, returned, words):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MEASURE.replace("{}", returned))
+    assert words in refusal(capsys, train.main, *TOY, "--task", "mine.py", "--model", "relay", "--out", "run")
+
+
 def test_an_existing_output_directory_is_refused_first_and_never_written_into(tmp_path, capsys):
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("years of work")
@@ -182,6 +200,8 @@ def test_an_existing_output_directory_is_refused_first_and_never_written_into(tm
         assert f"--out {tmp_path} exists and is not empty; give another" in sentence
     assert "Not a directory" in refusal(capsys, train.main, *TOY, "--out", str(thesis))
     assert [*tmp_path.iterdir()] == [thesis] and thesis.read_text() == "years of work"
+    thesis.write_text("")
+    assert "is not empty" in refusal(capsys, train.main, *TOY, "--out", str(tmp_path))
 
 
 def test_a_reader_who_leaves_stops_the_run_without_a_traceback_and_it_resumes(tmp_path):

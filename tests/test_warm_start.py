@@ -156,6 +156,13 @@ def test_what_is_no_transcript_is_refused_with_its_line(tmp_path):
         assert "bad.jsonl, line 3: not a transcript" in sentence(read, path)
 
 
+def test_a_transcript_longer_than_the_model_is_refused_before_anything_is_trained(tmp_path, capsys):
+    path = write(tmp_path / "long.jsonl", "1" + "+1" * 400)
+    flags = [*TOY, "--warm-start", "1", "--demonstrations", path, "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 2
+    assert "tokens for agent 0, whose model has 512 positions" in capsys.readouterr().err
+
+
 def test_what_cannot_be_shown_is_a_sentence(tmp_path):
     """A file without training problems, no file, and a task that makes no demonstrations."""
     held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))

@@ -1,6 +1,6 @@
 """What a run did, on one page: two figures, the transcripts, the knobs that are not the preset's.
 
-Everything is read from the run's directory, so a run that was stopped, or still goes on, has a report too.
+Figures come from the run's directory alone, so a run that was stopped, or still goes on, has a report too.
 report.html stands alone: images, style and script are inside, and its policy forbids any request.
 """
 

@@ -1,1 +1,1 @@
-"""What speaks: the transformer, its KV cache, sampling, packing, LoRA, randomness."""
+"""What speaks: the transformer, its KV cache, sampling, packing, randomness, several processes."""

@@ -29,6 +29,17 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
     if not config.warm_start:
         return
     given = read_demonstrations(config, task)
+    for shown, messages in zip(given, as_rollouts(team, given).messages):
+        for j in (j for learner in learners for j in learner.agents):
+            length, most = (
+                len(team.render(j, shown.problem, messages, False).ids),
+                team.agents[j].model.config.max_positions,
+            )
+            if length > most:
+                where = f"{config.demonstrations}: transcript {shown.problem.id}"
+                raise UserError(
+                    f"{where} has {length:,} tokens for agent {j}, whose model has {most:,} positions"
+                )
     run.evaluate("untrained")
     for step in range(run.warm_steps_done, config.warm_start):
         lr = config.warm_start_lr * (1 - step / config.warm_start)

@@ -25,7 +25,8 @@ WARM_STEPS_BETWEEN_CHECKPOINTS = 10
 
 
 class Run:
-    """A context. However the block ends, the agents as they are then are saved, with a summary.
+    """A context. However the block ends, the agents as they are then are saved, with a summary. Several
+    processes, which hold a part of them each, save no agents after an error.
 
     Each process of a run has a Run and calls it alike, because evaluations and checkpoints are shared work.
     Only the first has files open. A new run that ends before its first evaluation removes its directory.
@@ -84,6 +85,10 @@ class Run:
         line |= {"delta": self.config.delta, "seconds_training": seconds}
         if measure := getattr(self.task, "measure", None):
             more |= measure(rollouts.problems, rollouts.messages)
+        try:
+            to_json(more)
+        except (TypeError, ValueError) as error:  # a tensor, or NaN in a list
+            raise UserError(f"`measure` of the task returns what JSON cannot hold: {error}") from None
         if taken := line.keys() & more.keys():
             raise UserError(f"`measure` of the task returns {', '.join(taken)}, which are logged already")
         self.updates += self._append(METRICS, [line | more])
@@ -233,7 +238,8 @@ def unused_name(config: Config) -> Path:
 def check_out(config: Config) -> None:
     """Raises UserError if --out holds anything but what a run leaves that is killed as it begins."""
     if config.out and not config.resume and Path(config.out).exists():
-        if any(path.stat().st_size and path.suffix != ".part" for path in Path(config.out).iterdir()):
+        found = [path for path in Path(config.out).iterdir() if path.suffix != ".part"]
+        if any(path.name not in LOGS or path.stat().st_size for path in found):
             raise UserError(f"--out {config.out} exists and is not empty; give another, or remove it first")
 
 
@@ -251,8 +257,11 @@ def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
                 for j, agent in enumerate(team.agents)]  # fmt: skip
     for j, agent in enumerate(team.agents):
         if agent.chat:
-            ids = str(team.render(j, problem, messages, add_generation_prompt=True).ids)
-            found[f"prompts of agent {j} (template, roles, date)"] = hashlib.sha256(ids.encode()).hexdigest()
+            ids = team.render(j, problem, messages, add_generation_prompt=True).ids
+            seen = f"{ids} {agent.tokenizer.hash} {sorted(agent.chat.end_tokens)}".encode()
+            found[f"prompts of agent {j} (tokenizer, template, roles, date)"] = hashlib.sha256(
+                seen
+            ).hexdigest()
     return found
 
 

@@ -1,1 +1,1 @@
-"""Experiments, and what makes the shipped models; each a program: `python -m teamtr_min.studies.NAME`."""
+"""Experiments, exact teams, and what makes the shipped models."""
