@@ -41,6 +41,26 @@ HASHES = """\
 {%- for m in messages %}{{ '### ' + m.role + '\\n' + m.content + eos_token + '\\n\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"""
 
+# Nothing stands behind a user's message, and both headers are special tokens that begin alike, as with R1.
+R1 = """\
+{{- bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}
+{{- '<\uff5cUser\uff5c>' + m.content }}{% else %}{{ '<\uff5cAssistant\uff5c>' + m.content + eos_token }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c>' }}{% endif %}"""
+
+
+def write_r1(directory, source):
+    """The tokenizer in `source` with R1's special tokens and template."""
+    raw = json.loads((source / "tokenizer.json").read_text())
+    for name in ("begin", "end", "User", "Assistant"):
+        number = max(token["id"] for token in raw["added_tokens"]) + 1
+        new = {"id": number, "content": f"<\uff5c{name}\uff5c>"}
+        raw["added_tokens"].append(raw["added_tokens"][0] | new)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    config = {"bos_token": "<\uff5cbegin\uff5c>", "eos_token": "<\uff5cend\uff5c>", "chat_template": R1}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
 
 def write_gpt2(directory):
     """Two line ends are one token, but not before a word; the post-processor takes spaces out of offsets."""
@@ -65,6 +85,8 @@ KINDS |= {
     "bytes, Llama 3": lambda d: write_bytes(d, LLAMA3_STYLE, bos=True),
     "bytes, no template": lambda d: write_bytes(d, bos=True),
     "bytes as GPT-2's": write_gpt2,
+    "bytes as GPT-2's, R1": lambda d: write_r1(d, write_gpt2(d)),
+    "Qwen2.5, R1": lambda d: write_r1(d, shared("qwen2.5-tokenizer")),
     "Qwen2.5": lambda d: shared("qwen2.5-tokenizer"),
     "stories260K": lambda d: shared("stories260K/hf_llama"),
     "a real model": lambda d: real_model(),

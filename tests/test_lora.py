@@ -116,7 +116,8 @@ NOT_PLAIN = {
     "lora_bias True": {"lora_bias": True}, "alpha_pattern {'q_proj': 1}": {"alpha_pattern": {"q_proj": 1}},
     "layers_to_transform [0]": {"layers_to_transform": [0]}, "peft_type None": {"peft_type": None},
     "modules_to_save ['norm']": {"modules_to_save": ["norm"]},
-    "use_next_years_idea 0.5": {"use_next_years_idea": 0.5},
+    "use_next_years_idea 0.5": {"use_next_years_idea": 0.5}, "another 0": {"another": 0},
+    "a_third 0.0": {"a_third": 0.0}, "init_lora_weights 1": {"init_lora_weights": 1},
 }  # fmt: skip
 
 
@@ -129,6 +130,41 @@ def test_what_is_not_known_to_mean_plain_lora_is_refused_by_name(tmp_path, base,
     assert len(loaded(file.parent)) == 1
     file.write_text(json.dumps(raw | NOT_PLAIN[reason]))
     assert refusal(loaded, file.parent) == f"{file}: not known to mean plain LoRA: {reason}"
+
+
+def edit(directory: Path, **fields):
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+V = "model.layers.0.self_attn.v_proj"
+DIFFER = {
+    "model.layers.0.mlp.down_proj, model.layers.0.self_attn.v_proj,": ["q_proj", "down_proj"],
+    "model.layers.1.self_attn.q_proj, model.layers.2.self_attn.q_proj": r".*\.(0\.self_attn\.q|v)_proj",
+    "lm_head": ["q_proj", "v_proj", "lm_head"], "model.layers.0.self_attn.q_proj,": None,
+    V: ["q_proj", *(V.replace("0", n) for n in "12")], ".mlp.gate_proj": "all-linear",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", DIFFER)
+def test_an_adapter_whose_tensors_are_others_than_its_target_modules_is_refused(tmp_path, base, reason):
+    by_peft(base, tmp_path / "adapter")
+    edit(tmp_path / "adapter", target_modules=["self_attn.q_proj", "v_proj", "absent"])
+    assert len(loaded(tmp_path / "adapter")) == 1
+    edit(tmp_path / "adapter", target_modules=DIFFER[reason])
+    sentence = refusal(loaded, tmp_path / "adapter")
+    assert "target_modules and tensors differ in " in sentence and reason in sentence
+
+
+@pytest.mark.parametrize("fields", [
+    {"r": "2"}, {"r": None}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "7"},
+])  # fmt: skip
+def test_the_size_of_an_adapter_is_a_number(tmp_path, base, fields):
+    by_peft(base, tmp_path / "adapter")
+    edit(tmp_path / "adapter", **fields)
+    assert "r must be a positive whole number and lora_alpha a number" in refusal(
+        loaded, tmp_path / "adapter"
+    )
 
 
 def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):

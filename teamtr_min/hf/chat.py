@@ -156,6 +156,10 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
         self.tokenizer, self.date = tokenizer, datetime.date.fromisoformat(date)
+        self._refusal = (
+            f"no team can talk by the chat template of {tokenizer.directory}: it does not treat messages "
+            "alike wherever they stand, or does not end an assistant's message with a special token"
+        )
         between, footer = tokenizer.between, self._behind_first()
         turns = [("user", MARK), ("assistant", MARK), ("user", MARK)] * 2
         gaps = self._render(turns, prompt=True).split(MARK)[1:]
@@ -165,20 +169,15 @@ class ChatFormat:
             closing = to_user.removesuffix(user_header)
             parts = [footer + header, closing + user_header, footer + user_header]
             self.header, self.user_header, self.footer, self.closing = header, user_header, footer, closing
-            # Behind every message stand these characters, whoever writes the next one.
-            self.next = os.path.commonprefix([user_header, header])
-            self.user_footer = between("x", footer, self.next)
-            self.end_of_message, *self.assistant_footer = between("x", closing, self.next)
+            self.user_footer = self._ending("x", footer)
+            self.end_of_message, *self.assistant_footer = self._ending("x", closing)
             headers = header, user_header + "A:\n"
             ids, again = ([between("x" + end, h) for h in headers] for end in (footer, closing))
             alike = header and gaps == [*parts, *parts[:2], parts[0]] and ids == again
         except ValueError:  # too few parts, or a token reaches across the end of one
             alike = False
         if not alike or self.end_of_message not in tokenizer.special_ids:  # else mere text could hold its end
-            raise UserError(
-                f"no team can talk by the chat template of {tokenizer.directory}: it does not treat messages "
-                "alike wherever they stand, or does not end an assistant's message with a special token"
-            )
+            raise UserError(self._refusal)
         self.assistant_header = ids[0]
         self.end_tokens = frozenset([self.end_of_message, *tokenizer.end_ids])
 
@@ -193,7 +192,7 @@ class ChatFormat:
         text = self._render(turns, prompt=True).removesuffix(self.header)
         # A checkpoint's own template writes its BOS. ChatML does not, so there the tokenizer adds it.
         start = tokenizer.start if tokenizer.template is None else []
-        return (*start, *tokenizer.between("", text, self.next))
+        return (*start, *self._ending("", text))
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
     def teammate(self, name: str, text: str) -> list[int]:
@@ -220,7 +219,18 @@ class ChatFormat:
         """A message given as text: header, content, which the template may trim, end token and footer."""
         turns = (role, self.tokenizer.mere(content)), ("user", MARK)
         part = self._behind_first(*turns).removeprefix(self.footer).rpartition(MARK)[0]
-        return self.tokenizer.between("x" + self.footer, part.removesuffix(self.user_header), self.next)
+        return self._ending("x" + self.footer, part.removesuffix(self.user_header))
+
+    def _ending(self, before: str, text: str) -> list[int]:
+        """Ids of `text` behind `before`, up to the end of a message. Raises UserError where they depend on
+        who writes the next one."""
+        try:
+            ids, again = (self.tokenizer.between(before, text, h) for h in (self.header, self.user_header))
+        except ValueError:  # a token reaches across the end
+            ids, again = [], None
+        if ids != again:
+            raise UserError(self._refusal)
+        return ids
 
     def _behind_first(self, *turns: tuple[str, str]) -> str:
         """What the template writes behind the content of a first message when `turns` follow it."""

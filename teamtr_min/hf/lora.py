@@ -10,6 +10,7 @@ gradients; masters, Adam, snapshots and checkpoints follow from that. On disk an
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teamtr_min.engine import rng
-from teamtr_min.engine.model import FUSED, Transformer
+from teamtr_min.engine.model import FUSED, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf import weights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block
 WEIGHTS = "adapter_model.safetensors"
 _NAME = "base_model.model.{}.weight".format  # our name -> PEFT's
-# Fields of adapter_config.json that change no logit, then those that must have one of these values. In plain
-# LoRA all others are false or empty.
+# Fields of adapter_config.json that are read below or change no logit, then those that must have one of these
+# values. In plain LoRA all others are false or empty.
 _INERT = set(
     "auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout megatron_core peft_version "
     "qalora_group_size r revision target_modules task_type".split()
@@ -118,6 +119,13 @@ def load_models(
         if base != directory:
             fault = f"{file} does not hold the adapter of its {weights.ADAPTER_CONFIG}"
             weights.check_shapes(weights.shapes(file), {_NAME(name): p for name, p in parts.items()}, fault)
+            names = "lm_head.weight", *checkpoint_tensors(bases[base])  # a tied head is a layer to PEFT, too
+            layers = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+            asked = _asked(read_json(directory / weights.ADAPTER_CONFIG).get("target_modules"), layers)
+            if odd := asked ^ {name.rpartition(".")[0] for name in parts}:
+                raise UserError(
+                    f"{fault}: target_modules and tensors differ in {weights.listing(sorted(odd))}"
+                )
         for name, p in parts.items():
             if base != directory:
                 p.copy_(weights.read(file, _NAME(name)))
@@ -137,15 +145,27 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
     if not path.is_file():
         return Adapter(name, rank, alpha) if rank else None
     raw = {"peft_type": "none"} | read_json(path)
-    odd = [key for key, value in raw.items() if key not in _INERT and value not in _PLAIN.get(key, _UNSET)]
+    plain = {key: [*map(repr, _PLAIN.get(key, _UNSET))] for key in raw}  # as text, or 0 would be False
+    odd = [key for key, value in raw.items() if key not in _INERT and repr(value) not in plain[key]]
     if odd:
         shown = weights.listing([f"{key} {raw[key]!r}" for key in odd])
         raise UserError(f"{path}: not known to mean plain LoRA: {shown}")
+    if type(raw.get("r")) is not int or raw["r"] < 1 or type(raw.get("lora_alpha")) not in (int, float):
+        raise UserError(f"{path}: r must be a positive whole number and lora_alpha a number")
     if rank not in (0, raw["r"]):
         raise UserError(f"--lora-rank is {rank}, but {directory} is an adapter of rank {raw['r']}")
     held = {name.split(".")[-3] for name in weights.shapes(directory / WEIGHTS) if name.count(".") > 3}
     targets = tuple(target for target in TARGETS if target in held)  # target_modules may be a pattern
     return Adapter(weights.find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), targets)
+
+
+def _asked(targets: str | list[str] | None, layers: set[str]) -> set[str]:
+    """Those of `layers` that target_modules names, as PEFT reads it: a pattern, or ends of names."""
+    if targets == "all-linear":
+        targets = TARGETS
+    if isinstance(targets, str):
+        return {layer for layer in layers if re.fullmatch(targets, layer)}
+    return {layer for layer in layers for target in targets or () if f".{layer}".endswith(f".{target}")}
 
 
 def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
