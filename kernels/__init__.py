@@ -1,7 +1,6 @@
 """The heavy operations in Triton, each with its plain torch reference.
 
-TEAMTR_KERNELS=auto|triton|torch says which runs; auto takes Triton where it can run. TRITON_INTERPRET=1 runs
-the kernels themselves on a CPU, slowly.
+TEAMTR_KERNELS=auto|triton|torch says which runs. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly.
 """
 
 from kernels.launch import use_triton

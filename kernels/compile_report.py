@@ -2,9 +2,9 @@
 
     python -m kernels.compile_report [hidden sizes, such as 64 1536]
 
-Triton brings its own assembler, so a machine without a GPU builds the code that an A100 (sm_80), H100 (sm_90)
-or B200 (sm_100) would run. The product's own functions are called on tensors without storage, and each launch
-is compiled instead of started. Exit code 1 if a kernel does not compile or spills registers.
+A machine without a GPU builds the code that an A100 (sm_80), H100 (sm_90) or B200 (sm_100) would run: the
+product's own functions are called on tensors without storage, and each launch is compiled instead of started.
+Exit code 1 if a kernel does not compile or spills registers.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -27,8 +28,7 @@ HEADS = {64: (4, 2, 16), 896: (14, 2, 64), 1536: (12, 2, 128), 2048: (16, 2, 128
 N, B, V = 16384, 256, 151936  # tokens of a training step, rows of a decode step, vocabulary
 
 
-def calls(H: int) -> list[tuple]:
-    """(function, arguments) of all that training and decoding with a model of this size start."""
+def calls(H: int) -> list[tuple]:  # (function, arguments) of training and decoding with this hidden size
     Q, K, D = HEADS[H]
     empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     ids, floats = empty(N, dtype=torch.int64), empty(N, dtype=torch.float32)
@@ -52,14 +52,12 @@ def calls(H: int) -> list[tuple]:
 def main() -> int:
     spills = {}
 
-    def build(kernel, programs, *arguments, **options):
-        """In the place of `launch.start`."""
+    def build(kernel, programs, *arguments, **options):  # in the place of `launch.start`
         built = kernel.warmup(*arguments, grid=(programs,), **options)
         if built.hash in spills:  # one build serves every H, or every ratio
             return
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
+            Path(file.name).write_bytes(built.asm["cubin"])
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
@@ -70,8 +68,8 @@ def main() -> int:
         module.start, module.use_triton = build, lambda tensor: True
     for arch in (80, 90, 100):
         torch.cuda.get_device_capability = lambda device, major=arch // 10: (major, 0)
-        answers = {"target": GPUTarget("cuda", arch, 32), "device": arch, "stream": 0}
-        driver = {f"get_current_{name}": lambda *_, value=value: value for name, value in answers.items()}
+        current = {"target": GPUTarget("cuda", arch, 32), "device": arch, "stream": 0}
+        driver = {f"get_current_{name}": lambda *_, value=value: value for name, value in current.items()}
         triton.runtime.driver.set_active(SimpleNamespace(**driver))
         for H in map(int, sys.argv[1:] or HEADS):
             for function, x, *others in calls(H):

@@ -8,9 +8,8 @@ B rows with one new token each, Q query heads, K key and value heads, D head siz
 
 All is bound by memory. A layer reads each live cache entry once, 4 K D bytes a position in bf16: 256 rows at
 1,024 positions of Qwen2.5-1.5B are 268 MB, 89 microseconds at 3 TB/s. A draw reads its 4 V bytes of logits
-twice: 0.31 GB for 256 rows, 104 microseconds.
-
-A row has the same bits in every batch. No launch depends on how long rows are, so a step can be a CUDA graph.
+twice: 0.31 GB for 256 rows, 104 microseconds. A row has the same bits in every batch. No launch depends on
+how long rows are, so a step can be a CUDA graph.
 """
 
 import math
@@ -33,8 +32,7 @@ def decode_attend(
     keys, values,  # in and out: (rows, K, capacity, D)
     partial, most, total,  # out: (B, K, splits, GROUP, D), (B, K, splits, GROUP) twice, fp32
     eps, K, capacity, splits, scale,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One split of the positions that a row sees through one key head, for the GROUP queries that share it:
     the largest score, and sums of the weights 2^(score - most) and of values with these weights."""
@@ -46,8 +44,7 @@ def decode_attend(
         g, one, d = tl.arange(0, HEADS), tl.arange(0, 1), tl.arange(0, WIDE)
         new, cos, sin = qkv + row * (GROUP + 2) * K * D, cos + position * D, sin + position * D
         q = turned(new + head * GROUP * D, g, GROUP, cos, sin, q_norm, eps, D, WIDE)  # (HEADS, WIDE)
-        if UPCAST:
-            q = q.to(tl.float32)
+        q = q.to(tl.float32) if UPCAST else q
         if split == position // SPLIT:  # the new token is this program's, and goes into the cache
             new_k = turned(new + (GROUP * K + head) * D, one, 1, cos, sin, k_norm, eps, D, WIDE)  # (1, WIDE)
             new_v = tl.load(new + ((GROUP + 1) * K + head) * D + d, mask=d < D, other=0.0)[None, :]
@@ -56,17 +53,14 @@ def decode_attend(
             tl.store(values + place, new_v, mask=d[None, :] < D)
             tl.debug_barrier()  # all threads of the program read it below
         m = tl.full((HEADS,), float("-inf"), tl.float32)
-        weights = tl.zeros((HEADS,), tl.float32)
-        sums = tl.zeros((HEADS, WIDE), tl.float32)
+        weights, sums = tl.zeros((HEADS,), tl.float32), tl.zeros((HEADS, WIDE), tl.float32)
         for first in range(0, SPLIT, TILE):
             t = split * SPLIT + first + tl.arange(0, TILE)
             if split * SPLIT + first <= position:
                 entry = (pair * capacity + t[:, None]) * D + d[None, :]
                 there = (t <= position)[:, None] & (d[None, :] < D)
-                k = tl.load(keys + entry, mask=there, other=0.0)
-                v = tl.load(values + entry, mask=there, other=0.0)
-                if UPCAST:
-                    k, v = k.to(tl.float32), v.to(tl.float32)
+                k = tl.load(keys + entry, mask=there, other=0.0).to(q.dtype)
+                v = tl.load(values + entry, mask=there, other=0.0).to(q.dtype)
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (HEADS, TILE)
                 score = tl.where((t <= position)[None, :], score, float("-inf"))
                 larger = tl.maximum(m, tl.max(score, 1))
@@ -108,12 +102,10 @@ def attend_cached(
     norms: tuple[Tensor, ...] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """One new token a row goes into the cache and attends to positions 0..at of its row -> (B, Q * D).
-
     qkv (B, (Q + 2K) * D), what a layer's projection gives; cos and sin (positions, 1, D) as model.rope_table
     has them; keys and values (rows, K, capacity, D), of which the first B rows are written at `at` (B,)
-    int64; norms: weights of the queries' and the keys' norm, (D,) each, with `eps`. `Decode._attend` in
-    engine/decode.py does the same in plain torch.
-    """
+    int64; norms: weights of the queries' and the keys' norm, (D,) each, with `eps`. engine/decode.py's
+    `Decode._attend` is the reference."""
     (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
     heads, splits = width // D - 2 * K, triton.cdiv(capacity, SPLIT)
     partial = qkv.new_empty(B * heads * splits, D, dtype=torch.float32)
@@ -130,8 +122,7 @@ def attend_cached(
 
 
 def draw_reference(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if temperature not in (0, 1):
-        logits = logits / temperature
+    logits = logits if temperature in (0, 1) else logits / temperature
     p = logits.softmax(-1)  # (B, V)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)  # (B, 1)
@@ -148,8 +139,7 @@ def decode_draw(
     token, logprob,  # out: (B,) int64 and fp32
     V, scale, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """One row: the largest logit and the sum of e^(logit - largest), then the token at which as much of that
-    sum has passed as the draw says."""
+    """One row: the sum of e^(logit - largest), then the token at which as much of it has passed as u says."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     top, whole = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
@@ -161,8 +151,7 @@ def decode_draw(
         whole = tl.where(whole == 0.0, 0.0, whole * tl.exp(top - larger)) + tl.sum(e, 0)
         top = larger
     target, passed = tl.load(uniform + row) * whole, tl.zeros((), tl.float32)
-    last = tl.zeros((), tl.int32)
-    chosen = last + V
+    last, chosen = tl.zeros((), tl.int32), tl.zeros((), tl.int32) + V
     for first in range(0, V, STRIP):
         v = first + tl.arange(0, STRIP)
         z = tl.load(logits + v, mask=v < V, other=float("-inf")) * scale
@@ -177,11 +166,8 @@ def decode_draw(
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the cumulative distribution, and its log-prob.
-
-    logits (B, V) fp32, uniform (B,) fp32 in [0, 1) -> tokens (B,) int64, log-probs (B,) fp32. Temperature 0
-    is the argmax, with its log-prob at temperature 1.
-    """
+    """logits (B, V) fp32, uniform (B,) fp32 in [0, 1) -> one token a row, (B,) int64, and log-probs (B,)
+    fp32. Temperature 0 is the argmax, with its log-prob at temperature 1."""
     if temperature == 0 or not use_triton(logits):
         return draw_reference(logits, uniform, temperature)
     (B, V), logits, uniform = logits.shape, logits.contiguous(), uniform.contiguous()

@@ -11,8 +11,9 @@ try:
     import triton
     import triton.language as tl
     import triton.tools.tensor_descriptor  # which `import triton` leaves out
+    from triton import jit
 except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only the torch references run
-    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+    triton, tl, jit = None, SimpleNamespace(constexpr=lambda value: value), lambda kernel: kernel
 
 # Triton reads TRITON_INTERPRET=1, which makes every kernel a Python function on CPU tensors, when a kernel is
 # defined: it has to be set before this package is imported.
@@ -20,16 +21,9 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 launches: Counter[str] = Counter()  # kernel name -> times started in this process
 
 
-def jit(kernel):
-    """triton.jit, where there is Triton."""
-    return kernel if triton is None else triton.jit(kernel)
-
-
 def use_triton(tensor: Tensor) -> bool:
-    """Whether the kernels handle `tensor`: wherever they can, unless TEAMTR_KERNELS=torch.
-
-    TEAMTR_KERNELS=triton insists: it raises ValueError where `auto`, the default, takes the torch reference.
-    """
+    """Whether the kernels handle `tensor`: wherever they can, unless TEAMTR_KERNELS=torch. Where they cannot,
+    TEAMTR_KERNELS=triton raises ValueError, and `auto`, the default, takes the torch reference."""
     mode = os.environ.get("TEAMTR_KERNELS") or "auto"
     if mode not in ("auto", "triton", "torch"):
         raise ValueError(f"TEAMTR_KERNELS is {mode!r}; it must be auto, triton or torch")

@@ -5,15 +5,14 @@
     entropy[t] = lse[t] - sum_v z[t, v] exp(z[t, v] - lse[t])
     dL/dz[t, v] = g[t] (1[v = target[t]] - exp(z[t, v] - lse[t])),  g = dL/dlogp
 
-hidden (N, H) and weight (V, H) are bf16 or fp32; z comes from fp32 accumulators: bf16 logits are off by 2e-2,
-which over a message of 256 tokens is more than a trust region.
+z comes from fp32 accumulators: bf16 logits are off by 2e-2, over 256 tokens more than a trust region.
 
 F = 2 N H V FLOPs forward; backward makes z again, and from it dX = dZ W and dW = dZ^T X: 4F both ways. At
 N 16,384, H 1,536, V 151,936 and 790 TFLOP/s of dense bf16 the floor is 9.7 ms forward and 38.7 ms both ways.
 
-Forward: one program walks a block of rows through one strip of the vocabulary; the strips of a row are merged
-in order. Rows share nothing, so a log-prob has the same bits in every batch. Backward: for one chunk of the
-vocabulary at a time a kernel writes dZ; the vendor's matrix products turn it into dW and dX.
+Forward: one program walks a block of rows through one strip of the vocabulary; strips are merged in order, so
+a log-prob has the same bits in every batch. Backward: a kernel writes dZ, one chunk of the vocabulary at a
+time, and the vendor's matrix products turn it into dW and dX.
 """
 
 import math
@@ -144,16 +143,12 @@ def logprob_dlogits(
 
 
 def operands(hidden: Tensor, weight: Tensor) -> tuple[tuple, dict]:
-    """hidden and weight as `_product` reads them, and the pinned options of a kernel that calls it: never
-    chosen by N, so that a row's sums are added in the same order in every batch. fp32 is exact, without
-    tensor cores."""
+    """hidden and weight as `_product` reads them, and the options of a kernel that calls it: never chosen by
+    N, so that a row's sums have the same order in every batch. fp32 is exact, without tensor cores."""
     major = 9 if hidden.device.type == "cpu" else torch.cuda.get_device_capability(hidden.device)[0]
-    tma = major in (9, 10) and all(  # which reads rows that begin at multiples of 16 bytes
-        x.stride(1) == 1
-        and x.stride(0) >= x.shape[1]
-        and x.stride(0) * x.itemsize % 16 == x.data_ptr() % 16 == 0
-        for x in (hidden, weight)
-    )
+    dense = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in (hidden, weight))
+    aligned = all(x.stride(0) * x.itemsize % 16 == x.data_ptr() % 16 == 0 for x in (hidden, weight))
+    tma = major in (9, 10) and dense and aligned  # TMA reads rows that begin at multiples of 16 bytes
     # The compiler unrolls a loop of one step over H (on sm_100, of three), and a full tile would then spill.
     short = hidden.shape[1] <= (192 if major == 10 else 64)
     rows, columns, depth, stages = 64 if short else 128, 256 if tma else 128, 64, 4 if tma else 3
@@ -168,7 +163,6 @@ def operands(hidden: Tensor, weight: Tensor) -> tuple[tuple, dict]:
 
 
 def strips_triton(hidden, weight, targets, temperature, entropy, chosen):
-    """The same for strips of the vocabulary, by the kernel."""
     (N, V), strips = (len(hidden), len(weight)), triton.cdiv(len(weight), STRIP)
     lse, (pair, tile) = chosen.new_empty(strips, N), operands(hidden, weight)
     mean_z = torch.empty_like(lse) if entropy else None
@@ -178,7 +172,6 @@ def strips_triton(hidden, weight, targets, temperature, entropy, chosen):
 
 
 def dlogits_triton(hidden, weight, targets, lse, grad, part, temperature):
-    """dL / d(logits before the temperature) of one chunk of the vocabulary, (N, chunk) in hidden's dtype."""
     N, V, width = len(hidden), len(weight), part.stop - part.start
     dtype = torch.float32 if INTERPRETED else hidden.dtype  # the interpreter truncates what it stores as bf16
     dz = torch.empty(N, -(-width // 64) * 64, dtype=dtype, device=hidden.device)[:, :width]  # aligned rows
@@ -228,9 +221,8 @@ class _Logprob(torch.autograd.Function):
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """hidden (N, H), weight (V, H), targets (N,) integers -> log-probs (N,) fp32 at `temperature`.
 
-    hidden and weight are both bf16 or both fp32, in any layout; N may be 0. What does not fit raises
-    ValueError, but on CUDA, where looking would stall the stream, a target outside 0..V-1 has log-prob NaN.
-    """
+    hidden and weight are both bf16 or both fp32. What does not fit raises ValueError, but on CUDA, where
+    looking would stall the stream, a target outside 0..V-1 has log-prob NaN."""
     return linear_logprob_stats(hidden, weight, targets, temperature)[0]
 
 

@@ -9,8 +9,8 @@ for ratio "message"; "mean" divides the first term by the message's length, "tok
 teamtr_min.objective.teamtr_loss is the reference, in plain torch, and documents arguments and results.
 
 N tokens, M messages, A agents. Forward: one program per message walks its tokens, then one per agent walks
-all messages. No atomics: the same bits in every run. The kernels are launch-bound: with 36 bytes a token,
-16,384 tokens take 0.2 microseconds at 3 TB/s, where one launch costs about 5.
+all messages. No atomics: the same bits in every run. With 36 bytes a token, 16,384 tokens take 0.2
+microseconds at 3 TB/s, where one launch costs about 5.
 """
 
 import torch
@@ -27,8 +27,7 @@ BLOCK = 256
 
 
 @jit
-def _clamp(x, low, high):
-    """It lets NaN through, so that a diverged loss shows."""
+def _clamp(x, low, high):  # lets NaN through, so that a diverged loss shows
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
@@ -186,9 +185,8 @@ def trust_region_loss(
     """teamtr_min.objective.teamtr_loss in fp32 by the kernels, on CUDA or in Triton's interpreter.
 
     logp (N,) carries the gradient. The ids in `message` (N,) must ascend; slots to ignore, -1, may stand
-    anywhere and hold anything. What does not fit raises ValueError, but wrong ids make the loss NaN: looking
-    at them would stall the stream.
-    """
+    anywhere. What does not fit raises ValueError, but wrong ids make the loss NaN: looking would stall the
+    stream."""
     if ratio not in RATIOS or kl_unit not in KL_UNITS:
         raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)
