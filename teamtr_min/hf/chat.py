@@ -80,11 +80,11 @@ class Tokenizer:
 
     def between(self, before: str, text: str, after: str = "") -> list[int]:
         """Ids of `text` where it stands between `before` and `after`, as if all three were encoded at once.
-        Raises ValueError where a token reaches across an end of `text`."""
+        Raises UserError where a token reaches across an end of `text`."""
         encoding = self.backend.encode(before + text + after, add_special_tokens=False)
         low, high = len(before), len(before) + len(text)
         if any(start < edge < stop for start, stop in encoding.offsets for edge in (low, high)):
-            raise ValueError(f"a token reaches across an end of {text!r}")
+            raise UserError(f"{self.directory}: a token reaches across an end of {text[-60:]!r}")
         return [i for i, (start, _) in zip(encoding.ids, encoding.offsets) if low <= start < high]
 
     def mere(self, text: str) -> str:
@@ -156,10 +156,6 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
         self.tokenizer, self.date = tokenizer, datetime.date.fromisoformat(date)
-        self._refusal = (
-            f"no team can talk by the chat template of {tokenizer.directory}: it does not treat messages "
-            "alike wherever they stand, or does not end an assistant's message with a special token"
-        )
         between, footer = tokenizer.between, self._behind_first()
         turns = [("user", MARK), ("assistant", MARK), ("user", MARK)] * 2
         gaps = self._render(turns, prompt=True).split(MARK)[1:]
@@ -174,10 +170,13 @@ class ChatFormat:
             headers = header, user_header + "A:\n"
             ids, again = ([between("x" + end, h) for h in headers] for end in (footer, closing))
             alike = header and gaps == [*parts, *parts[:2], parts[0]] and ids == again
-        except ValueError:  # too few parts, or a token reaches across the end of one
+        except (ValueError, UserError):  # too few parts, or a token reaches across the end of one
             alike = False
         if not alike or self.end_of_message not in tokenizer.special_ids:  # else mere text could hold its end
-            raise UserError(self._refusal)
+            raise UserError(
+                f"no team can talk by the chat template of {tokenizer.directory}: it does not treat messages "
+                "alike wherever they stand, or does not end an assistant's message with a special token"
+            )
         self.assistant_header = ids[0]
         self.end_tokens = frozenset([self.end_of_message, *tokenizer.end_ids])
 
@@ -208,7 +207,7 @@ class ChatFormat:
         between, text = self.tokenizer.between, self.tokenizer.mere(text)
         try:
             return between("x" + self.footer + self.header, text, self.closing)
-        except ValueError:  # encoded at once, it would share a token with the header
+        except UserError:  # encoded at once, it would share a token with the header
             return between("x", text, self.closing)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
@@ -222,14 +221,10 @@ class ChatFormat:
         return self._ending("x" + self.footer, part.removesuffix(self.user_header))
 
     def _ending(self, before: str, text: str) -> list[int]:
-        """Ids of `text` behind `before`, up to the end of a message. Raises UserError where they depend on
-        who writes the next one."""
-        try:
-            ids, again = (self.tokenizer.between(before, text, h) for h in (self.header, self.user_header))
-        except ValueError:  # a token reaches across the end
-            ids, again = [], None
+        """Ids of `text`, which ends a message. Raises UserError where they depend on who writes the next."""
+        ids, again = (self.tokenizer.between(before, text, h) for h in (self.header, self.user_header))
         if ids != again:
-            raise UserError(self._refusal)
+            raise UserError(f"{self.tokenizer.directory}: what follows changes the ids of {text[-60:]!r}")
         return ids
 
     def _behind_first(self, *turns: tuple[str, str]) -> str:

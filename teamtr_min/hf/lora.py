@@ -33,8 +33,9 @@ _INERT = set(
     "auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout megatron_core peft_version "
     "qalora_group_size r revision target_modules task_type".split()
 )
-_UNSET = [None, False, "", [], {}]
-_PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [None, True, False, "gaussian"]}
+_UNSET = [*map(repr, [None, False, "", [], {}])]  # as text, for 0 equals False
+_PLAIN = {"peft_type": ["'LORA'"], "bias": ["'none'"]}
+_PLAIN["init_lora_weights"] = ["None", "True", "False", "'gaussian'"]
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,14 @@ def load_models(
         if base != directory:
             fault = f"{file} does not hold the adapter of its {weights.ADAPTER_CONFIG}"
             weights.check_shapes(weights.shapes(file), {_NAME(name): p for name, p in parts.items()}, fault)
-            names = "lm_head.weight", *checkpoint_tensors(bases[base])  # a tied head is a layer to PEFT, too
-            layers = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-            asked = _asked(read_json(directory / weights.ADAPTER_CONFIG).get("target_modules"), layers)
-            if odd := asked ^ {name.rpartition(".")[0] for name in parts}:
-                raise UserError(
-                    f"{fault}: target_modules and tensors differ in {weights.listing(sorted(odd))}"
-                )
+            modules = read_json(directory / weights.ADAPTER_CONFIG).get("target_modules") or []
+            modules = [*TARGETS] if modules == "all-linear" else modules
+            if isinstance(modules, list):  # of ends of names; else it is a pattern
+                modules = rf"(.*\.)?({'|'.join(re.escape(str(name)) for name in modules)})"
+            layers = {name.rpartition(".")[0] for name in checkpoint_tensors(bases[base])} | {"lm_head"}
+            asked = {layer for layer in layers if re.fullmatch(modules, layer)}
+            if odd := sorted(asked ^ {name.rpartition(".")[0] for name in parts}):
+                raise UserError(f"{fault}: target_modules and tensors differ in {weights.listing(odd)}")
         for name, p in parts.items():
             if base != directory:
                 p.copy_(weights.read(file, _NAME(name)))
@@ -145,8 +147,7 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
     if not path.is_file():
         return Adapter(name, rank, alpha) if rank else None
     raw = {"peft_type": "none"} | read_json(path)
-    plain = {key: [*map(repr, _PLAIN.get(key, _UNSET))] for key in raw}  # as text, or 0 would be False
-    odd = [key for key, value in raw.items() if key not in _INERT and repr(value) not in plain[key]]
+    odd = [k for k, value in raw.items() if k not in _INERT and repr(value) not in _PLAIN.get(k, _UNSET)]
     if odd:
         shown = weights.listing([f"{key} {raw[key]!r}" for key in odd])
         raise UserError(f"{path}: not known to mean plain LoRA: {shown}")
@@ -157,15 +158,6 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
     held = {name.split(".")[-3] for name in weights.shapes(directory / WEIGHTS) if name.count(".") > 3}
     targets = tuple(target for target in TARGETS if target in held)  # target_modules may be a pattern
     return Adapter(weights.find_base(directory)[1], raw["r"], float(raw["lora_alpha"]), targets)
-
-
-def _asked(targets: str | list[str] | None, layers: set[str]) -> set[str]:
-    """Those of `layers` that target_modules names, as PEFT reads it: a pattern, or ends of names."""
-    if targets == "all-linear":
-        targets = TARGETS
-    if isinstance(targets, str):
-        return {layer for layer in layers if re.fullmatch(targets, layer)}
-    return {layer for layer in layers for target in targets or () if f".{layer}".endswith(f".{target}")}
 
 
 def save_adapter(model: Transformer, adapter: Adapter, directory: Path) -> None:
