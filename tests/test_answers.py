@@ -54,11 +54,25 @@ def lines(file: str) -> list[dict]:
     ("so #### Paris", "Paris"), ("#### $18 per day\n\nThat is all.", "$18 per day"),
     # "answer is" in front of something else
     ("The answer is: $1,234.50. Good.", "$1,234.50"), ("the final ANSWER is 3.5 metres", "3.5 metres"),
-    ("The answer is\n\n5", "5"), ("The answer is therefore **18**!", "18"), ("The answer is blue.", "blue"),
+    ("The answer is\n\n5", "5"), ("The answer is therefore **18**!", "18"), ("The answer is blue.", None),
     ("The answer is 18, which is correct.", "18"), ("The answer is 18 (see above), so I agree.", "18"),
     ("I agree, the answer is right.", None), ("The answer is already correct: nothing to change.", None),
     ("The answer is 18. The answer is not 17.", "18"), ("The answer is what was written above.", None),
     ("The answer is indeed correct, 9 * 2 is 18.", None), ("The answer isn't 17", None), ("", None),
+    # words count where they look like a name or a choice
+    *((f"I agree, the answer is {words}.", None) for words in (
+        "sound", "spot on", "perfect", "great", "proven", "identical", "beyond doubt", "no better",
+    )),
+    ("The answer is 18. Everyone agrees the answer is plausible.", "18"), ("#### blue", "blue"),
+    ('The answer is "blue".', "blue"), ("The answer is: **blue**", "blue"), ("**The answer is blue**", None),
+    ("The answer is therefore Paris, the capital.", "Paris"), ("The answer is no, it does not.", "no"),
+    ("The answer is sqrt(2).", "sqrt(2)"), ("The answer is pi.", "pi"), ("the answer is b", "b"),
+    # a clause behind a comma is no part of it, a list is
+    ("The answer is 18, not 17.", "18"), ("The answer is 18; I have checked it twice.", "18"),
+    ("My answer is 7, your answer is wrong.", "7"), ("The answer is therefore equal to 18.", "18"),
+    (r"The answer is \frac{1}{2}, i.e. one half.", r"\frac{1}{2}"), ("The answer is 12, a dozen.", "12"),
+    ("The answer is 1, 2 and 3.", "1, 2 and 3"), ("The answer is x = 1, y = 2.", "x = 1, y = 2"),
+    ("The answer is 5, or 6.", "5, or 6"), ("The answer is (2, pi).", "(2, pi)"),
 ])  # fmt: skip
 def test_the_answer_that_a_text_states(text, answer):
     assert extract_answer(text) == answer

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from teamtr_min.tasks.equivalence import equivalent
 
-RULES = 5  # counts up when a verdict may change; part of a run's fingerprint
+RULES = 6  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
 BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 
@@ -20,10 +20,12 @@ BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*+\{|\\?[{}]")
 _TAKES_BACK = re.compile(r"(?i)\b(?:no|not|wait|actually|instead|wrong|mistake|sorry)\b")
 _HASHES = re.compile(r"(?i)(?<!#)####(?!#)[ \t*]*+(?:(?:the )?(?:final )?answer(?: is)?\b[ :*]*)?([^\n]*+)")
-_SAYS = re.compile(r"(?i)\banswer\s++is\b\s*+:?\s*+((?:[^\n.]|\.(?=\d))++)")
+_CLAUSE = r" (?:not\b|I\b|i\.e|e\.g|(?:an?|(?!(?:and|or)\b)[a-z']{2,}+) [a-z]{2})"  # behind a comma
+_SAYS = re.compile(rf"\b(?i:answer\s++is)\b\s*+:?\s*+((?:[^\n.,;]|\.(?=\d)|[,;](?!{_CLAUSE}))++)")
+_CHOICE = re.compile(r"(?:yes|no|true|false)$|(?:pi|sqrt|sin|cos|tan|log|ln|exp|infinity)\b")
 _LEADS_UP = re.compile(
     r"(?i)(?:[\s*_:`\"]|(?:also|still|therefore|thus|hence|then|now|so|indeed|again|simply|just|exactly|"
-    r"about|approximately)\b)*+"
+    r"about|approximately|equal to)\b)*+"
 )
 _ASIDE = re.compile(r",? (?:which|because|since|as|so|but|and (?:it|that|this|we|the|so))\b.*| \([a-z]{2}.*")
 _MATHS = re.compile(  # at the beginning; not the heading "2. Check"
@@ -42,7 +44,7 @@ def extract_answer(text: str) -> str | None:
     Of one kind the last counts. The heading `#### Check` and "the answer is right" state none."""
     end, hashes = len(text.rstrip()), [(_value(m[1]), m.end()) for m in _HASHES.finditer(text)]
     hashes = [said for said, at in hashes if said and (_MATHS.match(said) or at >= end)]
-    sayings = [said for m in _SAYS.finditer(text) if (said := _value(m[1]))]
+    sayings = [said for m in _SAYS.finditer(text) if (said := _value(m[1], prose=True))]
     stated = _boxes(text) or hashes or sayings
     return stated[-1] if stated else None
 
@@ -61,11 +63,14 @@ def _boxes(text: str) -> list[str]:
     return found
 
 
-def _value(said: str) -> str | None:
-    """`said` without what leads up to a value or follows it; None where no value is said."""
-    said = _ASIDE.sub("", _LEADS_UP.sub("", said, count=1), count=1).strip(' \t*_`"!,;:#')
+def _value(text: str, prose: bool = False) -> str | None:
+    """`text` without what leads up to a value or follows it; None where no value is said. In prose words are
+    one where they look like a name or a choice: Paris, **blue**, yes."""
+    said = _ASIDE.sub("", _LEADS_UP.sub("", text, count=1), count=1).strip(' \t*_`"!,;:#')
     words = re.findall(r"[^\s,:;]+", said.lower())
-    is_value = _MATHS.match(said) or 0 < len(words) <= 3 and _NO_VALUE.isdisjoint(words)
+    marked = text[: text.find(said)].endswith(("*", "_", "`", '"'))
+    named = not prose or marked or not said[:1].islower() or _CHOICE.match(said)
+    is_value = _MATHS.match(said) or named and 0 < len(words) <= 3 and _NO_VALUE.isdisjoint(words)
     return said if is_value and "\\boxed" not in said else None
 
 
