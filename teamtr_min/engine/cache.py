@@ -1,7 +1,5 @@
-"""The KV cache, what the layers of one forward pass have in common, and attention.
-
-Letters as in model.py. S counts the positions that the tokens of a row may attend to.
-"""
+"""The KV cache, what the layers of one forward pass have in common, and attention. Letters as in model.py;
+S counts the positions that the tokens of a row may attend to."""
 
 import contextlib
 import math
@@ -40,9 +38,7 @@ class KVCache:
             longer = aligned(max(positions, self.capacity * 3 // 2), self.keys.device)
             for name in ("keys", "values"):
                 old = getattr(self, name)
-                new = old.new_zeros(
-                    *old.shape[:3], longer, old.shape[4]
-                )  # on a CPU pages that stay 0 are free
+                new = old.new_zeros(*old.shape[:3], longer, old.shape[4])  # pages that stay 0 are free
                 new[:, :, :, : old.shape[3]] = old
                 setattr(self, name, new)
 
@@ -129,19 +125,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     (B, Q, T, D), K = q.shape, k.shape[1]
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():  # cuDNN plans for every new shape
         if T == 1:  # the queries of a group stand where tokens do, so that K and V need no repetition
-            by_products = not q.is_cuda and B >= PRODUCTS_FROM_ROWS
-            one_token = _products if by_products else F.scaled_dot_product_attention
-            return one_token(q.reshape(B, K, Q // K, D), k, v, mask).view(B, Q, 1, D)
+            q = q.reshape(B, K, Q // K, D)
+            if q.is_cuda or B < PRODUCTS_FROM_ROWS:
+                return F.scaled_dot_product_attention(q, k, v, mask).view(B, Q, 1, D)
+            scores = (q.flatten(0, 1) / math.sqrt(D)) @ k.flatten(0, 1).transpose(1, 2)  # (B * K, Q/K, S)
+            if mask is not None:
+                scores = scores.view(B, Q, -1).add_(mask[:, 0]).view(scores.shape)
+            return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, Q, 1, D)
         if q.is_cuda and mask is not None:  # the only kernel that takes masks takes no groups
             k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, S, D)
         grouped = k.shape[1] != Q
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-
-
-def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one new token a row as two batched products; q (B, K, Q/K, D), and so is the result."""
-    B, K, group, D = q.shape
-    scores = (q.flatten(0, 1) / math.sqrt(D)) @ k.flatten(0, 1).transpose(1, 2)  # (B * K, Q/K, S)
-    if mask is not None:
-        scores = scores.view(B, K * group, -1).add_(mask[:, 0]).view(scores.shape)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, K, group, D)

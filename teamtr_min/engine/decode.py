@@ -1,8 +1,6 @@
 """One new token for each of the first rows of a cache: what `Transformer.hidden` computes for T = 1, faster.
-
 On CUDA five kernels do what a layer has beside its products, and a whole step, draw included, is one CUDA
-graph. Letters as in model.py.
-"""
+graph. Letters as in model.py."""
 
 import functools
 from collections.abc import Callable
@@ -20,12 +18,9 @@ Drawn = tuple[Tensor, Tensor]  # tokens (B,) int64 and their log-probs (B,) fp32
 
 
 class Decode:
-    """Decode steps of one model over one cache.
-
-    On CUDA a step for 1, 2, 4, ... rows is recorded when it is first wanted, and replayed from then on. Rows
-    behind the live ones come along up to the next power of two; their new keys and values lie where no query
-    looks. Graphs share a pool of memory.
-    """
+    """Decode steps of one model over one cache. On CUDA a step for 1, 2, 4, ... rows is recorded when it is
+    first wanted, and replayed from then on. Rows behind the live ones come along up to the next power of two;
+    their new keys and values lie where no query looks. Graphs share a pool of memory."""
 
     def __init__(self, model: Transformer, cache: KVCache):
         self.model, self.cache, self.by_kernels = model, cache, use_triton(model.head)
@@ -55,7 +50,7 @@ class Decode:
         if (rows, temperature) in self.graphs:
             drawn = self.graphs[rows, temperature]()
         else:
-            inputs = (self.token[:rows], self.uniform[:rows], temperature, span, even)
+            inputs = self.token[:rows], self.uniform[:rows], temperature, span, even
             step = functools.partial(self._step, *inputs)
             drawn = step()  # which also compiles kernels; recording a step does not do it
             self.graphs[rows, temperature], self.pool = record(step, self.pool)
@@ -133,9 +128,4 @@ def record(step: Callable[[], tuple], pool) -> tuple[Callable[[], tuple], object
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = step()
-
-    def replay() -> tuple:
-        graph.replay()
-        return results
-
-    return replay, graph.pool()
+    return lambda: graph.replay() or results, graph.pool()

@@ -7,8 +7,7 @@ that decide what happens next are gathered first, so all ranks take the same bra
 all files and prints. torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its
 gradient and of Adam's moments, as fp32 DTensors. It gathers the weights of one model, in the compute dtype,
 for a turn of sampling or for a pass over its batches (`unsharded`). A backward pass sums each layer's
-gradients over the ranks, straight into their parts. When a process dies, connections
-to it break, or torchrun ends the others: `lost`.
+gradients over the ranks. When a process dies, connections break, or torchrun ends the others: `lost`.
 """
 
 import contextlib
@@ -97,17 +96,17 @@ def join() -> Ranks:
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+    def interrupt(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C comes twice: torchrun repeats it
+        raise KeyboardInterrupt if number == signal.SIGINT else RuntimeError("connection: ended by torchrun")
+
     for number in (signal.SIGINT, signal.SIGTERM):  # torchrun ends what goes on after another rank has died
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the program's whole life
         sys.stderr.isatty = lambda: False  # tqdm draws no bar then
     return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), store)
-
-
-def _interrupt(number: int, frame) -> None:
-    signal.signal(number, signal.SIG_IGN)  # Ctrl-C comes twice: torchrun repeats it
-    raise KeyboardInterrupt if number == signal.SIGINT else RuntimeError("connection: ended by torchrun")
 
 
 def lost(ranks: Ranks, error: Exception) -> str | None:
@@ -120,8 +119,8 @@ def lost(ranks: Ranks, error: Exception) -> str | None:
 
 def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices: they become
-    fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen parameters, such as the
-    base of LoRA adapters, stay whole, in `dtype`; agents may share them."""
+    fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen ones, such as the base
+    of LoRA adapters, stay whole, in `dtype`; agents may share them."""
     from torch.distributed.device_mesh import init_device_mesh  # these imports take a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -141,11 +140,9 @@ def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.d
 
 @contextlib.contextmanager
 def unsharded(*models: Transformer) -> Iterator[None]:
-    """Whole weights within, gathered once, on entering; without effect where models are not sharded.
-
-    All ranks must enter, and make equally many backward passes, which sum gradients over the ranks. Sampling
-    and forward passes involve no other rank. What is trained are the parameters that the model has outside.
-    """
+    """Whole weights within, gathered once, on entering; without effect where models are not sharded. All
+    ranks must enter, and make equally many backward passes, which sum gradients over the ranks. Sampling and
+    forward passes involve no other rank."""
     parts = [part for model in models for part in model.modules() if hasattr(part, "unshard")]
     with torch.inference_mode(False), torch.no_grad():
         for part in parts:

@@ -59,14 +59,13 @@ class ModelConfig:
     @property
     def pairs_per_token(self) -> float:
         """Pairs of tokens whose attention costs as many operations as a token's matrix products."""
-        inner, keys_and_values = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
-        weights = self.hidden_size * (2 * inner + keys_and_values + 3 * self.intermediate_size)
-        return weights / (2 * inner)
+        inner = self.heads * self.head_dim
+        outputs = sum(self.outputs("qkv_proj")) + inner + 3 * self.intermediate_size
+        return self.hidden_size * outputs / (2 * inner)
 
     @property
     def kv_per_token(self) -> int:
-        """Numbers that one token occupies in the KV cache."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return 2 * self.layers * self.kv_heads * self.head_dim  # numbers in the KV cache
 
 
 # One product here -> the layers that checkpoints hold apart. Their outputs stand in its rows in this order.
@@ -80,7 +79,7 @@ def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Ten
     if module not in FUSED:
         return {name: tensor}
     parts = FUSED[module]
-    rows = [len(tensor) // len(parts)] * len(parts) if name.endswith("lora_A") else config.outputs(module)
+    rows = len(tensor) // len(parts) if name.endswith("lora_A") else config.outputs(module)
     return {name.replace(module, part): view for part, view in zip(parts, tensor.split(rows))}
 
 
@@ -143,8 +142,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, sum(config.outputs("gate_up_proj")), bias=False)
@@ -171,7 +168,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the output head; checkpoints call it `model`."""
+    """Everything below the output head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -196,8 +193,7 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """Output projection, (V, H)."""
-        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight  # (V, H)
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +201,6 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That it computes in."""
         return self.compute_dtype or self.head.dtype
 
     def copy(self) -> "Transformer":
@@ -214,11 +209,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, step: Step | None = None, where: Tensor | None = None) -> Tensor:
         """Final hidden states, tokens (B, T) int64 -> (B, T, H); with `where` (pairs,) only those at these
-        places of the flattened B * T, (pairs, H).
-
-        Without a `step` rows start at position 0, and shorter ones are padded on the right with any token.
-        Where a step continues a cache, the caller advances `cache.length`.
-        """
+        places of the flattened B * T, (pairs, H). Without a `step` rows start at position 0, and shorter ones
+        are padded on the right. Where a step continues a cache, the caller advances `cache.length`."""
         T = tokens.shape[1]
         step = step or Step(torch.arange(T, device=tokens.device)[None], T)
         table = rope_table(self.config, 1 << step.span.bit_length(), tokens.device, self.dtype)

@@ -41,9 +41,7 @@ class Tree:
         return len(self.tokens)
 
 
-class Packed(NamedTuple):
-    """Trees as tensors, a row each, padded on the right."""
-
+class Packed(NamedTuple):  # trees as tensors, a row each, padded on the right
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, of each token in its sequences
     end: Tensor | None  # (B, T) int64: where what descends from a token ends; None if no row branches
@@ -111,8 +109,7 @@ def _tree(ordered: list[tuple], shared: list[int], numbers: dict[tuple, list[int
         tree.positions += range(n, len(sequence))
         tree.end += [0] * (len(sequence) - n)
         tree.paths |= dict.fromkeys(numbers[sequence], path)
-    for t in path:
-        tree.end[t] = len(tree)
+    tree.end = [end or len(tree) for end in tree.end]
     return tree
 
 

@@ -25,9 +25,7 @@ def generator(seed: int, *words: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(seed, *words)))
 
 
-class RngPath:
-    """The rng path that all draws of one collection of rollouts share: a seed and words."""
-
+class RngPath:  # that all draws of one collection of rollouts share
     def __init__(self, seed: int, *words: int | str):
         self.seed, self.words = seed, words
 

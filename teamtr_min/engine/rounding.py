@@ -14,8 +14,7 @@ from torch import Tensor
 
 LOW = 0xFFFF  # the bits that bf16 lacks
 PIECE = 1 << 22  # weights at a time
-# 2^16 / golden ratio, odd: multiples of it, modulo 2^16, are spread evenly however many they are.
-GOLDEN = 40503
+GOLDEN = 40503  # 2^16 / golden ratio, odd: its multiples, modulo 2^16, are spread evenly
 
 
 @functools.lru_cache

@@ -1,9 +1,6 @@
-"""KV-cached, batched sampling from one model: many sequences of different lengths at a time.
-
-In a collection of rollouts a `Sampler` is handed whole sequences turn by turn, and computes only what its
-cache does not hold yet. Each token takes one uniform that is a function of the row's key and the position
-alone (rng.py), so a message does not depend on the rest of its batch.
-"""
+"""KV-cached, batched sampling from one model. A `Sampler` is handed whole sequences turn by turn, and only
+computes what its cache does not hold yet. Each token takes one uniform that is a function of the row's key
+and the position alone (rng.py), so a message does not depend on the rest of its batch."""
 
 import math
 from collections import Counter
@@ -32,13 +29,9 @@ class Completion:
 
 
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    stop_ids: Collection[int] = (),
-) -> list[Completion]:
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+    temperature: float = 1.0, seed: int = 0, stop_ids: Collection[int] = (),
+) -> list[Completion]:  # fmt: skip
     """Continue every prompt; temperature 0 is greedy. A completion depends on the model, the seed, its prompt
     and how often that prompt stood in the list before, not on the rest of the batch."""
     seen, keys = Counter(), []
@@ -76,25 +69,17 @@ class Sampler:
             self.release()
 
     def release(self) -> None:
-        """Give back the memory of cache and graphs."""
         self.cache = self.decode = None
 
     @torch.inference_mode()
     def generate(
-        self,
-        rows: Sequence[int],
-        prompts: list[list[int]],
-        keys: list[int],
-        max_new_tokens: int,
-        temperature: float,
-        stop_ids: Collection[int],
+        self, rows: Sequence[int], prompts: list[list[int]], keys: list[int],
+        max_new_tokens: int, temperature: float, stop_ids: Collection[int],
         progress: Callable[[int], None] = lambda messages: None,
-    ) -> list[Completion]:
+    ) -> list[Completion]:  # fmt: skip
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
-
-        `progress` is told now and then how many more messages are written. Raises ValueError where a sequence
-        is too long for the model or a prompt adds nothing, FloatingPointError where output is not finite.
-        """
+        `progress` is told how many more messages are written. Raises ValueError where a sequence is too long
+        for the model or a prompt adds nothing, FloatingPointError where output is not finite."""
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
         device, count, rows = self.model.device, len(rows), torch.tensor(rows)
