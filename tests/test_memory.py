@@ -108,14 +108,14 @@ def test_the_plan_counts_parameters_by_purpose():
     config, task, _ = planned()
     problems = task.sample_problems(9, rng.generator(0))
     needs = memory.Needs(config, task, problems, ["relay"] * 3, Ranks(0, 4))
-    assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizer([0]) == 8 * N // 4
+    assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizers()[0] == 8 * N // 4
     config, plan = plan_evaluation(config, task, problems, 3, ["relay"] * 3)
     assert plan.optimizer == plan.update == 0 and plan.weights == 3 * 4 * N and config.batch_rows == plan.rows
 
 
 def plans(monkeypatch, mebibytes, **knobs) -> list[memory.Plan]:
     """For these sizes of memory, from large to small, as long as the run fits."""
-    monkeypatch.setattr(memory, "in_use", lambda device: 0)
+    monkeypatch.setattr(memory, "in_use", lambda *_: 0)
     found, refused = [], False
     for mib in mebibytes:
         monkeypatch.setenv("TEAMTR_MEMORY", f"{mib}MiB")
@@ -170,7 +170,7 @@ def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsy
     flags = "--batch-tokens", "256", "--eval-problems", "64"
     run(tmp_path / "plenty", *flags)
     assert "\nmemory  " in capsys.readouterr().out and not calls
-    monkeypatch.setattr(memory, "in_use", lambda device: 300 << 20)
+    monkeypatch.setattr(memory, "in_use", lambda *_, **__: 300 << 20)
     monkeypatch.setenv("TEAMTR_MEMORY", "352MiB")
     monkeypatch.setattr(train, "plan_training", tight)
     run(tmp_path / "lean", *flags)

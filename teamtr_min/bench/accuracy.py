@@ -34,7 +34,7 @@ from teamtr_min.hf.weights import ADAPTER_CONFIG, pinned, save_model
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.log import mean_interval
-from teamtr_min.run.memory import peak, plan_evaluation
+from teamtr_min.run.memory import in_use, plan_evaluation
 from teamtr_min.run.run import newest_run
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
 from teamtr_min.tasks.generated import Generated
@@ -110,8 +110,8 @@ def evaluate(exam: Exam, mode: str, k: int, ranks: Ranks = ALONE) -> tuple[dict,
     label = f"evaluating {Path(config.task).stem}"
     rollouts = collect(team, problems, k, rng.RngPath(config.seed, "eval"), label)
     result |= scores(rollouts, mode, task)
-    result |= {"memory_peak": peak(plan.device), "memory_planned": plan.total, "problems": len(problems)}
-    return result | {"seconds": time.perf_counter() - begin}, rollouts
+    result |= {"memory_peak": in_use(plan.device, most=True), "memory_planned": plan.total}
+    return result | {"problems": len(problems), "seconds": time.perf_counter() - begin}, rollouts
 
 
 # Statistics

@@ -4,10 +4,9 @@
 
 Sampling grows with the rollouts that run at once, an update with the tokens of one forward pass. Both get
 their usual size, or what memory allows. If the longest transcript is too much for an update, each layer keeps
-its input alone and is computed again in the backward pass. A run that cannot fit is refused.
-
-The estimates are 0.7 to 1.3 of measured peaks (docs/models.md). Where memory runs out all the same, work goes
-on in smaller batches (engine/distributed.py: `halving`).
+its input alone and is computed again in the backward pass. A run that cannot fit is refused. The estimates
+are 0.7 to 1.3 of measured peaks (docs/models.md). Where memory runs out all the same, work goes on in smaller
+batches (engine/distributed.py: `halving`).
 """
 
 import dataclasses
@@ -43,7 +42,6 @@ TOKENS, TOKENS_CUDA = 4096, 16384  # usual size of a training forward; of pretra
 DRAW_COPIES = 4  # of (rows, V) fp32: logits, scaled, probabilities, their sums
 CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob
 CHECKPOINTS = 3  # two are kept, and one is being written
-STATUS = Path("/proc/self/status")
 LOOKED_AT = 64  # stages whose problems are looked at, and texts: more characters are more tokens
 
 
@@ -96,23 +94,20 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
     # have equal returns, so their batches leave nothing for a backward pass.
     most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2) // 2
-    groups = [needs.speakers] if config.occupancy == "joint" else [[j] for j in needs.speakers]
-    optimizers = [needs.optimizer(group) for group in groups]
-    cuda = needs.start.device.type == "cuda"
-    usual = TOKENS_CUDA if cuda and not config.shipped else TOKENS
+    optimizers, usual = needs.optimizers(), TOKENS if needs.cpu or config.shipped else TOKENS_CUDA
 
     def plan(checkpointing: bool, offload: bool) -> Plan:
         def update(tokens: int) -> int:
-            return max(needs.update(group, min(tokens, most_tokens), checkpointing) for group in groups)
+            return needs.update(min(tokens, most_tokens), checkpointing)
 
-        held = {"optimizer": max(optimizers) if offload else sum(optimizers)}
-        begun = dataclasses.replace(needs.start, **held, checkpointing=checkpointing, offload=offload)
+        held = max(optimizers) if offload else sum(optimizers)
+        begun = dataclasses.replace(needs.start, optimizer=held, checkpointing=checkpointing, offload=offload)
         tokens = fitting(config.batch_tokens, usual, update, begun, least=needs.longest)
         return dataclasses.replace(needs.with_rows(begun, most_rows), tokens=tokens, update=update(tokens))
 
     found = plan(checkpointing=False, offload=False)
     smaller = found.tokens < (config.batch_tokens or usual) or found.total > found.budget
-    if smaller and cuda and ranks.size == 1 and sum(optimizers) < free_memory(torch.device("cpu")):
+    if smaller and not needs.cpu and ranks.size == 1 and sum(optimizers) < free_memory(torch.device("cpu")):
         found = plan(checkpointing=False, offload=True)
     if found.total > found.budget:
         found = plan(checkpointing=True, offload=found.offload)
@@ -120,11 +115,8 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
     refuse(found)
     out = Path(config.resume or config.out or ".").absolute()
-    disk, folder = (
-        CHECKPOINTS * 12 * sum(needs.trained.values()),
-        next(filter(Path.is_dir, (out, *out.parents))),
-    )
-    free = shutil.disk_usage(folder).free
+    disk = CHECKPOINTS * 12 * sum(needs.trained)
+    free = shutil.disk_usage(next(filter(Path.is_dir, (out, *out.parents)))).free
     warning = f"\ndisk    checkpoints take {size(disk)}, and {size(free)} are free" if disk > free else ""
     found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, warning=warning)
     return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), found
@@ -156,7 +148,9 @@ class Needs:
         self.speakers = [j for j, role in enumerate(self.roles) if role.tool is None]
         self.sources = {j: find_model(sources[j]) for j in self.speakers}
         self.models = meta_models(self.sources, config.lora_rank)
-        self.trained = {j: count(m.parameters(), True) for j, m in self.models.items()}
+        self.groups = [self.speakers] if config.occupancy == "joint" else [[j] for j in self.speakers]
+        own = {j: [p for p in m.parameters() if p.requires_grad] for j, m in self.models.items()}
+        self.trained = [sum(p.numel() for j in group for p in own[j]) for group in self.groups]
         self.prompt, self.longest = self.longest_transcript(task, problems)
         device, dtype = placement(config)
         self.width, self.copied, self.cpu = dtype.itemsize, dtype != torch.float32, device.type == "cpu"
@@ -168,17 +162,17 @@ class Needs:
     def weights(self) -> int:
         """Frozen bases once. Several processes have a part of what is trained, in fp32, and in whole the
         agents at work. --diagnostics keeps the weights of the stage's start."""
-        frozen = count({id(p): p for m in self.models.values() for p in m.parameters()}.values(), False)
-        trained, moved = sum(self.trained.values()), max(self.trained.values())
-        if self.config.occupancy == "joint":
-            moved = trained
-        kept = 2 * trained + moved if self.config.diagnostics else trained
+        parameters = {id(p): p for m in self.models.values() for p in m.parameters()}.values()
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        trained, at_work = sum(self.trained), max(self.trained)
+        kept = 2 * trained + at_work if self.config.diagnostics else trained
         if self.ranks.size == 1:
             return self.width * (frozen + kept)
-        return self.width * (frozen + moved) + 4 * kept // self.ranks.size
+        return self.width * (frozen + at_work) + 4 * kept // self.ranks.size
 
-    def optimizer(self, agents: list[int]) -> int:
-        return (8 + 4 * self.copied) * sum(self.trained[j] for j in agents) // self.ranks.size
+    def optimizers(self) -> list[int]:
+        """Adam's moments, and with bf16 the masters, of each group of agents that step together."""
+        return [(8 + 4 * self.copied) * trained // self.ranks.size for trained in self.trained]
 
     def with_rows(self, plan: Plan, most: int) -> Plan:
         """`plan` with as many of at most `most` rollouts at once as fit."""
@@ -196,13 +190,10 @@ class Needs:
         work = draw + prefill * (max(map(layer_work, configs)) * self.width + mask)
         return int(FRAGMENTATION * (work + (max(caches) if once else sum(caches))))
 
-    def update(self, agents: list[int], tokens: int, checkpointing: bool) -> int:
-        """An update of `agents` together, with `tokens` padded tokens in one forward pass."""
-        config, trained, width = self.config, sum(self.trained[j] for j in agents), self.width
-        snapshots = 2 if config.inner_steps > 1 else 1  # masters and moments of accepted weights
-        kept = (4 + 12 * snapshots) * trained // self.ranks.size + width * trained * self.copied
-        work = []
-        for m in (self.models[j].config for j in agents):
+    def update(self, tokens: int, checkpointing: bool) -> int:
+        """The largest update, with `tokens` padded tokens in one forward pass."""
+        config, width, work = self.config, self.width, {}
+        for j, m in ((j, model.config) for j, model in self.models.items()):
             head = 0 if config.lora_rank else 2 * width  # its gradient, and the embedding's to add
             head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies
             head += 4 * (self.ranks.size > 1)  # in fp32, to be summed
@@ -210,8 +201,10 @@ class Needs:
             chunk = CHUNK_COPIES * min(CHUNK_BYTES, own * m.vocab_size * 4)
             row = min(tokens, max(self.longest, min(LONGEST_TREE, config.group * self.longest)))  # of a mask
             token = token_bytes(m, width, checkpointing, bool(config.lora_rank)) + row * (width + 3)
-            work.append(head * m.vocab_size * m.hidden_size + chunk + tokens * token)
-        return kept + int(FRAGMENTATION * max(work))
+            work[j] = int(FRAGMENTATION * (head * m.vocab_size * m.hidden_size + chunk + tokens * token))
+        snapshots = 2 if config.inner_steps > 1 else 1  # masters and moments of accepted weights
+        kept = [(4 + 12 * snapshots) * n // self.ranks.size + width * n * self.copied for n in self.trained]
+        return max(held + max(work[j] for j in group) for held, group in zip(kept, self.groups))
 
     def longest_transcript(self, task: Task, problems: list[Problem]) -> tuple[int, int]:
         """Tokens of the longest prompt, and of the longest transcript that an agent can see. Problems with
@@ -233,10 +226,8 @@ class Needs:
                 prompts.append(min(prompt, limit - messages))
                 lengths.append(min(prompt + messages, limit))
                 if prompt + messages > limit:
-                    overlong[name] = (
-                        f"problem {name} makes a prompt of {prompt:,} tokens and messages of up to "
-                    )
-                    overlong[name] += f"{messages:,}, but the model has {limit:,} positions"
+                    made = f"a prompt of {prompt:,} tokens and messages of up to {messages:,}"
+                    overlong[name] = f"problem {name} makes {made}, but the model has {limit:,} positions"
         if overlong and config.drop_long and hasattr(task, "leave_out"):
             task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
         elif overlong:
@@ -256,10 +247,6 @@ def meta_models(sources: dict[int, Path], lora_rank: int) -> dict[int, Transform
                 bases[directory] = Transformer(read_config(directory))
             models[j] = add_lora(bases[directory], adapter) if adapter else bases[directory]
     return models
-
-
-def count(parameters, trained: bool) -> int:
-    return sum(p.numel() for p in parameters if p.requires_grad == trained)
 
 
 def layer_work(m: ModelConfig) -> int:
@@ -314,16 +301,11 @@ def memory_limit() -> int | None:
     return int(float(found[1]) * 1024 ** (" KMG".index(found[2].upper()))) if found else None
 
 
-def in_use(device: torch.device) -> int:
-    """Bytes that this process holds: of tensors on CUDA, else resident (0 where there is no /proc)."""
-    cuda = device.type == "cuda"
-    return torch.cuda.memory_allocated(device) if cuda else 1024 * fields(STATUS).get("VmRSS", 0)
-
-
-def peak(device: torch.device) -> int:
-    """The most that it has held."""
-    cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if cuda else 1024 * fields(STATUS).get("VmHWM", 0)
+def in_use(device: torch.device, most: bool = False) -> int:
+    """Bytes that this process holds, or the `most` that it has held: of tensors on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if most else torch.cuda.memory_allocated(device)
+    return 1024 * fields(Path("/proc/self/status")).get("VmHWM" if most else "VmRSS", 0)
 
 
 def size(count: float) -> str:

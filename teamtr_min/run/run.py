@@ -16,7 +16,7 @@ from teamtr_min.hf.hub import weight_files
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, log
-from teamtr_min.run.memory import Plan, peak
+from teamtr_min.run.memory import Plan, in_use
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
@@ -218,7 +218,7 @@ class Run:
             "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
             "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
             "violation_rate_after": log.violation_rate(self.updates, "kl_after"),
-            "memory_peak": peak(self.plan.device), "memory_planned": self.plan.total,
+            "memory_peak": in_use(self.plan.device, most=True), "memory_planned": self.plan.total,
             "reason": reason, "stopped": error and (users_line(error) or str(error) or reason),
         }  # fmt: skip
         # After an error other processes may be gone, and sharded weights cannot be gathered without them.
