@@ -146,7 +146,6 @@ class Config:
 
     @property
     def model_of_each(self) -> list[str]:
-        """One name per agent."""
         return self.models * (self.agents // len(self.models))
 
     @property
@@ -175,11 +174,9 @@ class Config:
     @classmethod
     def load(cls, path: Path, **changes) -> "Config":
         """Read a run's config.json; a knob that it lacks takes its default. Raises UserError."""
-        kinds, saved = {f.name: f.type for f in dataclasses.fields(cls)}, read_json(path)
-        saved = {name: value for name, value in saved.items() if name in kinds}
-        saved |= {
-            name: float(v) for name, v in saved.items() if kinds[name] is float and v in ("inf", "-inf")
-        }
+        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        saved = {name: value for name, value in read_json(path).items() if name in kinds}
+        saved |= {n: float(v) for n, v in saved.items() if kinds[n] is float and v in ("inf", "-inf")}
         return cls(**saved | changes)
 
 

@@ -68,8 +68,8 @@ class Learner:
     masters are a second copy, and each change of a master is rounded into the model at once (rounding.py):
     the monitor then measures the weights that the sampler will use. With LoRA only adapters are trained.
 
-    With several processes every tensor here is a DTensor, sharded over them (engine/distributed.py).
-    `offload` keeps Adam's moments and bf16 masters in host memory between updates.
+    With several processes every tensor here is a DTensor, sharded over them (engine/distributed.py). With
+    `offload` Adam's moments and bf16 masters wait in host memory between updates.
     """
 
     def __init__(self, team: Team, agents: list[int], beta: float, offload: bool = False):
@@ -206,11 +206,10 @@ class Learner:
 
     def add_gradients(self) -> None:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
-        if self.copied:
-            for master, p in zip(self.masters, self.parameters):
-                if p.grad is not None:
-                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                    p.grad = None
+        for master, p in zip(self.masters, self.parameters):
+            if self.copied and p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
 
     def _clear_gradients(self) -> None:
         for p in (*self.masters, *self.parameters):

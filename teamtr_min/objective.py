@@ -16,12 +16,9 @@ from kernels.trust_region import LOG_RATIO_LIMIT
 
 
 def group_advantages(
-    returns: Tensor,
-    clip: float = math.inf,
-    eps_norm: float = 1e-6,
-    normalise: bool = True,
+    returns: Tensor, clip: float = math.inf, eps_norm: float = 1e-6, normalise: bool = True,
     weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Eq. 9 [paper]: returns (P, G) of G rollouts for each of P problems -> advantages (P, G).
 
     Mean and variance are the population's. `weight` (P, G), at least 0, makes them weighted within each group
@@ -39,19 +36,10 @@ def group_advantages(
 
 
 def teamtr_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    message: Tensor,
-    advantage: Tensor,
-    *,
-    weight: Tensor | None = None,
-    agent: Tensor | None = None,
-    n_agents: int = 1,
-    clip: float = 0.2,
-    beta: float | Tensor = 0.0,
-    ratio: str = "message",
-    kl_unit: str = "message",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    logp: Tensor, old_logp: Tensor, message: Tensor, advantage: Tensor, *,
+    weight: Tensor | None = None, agent: Tensor | None = None, n_agents: int = 1, clip: float = 0.2,
+    beta: float | Tensor = 0.0, ratio: str = "message", kl_unit: str = "message",
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Eq. 10 [paper], to be minimised, and Eq. 11's monitor beside it.
 
         loss = -sum_m v_m [ min(w_m A_m, clip(w_m, 1 - eps, 1 + eps) A_m) - beta KL_m ] / sum_m v_m
@@ -99,8 +87,7 @@ def teamtr_loss(
     unit = length if kl_unit == "token" else torch.ones_like(length)
     bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     k1 = -per_message(log_ratio) / unit  # Eq. 11 [paper]
-    # [ours] r - 1 - log r: never negative, same expectation
-    k3 = per_message(bounded.expm1() - bounded) / unit
+    k3 = per_message(bounded.expm1() - bounded) / unit  # [ours] r - 1 - log r >= 0, with k1's expectation
     penalty = torch.as_tensor(beta, dtype=logp.dtype, device=logp.device).expand(n_agents)[agent]  # (M,)
     loss = -_mean_of_sums((weight * (surrogate - penalty * k3)).sum(), weight.sum())
 
@@ -109,15 +96,11 @@ def teamtr_loss(
         return logp.new_zeros(n_agents).index_add(0, agent, x)
 
     with torch.no_grad():
+        means = {"kl_k1": k1, "kl_k3": k3, "clip_fraction": cut, "ratio_mean": mean_w}  # (M,) each
         total = per_agent(weight)
-        stats = {
-            "kl_k1": _mean_of_sums(per_agent(weight * k1), total),
-            "kl_k3": _mean_of_sums(per_agent(weight * k3), total),
-            "clip_fraction": _mean_of_sums(per_agent(weight * cut), total),
-            "ratio_mean": _mean_of_sums(per_agent(weight * mean_w), total),
-            "ratio_max": logp.new_zeros(n_agents).scatter_reduce(0, agent, max_w, "amax"),
-            "messages": per_agent(torch.ones_like(weight)),
-        }
+        stats = {name: _mean_of_sums(per_agent(weight * x), total) for name, x in means.items()}
+        stats["ratio_max"] = logp.new_zeros(n_agents).scatter_reduce(0, agent, max_w, "amax")
+        stats["messages"] = per_agent(torch.ones_like(weight))
     return loss, stats
 
 

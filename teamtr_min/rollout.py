@@ -112,11 +112,8 @@ class AgentBatch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of one update.
-
-    `own` are those of this process. Processes with sharded weights make equally many passes through each
-    model: where one has fewer batches, the model itself stands for a pass without any.
-    """
+    """The batches of one update; `own` are those of this process. Processes with sharded weights make as many
+    passes through each model as one another: where one has fewer batches, the model stands for a pass."""
 
     own: list[AgentBatch | Transformer]
     rollouts: int  # R
@@ -140,16 +137,15 @@ def agent_batches(
     pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
     own, weights = [], []
     for number, j in enumerate(agents):
-        model, batches, seen = team.agents[j].model, [], {}
-        for r in range(share.start * size, share.stop * size):
-            seen[r] = team.render(j, rollouts.problems[r], rollouts.messages[r], add_generation_prompt=False)
+        model, batches, rows = team.agents[j].model, [], range(share.start * size, share.stop * size)
+        seen = {r: team.render(j, rollouts.problems[r], rollouts.messages[r], False) for r in rows}
         cost = model.config.pairs_per_token
         for pulling in (True, False):
             # Nothing is predicted from a rollout's last token.
             sequences = [(r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling]
             trees = trees_of(sequences, batch_tokens, cost)
-            for rows in batches_of(trees, batch_tokens, cost, model.device):
-                batches.append(_batch(model, (number, j), rollouts, rows, seen, advantages))
+            for some in batches_of(trees, batch_tokens, cost, model.device):
+                batches.append(_batch(model, (number, j), rollouts, some, seen, advantages))
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
         passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
         own += batches + [model] * (passes - len(batches))
@@ -160,13 +156,9 @@ def agent_batches(
 
 
 def _batch(
-    model: Transformer,
-    agent: tuple[int, int],
-    rollouts: Rollouts,
-    rows: list[Tree],
-    seen: dict,
+    model: Transformer, agent: tuple[int, int], rollouts: Rollouts, rows: list[Tree], seen: dict,
     advantages: Tensor,
-) -> AgentBatch:
+) -> AgentBatch:  # fmt: skip
     """One batch of the trees `rows`; `seen`: rollout -> Rendered, advantages (R,)."""
     number, j = agent
     packed = pack(rows, model.device)

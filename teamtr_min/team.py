@@ -108,10 +108,8 @@ class Team:
     def render(
         self, j: int, problem: Problem, messages: list[Message], add_generation_prompt: bool
     ) -> Rendered:
-        """The transcript as agent j sees it, ending with the header of its next message if asked to.
-
-        Without that header it ends with j's latest message: nothing later can be trained on.
-        """
+        """The transcript as agent j sees it, ending with the header of its next message if asked to. Without
+        that header it ends with j's latest message: nothing later can be trained on."""
         agent, chat = self.agents[j], self.agents[j].chat
         view = getattr(self.task, "view", None)
         ids = list(chat.opening(agent.role.system, view(problem, j) if view else problem.text))
@@ -137,18 +135,14 @@ class Team:
         return Rendered(ids, spans)
 
     def take_turns(
-        self,
-        problems: list[Problem],
-        path: rng.RngPath,
-        first: int = 0,
-        progress: Callable = lambda count: None,
+        self, problems: list[Problem], path: rng.RngPath, first: int = 0, progress: Callable = lambda n: None
     ) -> list[list[Message]]:
         """All turns of one rollout per problem, side by side. The first is number `first` of its collection;
         `progress` is told how many more messages are written."""
         transcripts: list[list[Message]] = [[] for _ in problems]
-        models = [agent for agent in self.agents if agent.model is not None]
-        for agent in models:
-            agent.sampler.start(len(problems))
+        samplers = [agent.sampler for agent in self.agents if agent.sampler]
+        for sampler in samplers:
+            sampler.start(len(problems))
         for turn in range(self.turns):
             draws = [path.key("route", first + r, turn) / 2**64 for r in range(len(problems))]
             routed = [self.route(turn, messages, draw) for messages, draw in zip(transcripts, draws)]
@@ -160,9 +154,7 @@ class Team:
                         transcripts[r].append(Message(j, [], text, [], stopped=True))
                     progress(len(rows))
                     continue
-                if not any(
-                    self.ranks.gather(bool(rows))
-                ):  # sharded weights are gathered by all processes, or none
+                if not any(self.ranks.gather(len(rows))):  # all processes gather sharded weights, or none
                     continue
                 prompts = [self.render(j, problems[r], transcripts[r], True).ids for r in rows]
                 keys = [path.key("rollout", first + r, turn) for r in rows]
@@ -175,8 +167,8 @@ class Team:
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
                 if self.router is round_robin and turn + len(self.agents) >= self.turns:  # its last turn
                     agent.sampler.finish()
-        for agent in models:
-            agent.sampler.finish()
+        for sampler in samplers:
+            sampler.finish()
         return transcripts
 
     def prompt(self, agent: int, question: str, messages: Sequence[tuple[int, str]] = ()) -> list[int]:
@@ -199,10 +191,8 @@ class Team:
         return [Answer([Said(m.agent, names[m.agent], m.text) for m in row], state(row)) for row in rows]
 
     def save(self, directory: Path) -> None:
-        """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole.
-
-        The first process writes; where weights are sharded, all must call this.
-        """
+        """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole. The
+        first process writes; where weights are sharded, all must call this."""
         if not self.ranks.first:
             for agent in self.agents:
                 for p in agent.model.parameters() if agent.model else ():
@@ -211,10 +201,9 @@ class Team:
         with replacing(directory) as aside:
             aside.mkdir()  # not its parents: a run's directory that is gone is not made again
             for j, agent in enumerate(self.agents):
-                if agent.model is None:
-                    continue
                 if agent.adapter:
                     save_adapter(agent.model, agent.adapter, aside / str(j))
-                else:
+                elif agent.model:
                     save_model(agent.model, aside / str(j))
-                agent.tokenizer.save(aside / str(j))
+                if agent.tokenizer:
+                    agent.tokenizer.save(aside / str(j))

@@ -50,7 +50,7 @@ class Record(NamedTuple):
         done = f"{len(self.stages)} of {self.config.stages} stages"
         if stopped := self.summary.get("stopped", "the run goes on, or was killed"):
             return f"{done}; not finished: {stopped}"
-        return f"{done}; held-out {held_out_score(self.summary, 'final', since='start')}"
+        return f"{done}; held-out {held_out_score(self.summary, 'start', 'final')}"
 
 
 def read(directory: Path) -> Record:

@@ -24,11 +24,9 @@ SUMS = "SHA256.json"
 
 
 def save(directory: Path, done: int, learners: list[Learner], state: dict) -> None:
-    """Write checkpoint number `done`, on disk whole or not at all, and keep the newest KEPT.
-
-    With several processes all must call this: the first gathers the tensors and writes. Raises Diverged if a
-    weight is not finite, OSError if the disk refuses; older checkpoints stay as they are then.
-    """
+    """Write checkpoint number `done`, on disk whole or not at all, and keep the newest KEPT. All processes
+    must call this: the first gathers the tensors and writes. Raises Diverged if a weight is not finite,
+    OSError if the disk refuses; older checkpoints stay as they are then."""
     if not learners[0].ranks.first:
         for learner in learners:
             _tensors(learner)
@@ -44,10 +42,8 @@ def save(directory: Path, done: int, learners: list[Learner], state: dict) -> No
 
 
 def load(directory: Path, learners: list[Learner]) -> dict | None:
-    """Restore learners from the newest undamaged checkpoint; returns its `state`, None without any.
-
-    Raises UserError if there are checkpoints and all are damaged.
-    """
+    """Restore learners from the newest undamaged checkpoint; returns its `state`, None without any. Raises
+    UserError if there are checkpoints and all are damaged."""
     checkpoints, ranks = _newest_first(directory), learners[0].ranks
     for checkpoint in checkpoints:
         if ranks.gather(ranks.first and _undamaged(checkpoint))[0]:  # the first rank decides

@@ -33,10 +33,8 @@ class Questions:
 
 def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **knobs) -> Team:
     """A team to talk to. `source`: the directory of a run, or a list of model directories, one per agent.
-
     `roles`: a Role, {"name", "system"} or system prompt per agent (default: those of the run's task, or a
-    solver, checkers and a finisher). `knobs` are Config's, such as device, dtype, temperature, rounds.
-    """
+    solver, checkers and a finisher). `knobs` are Config's, such as device, dtype, temperature, rounds."""
     if isinstance(source, str | Path):
         config = Config.load(Path(source) / "config.json", **knobs)
         task = load_task(config)
@@ -96,14 +94,12 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
 
 def placement(config: Config) -> tuple[torch.device, torch.dtype]:
     """Device and compute dtype; auto: a GPU and bf16 where there are. Raises UserError."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    name = auto if config.device == "auto" else config.device
     try:
         device = torch.device(name)
         kernels.use_triton(torch.empty(0, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    auto = torch.bfloat16 if half else torch.float32
-    return device, auto if config.dtype == "auto" else DTYPES[config.dtype]
+    auto = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return device, DTYPES[auto if config.dtype == "auto" else config.dtype]

@@ -30,14 +30,14 @@ def measured(line: dict) -> dict:
 def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
     """Mean of values (P,) in [0, 1], one per problem, and its 95% interval: Wilson's score interval.
 
-    For values 0 and 1 it is Wilson's own [Wilson 1927]. Other values (partial credit, means over k rollouts
-    of a problem) vary less than 0 and 1 with the same mean do, so they count as more problems: as many as
-    give their standard error. [ours] The interval never leaves [0, 1], and 0 right of 16 is not [0, 0].
+    For values 0 and 1 it is Wilson's own [Wilson 1927]: inside [0, 1], and 0 right of 16 is not [0, 0].
+    Other values (partial credit, means over k rollouts of a problem) vary less than 0 and 1 with the same
+    mean do, so they count as more problems: as many as give their standard error. [ours]
     """
-    n, z, values = len(values), 1.96, values.double()
+    z, values = 1.96, values.double()
     mean, variance = values.mean().item(), values.var(correction=0).item()
     binary = mean * (1 - mean)  # the variance of zeros and ones with this mean
-    effective = n * binary / variance if variance > 1e-12 else n
+    effective = len(values) * (binary / variance if variance > 1e-12 else 1)
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(binary / effective + (z / (2 * effective)) ** 2)
     return mean, [max(0.0, centre - half), min(1.0, centre + half)]
@@ -55,10 +55,6 @@ def violation_rate(updates: list[dict], kl: str) -> float | None:
     """Share of updates whose KL exceeded delta. Those without either do not count; None if none does."""
     outside = [u[kl] > u["delta"] for u in updates if kl in u and "delta" in u]
     return sum(outside) / len(outside) if outside else None
-
-
-def totals(updates: list[dict]) -> dict:
-    return {key: sum(u.get(key, 0) for u in updates) for key in COSTS}
 
 
 def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update) -> dict:
@@ -133,19 +129,16 @@ def region(config: Config) -> str:
 
 def score(accuracy: str, mean_return: str, interval: str = "") -> str:
     """`accuracy 0.250`, or with partial credit `return 0.612 (accuracy 0.250)`."""
-    if mean_return == accuracy:
-        return f"accuracy {accuracy}{interval}"
-    return f"return {mean_return}{interval} (accuracy {accuracy})"
+    partial = f" (accuracy {accuracy})" if mean_return != accuracy else ""
+    return f"{'return' if partial else 'accuracy'} {mean_return}{interval}{partial}"
 
 
-def held_out_score(results: dict, name: str, since: str = "") -> str:
-    """`accuracy 0.250 [0.221, 0.281]`, or since another evaluation `accuracy 0.020 -> 0.250 [...]`."""
-    at = [since, name] if since else [name]
-    accuracy, mean_return = (
-        " -> ".join(f"{results[f'{key}_{n}']:.3f}" for n in at) for key in ("accuracy", "return")
-    )
-    low, high = results[f"return_{name}_ci"]
-    return score(accuracy, mean_return, f" [{low:.3f}, {high:.3f}]")
+def held_out_score(results: dict, *names: str) -> str:
+    """`accuracy 0.250 [0.221, 0.281]`, or of two evaluations `accuracy 0.020 -> 0.250 [...]`."""
+    keys = "accuracy", "return"
+    shown = [" -> ".join(f"{results[f'{key}_{name}']:.3f}" for name in names) for key in keys]
+    low, high = results[f"return_{names[-1]}_ci"]
+    return score(*shown, f" [{low:.3f}, {high:.3f}]")
 
 
 def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
@@ -157,13 +150,11 @@ def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str
     for u in sorted(updates, key=lambda u: u.get("agent", 0)):
         kl = f"{u['kl_after']:.4f}{'*' if u['halvings'] else ' '}" if "kl_after" in u else "no turn"
         kls.append(f"{names[u['agent']] if 'agent' in u else 'team'} {kl}")
-    scores = score(f"{stage['accuracy']:.3f}", f"{stage['return_mean']:.3f}")
+    text = f"stage {stage['stage'] + 1:3d}/{config.stages}  "
+    text += score(f"{stage['accuracy']:.3f}", f"{stage['return_mean']:.3f}")
     if "accuracy_held_out" in stage:
-        scores += f"  held-out {held_out_score(stage, 'held_out')}"
-    text = (
-        f"stage {stage['stage'] + 1:3d}/{config.stages}  {scores}"
-        f"  KL {' '.join(kls)} of {config.delta:g}  {stage['seconds']:4.0f} s"
-    )
+        text += f"  held-out {held_out_score(stage, 'held_out')}"
+    text += f"  KL {' '.join(kls)} of {config.delta:g}  {stage['seconds']:4.0f} s"
     if "certificate" in stage:
         text += f"\n      certificate {stage['certificate']:,.0f}{' (vacuous)' if stage['vacuous'] else ''}"
         text += f", bound {stage['bound']:+.3f}, ESS/B {min(u['ess'] for u in updates if 'ess' in u):.2f}"
@@ -187,16 +178,14 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
     """The last lines of a run: the curve, the result, where the files are, what to do next."""
     lines = []
     if stages:
-        partial = any(s["return_mean"] > s["accuracy"] for s in stages)
-        curve = sparkline([s["return_mean"] for s in stages])
-        lines.append(f"{'mean return' if partial else 'accuracy'} by stage, 0 to 1: {curve}")
+        shown = "mean return" if any(s["return_mean"] > s["accuracy"] for s in stages) else "accuracy"
+        lines.append(f"{shown} by stage, 0 to 1: {sparkline([s['return_mean'] for s in stages])}")
     if summary["reason"]:
         lines.append(f"stopped early: {summary['stopped']}; to go on: python train.py --resume {directory}")
     else:
-        result = (
-            f"{held_out_score(summary, 'final', since='start')}, {summary['problems_held_out']:,} problems"
-        )
-        lines.append(f"held-out {result}; {summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts")
+        result, n = held_out_score(summary, "start", "final"), summary["problems_held_out"]
+        cost = f"{summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
+        lines.append(f"held-out {result}, {n:,} problems; {cost}")
     if summary["violation_rate_before"] is not None:
         then = " and were taken back" if config.kl == "hard" else ""
         lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{then}")

@@ -78,6 +78,13 @@ class Plan:
             f"{self.longest:,} tokens{update if self.tokens else ''}{self.warning}"
         )
 
+    def check(self) -> None:
+        """UserError unless it fits, with what would help."""
+        if self.total > self.budget:
+            flags = "fewer --agents, a smaller --model, a lower --max-new-tokens or --batch-rows"
+            flags += ", --lora-rank 16 or a lower --batch-tokens" if self.tokens else ""
+            raise UserError(f"this does not fit: {' '.join(str(self).split())}; what helps: {flags}")
+
 
 def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Config, Plan]:
     """`config` with `batch_rows` and `batch_tokens` filled in, and the plan.
@@ -113,7 +120,7 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
         found = plan(checkpointing=True, offload=found.offload)
     # Each process has looked at its own memory; all go through the same batches.
     rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
-    refuse(found)
+    found.check()
     out = Path(config.resume or config.out or ".").absolute()
     disk = CHECKPOINTS * 12 * sum(needs.trained)
     free = shutil.disk_usage(next(filter(Path.is_dir, (out, *out.parents)))).free
@@ -128,7 +135,7 @@ def plan_evaluation(
     """The same for k rollouts of each problem."""
     needs = Needs(config, task, problems, sources, ranks)
     plan = needs.with_rows(needs.start, ranks.largest_share(len(problems)) * k)
-    refuse(plan)
+    plan.check()
     return dataclasses.replace(config, batch_rows=min(ranks.gather(plan.rows))), plan
 
 
@@ -264,14 +271,6 @@ def token_bytes(m: ModelConfig, width: int, checkpointing: bool = False, lora: b
     layer = 2 * m.hidden_size + 4 * query + 3 * key + (2 + lora) * m.intermediate_size
     kept = m.layers * m.hidden_size + layer if checkpointing else m.layers * layer
     return (kept + layer_work(m)) * width + 32 * m.hidden_size  # fp32 below the first layer, above the last
-
-
-def refuse(plan: Plan) -> None:
-    """UserError unless the plan fits, with what would help."""
-    if plan.total > plan.budget:
-        flags = "fewer --agents, a smaller --model, a lower --max-new-tokens or --batch-rows"
-        flags += ", --lora-rank 16 or a lower --batch-tokens" if plan.tokens else ""
-        raise UserError(f"this does not fit: {' '.join(str(plan).split())}; what helps: {flags}")
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:

@@ -25,11 +25,11 @@ WARM_STEPS_BETWEEN_CHECKPOINTS = 10
 
 
 class Run:
-    """A context. However the block ends, the agents as they are then are saved, with a summary. Several
-    processes, which hold a part of them each, save no agents after an error.
+    """A context. However the block ends, the agents as they are then are saved, with a summary; by several
+    processes only without an error. A new run that ends before its first evaluation removes its directory.
 
     Each process of a run has a Run and calls it alike, because evaluations and checkpoints are shared work.
-    Only the first has files open. A new run that ends before its first evaluation removes its directory.
+    Only the first has files open.
     """
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
@@ -106,7 +106,7 @@ class Run:
         line = {
             "kind": "stage", "stage": stage, **more,
             "accuracy": updates[0]["accuracy"], "return_mean": updates[0]["return_mean"],
-            "rollouts_so_far": log.totals(self.updates)["rollouts"],
+            "rollouts_so_far": sum(u["rollouts"] for u in self.updates),
             "seconds": self._seconds(), "seconds_evaluation": self.costs["seconds_evaluation"],
         }  # fmt: skip
         self.stages += self._append(METRICS, [line])
@@ -128,11 +128,11 @@ class Run:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         self.bar.close()
-        if self.removable and not self.results:
-            shutil.rmtree(self.directory, ignore_errors=True)
         try:
             if self.results:
                 self._finish(error)
+            elif self.removable:
+                shutil.rmtree(self.directory, ignore_errors=True)
         finally:
             for file in self.files.values():
                 file.close()
@@ -171,14 +171,12 @@ class Run:
             if stages > self.config.checkpoint_every:  # a checkpoint has been there
                 raise UserError(f"{self.directory} has finished {stages} stages but has no checkpoints")
         lengths = state["bytes"] if state else dict.fromkeys(LOGS, 0)
-        for name in self.files:
-            if self._length(name) < lengths[name]:
-                raise UserError(f"{self.directory / name} was cut short since its newest checkpoint")
+        if short := [name for name in self.files if self._length(name) < lengths[name]]:
+            raise UserError(f"{self.directory / short[0]} was cut short since its newest checkpoint")
         for name, file in self.files.items():
             file.truncate(lengths[name])
         lines = log.read_log(self.directory / METRICS) if self.files else []
-        self.updates = [line for line in lines if line["kind"] == "update"]
-        self.stages = [line for line in lines if line["kind"] == "stage"]
+        self.updates, self.stages = ([x for x in lines if x["kind"] == kind] for kind in ("update", "stage"))
         self.bar.update(len(self.updates))
         warm = f"{self.warm_steps_done} steps of warm start and " if self.config.warm_start else ""
         log.say(f"resumed after {warm}{self.stages_done} of {self.config.stages} stages")
@@ -212,9 +210,10 @@ class Run:
         """Save the agents and summary.json, whose `reason` and `stopped` say why the run ended early."""
         reasons = {KeyboardInterrupt: "interrupted", Diverged: "diverged", FloatingPointError: "diverged"}
         reason = reasons.get(type(error), "error") if error else None
+        costs = {key: sum(u.get(key, 0) for u in self.updates) for key in log.COSTS}
         self.summary = {
             "accuracy_start": None, "accuracy_final": None, "return_start": None, "return_final": None,
-            **self.results, **log.totals(self.updates), **self.costs,
+            **self.results, **costs, **self.costs,
             "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
             "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
             "violation_rate_after": log.violation_rate(self.updates, "kl_after"),
@@ -259,9 +258,8 @@ def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
         if agent.chat:
             ids = team.render(j, problem, messages, add_generation_prompt=True).ids
             seen = f"{ids} {agent.tokenizer.hash} {sorted(agent.chat.end_tokens)}".encode()
-            found[f"prompts of agent {j} (tokenizer, template, roles, date)"] = hashlib.sha256(
-                seen
-            ).hexdigest()
+            name = f"prompts of agent {j} (tokenizer, template, roles, date)"
+            found[name] = hashlib.sha256(seen).hexdigest()
     return found
 
 
