@@ -32,9 +32,6 @@ GAMMA = 0.99  # [ours] the paper's is not public
 RESAMPLES = 500
 
 
-# Estimators
-
-
 def centred(returns: Tensor) -> Tensor:
     """Returns (P, G) minus the mean of the problem's *other* rollouts: independent, so unbiased. [ours]"""
     return (returns - returns.mean(1, keepdim=True)) * (returns.shape[1] / (returns.shape[1] - 1))
@@ -91,12 +88,9 @@ def bootstrap(statistic: Callable, *tables: Tensor, group: int, seed: int) -> tu
     return statistic(*tables).item(), values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
-# In a run
-
-
 class Diagnostics:
-    """Diagnoses the updates of one stage, each on rollouts of the team just before it, and on problems that
-    are not trained on. Without `--diagnostics` it does nothing."""
+    """In a run: diagnoses the updates of one stage, each on rollouts of the team just before it, and on
+    problems that are not trained on. Without `--diagnostics` it does nothing."""
 
     def __init__(self, config: Config, team: Team, stage: int):
         self.config, self.team, self.stage = config, team, stage
@@ -132,8 +126,7 @@ class Diagnostics:
     def of_stage(self) -> dict:
         """Thm 3.6: the sum of the updates' bounds; `vacuous`: the penalty is more than returns in [0, 1] can
         lose; `delta_stale`: the mean |gap| of all updates but the first, whose gap is 0."""
-        diagnosed = [found for found in self.found if found]
-        if not diagnosed:
+        if not (diagnosed := [found for found in self.found if found]):
             return {}
         sums = {key: sum(found[key] for found in diagnosed) for key in ("certificate", "bound", "penalty")}
         gaps = [abs(found["gap"]) for found in self.found[1:] if found]

@@ -14,14 +14,12 @@ team would hardly notice: [mechanism ours]
 
 with the least lam >= 0, both policies frozen. The loss is KL(pi_target || newcomer), summed over a message,
 averaged over messages. Where lam = 0 it holds the newcomer as it came while other tokens are learned. [ours]
-
 A newcomer with another vocabulary learns the text of the messages instead, by next-token prediction.
 """
 
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +51,6 @@ MOST_LOGITS = 2**25  # of a batch, unless one rollout has more: 128 MiB, and abo
 LR_FACTOR = 4  # on --lr, which suits returns: a target for every token is a stronger signal
 
 
-# Alignment
-
-
 def mixture(new: Tensor, incumbent: Tensor, weight: Tensor) -> Tensor:
     """log pi_target (N, V) from finite log-probs (N, V); weight (N,) is lam / (1 + lam), in [0, 1]."""
     return torch.lerp(new, incumbent, weight[:, None]).log_softmax(1)
@@ -67,10 +62,8 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def mixture_weight(new: Tensor, incumbent: Tensor, delta: float) -> Tensor:
-    """The least weight (N,) whose mixture has KL(mixture || incumbent) <= delta: 0 where `new` is inside.
-
-    The KL falls all the way from weight 0 to 1, so bisection finds it. The weight that is returned is inside.
-    """
+    """The least weight (N,) whose mixture has KL(mixture || incumbent) <= delta: 0 where `new` is inside. The
+    KL falls all the way from weight 0 to 1, so bisection finds it. The weight that is returned is inside."""
     low = torch.zeros_like(new[:, 0])
     high = 1 - (kl_divergence(new, incumbent) <= delta).to(new)  # weight 1 is the incumbent; NaN is outside
     for _ in range(BISECTIONS):
@@ -121,8 +114,8 @@ def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) ->
         hidden, lengths = batch.hidden(models[1])[batch.pair].cpu(), torch.bincount(batch.message).tolist()
         seen |= zip(zip(batch.rollout.tolist(), batch.turn.tolist()), hidden.split(lengths))
     for batch in own:
-        incumbents = [seen[place] for place in zip(batch.rollout.tolist(), batch.turn.tolist())]
-        hidden = [batch.hidden(models[0])[batch.pair].cpu(), torch.cat(incumbents)]
+        incumbents = torch.cat([seen[place] for place in zip(batch.rollout.tolist(), batch.turn.tolist())])
+        hidden = [batch.hidden(models[0])[batch.pair].cpu(), incumbents]
         found.append(Lesson(batch, hidden, heads, config))
     return found
 
@@ -136,7 +129,7 @@ def share_vocabulary(a: Agent, b: Agent) -> bool:
 def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, steps: int) -> dict:
     """Train agent j of team `new` on rollouts of team `old`, in that many full-batch steps, none if it is
     inside everywhere. Returns its part of the line in metrics.jsonl. Raises Diverged."""
-    learner, messages = Learner(new, [j], beta=0.0), len(rollouts.by([j]))
+    learner, messages, outside = Learner(new, [j], beta=0.0), len(rollouts.by([j])), 1.0
     shared = share_vocabulary(old.agents[j], new.agents[j])
     if shared:
         taught = lessons(rollouts, old, new, j, config)
@@ -144,24 +137,16 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
     else:  # the texts are demonstrations
         rows = zip(rollouts.problems, rollouts.messages)
         shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row])) for problem, row in rows]
-        none, outside = torch.zeros_like(rollouts.returns), 1.0
+        none = torch.zeros_like(rollouts.returns)
         batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
-
-    def parts() -> Iterator[Tensor]:
-        if shared:
-            return (lesson.loss(learner.models[0]) / messages for lesson in taught)
-        return next_token_losses(batches)
-
-    steps, peak = steps if outside else 0, LR_FACTOR * config.lr
-    rates = [peak * (1 - i / steps) for i in range(steps)]
-    losses = [descend(learner, parts(), rate)["loss"] for rate in (*rates, 0.0)]  # the last changes nothing
+    model, steps, losses = learner.models[0], steps if outside else 0, []
+    for left in range(steps, -1, -1):  # the last, at a rate of 0, changes nothing
+        parts = (lesson.loss(model) / messages for lesson in taught) if shared else next_token_losses(batches)
+        losses.append(descend(learner, parts, LR_FACTOR * config.lr * left / max(steps, 1))["loss"])
     return {
         "shared_vocabulary": shared, "probes": messages, "outside": outside, "align_steps": steps,
         "align_loss_before": losses[0], "align_loss_after": losses[-1],
     }  # fmt: skip
-
-
-# Replacement
 
 
 def replace(run: Path, j: int, changed: Config, steps: int) -> dict:

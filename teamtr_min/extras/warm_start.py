@@ -31,15 +31,10 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
     given = read_demonstrations(config, task)
     for shown, messages in zip(given, as_rollouts(team, given).messages):
         for j in (j for learner in learners for j in learner.agents):
-            length, most = (
-                len(team.render(j, shown.problem, messages, False).ids),
-                team.agents[j].model.config.max_positions,
-            )
-            if length > most:
-                where = f"{config.demonstrations}: transcript {shown.problem.id}"
-                raise UserError(
-                    f"{where} has {length:,} tokens for agent {j}, whose model has {most:,} positions"
-                )
+            length = len(team.render(j, shown.problem, messages, False).ids)
+            if length > (most := team.agents[j].model.config.max_positions):
+                what = f"{config.demonstrations}: transcript {shown.problem.id} has {length:,} tokens"
+                raise UserError(f"{what} for agent {j}, whose model has {most:,} positions")
     run.evaluate("untrained")
     for step in range(run.warm_steps_done, config.warm_start):
         lr = config.warm_start_lr * (1 - step / config.warm_start)
@@ -64,10 +59,9 @@ def next_token_losses(batches: Batches) -> Iterator[Tensor | Transformer]:
     for batch in batches.own:
         if isinstance(batch, Transformer):
             yield batch
-            continue
-        hidden = batch.hidden(batch.model)  # (pairs, H)
-        logp = kernels.linear_logprob(hidden, batch.model.head, batch.targets)[batch.pair]  # (N,)
-        yield -logp.sum() / batches.tokens
+        else:
+            hidden, head = batch.hidden(batch.model), batch.model.head  # (pairs, H), (V, H)
+            yield -kernels.linear_logprob(hidden, head, batch.targets)[batch.pair].sum() / batches.tokens
 
 
 def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) -> dict[str, float]:
@@ -81,10 +75,10 @@ def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) 
             for part in parts:
                 if isinstance(part, Transformer):
                     keep_company(part)
-                    continue
-                part.backward()
-                learner.add_gradients()
-                loss += part.item()
+                else:
+                    part.backward()
+                    learner.add_gradients()
+                    loss += part.item()
         loss = learner.ranks.total(loss)
         if not math.isfinite(loss):
             raise Diverged(f"the loss of a supervised step is {loss}")
