@@ -2,9 +2,8 @@
 
     python -m teamtr_min.studies.estimators        about two minutes on one core
 
-Teams small enough to enumerate (exact.py) are sampled again and again; every estimate has its exact value
-beside it. Three agents write two messages each, two tokens long; each update goes up the exact policy
-gradient until its exact KL per message is the number in the table.
+Teams small enough to enumerate (exact.py) are sampled again and again. Three agents write two messages each,
+two tokens long; an update goes up the exact policy gradient to the exact KL per message of the table.
 """
 
 import torch
@@ -27,8 +26,7 @@ def small_game(router=None) -> Game:
         wanted = [(context[0] + before) % 4 for before in context[:-1]]
         return float(sum(w == m for w, m in zip(wanted, context[1:])) >= 3)
 
-    def row(agent: int, context: tuple, prefix: tuple) -> int:
-        """Six rows stand for all contexts, as a network's parameters do."""
+    def row(agent: int, context: tuple, prefix: tuple) -> int:  # six stand for all, as parameters do
         return (context[0] + context[-1] + len(prefix) + sum(prefix)) % 6
 
     start = torch.full((4,), 0.25)
@@ -70,13 +68,8 @@ def share(old: Tensor, new: Tensor) -> Tensor:
     return new.sum() ** 2 / (old.sum() * (new**2 / old).sum())
 
 
-def weighted_mean(log_rho: Tensor, terms: Tensor) -> Tensor:
-    return (log_rho.softmax(0) * terms).sum()
-
-
 def weighted_kl(log_rho: Tensor, log_w: Tensor, writes: Tensor) -> Tensor:
-    """Eq. 11's k3 as a weighted mean over messages."""
-    weight = log_rho.softmax(0)[:, None] * writes
+    weight = log_rho.softmax(0)[:, None] * writes  # of Eq. 11's k3 over messages
     return (weight * (log_w.expm1() - log_w)).sum() / weight.sum()
 
 
@@ -99,7 +92,7 @@ def diagnoses(teams: list[Team], batches: int, seed: int) -> dict:
         "D_occ": (exact.occupancy_shift(first, base, LAST), diagnostics.occupancy_shift, before, wrote),
         "ESS/B": (share(first.law[own], base.law[own]), ess, before, wrote),
         "KL held out": (kl, diagnostics.message_kl, log_w, writes),
-        "L corrected": (surrogate, weighted_mean, rho, old),
+        "L corrected": (surrogate, lambda log_rho, terms: (log_rho.softmax(0) * terms).sum(), rho, old),
         "KL corrected": (kl, weighted_kl, rho, log_w_first, wrote),
         "ESS": (share(first.rollout_law, base.rollout_law), ess, rho, torch.ones_like(rho)),
     }
@@ -121,10 +114,9 @@ def main(batches: int = 1000, intervals: int = 200) -> None:
     for seed, kl in enumerate((0.02, 0.2, 1.0, 4.0)):
         for name, case in diagnoses(stage(small_game(), 0, kl), batches, 100 * seed).items():
             truth, statistic, *tables = case
-            values, covered = torch.vmap(statistic)(*tables), coverage(*case, intervals=intervals)
-            print(
-                f"| {kl} | {name} | {truth:.5f} | {values.mean():.5f} | {values.std():.5f} | {covered:.3f} |"
-            )
+            sd, mean = torch.std_mean(torch.vmap(statistic)(*tables))
+            covered = coverage(*case, intervals=intervals)
+            print(f"| {kl} | {name} | {truth:.5f} | {mean:.5f} | {sd:.5f} | {covered:.3f} |")
 
 
 if __name__ == "__main__":

@@ -79,12 +79,10 @@ class Game:
 
 
 class Team:
-    """A game played with parameters theta (A, rows, V).
-
-    token_logp (S, prefixes, V), logp and pi (S, M) are the policy of the agent that writes in each state. law
-    (S,) is the probability that a rollout passes through a state, visits (S,) is gamma^t law; rollout_law
-    (X,). action_value and advantage (S, M), value (S,) and J () are of the discounted return.
-    """
+    """A game played with theta (A, rows, V). token_logp (S, prefixes, V), logp and pi (S, M) are the policy
+    of the agent that writes in each state. law (S,) is the probability that a rollout passes through a
+    state, visits (S,) gamma^t law, rollout_law (X,) that of a rollout. action_value, advantage (S, M), value
+    (S,) and J () are of the discounted return."""
 
     def __init__(self, game: Game, theta: Tensor):
         self.game, self.theta = game, theta = game, theta.double()
@@ -119,8 +117,7 @@ class Team:
         return Team(self.game, torch.where(chosen, theta, self.theta))
 
     def messages_per_rollout(self, agent: int) -> Tensor:
-        """() in expectation."""
-        return self.law[self.game.actor == agent].sum()
+        return self.law[self.game.actor == agent].sum()  # () in expectation
 
 
 def message_kl(old: Team, new: Team) -> Tensor:
@@ -136,30 +133,22 @@ def mean_message_kl(old: Team, new: Team, agent: int) -> Tensor:
 
 def surrogate(base: Team, new: Team, states: Team | None = None) -> Tensor:
     """L () = (1/(1-gamma)) E_{s ~ d^states, m ~ new}[A_base(s, m)] [paper], or the plain sum for gamma = 1.
-
-    L_i^seq is surrogate(team^{i-1}, team^i); L_i^stale takes its states from team^0.
-    """
+    L_i^seq is surrogate(team^{i-1}, team^i); L_i^stale takes its states from team^0."""
     return ((states or base).visits[:, None] * new.pi * base.advantage).sum()
 
 
 def occupancy_shift(first: Team, base: Team, agent: int) -> Tensor:
-    """D_occ () [ours]: total variation between the laws of two teams over the states where the agent acts.
-
-    Turn by turn, of the laws given that the agent acts there, which a router may make more or less frequent;
-    then the mean over turns, weighted by how often it acts there in `first`.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for t in base.game.turn[base.game.actor == agent].unique():
-        own = (base.game.turn == t) & (base.game.actor == agent)
-        old, new = first.law[own], base.law[own]
+    """D_occ () [ours]: total variation between the laws of two teams over the states where the agent acts, in
+    each turn of the laws given that it does; a mean over turns, weighted by how often it does in `first`."""
+    total, acts = torch.zeros((), dtype=torch.float64), base.game.actor == agent
+    for t in base.game.turn[acts].unique():
+        old, new = (team.law[acts & (base.game.turn == t)] for team in (first, base))
         total = total + old.sum() * (old / old.sum() - new / new.sum()).abs().sum() / 2
     return total / first.messages_per_rollout(agent)
 
 
-class Rollouts(NamedTuple):
-    """R of a game's rollouts, with the log-probs of the team that wrote them. `number` is in 0..X-1."""
-
-    number: Tensor  # (R,)
+class Rollouts(NamedTuple):  # R of a game's rollouts, with the log-probs of the team that wrote them
+    number: Tensor  # (R,) in 0..X-1
     state: Tensor  # (R, turns) numbers in 0..S-1
     agent: Tensor  # (R, turns)
     message: Tensor  # (R, turns) numbers in 0..M-1
@@ -193,13 +182,8 @@ def log_ratio(x: Rollouts, new: Team, old: Team) -> Tensor:
 
 
 def objective(old: Team, new: Team, agent: int, clip: float = 0.2, beta: float = 0.0) -> Tensor:
-    """Eq. 10 [paper] in expectation over the agent's messages in rollouts of `old`, to be maximised: ().
-
-        E_m[ min(w A, clip(w, 1 - eps, 1 + eps) A) ] - beta KL(old || new)      w = new(m | s) / old(m | s)
-
-    A is the exact A(s, m). The penalty is the expectation of its k3 form, which is the KL. Log-ratios are not
-    clamped.
-    """
+    """Eq. 10 [paper] in expectation over the agent's messages in rollouts of `old`, to be maximised: (). It
+    has the exact A(s, m), and the KL, which is the expectation of k3. Log-ratios are not clamped."""
     every = rollouts(old)
     advantage = old.advantage[every.state, every.message]  # (X, turns)
     weight = old.rollout_law[:, None] * (every.agent == agent)  # (X, turns)

@@ -1,10 +1,10 @@
 """What fresh rollouts are worth: fresh, stale, joint and reweighted arms of Algorithm 1 at equal cost.
 
 Each arm is `python train.py` with a few flags, once per seed, in a directory under `--out`. A finished run is
-not made again and an unfinished one is resumed, so the study may be stopped and started at will. An arm that
-collects once a stage has n times as many stages as one that collects before each of its n updates; an arm
-with a floor (`--min-ess`) collects as it needs. So all arms of a setting are compared at the fewest rollouts
-that one of their runs took, and at the fewest seconds, evaluation left out.
+not made again and an unfinished one is resumed. An arm that collects once a stage has n times as many stages
+as one that collects before each of its n updates; an arm with a floor (`--min-ess`) collects as it needs. So
+all arms of a setting are compared at the fewest rollouts that one of their runs took, and at the fewest
+seconds, evaluation left out.
 """
 
 import os
@@ -100,14 +100,9 @@ def train(flags: dict, path: Path) -> None:
 
 def summary(path: Path) -> dict | None:
     """The run's summary if it has ended: all stages are done, or it has diverged."""
-    try:
-        found = read_json(path / "summary.json")
-    except UserError:
-        return None
+    file = path / "summary.json"
+    found = read_json(file) if file.is_file() else {"return_final": None, "reason": "not begun"}
     return found if found["return_final"] is not None or found["reason"] == "diverged" else None
-
-
-# The table and the figure
 
 
 def row(arm: Arm) -> dict:
@@ -150,7 +145,7 @@ def at_equal_cost(rows: list[dict]) -> list[dict]:
 
 def read(curve: list[list[float]], at, cost: int = ROLLOUTS) -> np.ndarray:
     """The return of a curve at some cost, or at several."""
-    points = list(zip(*curve))
+    points = np.transpose(curve)
     return np.interp(at, points[cost], points[1])
 
 
@@ -191,11 +186,8 @@ COLUMNS = {  # title: key and form
 def table(found: dict) -> str:
     """The study as a Markdown table."""
     heads = ["setting", "arm", "return at equal rollouts", "return at equal seconds", *COLUMNS]
-    lines = [
-        "± is Student's 95% interval over seeds. Seconds leave out evaluation; they need an idle machine.",
-        "",
-    ]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    note = "± is Student's 95% interval over seeds. Seconds leave out evaluation; they need an idle machine."
+    lines = [note, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found["rows"]:
         cells = [row["setting"], row["name"], interval(row["return_at"]), interval(row["return_at_seconds"])]
         for key, form in COLUMNS.values():

@@ -6,12 +6,10 @@ A model learns to predict the next token of transcripts that made-up solvers wri
 torch version give the same bits.
 
 Relay: a few solvers are careful and nearly always right; most are careless and put a random digit in two
-steps out of three. A model of this mixture knows every step and gets it right about half of the time, which
-leaves something for reinforcement to find.
-
+steps out of three. A model of this mixture gets a step right about half of the time.
 Convention: solvers are always right. The code of each message is drawn, with odds that depend on the turn
-alone (Convention.starting_habits): so agents start with opposite habits. In half of the transcripts a hint
-behind the problem names the code of all messages; the problems of a run never have a hint.
+alone: so agents start with opposite habits. In half of the transcripts a hint behind the problem names the
+code of all messages; the problems of a run never have a hint.
 """
 
 import argparse
@@ -47,7 +45,6 @@ COURSES = {
 ROWS = 128  # transcripts per step
 PARTS = 4  # batches of similar length
 PEAK_LR = 4e-3
-CAREFUL_ONLY = 0.5  # share of the steps, the first ones, in which all solvers are careful
 
 
 def transcript(generator: np.random.Generator, course: Course, careful: float) -> str:
@@ -110,7 +107,7 @@ def train(model: Transformer, tokenizer: Tokenizer, course: Course) -> float:
     schedule = OneCycleLR(optimizer, PEAK_LR, total_steps=course.steps, pct_start=0.05)  # also of a beta
     for step in tqdm(range(course.steps), desc="pretrain", disable=None):
         # Arithmetic is learned from careful solvers alone, then the careless ones join: three times faster.
-        careful = course.careful if step >= CAREFUL_ONLY * course.steps else 1.0
+        careful = course.careful if step >= course.steps / 2 else 1.0
         generator = rng.generator(0, "pretrain", step)
         parts = list(batches(tokenizer, [transcript(generator, course, careful) for _ in range(ROWS)]))
         count = sum((targets >= 0).sum() for _, targets in parts)
