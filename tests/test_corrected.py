@@ -34,9 +34,6 @@ def log_rho(teams: list[Team], order) -> torch.Tensor:
     return total
 
 
-# Exactly
-
-
 def test_law_surrogate_kl_and_eq_9_of_weighted_rollouts_are_the_intermediate_teams():
     """Whatever the router reads, it cancels."""
     for teams, order in random_stages(1.0)[::3]:
@@ -56,9 +53,6 @@ def test_law_surrogate_kl_and_eq_9_of_weighted_rollouts_are_the_intermediate_tea
             centred = returns - law @ returns
             wanted = centred / (law @ centred.square() + 1e-6).sqrt() * (returns.max() > returns.min())
             assert_equal(group_advantages(returns[None], weight=weight[None, :count])[0], wanted)
-
-
-# By sampling (test_estimators.py has bias and coverage of surrogate and KL)
 
 
 def play(monkeypatch, teams: list[Team], min_ess: float) -> tuple[Rollouts, list[int], exact.Rollouts]:
@@ -112,9 +106,6 @@ def test_no_floor_sees_a_message_that_no_rollout_holds_and_the_radius_bounds_it(
     for new in (1e-3, 0.02, 0.1, 0.3):
         kl = exact.mean_message_kl(*rare_message(1e-9, new), 0).item()
         assert new == pytest.approx(1 - math.exp(-kl), rel=1e-4)
-
-
-# In training
 
 
 def moved(team, rollouts, agents: list[int], old: dict[int, list]) -> torch.Tensor:

@@ -59,9 +59,6 @@ def printed(capsys, *flags: str) -> str:
     return capsys.readouterr().out
 
 
-# Statistics
-
-
 @pytest.mark.parametrize("values", [[0, 0, 1, 0, 1, 1], [1, 1, 1, 1], [0.2, 0.9, 0.0, 0.2, 1.0, 0.5]])
 def test_the_best_of_j_is_the_mean_over_all_choices_of_j(values):
     """Of zeros and ones it is pass@j: the share of choices that hold a right one."""
@@ -85,9 +82,6 @@ def test_a_vote_takes_the_answer_of_most_and_best_of_the_likeliest_per_token():
     task = SimpleNamespace(answer=lambda messages: messages[-1].text or None)
     assert pick(rollouts, "vote", task).flatten().tolist() == [0, 1, 1, 0, 1, 0]
     assert pick(rollouts, "best_of", None).flatten().tolist() == [0, 1, 1, 0, 0, 0]
-
-
-# Whom, and on what
 
 
 def test_one_object_has_the_promised_fields_and_reads_the_problems_of_a_file(capsys):
@@ -139,9 +133,6 @@ def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
     result = evaluate(capsys, *flags, "--drop-long", "--mode", "solo")
     assert result["benchmark"] == "jsonl" and result["problems"] == 29 and result["avg_at_k"] == 0
     assert 0.1 < result["avg_at_k_ci"][1] < 0.2, "0 of 29 is not 0 of all"
-
-
-# What is shown
 
 
 def test_the_heading_names_all_that_a_result_rests_on(capsys):
@@ -222,9 +213,6 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "gsm8k --model nowhere": "no model 'nowhere'",
     }.items():
         assert message in refusal(capsys, evaluation.main, *flags.split())
-
-
-# Asking
 
 
 def test_a_team_can_be_asked(capsys, monkeypatch):

@@ -69,9 +69,6 @@ def test_the_enumeration_equals_loops_over_rollouts_and_tokens(row, length, turn
         assert_equal(getattr(team, name), torch.tensor(truth, dtype=torch.float64))
 
 
-# Eq. 10
-
-
 def test_the_gradient_of_eq_10_equals_finite_differences():
     game = random_game(0, 2, 3, length=2, row=five_rows)
     old, new, _ = stage(game, (0, 1), seed=1)

@@ -72,9 +72,6 @@ def finite_horizon(teams):
     return (new.J - old.J).abs(), root(old.messages_per_rollout(0) * exact.mean_message_kl(old, new, 0) / 2)
 
 
-# Lemmas
-
-
 def test_lemma_31_the_team_s_kl_is_the_active_agent_s():
     """The joint policy: all agents write at once, those whose turn it is not an empty message for certain."""
     game = random_game(0, 3, 3, router=by_transcript(3))
@@ -111,9 +108,6 @@ def test_an_update_s_gain_is_its_advantages_where_the_new_team_goes():
             assert_equal(new.J - old.J, surrogate(old, new, states=new))
         if gamma < 1:
             assert old.occupancy.sum().item() == pytest.approx(1 - gamma**4, abs=ROUND_OFF)
-
-
-# Bounds
 
 
 @pytest.mark.parametrize("statement", [prop_33, thm_34, thm_36, thm_37, stale_ours])
@@ -176,9 +170,6 @@ def test_occupancy_does_not_shift_in_reverse_turn_order():
                 assert gap <= 2 * old.advantage.abs().max() * old.messages_per_rollout(j) * shift + ROUND_OFF
                 still = i == 0 or (rounds == 1 and order[0] != 0)
                 assert max(shift, gap) <= ROUND_OFF if still else shift > 1e-3
-
-
-# Tightness
 
 
 def by_last_word(context):

@@ -1,6 +1,7 @@
 """What fits is known before anything is loaded: free memory, the plan, its refusals, its peaks."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -29,8 +30,7 @@ from teamtr_min.tasks import Relay
 N = 91264  # parameters of the relay model
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("full", ["job", "", "job/step"])
+@pytest.mark.parametrize("full, version", itertools.product(["job", "", "job/step"], [1, 2]))
 def test_every_level_of_control_groups_counts(tmp_path, version, full):
     """The level that leaves least decides. Pages of files, which can be given up, do not count as used."""
     limit, used, cache = {
@@ -144,9 +144,8 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
 def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_twice(monkeypatch):
     monkeypatch.setattr(memory, "placement", lambda config: (torch.device("cuda"), torch.bfloat16))
     monkeypatch.setattr(memory, "free_memory", lambda device: 1 << 40)
-    fit = plans(
-        monkeypatch, [30.0, *torch.arange(12, 6, -0.5).tolist()], problems=2, eval_problems=2, batch_rows=2
-    )
+    sizes = [30.0, *torch.arange(12, 6, -0.5).tolist()]
+    fit = plans(monkeypatch, sizes, problems=2, eval_problems=2, batch_rows=2)
     ways = [(plan.offload, plan.checkpointing) for plan in fit]
     assert ways == sorted(ways) and set(ways) == {(False, False), (True, False), (True, True)}
 
@@ -237,9 +236,7 @@ def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypat
     for one, other in zip(again.messages, lean.rollouts.messages, strict=True):
         assert [m.tokens for m in one] == [m.tokens for m in other]
     assert lean.team.batch_rows == 16
-    monkeypatch.setattr(
-        AgentBatch, "hidden", lambda self, model: full(self.tokens.numel(), limit) or hidden(self, model)
-    )
+    monkeypatch.setattr(AgentBatch, "hidden", lambda b, *m: full(b.tokens.numel(), limit) or hidden(b, *m))
     update, tokens = halving(climb, 4096)
     assert tokens < 512 and update.steps == whole.steps
     assert update.kept["kl"] == pytest.approx(whole.kept["kl"], rel=1e-3)

@@ -33,9 +33,6 @@ def few_probes(monkeypatch):
     monkeypatch.setattr(replace, "PROBES", 24)
 
 
-# The target
-
-
 def by_lambda(new: torch.Tensor, incumbent: torch.Tensor, lam: float) -> torch.Tensor:
     """pi_target of one token by its definition, float64, probabilities."""
     p, q = new.double().exp(), incumbent.double().exp()
@@ -64,9 +61,6 @@ def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
         assert divergence(at, incumbent[t]) <= delta + 1e-6
         assert divergence(less, incumbent[t]) > delta - 1e-6
     assert (weight[:5] == 0).all() and (math.isinf(delta) or 15 < weight.count_nonzero() < 33)
-
-
-# The loss
 
 
 def with_other(team: Team, j: int, scale: float = 0.5) -> Team:
@@ -151,9 +145,6 @@ def test_vocabularies_are_shared_when_every_token_and_the_end_are(tmp_path):
     other_end = dataclasses.replace(b, chat=chat)
     other_words = dataclasses.replace(b, tokenizer=load_tokenizer(write_tokenizer(tmp_path)))
     assert [share_vocabulary(a, x) for x in (b, other_end, other_words)] == [True, False, False]
-
-
-# The command
 
 
 def contents(directory: Path) -> dict:

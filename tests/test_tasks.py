@@ -64,9 +64,6 @@ def test_impossible_choices_are_refused(given, fault):
         load_task(Config(**given))
 
 
-# ---- relay
-
-
 @pytest.mark.parametrize("turns", [1, 2, 3, 8])
 def test_relay_chains_are_worked_out_from_left_to_right_and_only_the_last_message_counts(turns):
     assert [Relay.step(chain) for chain in ("7+8*3-4", "5*3-4", "2-7")] == ["5*3-4", "5-4", "5"]
@@ -79,9 +76,6 @@ def test_relay_chains_are_worked_out_from_left_to_right_and_only_the_last_messag
         assert len(problem.text) == 2 * turns + 1 and problem.answer == right
         assert game.grade(problem, said("nonsense", f" {right}\n")) == 1
         assert not any(game.grade(problem, said(right, last)) for last in (wrong, "", right * 2))
-
-
-# ---- sums
 
 
 @pytest.mark.parametrize("agents", range(1, 7))
@@ -110,9 +104,6 @@ def test_in_sums_the_number_that_the_last_message_ends_with_is_the_answer():
     begin = time.process_time()
     assert game.answer(said("9" * 10**6 + "x")) is None and game.answer(said("1!" * 10**6 + "x")) is None
     assert time.process_time() - begin < 2
-
-
-# ---- convention
 
 
 def played(problem, codes: tuple[int, ...]) -> list[Message]:
@@ -162,9 +153,6 @@ def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agen
     # What the reader does hardly depends on what the writer did.
     zero, one = ([row[1] for row in codes if row[0] == code and row[1] is not None] for code in (0, 1))
     assert abs(np.mean(zero) - np.mean(one)) < 0.12
-
-
-# ---- floors
 
 
 def handed_on(n: int, codes: tuple[int, ...]) -> list[Message]:

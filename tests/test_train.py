@@ -61,19 +61,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_pa
         assert alike == [seed == "0"] * 3
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--order reversed --ratio token --max-new-tokens 5",
-        "--order random --ratio mean --kl-estimator k1 --kl-unit token",
-        "--router random --rounds 2 --beta 0 --occupancy corrected --min-ess 0.9",
-        "--router without_b.py --diagnostics",
-        "--agents 1 --delta inf",
-        "--occupancy joint --advantage-clip 0.7 --no-group-norm",
-        "--dtype bf16",
-        "--model relay,relay,relay --temperature 0.8",
-    ],
-)
+@pytest.mark.parametrize("flags", [
+    "--order reversed --ratio token --max-new-tokens 5", "--model relay,relay,relay --temperature 0.8",
+    "--order random --ratio mean --kl-estimator k1 --kl-unit token", "--router without_b.py --diagnostics",
+    "--router random --rounds 2 --beta 0 --occupancy corrected --min-ess 0.9", "--agents 1 --delta inf",
+    "--occupancy joint --advantage-clip 0.7 --no-group-norm --dtype bf16",
+])  # fmt: skip
 def test_every_choice_runs_and_no_metrics_line_holds_a_null(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     Path("without_b.py").write_text("def router(turn, *others):\n    return turn % 2 * 2\n")
@@ -108,46 +101,33 @@ def test_a_team_learns(tmp_path):
     assert summary["accuracy_final"] > summary["accuracy_start"] + 0.25
 
 
-PARTIAL = """
-from teamtr_min.tasks import Relay
-class task(Relay):
-    def grade(self, problem, messages):
-        return 0.2 + 0.7 * super().grade(problem, messages)
-"""
+OWN = "from teamtr_min.tasks import Relay\nclass task(Relay):\n    def "
 
 
 def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(PARTIAL)
+    grade = "grade(self, problem, messages): return 0.2 + 0.7 * super().grade(problem, messages)"
+    Path("mine.py").write_text(OWN + grade)
     summary, _, stages = run(Path("run"), *"--task mine.py --eval-every 1 --eval-problems 32".split())
     start, final = summary["return_start"], summary["return_final"]
     assert summary["accuracy_start"] == summary["accuracy_final"] == 0 and 0.2 < min(start, final)
     said = capsys.readouterr().out
-    for words in (
-        f"start         held-out return {start:.3f} [",
-        f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return ",
-        "mean return by stage",
-        f"held-out return {start:.3f} -> {final:.3f} [",
-        "] (accuracy 0.000 -> 0.000), 32 problems",
-    ):
+    stage = f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return "
+    course = f"held-out return {start:.3f} -> {final:.3f} [", "] (accuracy 0.000 -> 0.000), 32 problems"
+    for words in (f"start         held-out return {start:.3f} [", stage, "mean return by stage", *course):
         assert words in said
 
 
-ROUTER = "calls = []\ndef router(turn, *others):\n    calls.append(turn)\n"
+ROUTER = "calls = []\ndef router(turn, *others):\n    calls.append(turn)\n    "
 
 
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        ("if len(calls) > 0: return 7", "line 2: `router` returned 7"),
-        ("if len(calls) > 150: 1 / 0", "line 4: `router` failed: ZeroDivision"),
-    ],
-)
-def test_a_run_that_fails_names_the_users_line_and_keeps_a_measured_team(
-    tmp_path, capsys, monkeypatch, fault, words
-):
+@pytest.mark.parametrize("fault, words", [
+    ("if len(calls) > 0: return 7", "line 2: `router` returned 7"),
+    ("if len(calls) > 150: 1 / 0", "line 4: `router` failed: ZeroDivision"),
+])  # fmt: skip
+def test_a_run_that_fails_names_the_line_and_keeps_its_team(tmp_path, capsys, monkeypatch, fault, words):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(f"{ROUTER}    {fault}\n    return turn % 3\n")
+    Path("mine.py").write_text(f"{ROUTER}{fault}\n    return turn % 3\n")
     assert train.main([*TOY, "--out", "run", "--router", "mine.py"]) == 2
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith(f"error: mine.py, {words}")
@@ -174,34 +154,22 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_team(tmp_path, capsy
     assert all(torch.isfinite(p).all() for agent in weights(out) for p in agent.values())
 
 
-MEASURE = """
-from teamtr_min.tasks import Relay
-class task(Relay):
-    def measure(self, problems, messages):
-        return {}
-"""
-
-
-@pytest.mark.parametrize(
-    "returned, words",
-    [('{"x": [1.0, float("nan")]}', "JSON cannot hold"), ('{"lr": 1}', "lr, which are logged")],
-)
-def test_what_a_tasks_measure_returns_is_checked(tmp_path, monkeypatch, capsys, returned, words):
+def test_what_a_tasks_measure_returns_is_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(MEASURE.replace("{}", returned))
-    assert words in refusal(capsys, train.main, *TOY, "--task", "mine.py", "--model", "relay", "--out", "run")
+    flags = [*TOY, "--task", "mine.py", "--model", "relay", "--out", "run"]
+    faults = {'{"x": [1.0, float("nan")]}': "JSON cannot hold", '{"lr": 1}': "lr, which are logged"}
+    for returned, words in faults.items():
+        Path("mine.py").write_text(f"{OWN}measure(self, problems, messages): return {returned}")
+        assert words in refusal(capsys, train.main, *flags)
 
 
 def test_an_existing_output_directory_is_refused_first_and_never_written_into(tmp_path, capsys):
-    thesis = tmp_path / "thesis.tex"
-    thesis.write_text("years of work")
-    for flags in ([], ["--model", "nonesuch"]):
-        sentence = refusal(capsys, train.main, *TOY, "--out", str(tmp_path), *flags)
-        assert f"--out {tmp_path} exists and is not empty; give another" in sentence
-    assert "Not a directory" in refusal(capsys, train.main, *TOY, "--out", str(thesis))
-    assert [*tmp_path.iterdir()] == [thesis] and thesis.read_text() == "years of work"
-    thesis.write_text("")
-    assert "is not empty" in refusal(capsys, train.main, *TOY, "--out", str(tmp_path))
+    thesis, used = tmp_path / "thesis.tex", f"--out {tmp_path} exists and is not empty; give another"
+    for text in ("years of work", ""):
+        thesis.write_text(text)
+        for out, sentence in ((tmp_path, used), (thesis, "Not a directory")):
+            assert sentence in refusal(capsys, train.main, *TOY, "--out", str(out), "--model", "nonesuch")
+        assert [*tmp_path.iterdir()] == [thesis] and thesis.read_text() == text
 
 
 def test_a_reader_who_leaves_stops_the_run_without_a_traceback_and_it_resumes(tmp_path):

@@ -11,8 +11,6 @@ from commands import interrupt_at
 from ready import Prepared
 from toy_runs import TOY, results
 
-from teamtr_min import learner as learning
-from teamtr_min.engine import packing
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.learner import Diverged
 
@@ -21,21 +19,13 @@ def same(tensors, others) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"lr": 5e-3},
-        {"lr": 5e-3, "kl_estimator": "k1"},
-        {"lr": 5e-3, "agents": 1, "rounds": 2},
-        {"lr": 5e-3, "kl_unit": "token", "delta": 0.004},
-        {"lr": 5e-3, "ratio": "token", "temperature": 0.7},
-        {"lr": 5e-3, "ratio": "mean", "batch_tokens": 100},
-        {"lr": 2e-4},
-        {"lr": 5e-3, "delta": math.inf},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {}, {"kl_estimator": "k1"}, {"agents": 1, "rounds": 2}, {"kl_unit": "token", "delta": 0.004},
+    {"ratio": "token", "temperature": 0.7}, {"ratio": "mean", "batch_tokens": 100}, {"lr": 2e-4},
+    {"delta": math.inf},
+])  # fmt: skip
 def test_the_radius_holds_by_an_independent_recomputation(changes):
-    ready = Prepared(**changes)
+    ready = Prepared(**{"lr": 5e-3} | changes)
     config, old = ready.config, copy.deepcopy(ready.model)
     update = ready.update()
     measured = kl_by_loop(old, ready.model, ready.team, ready.rollouts, 0, config)
@@ -57,9 +47,7 @@ def test_backtracking_restores_the_optimizer_with_the_weights():
     """After an update that left its radius, Adam's state is that of the last accepted weights."""
     ready = Prepared(lr=3e-4, inner_steps=6, delta=0.02)
     learner, calls, restore = ready.learner, [], ready.learner.restore
-    learner.restore = lambda *given, **named: (
-        calls.append((*given, *named.values())) or restore(*given, **named)
-    )
+    learner.restore = lambda *a, **k: calls.append((*a, *k.values())) or restore(*a, **k)
     update = ready.update()
     assert 0 < update.halvings < 10 and update.steps >= 2, "the case under test: a later step overshoots"
     accepted, outside, fraction = calls[-1]
@@ -92,32 +80,6 @@ def test_the_first_pass_makes_the_old_log_probs_that_later_ones_are_measured_aga
     assert "entropy" not in later and "sampler_mismatch" not in later
 
 
-def moved(ready: Prepared, batches) -> tuple[dict, list[torch.Tensor]]:
-    """What a pass measures, and the gradient, at weights 1% from those that wrote the rollouts."""
-    before = ready.learner.snapshot()
-    ready.learner.measure(batches, ready.config)
-    with torch.no_grad():
-        for p in ready.learner.masters:
-            p.mul_(1.01)
-    stats = ready.learner.backward(batches, ready.config).stats
-    gradient = [p.grad for p in ready.learner.masters]
-    ready.learner.restore(before)
-    return stats, gradient
-
-
-def assert_alike(one, other) -> None:
-    for name in ("loss", "kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-        assert one[0][name] == pytest.approx(other[0][name], rel=1e-4, abs=1e-6), name
-    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-3) for a, b in zip(one[1], other[1]))
-
-
-def test_small_batches_give_the_whole_batchs_loss_and_gradient(monkeypatch):
-    monkeypatch.setattr(packing, "BATCH_COST", 10**6)  # as few as may be
-    whole, parts = (Prepared([1], rounds=2, batch_tokens=n, beta=0.5) for n in (10**6, 130))
-    assert len(whole.batches.own) == 2 and len(parts.batches.own) > 5
-    assert_alike(moved(whole, whole.batches), moved(parts, parts.batches))
-
-
 def test_weights_of_rollouts_reach_loss_gradient_and_monitor():
     """Weights 0 and 2 on halves of the problems are the update on one half alone."""
     ready = Prepared(batch_tokens=150, beta=0.5)
@@ -127,7 +89,17 @@ def test_weights_of_rollouts_reach_loss_gradient_and_monitor():
     part = {name: getattr(all_of_it, name)[:half] for name in ("problems", "messages", "returns")}
     weighted = ready.batch(dataclasses.replace(all_of_it, log_weights=log_weights))
     alone = ready.batch(dataclasses.replace(all_of_it, **part), ready.advantages[:half])
-    assert_alike(moved(ready, weighted), moved(ready, alone))
+    before, stats, gradients = ready.learner.snapshot(), [], []
+    for batches in (weighted, alone):  # at weights 1% from those that wrote the rollouts
+        ready.learner.measure(batches, ready.config)
+        with torch.no_grad():
+            torch._foreach_mul_(ready.learner.masters, 1.01)
+        stats.append(ready.learner.backward(batches, ready.config).stats)
+        gradients.append([p.grad for p in ready.learner.masters])
+        ready.learner.restore(before)
+    for name in ("loss", "kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
+        assert stats[0][name] == pytest.approx(stats[1][name], rel=1e-4, abs=1e-6), name
+    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-3) for a, b in zip(*gradients))
 
 
 def test_the_end_of_message_has_gradient_and_contexts_have_none():
@@ -145,18 +117,12 @@ def test_the_end_of_message_has_gradient_and_contexts_have_none():
     ready.learner.backward(dataclasses.replace(ready.batches, own=pulling), ready.config)
     touched = torch.cat([states.grad.abs().sum(-1) > 0 for states in kept])  # (pairs,)
     pull = [torch.zeros(len(b.targets)).index_add(0, b.pair, b.advantage[b.message]) for b in pulling]
-    assert torch.equal(touched, torch.cat(pull).abs() > 1e-6), (
-        "where rollouts pull both ways, nothing is left"
-    )
+    assert torch.equal(touched, torch.cat(pull).abs() > 1e-6), "pulled both ways, nothing is left"
     assert (touched & (torch.cat([b.targets for b in pulling]) == end)).any()
     assert any(not m.stopped for m in ready.rollouts.by([0])), "some messages hit the length limit"
 
 
-FAULTS = {
-    "gradient": "gradient is not finite",
-    "advantage": "loss is nan",
-    "weight": "kl_k1 is nan|loss is nan",
-}
+FAULTS = {"gradient": "gradient is not finite", "advantage": "loss is nan", "weight": "kl_k1|loss is nan"}
 PLACES = ["after a step", "in the line search", "early in a snapshot", "late in a snapshot"]  # of a Ctrl-C
 
 
@@ -212,14 +178,6 @@ def test_in_bf16_the_monitor_sees_what_the_sampler_will_use():
     assert update.kept["kl"] == pytest.approx(measured["k3"], rel=0.1)
 
 
-def test_masters_keep_steps_that_bf16_alone_would_lose():
-    ready = Prepared(dtype="bf16", lr=1e-6)
-    before, _ = ready.learner.clone_masters(), ready.update()
-    moved = sum((a != b).sum() for a, b in zip(before, ready.learner.masters))
-    rounded = sum((a.bfloat16() != p).sum() for a, p in zip(before, ready.learner.parameters))
-    assert moved > 0.45 * sum(p.numel() for p in before) and rounded < 0.1 * moved
-
-
 def test_beta_follows_the_attempted_overshoot_within_its_bounds():
     ready = Prepared(lr=5e-3, beta=0.01)
     update, learner = ready.update(), ready.learner
@@ -234,15 +192,6 @@ def test_beta_follows_the_attempted_overshoot_within_its_bounds():
         assert learner.beta == beta, "no radius to follow"
         learner.adapt_beta(attempted, 0.02)
         assert learner.beta == pytest.approx(adapted)
-
-
-def test_every_knob_of_the_objective_reaches_it(monkeypatch):
-    ready = Prepared(clip=0.3, ratio="mean", kl_unit="token", beta=0.07, inner_steps=1)
-    seen, original = [], learning.teamtr_loss
-    monkeypatch.setattr(learning, "teamtr_loss", lambda *a, **k: seen.append(k) or original(*a, **k))
-    ready.update()
-    wanted = {"clip": 0.3, "ratio": "mean", "kl_unit": "token", "beta": 0.07}
-    assert seen and all(wanted == {name: k[name] for name in wanted} for k in seen)
 
 
 def test_the_optimizer_is_the_one_specified():
@@ -262,7 +211,7 @@ def test_the_optimizer_is_the_one_specified():
     assert update.lr == 1e-4 and step == pytest.approx(1e-4, rel=1e-2)  # Adam's first step is lr itself
 
 
-def test_without_any_advantage_nothing_moves_not_even_by_momentum():
+def test_without_any_advantage_or_turn_nothing_moves_not_even_by_momentum():
     ready = Prepared(delta=math.inf)
     ready.update()
     before, beta = ready.learner.clone_masters(), ready.learner.beta
@@ -270,15 +219,11 @@ def test_without_any_advantage_nothing_moves_not_even_by_momentum():
     update = ready.update()
     assert update.steps == 0 and update.kept["kl"] == 0 and update.first["entropy"] > 0
     assert update.grad_norm is None and ready.learner.beta == beta
-    assert same(before, ready.learner.masters)
-
-
-def test_an_agent_that_took_no_turn_is_left_alone():
-    ready = Prepared()
     silent = [[m for m in messages if m.agent != 0] for messages in ready.rollouts.messages]
     ready.batches = ready.batch(dataclasses.replace(ready.rollouts, messages=silent))
     update = ready.update()
     assert update.steps == 0 and not update.kept and update.log_ratio == 0.0
+    assert same(before, ready.learner.masters)
 
 
 def test_a_joint_update_has_one_radius_for_the_mean_over_all_messages_and_reports_each_agents_kl():

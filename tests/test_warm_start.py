@@ -117,9 +117,6 @@ def test_stopped_in_its_warm_start_or_after_it_a_run_resumes_to_the_same_bits(
     assert bits(tmp_path / "run") == bits(warmed)
 
 
-# Demonstrations from a file
-
-
 def write(path, text: str) -> str:
     path.write_text(json.dumps({"text": text, "messages": [{"agent": 0, "text": "2"}]}))
     return str(path)

@@ -96,9 +96,6 @@ def test_the_fingerprint_changes_with_the_problems_their_answers_and_the_grader(
     assert load_task(Config()).fingerprint() == {"task": "relay, version 1"}
 
 
-# ---- data sets by name
-
-
 def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500(tmp_path, monkeypatch):
     monkeypatch.setenv("TEAMTR_CACHE", str(tmp_path / "cache"))
     files = []
@@ -120,8 +117,6 @@ def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500
         assert not [*(tmp_path / "cache").iterdir()]
         files[1].unlink(missing_ok=True)
 
-
-# ---- a user's own task
 
 TASK = """
 from teamtr_min.tasks import Problem, Role
