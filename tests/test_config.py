@@ -47,16 +47,10 @@ def test_a_directory_whose_name_holds_a_comma_is_one_model(tmp_path):
 
 
 def test_fresh_and_corrected_are_one_rule():
-    for flags, rule in {
-        "": ("fresh", 1.0),
-        "--occupancy fresh": ("fresh", 1.0),
-        "--min-ess 1": ("fresh", 1.0),
-        "--min-ess 0": ("corrected", 0.0),
-        "--occupancy corrected --min-ess 0.8": ("corrected", 0.8),
-        "--occupancy corrected": ("corrected", 0.5),
-        "--occupancy stale": ("stale", 0.0),
-        "--occupancy joint": ("joint", 0.0),
-    }.items():
+    rules = {"": ("fresh", 1.0), "--occupancy fresh": ("fresh", 1.0), "--min-ess 1": ("fresh", 1.0)}
+    rules |= {"--min-ess 0": ("corrected", 0.0), "--occupancy corrected --min-ess 0.8": ("corrected", 0.8)}
+    rules |= {f"--occupancy {way}": (way, 0.0) for way in ("stale", "joint")}
+    for flags, rule in (rules | {"--occupancy corrected": ("corrected", 0.5)}).items():
         config = parse(flags.split(), "")
         assert (config.occupancy, config.min_ess) == rule
         assert dataclasses.replace(config) == config
@@ -92,30 +86,23 @@ def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--agents 0", "--agents is 0; the least possible value is 1"),
-        ("--agents 9", "relay takes 1 to 8 turns"),
+        ("--agents 0", "--agents is 0; the least possible value is 1"), ("--group 1", "--group is 1"),
         ("--agent 2", "unrecognized arguments: --agent 2; did you mean --agents?"),
-        ("--agents three", "--agents: invalid int value: 'three'"),
+        ("--agents three", "--agents: invalid int value: 'three'"), ("--delta nan", "--delta is nan"),
         ("--order zigzag", "--order 'zigzag' is not one of: fixed, reversed, random"),
-        ("--group 1", "--group is 1"),
-        ("--delta 0", "--delta 0 allows no change"),
-        ("--delta nan", "--delta is nan"),
-        ("--lr inf", "--lr must be finite"),
-        ("--lr-end 2", "--lr-end is a fraction of --lr"),
-        ("--beta 5", "--beta lies between"),
-        ("--kl adaptive --delta inf", "--kl adaptive needs"),
+        ("--delta 0", "--delta 0 allows no change"), ("--lr inf", "--lr must be finite"),
+        ("--lr-end 2", "--lr-end is a fraction of --lr"), ("--beta 5", "--beta lies between"),
+        ("--kl adaptive --delta inf", "--kl adaptive needs"), ("--agents 9", "relay takes 1 to 8 turns"),
         ("--occupancy fresh --min-ess 0.5", "--occupancy fresh means --min-ess 1"),
         ("--occupancy stale --min-ess 0.5", "--min-ess is about --occupancy corrected"),
-        ("--max-new-tokens 600", "the model has 512 positions"),
-        ("--temperature 0", "nothing to compare"),
-        ("--model relay,relay", "2 models for 3 agents"),
-        ("--task relay --model nonesuch", "no model 'nonesuch'"),
-        ("--router nonesuch", "no router 'nonesuch'"),
+        ("--max-new-tokens 600", "the model has 512 positions"), ("--temperature 0", "nothing to compare"),
+        ("--model relay,relay", "2 models for 3 agents"), ("--router nonesuch", "no router 'nonesuch'"),
         ("--roles nonesuch.json", "--roles nonesuch.json: not a JSON list"),
         ("--device cuda:77", "--device cuda:77 cannot be used here"),
         ("--date 26.07.2024", "--date 26.07.2024 is not a day such as 2026-11-30"),
+        ("--task relay --model nonesuch", "no model 'nonesuch'"),
     ],
-)
+)  # fmt: skip
 def test_impossible_values_are_a_sentence_before_any_work(tmp_path, capsys, flags, message):
     out = tmp_path / "run"
     command = ["--device", "cpu", "--stages", "1", "--out", str(out), *flags.split()]

@@ -52,10 +52,6 @@ def update(agent: int, kl: float, **more) -> dict:
 def test_a_run_that_cannot_learn_says_why_and_what_helps():
     config, idle = Config(), {"zero_variance_groups": 1.0}
     assert not log.advice(config, [update(0, 0.01, **idle), update(1, 0.01)])
-    wrong = log.advice(config, [update(0, 0.01, **idle, return_mean=0.0)])
+    wrong, right = (log.advice(config, [update(0, 0.01, **idle, return_mean=r)]) for r in (0.0, 1.0))
     assert "on average 0.00" in wrong and "--warm-start STEPS" in wrong and "--group larger than 8" in wrong
-    assert "harder problems" in log.advice(config, [update(0, 0.01, **idle, return_mean=1.0)])
-
-
-def test_a_curve_is_one_line_of_at_most_sixty_columns():
-    assert log.sparkline([0.0, 0.5, 1.0]) == "▁▅█" and log.sparkline([0.2] * 500) == 60 * "▂"
+    assert "harder problems" in right

@@ -30,7 +30,7 @@ from teamtr_min.tasks import Relay
 N = 91264  # parameters of the relay model
 
 
-@pytest.mark.parametrize("full, version", itertools.product(["job", "", "job/step"], [1, 2]))
+@pytest.mark.parametrize("full, version", [*itertools.product(["job", "", "job/step"], [1, 2])])
 def test_every_level_of_control_groups_counts(tmp_path, version, full):
     """The level that leaves least decides. Pages of files, which can be given up, do not count as used."""
     limit, used, cache = {

@@ -49,7 +49,7 @@ def test_a_tree_holds_every_prefix_once_and_every_sequence_whole(seed):
 
 
 @pytest.mark.parametrize("pairs_per_token, batch_cost", [(0.5, 1), (3.0, 5), (20.0, 40)])
-@pytest.mark.parametrize("seed, most", itertools.product(range(3), [1, 12, 100]))
+@pytest.mark.parametrize("seed, most", [*itertools.product(range(3), [1, 12, 100])])
 def test_no_other_trees_and_batches_would_cost_less(seed, most, pairs_per_token, batch_cost, monkeypatch):
     monkeypatch.setattr(packing, "BATCH_COST", batch_cost)
     sequences = random_sequences(seed, 11)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands import evaluate, refusal
 from ready import team_of
-from tiny import random_model
 
 import eval as evaluation
 from teamtr_min.bench import speed
@@ -62,14 +61,7 @@ def test_a_benchmark_is_one_object_and_one_table(name, capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 90 and text.count("\n") == len(result["rows"]) + 1
 
 
-@torch.no_grad()
-def test_the_peer_has_the_same_weights_and_a_missing_one_is_named(monkeypatch, capsys):
-    pytest.importorskip("transformers", reason="compares with transformers")
-    for family, tied in (("qwen2", True), ("llama", False)):
-        model = random_model(family, tied)
-        tokens = torch.arange(20)[None]
-        theirs = speed.in_transformers(model)(tokens).logits
-        torch.testing.assert_close(theirs, model(tokens), atol=1e-4, rtol=0)
+def test_a_missing_peer_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert evaluation.main(["sampling", "--short"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "  transformers  " in line]
@@ -93,8 +85,7 @@ def test_the_floor_of_a_step_counted_by_hand():
 
 
 def test_what_cannot_be_measured_here_is_a_sentence(capsys):
-    assert "--agents has no effect on training" in refusal(
-        capsys, evaluation.main, *"training --agents 5".split()
-    )
+    refused = refusal(capsys, evaluation.main, "training", "--agents", "5")
+    assert "--agents has no effect on training" in refused
     if not torch.cuda.is_available():
         assert "torch sees none here" in refusal(capsys, evaluation.main, "gpu")

@@ -34,21 +34,15 @@ def grade(monkeypatch):
 FLAGS = ["--agents", "2", "--task", "relay", "--max-new-tokens", "7"]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "--rounds 2 --diagnostics --min-ess 0",
-        "--kl-estimator k1 --dtype bf16",
-        "--occupancy joint --rounds 2 --router random",
-    ],
-)
+@pytest.mark.parametrize("more", [
+    "--rounds 2 --diagnostics --min-ess 0", "--kl-estimator k1 --dtype bf16 --occupancy joint --router random",
+])  # fmt: skip
 def test_a_team_of_two_kinds_trains_and_resumes_to_the_same_bits(pair, tmp_path, more):
     flags = [*FLAGS, "--model", pair, *more.split()]
     _, updates, _ = run(tmp_path / "whole", *flags)
     assert any(u["kl_after"] != 0 for u in updates if "kl_after" in u)
     assert all(u["sampler_mismatch_max"] < (1e-4 if "bf16" not in more else 0.5) for u in updates)
-    if "joint" in more:
-        assert [u["messages"] for u in updates] == [48, 48]
+    assert "joint" not in more or [u["messages"] for u in updates] == [24, 24]
     cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(cut / "checkpoints" / "000002")
     shutil.rmtree(cut / "agents")
