@@ -23,21 +23,18 @@ CPU = torch.device("cpu")
 
 
 def together(processes: int, directory: Path, target: Callable, *given) -> list[str]:
-    """Calls target(*given) in so many ranks; the lines on stdout of the first. `directory` is for outputs.
-
-    They have this process's environment as it was when the first such test began.
-    """
+    """Calls target(*given) in so many ranks, with the environment of when the first such test began; the lines
+    on stdout of the first. `directory` is for outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["by_rank", "torch.distributed.fsdp", "torch._dynamo"])
     directory.mkdir(parents=True, exist_ok=True)
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
     children = []
     for rank in range(processes):
-        environment = {"RANK": rank, "LOCAL_RANK": rank} | shared
+        environment = shared | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
         outputs = [directory / f"{name}-{rank}" for name in ("out", "err")]
         children.append(context.Process(target=_as_rank, args=(environment, outputs, target, given)))
         children[-1].start()
@@ -134,20 +131,12 @@ def check_rounding(ranks: Ranks) -> None:
         assert sum(int((a != b).sum()) for a, b in zip(weights, nearest)) > 100
 
 
-def check_numbers(ranks: Ranks) -> None:
+def check_all(ranks: Ranks) -> None:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    plain = [(family, tied, fp32, False) for family in FAMILIES for tied in (True, False)]
+    lora = ("qwen2", True, fp32, True), ("llama", False, bf16, True)
+    for kind in (*plain, ("qwen2", True, bf16, False), *lora):
+        check_model(ranks, *kind)
+    check_rounding(ranks)
     values = [{"rank": r, "third": r / 3, "text": "é" * r} for r in range(ranks.size)]
     assert ranks.gather(values[ranks.rank]) == values and ranks.total(ranks.rank) == 3
-    x = torch.full((2,), float(ranks.rank))
-    ranks.sum(x)
-    assert x.tolist() == [3.0, 3.0]
-
-
-def check_all(ranks: Ranks) -> None:
-    for family in FAMILIES:
-        for tied in (True, False):
-            check_model(ranks, family, tied, torch.float32, lora=False)
-    check_model(ranks, "qwen2", True, torch.bfloat16, lora=False)
-    check_model(ranks, "qwen2", True, torch.float32, lora=True)
-    check_model(ranks, "llama", False, torch.bfloat16, lora=True)
-    check_rounding(ranks)
-    check_numbers(ranks)

@@ -1,9 +1,6 @@
-"""Kills and damaged files at random; a longer campaign needs no more than a larger number of kills.
-
-A toy run in a process of its own is killed (SIGKILL) at a random moment, again and again; every other time a
-file of its newest checkpoint is damaged as well, or a half-written one is left beside it. Then it resumes. In
-the end it must hold the same bits as a run that was left alone.
-"""
+"""A toy run in a process of its own is killed (SIGKILL) at random moments; every other time a file of its
+newest checkpoint is damaged, or a half-written one left beside it. Then it resumes, in the end to the bits of
+a run that was left alone. A longer campaign needs no more than a larger number of kills."""
 
 import itertools
 import multiprocessing
@@ -81,7 +78,7 @@ def campaign(seed: int, kills: int) -> None:
 
 def harm(out: Path, moments: random.Random) -> None:
     """Damage a file of the newest checkpoint, if there is another, and leave a half-written one."""
-    checkpoints = sorted(path for path in (out / "checkpoints").glob("[0-9]*"))
+    checkpoints = sorted((out / "checkpoints").glob("[0-9]*"))
     if len(checkpoints) > 1:
         damage = moments.choice([cut, flip_a_bit, Path.unlink])
         damage(moments.choice(sorted(checkpoints[-1].iterdir())))

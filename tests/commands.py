@@ -15,13 +15,17 @@ def refusal(capsys, main, *flags: str) -> str:
     return sentence
 
 
-def evaluate(capsys, *flags: str) -> dict:
-    """What `eval.py ... --json` prints."""
+def printed(capsys, *flags: str) -> str:
+    """What `eval.py ...` prints."""
     import eval as evaluation
 
     capsys.readouterr()
-    assert evaluation.main([*flags, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    assert evaluation.main([*flags]) == 0
+    return capsys.readouterr().out
+
+
+def evaluate(capsys, *flags: str) -> dict:
+    return json.loads(printed(capsys, *flags, "--json"))
 
 
 def interrupt_at(call: int, monkeypatch, owner, name: str) -> None:

@@ -118,15 +118,10 @@ def moved(team, rollouts, agents: list[int], old: dict[int, list]) -> torch.Tens
     return table
 
 
-@pytest.mark.parametrize(
-    "updated, knobs",
-    [
-        ([1], {"rounds": 2}),
-        ([0, 1], {"occupancy": "joint"}),
-        ([0], {"lr": 0.5, "inner_steps": 1}),
-        ([0], {"router": "random", "rounds": 2, "lr": 2e-2}),
-    ],
-)
+@pytest.mark.parametrize("updated, knobs", [
+    ([1], {"rounds": 2}), ([0, 1], {"occupancy": "joint"}), ([0], {"lr": 0.5, "inner_steps": 1}),
+    ([0], {"router": "random", "rounds": 2, "lr": 2e-2}),
+])  # fmt: skip
 def test_an_updates_log_ratio_is_that_of_a_loop_over_the_agents_messages(updated, knobs):
     """At the weights that were kept: after halvings, and where the step was undone."""
     ready = Prepared(updated, **{"agents": 3, "lr": 5e-3, "batch_tokens": 300} | knobs)

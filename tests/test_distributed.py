@@ -101,13 +101,6 @@ def test_shares_are_whole_even_and_in_order():
         assert max(map(len, shares)) == Ranks(0, size).largest_share(5) <= min(map(len, shares)) + 1
 
 
-def ended(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 @pytest.mark.parametrize("ctrl_c", [False, True])
 def test_when_one_process_ends_all_do_with_one_sentence_and_resume_goes_on(tmp_path, ctrl_c):
     out, torchrun = tmp_path / "run", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -119,11 +112,9 @@ def test_when_one_process_ends_all_do_with_one_sentence_and_resume_goes_on(tmp_p
         time.sleep(0.02)
     ids = sorted(map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()))
     begin = time.monotonic()
-    if ctrl_c:  # as a terminal sends it: to torchrun and to its processes
-        os.killpg(child.pid, signal.SIGINT)
-    else:
-        os.kill(ids[0], signal.SIGKILL)
-    while not all(map(ended, ids)):
+    # Ctrl-C as a terminal sends it: to torchrun and to its processes
+    os.killpg(child.pid, signal.SIGINT) if ctrl_c else os.kill(ids[0], signal.SIGKILL)
+    while any(Path(f"/proc/{i}").exists() for i in ids):  # torchrun takes care of those that have ended
         assert time.monotonic() - begin < 30
         time.sleep(0.05)
     _, err = child.communicate(timeout=120)  # torchrun's own report takes a while on a busy machine

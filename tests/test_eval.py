@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import evaluate, interrupt_at, refusal
+from commands import evaluate, interrupt_at, printed, refusal
 from tiny import shared
-from toy_runs import run
 
 import eval as evaluation
 from teamtr_min import load_model, load_team, save_model
@@ -25,15 +24,11 @@ from teamtr_min.tasks.task import Message
 
 PAIR = "--agents", "2", "--device", "cpu"
 GRADED = """
-import teamtr_min.tasks as t
-
-class Mine(t.Relay):
+from teamtr_min.tasks import Relay
+class task(Relay):
     grader = "length"
-
     def grade(self, problem, messages):
         return sum(messages[-1].tokens) % 10 / 10
-
-task = Mine
 """
 
 
@@ -51,12 +46,6 @@ def toy_teams(*names: str) -> str:
         config.save(Path("runs", name, "config.json"))
         build_team(config, Relay(config)).save(Path("runs", name, "agents"))
     return ",".join(f"runs/{name}" for name in names)
-
-
-def printed(capsys, *flags: str) -> str:
-    capsys.readouterr()
-    assert evaluation.main([*flags]) == 0
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("values", [[0, 0, 1, 0, 1, 1], [1, 1, 1, 1], [0.2, 0.9, 0.0, 0.2, 1.0, 0.5]])
@@ -86,8 +75,8 @@ def test_a_vote_takes_the_answer_of_most_and_best_of_the_likeliest_per_token():
 
 def test_one_object_has_the_promised_fields_and_reads_the_problems_of_a_file(capsys):
     result = evaluate(capsys, "relay", *PAIR, "--problems", "20", "--k", "3")
-    fields = {"benchmark", "mode", "k", "problems", "avg_at_k", "pass_at_k", "avg_at_k_ci", "pass_at_k_ci"}
-    assert fields <= result.keys() and result["problems"] == 20 and result["k"] == 3
+    assert {"benchmark", "mode", "avg_at_k_ci", "pass_at_k_ci"} <= result.keys()
+    assert result["problems"] == 20 and result["k"] == 3
     assert result["avg_at_k"] == result["return_at_k"] <= result["pass_at_k"] and not result["partial"]
     lines = ({"problem": "7+8*3", "answer": "5"}, {"problem": "1+1-1", "answer": "impossible"})
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -105,21 +94,12 @@ def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys):
         os.utime(f"runs/{name}/agents", (1000 - age, 1000 - age))
     Path("runs/other/agents").mkdir(parents=True)
     Path("runs/other/config.json").write_text('{"task": "convention"}')  # newer, and not of relay
-    found = [evaluate(capsys, "relay", "--problems", "200", *team)
-             for team in (["--team", "runs/older"], ["--team", "runs/newer"], [])]  # fmt: skip
-    assert found[0]["avg_at_k"] > 0.1 and found[1]["avg_at_k"] < 0.05
-    assert found[2]["team"] == "runs/newer" and found[2]["avg_at_k"] == found[1]["avg_at_k"]
-    solo = evaluate(capsys, "relay", "--problems", "200", "--mode", "solo", "--samples", "s.jsonl")
+    flags = "relay", "--problems", "200"
+    old, new = evaluate(capsys, *flags, "--team", "runs/older"), evaluate(capsys, *flags)
+    assert old["avg_at_k"] > 0.1 and new["avg_at_k"] < 0.05 and new["team"] == "runs/newer"
+    solo = evaluate(capsys, *flags, "--mode", "solo", "--samples", "s.jsonl")
     said = [json.loads(line)["messages"] for line in open("s.jsonl")]
     assert solo["avg_at_k"] > 0.1 and all([m["agent"] for m in messages] == [0, 0] for messages in said)
-
-
-def test_the_command_that_a_run_prints_last_works_for_a_task_of_ones_own(capsys):
-    Path("mine.py").write_text("from teamtr_min.tasks import Relay as task")
-    run(Path("runs/mine"), "--task", "mine.py", "--stages", "1")
-    words = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python eval.py ").split()
-    named, plain = (evaluate(capsys, *w, "--problems", "4") for w in (words, words[1:]))
-    assert named["benchmark"] == plain["benchmark"] == "mine.py" and named["avg_at_k"] == plain["avg_at_k"]
 
 
 def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
@@ -127,8 +107,13 @@ def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
     lines = [{"ask": long.get(i, f"{i} + {i}?"), "gold": f"so #### {2 * i}"} for i in range(30)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     stories = str(shared("stories260K/hf_qwen2"))  # a model that reads English
-    flags = ["jsonl", "--model", stories, *PAIR, "--data", "p.jsonl", "--max-new-tokens", "4"]
-    flags += ["--fields", "ask,gold"]
+    flags = [
+        "jsonl",
+        "--model",
+        stories,
+        *PAIR,
+        *"--data p.jsonl --max-new-tokens 4 --fields ask,gold".split(),
+    ]
     assert "p.jsonl, line 8 makes a prompt of" in refusal(capsys, evaluation.main, *flags)
     result = evaluate(capsys, *flags, "--drop-long", "--mode", "solo")
     assert result["benchmark"] == "jsonl" and result["problems"] == 29 and result["avg_at_k"] == 0
@@ -140,8 +125,7 @@ def test_the_heading_names_all_that_a_result_rests_on(capsys):
     text = printed(capsys, *flags)  # the team that ships
     team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts", "of the task"
     how = "16 tokens a message", "temperature 1,", "grader exact", "8 problems x 4", "avg@4", "pass@2"
-    for part in (*team, *how):
-        assert part in text, part
+    assert all(part in text for part in (*team, *how)), text
     assert text.count("(answer ") == 3 and text.count("\n  A: ") == 3
     Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XYZ"]))
     other = printed(capsys, *flags, "--roles", "roles.json")
@@ -158,8 +142,7 @@ def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
     assert {"text", "answer", "messages", "team", "benchmark"} <= lines[0].keys()
     assert result["partial"] and result["avg_at_k"] == 0 and result["avg_at_k_ci"][1] > 0
     low, high = result["return_at_k_ci"]
-    assert result["return_at_k"] == pytest.approx(sum(returns) / 60, abs=1e-6)
-    assert low < result["return_at_k"] < high
+    assert low < result["return_at_k"] == pytest.approx(sum(returns) / 60, abs=1e-6) < high
     best = sum(max(pair) for pair in zip(returns[::2], returns[1::2])) / 30
     assert result["best_at"]["2"] == pytest.approx(best, abs=1e-6)
     text = printed(capsys, *flags)
@@ -195,7 +178,7 @@ def test_damaged_weights_and_an_error_in_a_users_file_are_one_sentence(capsys):
     assert json.loads(out)["team"] == "runs/a" and "error: " in err and "model.safetensors" in err
     Path("mine.py").write_text(GRADED.replace("return sum", "return 1 / 0 + sum"))
     assert evaluation.main("mine.py --team runs/a --problems 8".split()) == 2
-    assert "error: mine.py, line 8: `grade` failed: ZeroDivisionError" in capsys.readouterr().err
+    assert "error: mine.py, line 6: `grade` failed: ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatch):

@@ -149,13 +149,10 @@ def test_bad_input_is_refused():
     assert torch.equal(linear_logprob(h, w, t.int()), linear_logprob(h, w, t))
 
 
-@pytest.mark.parametrize(
-    "mode, able, answer",
-    [
-        ("torch", True, False), ("auto", True, True), ("triton", True, True), ("auto", False, False),
-        ("cuda", True, "TEAMTR_KERNELS is 'cuda'"), ("triton", False, "TRITON_INTERPRET=1"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("mode, able, answer", [
+    ("torch", True, False), ("auto", True, True), ("triton", True, True), ("auto", False, False),
+    ("cuda", True, "TEAMTR_KERNELS is 'cuda'"), ("triton", False, "TRITON_INTERPRET=1"),
+])  # fmt: skip
 def test_the_switch(monkeypatch, mode, able, answer):
     pytest.importorskip("triton")
     monkeypatch.setenv("TEAMTR_KERNELS", mode)

@@ -114,8 +114,8 @@ def test_attend_equals_its_definition(rows, T, Q, K, dtype, bound):
     k, v = (torch.randn(rows, K, capacity, D, generator=generator, dtype=dtype)[:, :, :S] for _ in "kv")
     seen = torch.rand(rows, 1, T, S, generator=generator) < 0.5
     seen[..., 0] = True  # a query sees something
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)
-    for given, x, y in ((mask, k, v), (None, k[:, :, : T if T > 1 else S], v[:, :, : T if T > 1 else S])):
+    mask, L = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf), T if T > 1 else S
+    for given, x, y in ((mask, k, v), (None, k[:, :, :L], v[:, :, :L])):
         got = attend(q, x, y, given)
         assert got.shape == q.shape and got.dtype == dtype
         expected = attend_reference(*(t.double() for t in (q, x, y)), given)
@@ -140,16 +140,11 @@ def test_bf16_models_give_fp32_logits_that_are_near_the_exact_ones(family, tied,
     assert (logits - exact).square().mean().sqrt() / exact.std() < 0.05
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return json.loads(shared("stories260K/golden.json").read_text())
-
-
 @pytest.mark.parametrize("layout", ["hf_llama", "hf_qwen2"])
-def test_a_real_model_tells_its_story(golden, layout):
-    directory = shared(f"stories260K/{layout}")
+def test_a_real_model_tells_its_story(layout):
+    golden = json.loads(shared("stories260K/golden.json").read_text())
+    directory, story = shared(f"stories260K/{layout}"), golden["greedy_ids_256"]
     model, tokenizer = load_model(directory), load_tokenizer(directory)
-    story = golden["greedy_ids_256"]
     (completion,) = generate(model, [golden["prompt_ids"]], 256, temperature=0)
     assert golden["prompt_ids"] + completion.tokens == story
     assert tokenizer.decode(story).startswith(golden["expected_text_200"])

@@ -13,7 +13,7 @@ from commands import refusal
 from ready import Prepared
 from safetensors.torch import load_file
 from tiny import random_model, write_checkpoint, write_relabelled_tokenizer, write_tokenizer
-from toy_runs import parity, results, run, timeless
+from toy_runs import contents, parity, results, run
 
 import train
 from teamtr_min.config import Config
@@ -65,17 +65,16 @@ def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
 
 def with_other(team: Team, j: int, scale: float = 0.5) -> Team:
     """The team with another agent j: the same one, its weights disturbed."""
-    newcomer = dataclasses.replace(team.agents[j], model=copy.deepcopy(team.agents[j].model))
-    generator = torch.Generator().manual_seed(j)
-    with torch.no_grad():
-        for p in newcomer.model.parameters():
-            p += scale * p.std() * torch.randn(p.shape, generator=generator)
-    return dataclasses.replace(team, agents=[newcomer if k == j else a for k, a in enumerate(team.agents)])
+    agents, generator = [*team.agents], torch.Generator().manual_seed(j)
+    agents[j] = dataclasses.replace(agents[j], model=copy.deepcopy(agents[j].model))
+    for p in agents[j].model.parameters():
+        p.data += scale * p.data.std() * torch.randn(p.shape, generator=generator)
+    return dataclasses.replace(team, agents=agents)
 
 
 def probes(**changes) -> tuple[Config, object, Team, Team]:
     """Rollouts of a team of two in two rounds, the team, and the team with another agent 1."""
-    ready = Prepared(**{"rounds": 2, "problems": 3, "group": 3, "batch_tokens": 150} | changes)
+    ready = Prepared(rounds=2, problems=3, group=3, batch_tokens=150, **changes)
     return ready.config, ready.rollouts, ready.team, with_other(ready.team, 1)
 
 
@@ -147,10 +146,6 @@ def test_vocabularies_are_shared_when_every_token_and_the_end_are(tmp_path):
     assert [share_vocabulary(a, x) for x in (b, other_end, other_words)] == [True, False, False]
 
 
-def contents(directory: Path) -> dict:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 def put(run: Path, out: Path, *flags: str) -> dict:
     """Replace an agent; returns the line about it."""
     assert replace.main(["--resume", str(run), "--out", str(out), *flags]) == 0
@@ -166,21 +161,18 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
     assert (line["kind"], line["agent"], line["model"], line["stage"]) == ("replace", 1, "relay", 2)
     assert line["shared_vocabulary"] and line["probes"] == 24 and line["outside"] > 0.02
     for when in ("replaced", "aligned"):
-        low, high = line[f"shock_{when}_ci"]
-        assert line[f"shock_{when}"] == pytest.approx(line["return_before"] - line[f"return_{when}"])
-        assert low <= line[f"shock_{when}"] <= high and f"agent 1 {when}: held-out return" in text
+        shock, (low, high) = line["return_before"] - line[f"return_{when}"], line[f"shock_{when}_ci"]
+        assert low <= line[f"shock_{when}"] == pytest.approx(shock) <= high
+        assert f"agent 1 {when}: held-out return" in text
     metrics = (ROOT / "docs/metrics.md").read_text()
     section = metrics.partition('(`kind` is "replace")')[2].partition("\n## ")[0]
     assert not [key for key in line if key != "kind" and f"`{key}`" not in section]
     config, old = Config.load(out / "config.json"), Config.load(stopped / "config.json")
     assert (config.model, config.stages) == ("relay,relay,relay", 3) and config.lr == old.lr
-    copied = shutil.copytree(out, tmp_path / "copied")
-    for directory in (out, copied):
-        assert train.main(["--resume", str(directory)]) == 0
+    assert train.main(["--resume", str(out)]) == 0
     assert "resumed after" in capsys.readouterr().out
     summary, updates, stages = results(out)
     assert [u["stage"] for u in updates] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and summary["stages"] == 3
-    assert timeless(updates) == timeless(results(copied)[1])
     new, old = ((directory / "transcripts.jsonl").read_bytes()[:500] for directory in (out, stopped))
     assert new == old
 
@@ -189,8 +181,8 @@ def test_an_agent_replaced_by_itself_is_no_shock_and_starts_anew_beside_its_team
     """Teammates keep masters and Adam; the newcomer needs no alignment."""
     itself = f"{stopped}/agents/1"
     line = put(stopped, tmp_path / "new", "--agent", "1", "--model", itself, "--align", "5")
-    zero = ("shock_replaced", "shock_aligned", "outside", "align_steps")
-    assert not any(line[name] for name in zero) and line["shock_replaced_ci"] == [0, 0]
+    zero = line["shock_replaced"], line["shock_aligned"], line["outside"], line["align_steps"]
+    assert not any(zero) and line["shock_replaced_ci"] == [0, 0]
     assert line["return_before"] == line["return_aligned"]
     old, new = (directory / "checkpoints/000002" for directory in (stopped, tmp_path / "new"))
     for j in (0, 2):
@@ -212,10 +204,9 @@ def test_a_newcomer_with_another_vocabulary_learns_from_text(stopped, tmp_path):
     assert (tmp_path / "new/agents/0/tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["--lora-rank 2 --dtype bf16 --warm-start 3 --warm-start-lr 5e-2", "--occupancy joint"],
-)
+@pytest.mark.parametrize("kind", [
+    "--lora-rank 2 --dtype bf16 --warm-start 3 --warm-start-lr 5e-2", "--occupancy joint"
+])  # fmt: skip
 def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(Relay, "grade", parity)
     flags = [*kind.split(), "--agents", "2", "--eval-problems", "16", "--delta", "0.02", "--kl", "fixed"]

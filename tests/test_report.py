@@ -1,22 +1,23 @@
 """`python eval.py report`: a run to look at, in whatever state it is and whatever its models wrote."""
 
 import dataclasses
+import functools
 import html.parser
 import json
-import math
 import os
 import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
-from commands import refusal
+from commands import printed, refusal
+from toy_runs import results
 
 import eval as evaluation
 from teamtr_min.bench import report
 from teamtr_min.config import Config
+from teamtr_min.files import read_jsonl
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
@@ -52,22 +53,13 @@ def page_of(run: Path) -> Page:
     return Page(run / "report.html")
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-
-
 def test_what_is_drawn_and_printed_is_what_was_logged(mine, capsys):
     """Held-out points with the intervals of the log, and the KL of each update."""
-    assert evaluation.main(["report", "--team", str(mine)]) == 0
-    text, summary = capsys.readouterr().out, json.loads((mine / "summary.json").read_text())
+    text, (summary, updates, stages) = printed(capsys, "report", "--team", str(mine)), results(mine)
     low, high = summary["accuracy_final_ci"]
     assert f"3 of 3 stages; held-out accuracy {summary['accuracy_start']:.3f} -> " in text
     assert f"{summary['accuracy_final']:.3f} [{low:.3f}, {high:.3f}]" in text
     record, (left, right) = report.read(mine), (Figure(), Figure())
-    updates, stages = (
-        [line for line in lines(mine / "metrics.jsonl") if line["kind"] == kind]
-        for kind in ("update", "stage")
-    )
     report.learning(left, record)
     (axes,) = left.axes
     for line, key in zip(axes.lines, ("return_mean", "accuracy")):
@@ -76,9 +68,8 @@ def test_what_is_drawn_and_printed_is_what_was_logged(mine, capsys):
     for dot, _, (bar,) in axes.containers:
         ((at, bottom), (_, top)) = bar.get_segments()[0]
         drawn[at] = dot.get_ydata()[0], [bottom, top]
-    for at, source, key in (
-        (0, summary, "return_start"), (2, stages[1], "return_held_out"), (3, summary, "return_final"),
-    ):  # fmt: skip
+    shown = (summary, "return_start"), (stages[1], "return_held_out"), (summary, "return_final")
+    for at, (source, key) in zip((0, 2, 3), shown):
         assert drawn[at][0] == source[key] and drawn[at][1] == pytest.approx(source[f"{key}_ci"])
     report.trust_region(right, record)
     for j, pair in enumerate(zip(right.axes[0].lines[:6:2], right.axes[0].lines[1:6:2])):
@@ -94,7 +85,8 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
     assert "link" not in page.tags and "iframe" not in page.tags
     assert not re.search(r"https?:|url\(|@import|\{\{", page.source)
     assert "default-src 'none'; img-src data:" in page.source
-    assert page.data["transcripts"] == lines(mine / "transcripts.jsonl") and len(page.data["transcripts"]) > 8
+    transcripts = [line for _, line in read_jsonl(mine / "transcripts.jsonl")]
+    assert page.data["transcripts"] == transcripts and len(transcripts) > 8
     assert page.data["names"] == ["A", "B", "C"]
     toy = set("stages problems group inner_steps eval_problems eval_every lr delta device out".split())
     assert page.knobs == toy
@@ -105,8 +97,9 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
 def test_hostile_text_stays_text(mine):
     """Every text of a run tries to break out."""
     before = page_of(mine)
-    record = lines(mine / "transcripts.jsonl")[0] | {"text": HOSTILE, "answer": HOSTILE}
-    record["messages"] = [{"agent": 0, "text": HOSTILE}]
+    (_, first), *_ = read_jsonl(mine / "transcripts.jsonl")
+    said = [{"agent": 0, "text": HOSTILE}]
+    record = first | {"text": HOSTILE, "answer": HOSTILE, "messages": said}
     with (mine / "transcripts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
     changes = {"fields": HOSTILE, "task": f"{HOSTILE}.py", "model": "relay"}
@@ -123,29 +116,16 @@ def test_a_run_that_was_stopped_or_killed_has_a_report(stopped, mine):
     """Without a summary, and with a last line that was cut off."""
     result = report.run(str(shutil.copytree(stopped, mine.with_name("stopped"))))
     assert result["state"] == "2 of 3 stages; not finished: interrupted"
-    whole = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (mine / "metrics.jsonl").write_text("".join(whole[:4]) + whole[4][:50])
+    *whole, last, _ = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)[:6]
+    (mine / "metrics.jsonl").write_text("".join(whole) + last[:50])
     (mine / "summary.json").unlink()
     state = report.run(str(mine))["state"]
     assert state == "1 of 3 stages; not finished: the run goes on, or was killed"
 
 
-def test_agents_that_took_no_turn_and_no_radius_are_drawn(mine):
-    quiet = [line | {"kl_after": 0} if line.get("agent") else line for line in lines(mine / "metrics.jsonl")]
-    spoken = [{k: v for k, v in line.items() if line.get("agent") != 1 or "kl_" not in k} for line in quiet]
-    (mine / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in spoken))
-    dataclasses.replace(Config.load(mine / "config.json"), delta=math.inf).save(mine / "config.json")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns of a layout that does not fit
-        report.run(str(mine))
-
-
 def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(mine, capsys, monkeypatch):
     monkeypatch.chdir(mine.parent)
-
-    def refused(*flags: str) -> str:
-        return refusal(capsys, evaluation.main, "report", *flags)
-
+    refused = functools.partial(refusal, capsys, evaluation.main, "report")
     assert "no run under runs/" in refused()
     assert "config.json" in refused("--team", str(mine.parent))
     for name in ("newer", "older"):

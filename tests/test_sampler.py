@@ -15,13 +15,8 @@ from teamtr_min.engine.sampler import Completion, Sampler
 from teamtr_min.hf.weights import RELAY
 
 END = 1
-PROMPTS = [
-    [2, 11, 14, 12, 1, 3],
-    [2, 5, 15, 6, 16, 7, 14, 9, 1, 3],
-    [2, 1, 3],
-    [2, 4, 14, 4, 1, 2, 17, 8, 1, 3],
-    [2, 12, 15, 12, 15, 12, 1, 3],
-]
+PROMPTS = [[2, 11, 14, 12, 1, 3], [2, 5, 15, 6, 16, 7, 14, 9, 1, 3], [2, 1, 3]]
+PROMPTS += [[2, 4, 14, 4, 1, 2, 17, 8, 1, 3], [2, 12, 15, 12, 15, 12, 1, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +82,9 @@ def test_turns_of_a_collection_are_those_of_a_plain_sampling_loop(family, tied, 
         turns = [range(rows), [2, 0], [1], range(rows - 1, -1, -1), range(rows)]
         for turn, (chosen, temperature) in enumerate(zip(turns, (1.0, 1.0, 0.7, 0, 1.5))):
             prompts, told = [texts[r] for r in chosen], []
-            ks = keys(len(chosen), 100 * turn + rows)
-            found = sampler.generate(chosen, prompts, ks, 6, temperature, range(9), told.append)
-            given = zip(prompts, ks)
-            assert_same(found, [plainly(model, p, k, 6, temperature, range(9)) for p, k in given])
+            ks, how = keys(len(chosen), 100 * turn + rows), (6, temperature, range(9))
+            found = sampler.generate(chosen, prompts, ks, *how, told.append)
+            assert_same(found, [plainly(model, p, k, *how) for p, k in zip(prompts, ks)])
             assert sum(told) == len(chosen), "each message is reported once"
             for r, c in zip(chosen, found):
                 texts[r] = texts[r] + c.tokens + [2, 5, 1, 3][: 1 + (r + turn) % 4]

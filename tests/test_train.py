@@ -114,6 +114,7 @@ def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     stage = f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return "
     course = f"held-out return {start:.3f} -> {final:.3f} [", "] (accuracy 0.000 -> 0.000), 32 problems"
+    course += ("next: python eval.py mine.py",)
     for words in (f"start         held-out return {start:.3f} [", stage, "mean return by stage", *course):
         assert words in said
 

@@ -35,7 +35,7 @@ FLAGS = ["--agents", "2", "--task", "relay", "--max-new-tokens", "7"]
 
 
 @pytest.mark.parametrize("more", [
-    "--rounds 2 --diagnostics --min-ess 0", "--kl-estimator k1 --dtype bf16 --occupancy joint --router random",
+    "--rounds 2 --diagnostics --min-ess 0", "--dtype bf16 --occupancy joint --router random",
 ])  # fmt: skip
 def test_a_team_of_two_kinds_trains_and_resumes_to_the_same_bits(pair, tmp_path, more):
     flags = [*FLAGS, "--model", pair, *more.split()]

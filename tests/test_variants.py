@@ -17,12 +17,9 @@ def half_of_all_rollouts_are_right(monkeypatch):
 
 
 SAMPLED = {  # rollouts that each update of a stage samples anew
-    "--occupancy fresh": [12, 12, 12],
-    "--min-ess 0": [12, 0, 0],
-    "--min-ess 0.99": [12, 12, 12],
-    "--occupancy stale": [12, 0, 0],
-    "--occupancy joint": [12],
-}
+    "--occupancy fresh": [12, 12, 12], "--min-ess 0": [12, 0, 0], "--min-ess 0.99": [12, 12, 12],
+    "--occupancy stale": [12, 0, 0], "--occupancy joint": [12],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", SAMPLED)

@@ -73,9 +73,7 @@ def in_transformers(model: Transformer):
     return theirs.eval()
 
 
-def write_checkpoint(
-    directory: Path, model, shards=1, dtype=torch.float32, config=None, change=lambda tensors: None
-) -> Path:
+def write_checkpoint(directory: Path, model, shards=1, dtype=torch.float32, config=None, change=id) -> Path:
     """Write a model without `save_model`; `config` updates config.json (None removes), `change` tensors."""
     tensors = {name: part.to(dtype).clone() for name, part in checkpoint_tensors(model).items()}
     change(tensors)
@@ -86,20 +84,19 @@ def write_checkpoint(
     if shards == 1:
         save_file(tensors, directory / "model.safetensors")
         return directory
-    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
-    for file in files:
-        save_file({name: x for name, x in tensors.items() if weight_map[name] == file}, directory / file)
+    file, weight_map = f"model-0000{{}}-of-{shards:05}.safetensors", {}
+    for i in range(shards):
+        names = [*tensors][i::shards]
+        save_file({name: tensors[name] for name in names}, directory / file.format(i + 1))
+        weight_map |= dict.fromkeys(names, file.format(i + 1))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 
 def assert_same(model: Transformer, other: Transformer) -> None:
     """Bit for bit, and by the same names."""
-    a, b = model.state_dict(), other.state_dict()
-    assert list(a) == list(b)
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+    for (name, a), (other_name, b) in zip(*(m.state_dict().items() for m in (model, other)), strict=True):
+        assert name == other_name and a.dtype == b.dtype and torch.equal(a, b), name
 
 
 def refusal(function, *args, **kwargs) -> str:
@@ -128,9 +125,7 @@ def written(directory: Path, backend: Tokenizer, template: str | None, **config)
     return directory
 
 
-def write_tokenizer(
-    directory: Path, template: str | None = None, shift: int = 0, bos: bool = False, **config
-) -> Path:
+def write_tokenizer(directory: Path, template: str | None = None, shift=0, bos=False, **config) -> Path:
     """A byte-level tokenizer of 262 ids, two of them merges; another `shift` gives every byte another id."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = alphabet[shift:] + alphabet[:shift]
@@ -153,9 +148,7 @@ ZEPHYR = (
 )
 
 
-def write_sentencepiece(
-    directory: Path, scheme: str, template: str | None = ZEPHYR, add_eos: bool = False, **config
-) -> Path:
+def write_sentencepiece(directory: Path, scheme: str, template=ZEPHYR, add_eos=False, **config) -> Path:
     """A tokenizer as Llama 2 has it: spaces are "▁", and one stands before a text; <s> goes before all."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127))]
     merges = [tuple(pair) for pair in ("▁▁", "▁a", "ab", "12", "▁1", "▁<", "\n\n", ":\n", "|>")]
@@ -192,15 +185,10 @@ def write_relabelled_tokenizer(directory: Path) -> Path:
 
 
 ODD_TEXTS = [
-    "",
-    " ",
-    "two  spaces and a tab\t.",
-    "\n\nlines\r\n\n\nof it\n",
-    "naïve Ωμέγα 日本語 🧮🇨🇭 e\u0301 \u200b\u00a0",
-    "1234567890 3.14159",
-    "<|im_end|> and <|im_start|>user",
+    "", " ", "two  spaces and a tab\t.", "\n\nlines\r\n\n\nof it\n", "1234567890 3.14159",
+    "naïve Ωμέγα 日本語 🧮🇨🇭 e\u0301 \u200b\u00a0", "<|im_end|> and <|im_start|>user",
     "{{ 7 * 7 }} {% if %} \\n '\"&<>",
-]
+]  # fmt: skip
 
 # In the manner of Llama 3: a BOS of its own, today's date unless told one, trimmed contents.
 LLAMA3_STYLE = """\
@@ -208,22 +196,13 @@ LLAMA3_STYLE = """\
 {%- if not date_string is defined %}
     {%- set date_string = strftime_now("%Y") if strftime_now is defined else "2024" %}
 {%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system = "" %}
-{%- endif %}
+{%- set system = messages[0]['content']|trim if messages[0]['role'] == 'system' else "" %}
+{%- set messages = messages[1:] if messages[0]['role'] == 'system' else messages %}
 {{- "<|header|>system\\n\\nToday: " + date_string + "\\n" + system + "</s>" }}
 {%- for message in messages %}
-    {%- if not (message.role in ('user', 'assistant') or 'tool_calls' in message) %}
-        {{- raise_exception("only users and assistants, not " + message.role) }}
-    {%- endif %}
     {{- '<|header|>' + message['role'] + '\\n\\n' + message['content'] | trim + '</s>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|header|>assistant\\n\\n' }}
-{%- endif %}
+{%- if add_generation_prompt %}{{- '<|header|>assistant\\n\\n' }}{%- endif %}
 """
 
 

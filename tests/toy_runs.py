@@ -46,6 +46,10 @@ def same(a: list[dict], b: list[dict]) -> bool:
     return all(torch.equal(p[name], q[name]) for p, q in zip(a, b) for name in p)
 
 
+def contents(directory: Path) -> dict:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def bits(out: Path) -> tuple:
     """All that two equal runs have in common: logs and summary but for times, agents, the last checkpoint."""
     summary, updates, stages = results(out)
