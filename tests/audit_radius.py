@@ -37,7 +37,6 @@ def kl_by_loop(old, new, team: Team, rollouts, agent: int, config, dtype=torch.f
 
 
 def audit(argv: list[str] | None = None) -> tuple[int, list[float]]:
-    """The exit code of `train.py argv`, and the KL of each agent after each of its updates."""
     found, latest, update, of_update = [], [], train.update, train.RolloutSource.of_update
 
     def remembered(source, i):

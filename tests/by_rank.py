@@ -23,8 +23,7 @@ CPU = torch.device("cpu")
 
 
 def together(processes: int, directory: Path, target: Callable, *given) -> list[str]:
-    """Calls target(*given) in so many ranks, with the environment of when the first such test began; the lines
-    on stdout of the first. `directory` is for outputs."""
+    """Calls target(*given) in so many ranks, whose outputs go to `directory`; the lines of the first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

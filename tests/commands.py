@@ -16,7 +16,6 @@ def refusal(capsys, main, *flags: str) -> str:
 
 
 def printed(capsys, *flags: str) -> str:
-    """What `eval.py ...` prints."""
     import eval as evaluation
 
     capsys.readouterr()

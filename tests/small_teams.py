@@ -43,8 +43,7 @@ def orders(agents: int, seed: int) -> list[tuple[int, ...]]:
 
 @functools.cache
 def random_stages(gamma: float | None = None) -> list[tuple[list[Team], tuple[int, ...]]]:
-    """(teams, order): 2 to 4 agents, one round and two, all routers and kinds of policy, small steps and
-    large."""
+    """(teams, order): 2 to 4 agents, one round and two, all routers and policies, small steps and large."""
     kinds = (
         lambda agents, turns: {},
         lambda agents, turns: {"router": by_transcript(agents), "problems": 2},

@@ -150,7 +150,6 @@ def by_transformers(team: Team, j: int, messages: list[tuple[int, str]], problem
 
 @each_kind
 def test_a_prompt_has_the_ids_of_transformers(tmp_path, kind):
-    """For any texts: unicode, newlines, spaces in front and behind, digits; by any writers in any order."""
     team, draw = team_of(*[load_tokenizer(KINDS[kind](tmp_path / "t"))] * 3), random.Random(kind)
     for _ in range(60):
         problem, j = random_text(draw), draw.randrange(3)
@@ -160,8 +159,7 @@ def test_a_prompt_has_the_ids_of_transformers(tmp_path, kind):
 
 @each_kind
 def test_sampled_ids_stand_where_transformers_writes_them(tmp_path, kind):
-    """Also where a reader has another tokenizer, and encodes the text. Texts begin with no space or newline,
-    which encoding would join with what stands in front of it."""
+    """Or a reader of another tokenizer encodes the text. Texts begin with no space: it would be joined."""
     ours, other = load_tokenizer(KINDS[kind](tmp_path / "t")), load_tokenizer(write_bytes(tmp_path / "o"))
     team, draw = team_of(ours, other, ours), random.Random(kind)
     for _ in range(60):
@@ -189,8 +187,7 @@ def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
 
 @pytest.mark.parametrize("agents", [1, 2, 3, 4])
 def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
-    """Any order of writers; messages of any ids, cut off or not, some with nothing in them but their end; a
-    template that rewrites histories."""
+    """Any writers; any ids, cut off or not, some just an end; a template that rewrites histories."""
     tokenizers = [load_tokenizer(write_bytes(tmp_path / str(i), FORGETFUL, shift=i)) for i in range(2)]
     team, draw = team_of(*(tokenizers[j % 2] for j in range(agents))), random.Random(agents)
     for _ in range(60):
@@ -216,7 +213,6 @@ def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
 
 @pytest.mark.parametrize("add_eos", [False, True])
 def test_without_a_template_a_prompt_begins_once_and_ends_nowhere(tmp_path, add_eos):
-    """A base model takes what follows its end of text for another text."""
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path, "normalizer", None, add_eos))
     assert (tokenizer.encode("Once")[-1] == 2) == add_eos
     ids = team_of(tokenizer, tokenizer).prompt(0, "Once", [(1, "upon")])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from commands import refusal as sentence
-from tiny import refusal
 
 import train
 from teamtr_min.config import PRESETS, Config, parse
@@ -39,13 +38,6 @@ def test_a_task_brings_its_model_and_its_own_preset():
     assert (sums.delta, sums.group, sums.lr) == (0.05, 8, 2e-5) and lora.lr == pytest.approx(2e-4)
 
 
-def test_a_directory_whose_name_holds_a_comma_is_one_model(tmp_path):
-    (tmp_path / "a,b").mkdir()
-    assert Config(model=f"{tmp_path}/a,b").models == [f"{tmp_path}/a,b"]
-    assert Config(model=f"x,{tmp_path}/a,b", agents=2).models == ["x", f"{tmp_path}/a,b"]
-    assert Config(model="x, y", agents=2).models == ["x", "y"]
-
-
 def test_fresh_and_corrected_are_one_rule():
     rules = {"": ("fresh", 1.0), "--occupancy fresh": ("fresh", 1.0), "--min-ess 1": ("fresh", 1.0)}
     rules |= {"--min-ess 0": ("corrected", 0.0), "--occupancy corrected --min-ess 0.8": ("corrected", 0.8)}
@@ -66,16 +58,6 @@ def test_config_json_is_strict_and_comes_back_with_defaults_for_knobs_that_it_la
     del fields["clip"], fields["roles"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert Config.load(tmp_path / "config.json") == Config(seed=5)
-
-
-def test_resume_takes_a_run_as_it_was_started(tmp_path):
-    config = Config(seed=5, stages=3)
-    config.save(tmp_path / "config.json")
-    resumed = parse(["--resume", str(tmp_path), "--seed", "5", "--accept-changes"], "")
-    assert resumed == dataclasses.replace(config, resume=str(tmp_path), accept_changes=True)
-    words = "as it was started, not with --lr 1.0 (the run has 0.0005)"
-    assert words in refusal(parse, ["--resume", str(tmp_path), "--lr", "1"], "")
-    assert "config.json cannot be read" in refusal(parse, ["--resume", str(tmp_path / "nowhere")], "")
 
 
 def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():

@@ -25,8 +25,7 @@ from teamtr_min.tasks import Problem, Relay
 
 
 def log_rho(teams: list[Team], order) -> torch.Tensor:
-    """(X,) log density ratio of teams[-1] to teams[0], of all rollouts: over the updated agents, over the
-    messages of each, what its own update changed."""
+    """(X,) log density ratio of teams[-1] to teams[0], of all rollouts: what each update changed."""
     x = exact.rollouts(teams[0])
     total = torch.zeros(len(x.number), dtype=torch.float64)
     for k, (old, new) in zip(order, pairwise(teams)):
@@ -35,7 +34,6 @@ def log_rho(teams: list[Team], order) -> torch.Tensor:
 
 
 def test_law_surrogate_kl_and_eq_9_of_weighted_rollouts_are_the_intermediate_teams():
-    """Whatever the router reads, it cancels."""
     for teams, order in random_stages(1.0)[::3]:
         x = exact.rollouts(teams[0])
         for i, j in enumerate(order):
@@ -95,9 +93,7 @@ def rare_message(old: float, new: float) -> list[Team]:
 
 @pytest.mark.parametrize("floor, seen", [(0.0, 0.0), (0.95, 0.0), (1.0, 0.3)])
 def test_no_floor_sees_a_message_that_no_rollout_holds_and_the_radius_bounds_it(monkeypatch, floor, seen):
-    """Message 1 had the chance 1e-9: no rollout has it, all weights are equal, ESS reads 1 where it is 1e-8,
-    and a return of 0.3 is estimated as 0. Only --min-ess 1 collects. But the KL of the update bounds what is
-    unseen: at most 1 - exp(-delta), 2% at the radius of 0.02."""
+    """ESS reads 1 where it is 1e-8; but what is unseen is at most 1 - exp(-KL), 2% at the radius of 0.02."""
     teams = rare_message(1e-9, 0.3)
     rollouts, sampled, _ = play(monkeypatch, teams, floor)
     assert len(sampled) == 1 + (floor == 1) and rollouts.ess == pytest.approx(1.0)
@@ -123,7 +119,6 @@ def moved(team, rollouts, agents: list[int], old: dict[int, list]) -> torch.Tens
     ([0], {"router": "random", "rounds": 2, "lr": 2e-2}),
 ])  # fmt: skip
 def test_an_updates_log_ratio_is_that_of_a_loop_over_the_agents_messages(updated, knobs):
-    """At the weights that were kept: after halvings, and where the step was undone."""
     ready = Prepared(updated, **{"agents": 3, "lr": 5e-3, "batch_tokens": 300} | knobs)
     old = {k: weights_of(ready.team.agents[k].model) for k in updated}
     outcome = ready.update()
@@ -133,8 +128,7 @@ def test_an_updates_log_ratio_is_that_of_a_loop_over_the_agents_messages(updated
 
 
 def test_a_run_trains_on_weighted_advantages_of_the_team_as_it_now_is(tmp_path, monkeypatch):
-    """Weights multiply over agents in any order, and over all messages of each, before and after; before
-    every update they are those against weights kept from when the rollouts were sampled."""
+    """Weights multiply over agents in any order, and over all messages of each, before and after."""
     monkeypatch.setattr(Relay, "grade", parity)
     done, start, seen, update, of_update = [], {}, [], train.update, RolloutSource.of_update
 

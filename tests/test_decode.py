@@ -87,7 +87,6 @@ def recording(model, rows: int) -> Sampler:
 
 
 def test_recorded_steps_sample_what_plain_ones_do_and_outlive_a_collection(recorded, monkeypatch):
-    """Buckets of rows, some of them live and some not; several turns; rows that are left out."""
     model = random_model("qwen2", layers=1).to(DEVICE)
     stops = [1, 2, 3, 4, 5, 6]
 

@@ -71,7 +71,6 @@ def test_a_new_token_is_stored_and_sees_its_row_alone(launches, dtype, B, Q, K, 
 
 
 def draw_by_loop(logits, uniform, temperature):
-    """One row and one token at a time, in float64."""
     tokens, logprobs = [], []
     for row, u in zip(logits.double(), uniform.double()):
         logp = (row / (temperature or 1.0)).log_softmax(0)  # (V,)

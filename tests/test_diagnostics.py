@@ -49,8 +49,7 @@ def test_diagnostics_change_nothing_of_the_training_and_are_counted_apart(tmp_pa
     ("--rounds 2", 2), ("--occupancy joint", 3), ("--order reversed", 1), ("--router first.py", 3)
 ])  # fmt: skip
 def test_bounds_and_shifts_of_other_orders_turns_and_routers(tmp_path, monkeypatch, flags, messages):
-    """Several turns: no worse than -sqrt(H KL / 2), and the agents of a joint update count as one. In reverse
-    turn order no update sees a shift. Of an agent that takes no turn nothing is measured."""
+    """Several turns: no worse than -sqrt(H KL / 2). In reverse turn order no update sees a shift."""
     monkeypatch.chdir(tmp_path)
     Path("first.py").write_text("def router(turn, messages, agents, uniform):\n    return 0\n")
     _, updates, (stage,) = run(tmp_path / "run", "--diagnostics", "--stages", "1", *flags.split())
@@ -122,7 +121,6 @@ def test_message_logps_are_those_of_single_transcripts():
 
 
 def test_the_interval_is_over_problems_not_over_rollouts():
-    """Equal rollouts of a problem are one observation."""
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).repeat_interleave(8)
     point, (low, high) = bootstrap(torch.mean, values, group=8, seed=0)
     assert point == pytest.approx(values.mean().item())

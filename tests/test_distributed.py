@@ -34,7 +34,6 @@ EVAL = "relay --problems 5 --k 2 --device cpu".split()
 
 
 def test_sharded_weights_gradients_rounding_and_numbers_are_those_of_one_process(tmp_path):
-    """3 processes; odd sizes, every family, tied or not, bf16, adapters, activations computed twice."""
     together(3, tmp_path, check_all)
 
 
@@ -65,8 +64,7 @@ NAMES = ["plain-21", "plain-23", *(f"{kind}-2" for kind in KINDS), *(f"{kind}-3"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_processes_trains_the_same_team(runs, name):
-    """5 problems, 7 held out: uneven shares. Checkpoints hold whole tensors, so each resume may have another
-    number of processes."""
+    """5 problems, 7 held out: uneven shares. A resume may have another number of processes."""
     alone, shared = runs["root"] / f"{name.split('-')[0]}-1", runs["root"] / name
     assert (alone / "transcripts.jsonl").read_text() == (shared / "transcripts.jsonl").read_text()
     ones, others = results(alone)[1], results(shared)[1]

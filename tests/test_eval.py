@@ -34,12 +34,10 @@ class task(Relay):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """A working directory without runs."""
     monkeypatch.chdir(tmp_path)
 
 
 def toy_teams(*names: str) -> str:
-    """Runs that differ by their seed, as `--team` takes them."""
     for seed, name in enumerate(names):
         config = Config(agents=2, seed=seed, device="cpu")
         Path("runs", name).mkdir(parents=True)
@@ -50,7 +48,6 @@ def toy_teams(*names: str) -> str:
 
 @pytest.mark.parametrize("values", [[0, 0, 1, 0, 1, 1], [1, 1, 1, 1], [0.2, 0.9, 0.0, 0.2, 1.0, 0.5]])
 def test_the_best_of_j_is_the_mean_over_all_choices_of_j(values):
-    """Of zeros and ones it is pass@j: the share of choices that hold a right one."""
     for j in range(1, len(values) + 1):
         expected = [max(chosen) for chosen in itertools.combinations(values, j)]
         found = best_of(torch.tensor([values, [0.0] * len(values)]), j)
@@ -85,7 +82,6 @@ def test_one_object_has_the_promised_fields_and_reads_the_problems_of_a_file(cap
 
 
 def test_the_agents_that_are_evaluated_are_those_of_the_run(capsys):
-    """A run whose last agent is deaf scores 0, its first alone does not; the newest run is taken."""
     toy_teams("older", "newer")
     model = load_model("runs/newer/agents/1")
     model.model.norm.weight.data.zero_()  # every token equally likely
@@ -151,7 +147,6 @@ def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
 
 
 def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
-    """And an interrupted table keeps its rows."""
     teams = toy_teams("a", "b")
     Path("mine.py").write_text("from teamtr_min.tasks import Relay as task")
     small = "--problems", "12", "--k", "2"
@@ -170,7 +165,6 @@ def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
 
 
 def test_damaged_weights_and_an_error_in_a_users_file_are_one_sentence(capsys):
-    """After the rows before it."""
     toy_teams("a", "b")
     Path("runs/b/agents/1/model.safetensors").write_bytes(b"no weights")
     assert evaluation.main("relay --team runs/a,runs/b --problems 8 --json".split()) == 2
@@ -199,7 +193,6 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
 
 
 def test_a_team_can_be_asked(capsys, monkeypatch):
-    """The messages and the answer are those of load_team(RUN).solve, of a word or of each line of stdin."""
     toy_teams("a")
     answers = load_team("runs/a", device="cpu").solve("7+8*3", samples=6)
     text = printed(capsys, "ask", "7+8*3", "--team", "runs/a", "--device", "cpu")

@@ -59,8 +59,8 @@ def thm_37(teams):
 
 
 def stale_ours(teams):
-    """[ours] Thm 3.7 by the radii that a stale run can measure: n^1.5, not n^2. Proof: from team^0 to team^i at
-    once, TV(d^i, d^0) <= gamma/(1-gamma) sqrt(E_{d^0} KL / 2), a KL that is the sum of delta_k, k <= i."""
+    """[ours] Thm 3.7 by the radii that a stale run can measure: n^1.5, not n^2. Proof: TV(d^i, d^0) <=
+    gamma/(1-gamma) sqrt(E_{d^0} KL / 2) in one step, and that KL is the sum of delta_k, k <= i, under d^0."""
     s = Stage(teams)
     return sum(s.stale) - s.gain, s.c * root(s.stale_delta.cumsum(0)).sum()
 
@@ -138,8 +138,7 @@ def test_agents_who_speak_once_gain_exactly_their_surrogate():
 
 
 def test_the_monitor_dominates_delta_and_bounds_the_gain_of_a_finite_horizon():
-    """delta_j <= dhat_j while (1-gamma) times the messages per rollout of agent j is at most 1, not past it.
-    For gamma = 1, |J' - J| <= sqrt(KL / 2) [ours] of the laws of whole rollouts."""
+    """delta <= dhat while (1-gamma) messages per rollout <= 1; for gamma = 1 |J' - J| <= sqrt(KL / 2) [ours]."""
     exceeded = 0
     for teams, order in random_stages() + random_stages(gamma=1.0):
         for j, (old, new) in zip(order, pairwise(teams)):
@@ -154,8 +153,7 @@ def test_the_monitor_dominates_delta_and_bounds_the_gain_of_a_finite_horizon():
 
 
 def test_occupancy_does_not_shift_in_reverse_turn_order():
-    """One round, reverse turn order: D_occ = 0. In turn order, or with a second round, it shifts, and the gap
-    is at most 2 A_max D_occ times the agent's messages per rollout, for gamma = 1 and round-robin [ours]."""
+    """In turn order it does: gap <= 2 A_max D_occ times the agent's messages per rollout [ours]."""
     for agents, seed, rounds in product((2, 3, 4), range(2), (1, 2)):
         for order in (tuple(range(agents)), tuple(range(agents))[::-1]):
             teams = stage(random_game(seed, agents, agents * rounds, gamma=1.0), order, seed, step=2.0)

@@ -69,8 +69,7 @@ def test_large_logits_and_columns_past_the_vocabulary(path, temperature):
 
 
 def test_layouts_and_a_vocabulary_in_chunks(path, monkeypatch):
-    """Transposed, strided and misaligned inputs give what contiguous ones give; memory decides the chunks of
-    the vocabulary, and nothing else may depend on them."""
+    """Transposed, strided and misaligned inputs; memory decides the chunks of the vocabulary."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 40 * 256 * 4)
     assert len(module._chunks(40, 1000, 4)) == 4
     hidden, weight, targets, grad = inputs(40, 50, 1000)
@@ -96,8 +95,7 @@ def test_offsets_past_32_bits(launches):
 
 
 def test_the_same_bits_alone_shuffled_and_padded(launches):
-    """The operands are multiples of 1/8, whose products are exact: on a CPU the interpreter leaves tl.dot to
-    a BLAS that rounds a row by its place; the GPU's instruction does not, nor does anything after it."""
+    """Products of multiples of 1/8 are exact: the interpreter's BLAS rounds by place, a GPU does not."""
     hidden, weight, targets, _ = inputs(130, 64, 2500, torch.bfloat16)
     hidden, weight = (hidden * 8).round() / 8, (weight * 8).round() / 8
     logp = linear_logprob(hidden, weight, targets)

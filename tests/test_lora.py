@@ -152,9 +152,8 @@ def test_an_adapter_whose_tensors_are_others_than_its_target_modules_is_refused(
 def test_the_size_of_an_adapter_is_a_number(tmp_path, base, fields):
     by_peft(base, tmp_path / "adapter")
     edit(tmp_path / "adapter", **fields)
-    assert "r must be a positive whole number and lora_alpha a number" in refusal(
-        loaded, tmp_path / "adapter"
-    )
+    sentence = refusal(loaded, tmp_path / "adapter")
+    assert "r must be a positive whole number and lora_alpha a number" in sentence
 
 
 def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):
@@ -224,7 +223,6 @@ LORA = ["--agents", "2", "--lora-rank", "3", "--stages", "3", "--temperature", "
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
-    """A run of three stages, on a base in a directory of its own."""
     root = tmp_path_factory.mktemp("lora")
     shutil.copytree(RELAY, root / "base")
     run(root / "run", *LORA, "--model", str(root / "base"), "--max-new-tokens", "16", "--inner-steps", "2")

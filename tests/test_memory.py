@@ -114,7 +114,6 @@ def test_the_plan_counts_parameters_by_purpose():
 
 
 def plans(monkeypatch, mebibytes, **knobs) -> list[memory.Plan]:
-    """For these sizes of memory, from large to small, as long as the run fits."""
     monkeypatch.setattr(memory, "in_use", lambda *_: 0)
     found, refused = [], False
     for mib in mebibytes:
@@ -158,7 +157,6 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
 
 
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
-    """By smaller waves, which config.json names, and with activations computed twice."""
 
     def tight(*given):
         config, plan = plan_training(*given)
@@ -196,7 +194,6 @@ def test_overlong_problems_are_found_among_all_or_dropped(tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")])
 def test_work_that_fills_memory_goes_on_in_halves(error):
-    """All other errors, and those of several processes, stand."""
     sizes = []
 
     def work(size: int, most: int = 5, error: Exception = error) -> int:

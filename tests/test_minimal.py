@@ -14,7 +14,6 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "minimal.py"
 
 @pytest.mark.parametrize("delta", [0.02, 1.2e-6])
 def test_the_first_update_is_the_same(delta, monkeypatch):
-    """Rollouts, KL and weights, with steps inside the radius and with backtracking."""
     monkeypatch.syspath_prepend(PAGE.parent)
     minimal = importlib.import_module("minimal")
     ready = Prepared(agents=2, rounds=2, problems=6, group=4, lr=5e-6, delta=delta, temperature=0.8)

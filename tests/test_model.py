@@ -94,7 +94,6 @@ def test_logits_and_gradients_equal_transformers(family, tied):
 
 
 def attend_reference(q, k, v, mask):
-    """What `attend` computes, written out."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, Q, S, D)
     T, S = q.shape[2], k.shape[2]
     if mask is None:
@@ -125,7 +124,6 @@ def test_attend_equals_its_definition(rows, T, Q, K, dtype, bound):
 @torch.no_grad()
 @each_model
 def test_bf16_models_give_fp32_logits_that_are_near_the_exact_ones(family, tied, monkeypatch):
-    """Also where the head is multiplied in pieces."""
     model = random_model(family, tied)
     tokens = random_tokens(model, 2, LONG)
     exact = model(tokens)

@@ -65,7 +65,6 @@ def by_loop(x: dict, clip: float, beta, ratio: str, kl_unit: str) -> tuple[float
 @pytest.mark.parametrize("kl_unit", ["message", "token"])
 @each_ratio
 def test_loss_and_every_statistic_equal_a_loop_over_messages(ratio, kl_unit):
-    """And slots to ignore, which hold NaN and -inf, get no gradient."""
     for seed in range(5):
         x, beta = example(seed), torch.tensor([0.0, 0.3, 1.0, 0.5], dtype=torch.float64)
         loss, stats = teamtr_loss(**x, clip=0.2, beta=beta, ratio=ratio, kl_unit=kl_unit)
@@ -79,7 +78,6 @@ def test_loss_and_every_statistic_equal_a_loop_over_messages(ratio, kl_unit):
 
 @each_ratio
 def test_gradient_equals_finite_differences(ratio):
-    """On both sides of the clip; what the clip has stopped has none."""
     x = example(3, scale=0.3)
     valid = x["message"] >= 0
     logp = x.pop("logp").detach()[valid].requires_grad_()

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +36,6 @@ def made(monkeypatch):
 
 @pytest.mark.parametrize("short", [False, True])
 def test_arms_make_equal_rollouts_unless_they_collect_by_need(short, tmp_path):
-    """Without a floor `collections` per stage are n for fresh arms and 1 for others."""
     budgets = {}
     for arm in occupancy.arms(tmp_path, short):
         config = parse(occupancy.words(arm.flags), "")
@@ -91,9 +89,3 @@ def test_curves_are_read_at_the_fewest_rollouts_and_seconds_of_a_finished_run():
     assert other["return_at_seconds"] == [pytest.approx(0.26), None]
     values = [0.5, 0.7, 0.6]
     assert occupancy.interval(values) == f"0.600 ±{4.303 * np.std(values, ddof=1) / 3**0.5:.3f}"
-
-
-def test_without_matplotlib_it_says_so_before_any_run_is_made(made, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in refusal(occupancy.run, tmp_path, True, 1)
-    assert not made

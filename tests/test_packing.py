@@ -23,7 +23,6 @@ def random_sequences(seed: int, count: int = 40) -> list[list[int]]:
 
 
 def least(things: list, cost) -> float:
-    """The least sum of costs over all ways to cut a list into runs."""
     sums = []
     for cuts in itertools.product([False, True], repeat=len(things) - 1):
         runs = [things[:1]]
@@ -112,7 +111,6 @@ def plainly(ready: Prepared, agent: int, old):
     ([0, 1], {"rounds": 2, "unit": 16}),  # two that step together; rows of a few lengths, as on CUDA
 ])  # fmt: skip
 def test_loss_and_gradients_are_those_of_one_plain_row_per_rollout(agents, knobs, monkeypatch):
-    """At pi_old, and after a step."""
     monkeypatch.setitem(cache.UNIT, "cpu", knobs.pop("unit", 1))
     ready = Prepared(agents, **{"problems": 6} | knobs)
     ready.learner.beta = 0.3

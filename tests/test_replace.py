@@ -46,7 +46,6 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("delta", [1e-3, 0.02, 0.3, math.inf])
 def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
-    """Inside, and outside with a little less of the incumbent; where the newcomer is inside, the newcomer."""
     logits = 1.5 * torch.randn(2, 37, 13, generator=torch.Generator().manual_seed(0))  # tokens, vocabulary
     new, incumbent = logits.log_softmax(-1)
     new[:5] = incumbent[:5]
@@ -64,7 +63,6 @@ def test_the_target_is_the_nearest_mixture_inside_the_radius(delta):
 
 
 def with_other(team: Team, j: int, scale: float = 0.5) -> Team:
-    """The team with another agent j: the same one, its weights disturbed."""
     agents, generator = [*team.agents], torch.Generator().manual_seed(j)
     agents[j] = dataclasses.replace(agents[j], model=copy.deepcopy(agents[j].model))
     for p in agents[j].model.parameters():
@@ -147,7 +145,6 @@ def test_vocabularies_are_shared_when_every_token_and_the_end_are(tmp_path):
 
 
 def put(run: Path, out: Path, *flags: str) -> dict:
-    """Replace an agent; returns the line about it."""
     assert replace.main(["--resume", str(run), "--out", str(out), *flags]) == 0
     *_, line = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     return line
@@ -178,7 +175,6 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
 
 
 def test_an_agent_replaced_by_itself_is_no_shock_and_starts_anew_beside_its_teammates(stopped, tmp_path):
-    """Teammates keep masters and Adam; the newcomer needs no alignment."""
     itself = f"{stopped}/agents/1"
     line = put(stopped, tmp_path / "new", "--agent", "1", "--model", itself, "--align", "5")
     zero = line["shock_replaced"], line["shock_aligned"], line["outside"], line["align_steps"]

@@ -27,7 +27,6 @@ HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028&amp;{{data}}\
 
 @pytest.fixture
 def mine(finished, tmp_path):
-    """A copy of the toy run to write into."""
     ignored = shutil.ignore_patterns("checkpoints", "agents", "report*")
     return Path(shutil.copytree(finished, tmp_path / "mine", ignore=ignored))
 
@@ -54,7 +53,6 @@ def page_of(run: Path) -> Page:
 
 
 def test_what_is_drawn_and_printed_is_what_was_logged(mine, capsys):
-    """Held-out points with the intervals of the log, and the KL of each update."""
     text, (summary, updates, stages) = printed(capsys, "report", "--team", str(mine)), results(mine)
     low, high = summary["accuracy_final_ci"]
     assert f"3 of 3 stages; held-out accuracy {summary['accuracy_start']:.3f} -> " in text
@@ -95,7 +93,6 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
 
 
 def test_hostile_text_stays_text(mine):
-    """Every text of a run tries to break out."""
     before = page_of(mine)
     (_, first), *_ = read_jsonl(mine / "transcripts.jsonl")
     said = [{"agent": 0, "text": HOSTILE}]
@@ -113,7 +110,6 @@ def test_hostile_text_stays_text(mine):
 
 
 def test_a_run_that_was_stopped_or_killed_has_a_report(stopped, mine):
-    """Without a summary, and with a last line that was cut off."""
     result = report.run(str(shutil.copytree(stopped, mine.with_name("stopped"))))
     assert result["state"] == "2 of 3 stages; not finished: interrupted"
     *whole, last, _ = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)[:6]

@@ -21,7 +21,6 @@ from teamtr_min.run import checkpoint
 
 
 def resume(out: Path, finished: Path) -> None:
-    """To the same bits as the run that was never stopped."""
     assert train.main(["--resume", str(out)]) == 0
     assert bits(out) == bits(finished)
 
@@ -132,7 +131,6 @@ def test_a_run_has_one_writer(finished, copy, tmp_path, capsys, new):
 
 @pytest.mark.parametrize("modules", [["hf.weights"], ["hf.weights", "run.checkpoint"]])
 def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(finished, copy, capsys, monkeypatch, modules):
-    """At the end of the run, or at the end of a stage, when the agents cannot be saved either."""
 
     def refuse(tensors, path, **metadata):
         Path(path).write_bytes(b"half a file")

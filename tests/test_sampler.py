@@ -71,8 +71,7 @@ def assert_same(found: list[Completion], expected: list[Completion]) -> None:
 @each_model
 @pytest.mark.parametrize("check_every, budget", [(1, 16384), (4, 30), (16, 1)])
 def test_turns_of_a_collection_are_those_of_a_plain_sampling_loop(family, tied, check_every, budget):
-    """Rows of equal and of different lengths, equal prompts, rows left out and in another order; a host that
-    looks rarely at what has ended, as on a GPU; prefill in small passes; leftovers of a collection before."""
+    """Rows left out or in another order; a host that rarely looks at what has ended; small prefills."""
     model = random_model(family, tied)
     sampler = Sampler(model)
     sampler.check_every, sampler.prefill_tokens = check_every, budget

@@ -153,7 +153,6 @@ def test_the_shipped_model_starts_with_opposite_habits_and_right_arithmetic(agen
 
 
 def handed_on(n: int, codes: tuple[int, ...]) -> list[Message]:
-    """The messages of agents with these codes, by the rules of the docstring."""
     floors = [*itertools.accumulate(codes[:-1], initial=n)]
     return said(*(f"floor {floor}" for floor in floors[1:]), f"{floors[-1] - codes[-1]} flights")
 

@@ -53,7 +53,6 @@ def in_transformers(directory):
 
 
 def test_any_text_survives_encoding_and_decoding(tmp_path):
-    """Special tokens that are written out too; they are one id each, and not shown unless asked for."""
     made = (write_tokenizer(tmp_path / str(i), shift=i // 2) for i in range(3))
     draw, (same, tokenizer, other) = random.Random(0), map(load_tokenizer, made)
     texts = ODD_TEXTS + ["".join(chr(draw.randrange(1, 0xD800)) for _ in range(n)) for n in range(40)]

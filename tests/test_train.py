@@ -95,7 +95,6 @@ def test_every_metrics_key_is_explained(tmp_path):
 
 
 def test_a_team_learns(tmp_path):
-    """The whole method at small size: two agents, a few seconds, well beyond what chance could give."""
     flags = "--agents 2 --stages 12 --problems 24 --group 8 --inner-steps 6 --lr 5e-4 --delta 0.02"
     summary, *_ = run(tmp_path / "run", *flags.split(), "--eval-problems", "512")
     assert summary["accuracy_final"] > summary["accuracy_start"] + 0.25

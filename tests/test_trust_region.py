@@ -76,7 +76,6 @@ def test_no_valid_token_and_more_tokens_and_messages_than_a_block(lengths, ratio
 
 @each_ratio
 def test_weights(ratio, launches):
-    """None is all ones to the bit; an agent, or all, may have no weight at all."""
     arguments, options = batch([3, 1, 40, 2], scale=0.5)
     options |= {"agent": torch.tensor([0, 1, 1, 2], device=DEVICE), "beta": 0.3, "ratio": ratio}
     plain, ones = check(arguments, options | {"weight": None}), {"weight": torch.ones(4, device=DEVICE)}
@@ -112,8 +111,7 @@ def test_layouts_small_ids_and_a_message_of_ignored_slots(launches):
 
 @each_ratio
 def test_extreme_log_ratios(ratio, launches):
-    """0: the ratio is exactly 1, and no KL. +-20 still moves, as with torch's clamp; beyond it is flat. NaN
-    shows. The same bits again."""
+    """At 0 the ratio is exactly 1, without KL. +-20 still moves; beyond it is flat. NaN shows."""
     logp, options = torch.tensor([20.0, -20.0, 20.1, -20.1], device=DEVICE), {"ratio": ratio, "beta": 0.5}
     arguments = [logp, 0 * logp, torch.arange(4, device=DEVICE), -torch.ones(4, device=DEVICE)]
     first, again = check(arguments, options), run(kernels.trust_region_loss, arguments, options)
@@ -157,9 +155,7 @@ def test_bad_input_is_refused():
 
 
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
-    """A stage of train.py agrees to 3e-5 in everything that it logs, and by kernels alone.
-
-    Not closer: Adam's first steps are nearly signs, so a rounding of a small gradient moves a weight far."""
+    """To 3e-5: Adam's first steps are nearly signs, so a rounding of a small gradient moves a weight far."""
     flags = "--stages 1 --agents 2 --problems 1 --group 4 --inner-steps 1 --eval-problems 1 --beta 0.01"
     flags += f" --lr 2e-4 --seed 1 --device {DEVICE} --out "
     found = []

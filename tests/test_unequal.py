@@ -63,7 +63,6 @@ def relabelled(tmp_path_factory) -> Path:
 
 
 def test_the_numbering_of_tokens_changes_nothing(relabelled):
-    """Greedy rollouts, and log-probs of sampled ones, of teams that differ in the ids of one tokenizer."""
     texts, logps = [], []
     for model in ("relay", f"relay,{relabelled},relay"):
         _, team = team_of(model=model, agents=3, task="relay", temperature=0.0, max_new_tokens=16)

@@ -44,7 +44,6 @@ def test_every_update_of_a_run_reports_the_kl_of_an_independent_recomputation(tm
 
 
 def test_backtracking_restores_the_optimizer_with_the_weights():
-    """After an update that left its radius, Adam's state is that of the last accepted weights."""
     ready = Prepared(lr=3e-4, inner_steps=6, delta=0.02)
     learner, calls, restore = ready.learner, [], ready.learner.restore
     learner.restore = lambda *a, **k: calls.append((*a, *k.values())) or restore(*a, **k)
@@ -103,7 +102,6 @@ def test_weights_of_rollouts_reach_loss_gradient_and_monitor():
 
 
 def test_the_end_of_message_has_gradient_and_contexts_have_none():
-    """Gradient with respect to the hidden states that predict something, and these are all there are."""
     ready, kept = Prepared(max_new_tokens=3, batch_tokens=10**6, agents=1, rounds=2), []
     pulling = [batch for batch in ready.batches.own if batch.pulls]  # the others need no gradient
     hidden, end = ready.model.hidden, ready.team.agents[0].chat.end_of_message
@@ -195,7 +193,6 @@ def test_beta_follows_the_attempted_overshoot_within_its_bounds():
 
 
 def test_the_optimizer_is_the_one_specified():
-    """Gradient norm clipped at 1, Adam's moments with betas 0.9 and 0.99, the given rate: after one step."""
     ready = Prepared(inner_steps=1, delta=math.inf)
     before = ready.learner.clone_masters()
     for batch in ready.batches.own:

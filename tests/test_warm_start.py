@@ -31,7 +31,6 @@ def shown():
 
 
 def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
-    """Against a loop over single messages through plain logits, with the gradient's norm."""
     ready, rollouts, batches = shown()
     model, losses = ready.model, []
     for problem, messages in zip(rollouts.problems, rollouts.messages):
@@ -53,7 +52,6 @@ def test_the_loss_is_the_next_token_loss_of_the_agents_own_messages():
 
 
 def test_an_error_after_the_step_or_within_it_leaves_the_weights_of_before(monkeypatch):
-    """Once after a good step, so that Adam has a state to go back to."""
     ready, _, batches = shown()
     descend(ready.learner, next_token_losses(batches), lr=1e-3)
     before = copy.deepcopy(ready.learner.snapshot())
@@ -150,7 +148,6 @@ def test_a_transcript_longer_than_the_model_is_refused_before_anything_is_traine
 
 
 def test_what_cannot_be_shown_is_a_sentence(tmp_path):
-    """A file without training problems, no file, and a task that makes no demonstrations."""
     held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))
     assert "holds no transcripts of training problems" in sentence(read, write(tmp_path / "held", held_out))
     assert "cannot be read" in sentence(read, str(tmp_path / "none"))

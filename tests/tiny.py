@@ -94,7 +94,6 @@ def write_checkpoint(directory: Path, model, shards=1, dtype=torch.float32, conf
 
 
 def assert_same(model: Transformer, other: Transformer) -> None:
-    """Bit for bit, and by the same names."""
     for (name, a), (other_name, b) in zip(*(m.state_dict().items() for m in (model, other)), strict=True):
         assert name == other_name and a.dtype == b.dtype and torch.equal(a, b), name
 
@@ -116,7 +115,6 @@ def shared(path: str) -> Path:
 
 
 def written(directory: Path, backend: Tokenizer, template: str | None, **config) -> Path:
-    """The files of a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", **config}
@@ -172,7 +170,6 @@ MOVED = torch.randperm(PIECES, generator=torch.Generator().manual_seed(0)).tolis
 
 
 def write_relabelled_tokenizer(directory: Path) -> Path:
-    """The shipped tokenizer with every piece under another id."""
     raw = json.loads((RELAY / "tokenizer.json").read_text())
     assert len(raw["model"]["vocab"]) == PIECES
     raw["model"]["vocab"] = {piece: MOVED[i] for piece, i in raw["model"]["vocab"].items()}

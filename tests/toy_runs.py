@@ -34,7 +34,6 @@ def results(out: Path) -> tuple[dict, list[dict], list[dict]]:
 
 
 def timeless(records: list[dict]) -> list[dict]:
-    """Without what two equal runs differ in."""
     return [{k: v for k, v in r.items() if not k.startswith(("seconds", "memory"))} for r in records]
 
 
