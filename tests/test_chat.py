@@ -15,10 +15,9 @@ from teamtr_min.team import Agent, Rendered, Team
 
 # Histories are rewritten: thinking is only shown while it is fresh, as with Qwen3.
 FORGETFUL = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>')[-1] }}
-{%- else %}{{ message.content }}{% endif %}<|im_end|>
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content }}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif -%}"""
@@ -209,14 +208,6 @@ def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
             # Trained on is no context behind the last trainable token.
             end = final.spans[-1][1] if own else len(agent.chat.opening(agent.role.system, "2+2?"))
             assert trained.ids == final.ids[:end]
-
-
-@pytest.mark.parametrize("add_eos", [False, True])
-def test_without_a_template_a_prompt_begins_once_and_ends_nowhere(tmp_path, add_eos):
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path, "normalizer", None, add_eos))
-    assert (tokenizer.encode("Once")[-1] == 2) == add_eos
-    ids = team_of(tokenizer, tokenizer).prompt(0, "Once", [(1, "upon")])
-    assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
 
 
 @pytest.mark.parametrize("generation, config, ends", [

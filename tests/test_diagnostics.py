@@ -10,7 +10,6 @@ import torch
 from ready import Prepared
 from toy_runs import parity, run, same, timeless, weights
 
-from teamtr_min.extras import diagnostics
 from teamtr_min.extras.diagnostics import Diagnostics, bootstrap, message_logps, swapped
 from teamtr_min.tasks import Relay
 
@@ -127,12 +126,3 @@ def test_the_interval_is_over_problems_not_over_rollouts():
     assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.15)
     same, other = (bootstrap(torch.mean, values, group=8, seed=seed)[1] for seed in (0, 1))
     assert same == [low, high] != other
-
-
-def test_an_agent_that_took_no_turn_or_drifted_without_bound_gives_numbers():
-    drift = torch.tensor([[0.0, 300.0], [0.0, -300.0]] * 3).double()
-    never, always = torch.zeros(6, 2, dtype=torch.bool), torch.ones(6, 2, dtype=torch.bool)
-    share, shift = diagnostics.effective_sample_share, diagnostics.occupancy_shift
-    assert share(drift, never) == shift(drift, never) == diagnostics.message_kl(drift, never) == 0
-    assert share(drift, always).item() == pytest.approx(3 / 12) and share(0 * drift, always) == 1
-    assert 0 < shift(drift, always) <= 1

@@ -60,7 +60,7 @@ def thm_37(teams):
 
 def stale_ours(teams):
     """[ours] Thm 3.7 by the radii that a stale run can measure: n^1.5, not n^2. Proof: TV(d^i, d^0) <=
-    gamma/(1-gamma) sqrt(E_{d^0} KL / 2) in one step, and that KL is the sum of delta_k, k <= i, under d^0."""
+    gamma/(1-gamma) sqrt(E_{d^0} KL / 2) in one step, a KL that is the sum of delta_k, k <= i, under d^0."""
     s = Stage(teams)
     return sum(s.stale) - s.gain, s.c * root(s.stale_delta.cumsum(0)).sum()
 
@@ -138,7 +138,7 @@ def test_agents_who_speak_once_gain_exactly_their_surrogate():
 
 
 def test_the_monitor_dominates_delta_and_bounds_the_gain_of_a_finite_horizon():
-    """delta <= dhat while (1-gamma) messages per rollout <= 1; for gamma = 1 |J' - J| <= sqrt(KL / 2) [ours]."""
+    """While (1-gamma) messages per rollout <= 1; for gamma = 1 |J' - J| <= sqrt(KL / 2) [ours]."""
     exceeded = 0
     for teams, order in random_stages() + random_stages(gamma=1.0):
         for j, (old, new) in zip(order, pairwise(teams)):

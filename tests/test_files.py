@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
-import stat
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from tiny import refusal
 
 from teamtr_min import files
@@ -55,17 +51,6 @@ def test_a_file_or_directory_is_replaced_whole_or_not_at_all(tmp_path, error):
         (aside / "new").touch()
     assert json.loads(file.read_text()) == {"new": 1} and [p.name for p in directory.iterdir()] == ["new"]
     assert {p.name for p in tmp_path.iterdir()} == {"file", "directory"}
-
-
-def test_files_have_the_mode_that_the_umask_gives(tmp_path):
-    old = os.umask(0o027)
-    with replacing(tmp_path / "x") as aside:
-        aside.mkdir()
-        save_file({"x": torch.zeros(1)}, aside / "x.safetensors")  # by itself 0600
-    write_json(tmp_path / "y", {})
-    os.umask(old)
-    modes = {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()}
-    assert modes == {0o640}
 
 
 OWN = """

@@ -102,8 +102,7 @@ def test_the_plan_counts_parameters_by_purpose():
     assert joint.update - one.update == 2 * N * (4 + 2 * 12)  # gradients, two snapshots
     assert once.update == joint.update - 3 * N * 12
     assert bf16.weights == 3 * 2 * N and bf16.optimizer == 3 * 12 * N
-    model = meta_models({0: RELAY}, 2)[0]
-    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = sum(p.numel() for p in meta_models({0: RELAY}, 2)[0].parameters() if p.requires_grad)
     assert lora.weights == 4 * (N + 3 * adapter) and lora.optimizer == 3 * 8 * adapter
     config, task, _ = planned()
     problems = task.sample_problems(9, rng.generator(0))

@@ -9,7 +9,7 @@ import torch
 from ready import Prepared
 
 from teamtr_min.engine import cache, packing
-from teamtr_min.engine.packing import batches_of, pack, trees_of
+from teamtr_min.engine.packing import batches_of, trees_of
 from teamtr_min.objective import teamtr_loss
 
 CPU = torch.device("cpu")
@@ -68,18 +68,6 @@ def test_no_other_trees_and_batches_would_cost_less(seed, most, pairs_per_token,
     assert found == pytest.approx(least(sorted(set(map(tuple, sequences))), of_tree))
     found = sum(map(of_batch, batches_of(trees, most, pairs_per_token, CPU)))
     assert found == pytest.approx(least(sorted(trees, key=len), of_batch))
-
-
-@pytest.mark.parametrize("unit", [1, 4])
-@pytest.mark.parametrize("most", [1, 30, 10**6])
-def test_batches_keep_within_their_bound_and_hold_every_tree_once(most, unit, monkeypatch):
-    monkeypatch.setitem(cache.UNIT, "cpu", unit)
-    trees = trees_of(enumerate(random_sequences(7, 200)), most, pairs_per_token=6.0)
-    batches = batches_of(trees, most, 6.0, CPU)
-    for rows, tokens in ((rows, pack(rows, CPU).tokens) for rows in batches):
-        assert (tokens.numel() <= most or len(rows) == 1) and tokens.shape[1] % unit == 0
-    assert sorted(id(tree) for rows in batches for tree in rows) == sorted(map(id, trees))
-    assert batches_of([], most, 6.0, CPU) == [] == trees_of([], most, 6.0)
 
 
 def plainly(ready: Prepared, agent: int, old):

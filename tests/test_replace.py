@@ -12,13 +12,13 @@ import torch
 from commands import refusal
 from ready import Prepared
 from safetensors.torch import load_file
-from tiny import random_model, write_checkpoint, write_relabelled_tokenizer, write_tokenizer
+from tiny import random_model, write_checkpoint, write_relabelled_tokenizer
 from toy_runs import contents, parity, results, run
 
 import train
 from teamtr_min.config import Config
 from teamtr_min.extras import replace
-from teamtr_min.extras.replace import align, mixture_weight, share_vocabulary
+from teamtr_min.extras.replace import align, mixture_weight
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.weights import RELAY, load_model
 from teamtr_min.learner import Diverged
@@ -135,15 +135,6 @@ def test_alignment_brings_the_newcomer_to_the_incumbent_and_moves_nobody_else():
         align(rollouts, old, team, 1, config, steps=5)
 
 
-def test_vocabularies_are_shared_when_every_token_and_the_end_are(tmp_path):
-    a, b = Prepared().team.agents
-    chat = copy.copy(b.chat)
-    chat.end_of_message += 1
-    other_end = dataclasses.replace(b, chat=chat)
-    other_words = dataclasses.replace(b, tokenizer=load_tokenizer(write_tokenizer(tmp_path)))
-    assert [share_vocabulary(a, x) for x in (b, other_end, other_words)] == [True, False, False]
-
-
 def put(run: Path, out: Path, *flags: str) -> dict:
     assert replace.main(["--resume", str(run), "--out", str(out), *flags]) == 0
     *_, line = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
@@ -159,7 +150,7 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
     assert line["shared_vocabulary"] and line["probes"] == 24 and line["outside"] > 0.02
     for when in ("replaced", "aligned"):
         shock, (low, high) = line["return_before"] - line[f"return_{when}"], line[f"shock_{when}_ci"]
-        assert low <= line[f"shock_{when}"] == pytest.approx(shock) <= high
+        assert low <= shock <= high and line[f"shock_{when}"] == pytest.approx(shock)
         assert f"agent 1 {when}: held-out return" in text
     metrics = (ROOT / "docs/metrics.md").read_text()
     section = metrics.partition('(`kind` is "replace")')[2].partition("\n## ")[0]

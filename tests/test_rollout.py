@@ -62,18 +62,6 @@ def test_a_path_is_its_own_stream_whatever_the_batches():
         assert text_of(whole) != text_of(play(other, **TWO_ROUNDS)[1])
 
 
-def test_rollouts_of_a_problem_stand_together_differ_and_are_graded():
-    _, rollouts = play(**TWO_ROUNDS)
-    for p in range(0, 20, 4):
-        assert len({problem.id for problem in rollouts.problems[p : p + 4]}) == 1
-    assert len({str(messages) for messages in text_of(rollouts)[:4]}) > 1
-    answers = zip(rollouts.problems, rollouts.messages)
-    wanted = [float(messages[-1].text == problem.answer) for problem, messages in answers]
-    assert rollouts.grouped_returns.flatten().tolist() == wanted and 0 < sum(wanted) < len(wanted)
-    alike = [len(set(wanted[p : p + 4])) == 1 for p in range(0, 20, 4)]
-    assert rollouts.zero_variance_groups == pytest.approx(sum(alike) / 5)
-
-
 def test_routers_route():
     assert writers(play(group=4, rounds=2)[1]) == [[0, 1, 2, 0, 1, 2]] * 20
     chosen = writers(play(group=32, router="random")[1])

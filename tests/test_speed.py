@@ -5,13 +5,10 @@ import sys
 import pytest
 import torch
 from commands import evaluate, refusal
-from ready import team_of
 
 import eval as evaluation
 from teamtr_min.bench import speed
 from teamtr_min.bench.speed import Case, Machine
-from teamtr_min.engine import rng
-from teamtr_min.rollout import agent_batches, collect
 
 
 def work(count: int):
@@ -66,22 +63,6 @@ def test_a_missing_peer_is_named(monkeypatch, capsys):
     assert evaluation.main(["sampling", "--short"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "  transformers  " in line]
     assert "transformers" in line[30:]
-
-
-def test_the_floor_of_a_step_counted_by_hand():
-    """Products at every distinct start of a transcript, found here as a set of all starts."""
-    _, team = team_of(agents=2, rounds=2)
-    rollouts = collect(team, team.task.sample_problems(3, rng.generator(0)), 4, rng.RngPath(0, "test"))
-    seen = [team.render(0, p, messages, False) for p, messages in zip(rollouts.problems, rollouts.messages)]
-    starts = {tuple(s.ids[: t + 1]) for s in seen for t in range(len(s.ids) - 1)}
-    (batch,) = agent_batches(team, rollouts, [0], torch.randn(12), 10_000).own
-    c = team.agents[0].model.config
-    H, inner = c.hidden_size, c.heads * c.head_dim
-    layer = H * (2 * inner + 2 * c.kv_heads * c.head_dim + 3 * c.intermediate_size)
-    trained = (layer + c.vocab_size * H) * len(batch.targets)
-    expected = 6 * ((c.layers - 1) * layer * len(starts) + trained)
-    found = speed.step_flops(team.agents[0].model, seen, len(batch.targets))
-    assert found == pytest.approx(expected, rel=0.02)  # norms, biases
 
 
 def test_what_cannot_be_measured_here_is_a_sentence(capsys):

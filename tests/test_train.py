@@ -7,8 +7,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,14 +168,6 @@ def test_an_existing_output_directory_is_refused_first_and_never_written_into(tm
         for out, sentence in ((tmp_path, used), (thesis, "Not a directory")):
             assert sentence in refusal(capsys, train.main, *TOY, "--out", str(out), "--model", "nonesuch")
         assert [*tmp_path.iterdir()] == [thesis] and thesis.read_text() == text
-
-
-def test_a_reader_who_leaves_stops_the_run_without_a_traceback_and_it_resumes(tmp_path):
-    command = f"'{sys.executable}' train.py {' '.join(TOY)} --out '{tmp_path / 'run'}' | head -1"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.count("\n") <= 1 and "Traceback" not in done.stderr
-    if (tmp_path / "run").exists():  # it had measured something
-        assert train.main(["--resume", str(tmp_path / "run")]) == 0
 
 
 def blocks(language: str) -> list[str]:

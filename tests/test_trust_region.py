@@ -132,26 +132,17 @@ def test_small_kl_is_not_rounding(launches):
     assert got["kl_k3"].item() == pytest.approx(want["kl_k3"].item(), rel=1e-5)
 
 
-def test_wrong_ids_make_the_loss_nan(launches):
-    (*logps, message, advantage), options = batch([3, 4])
-    agent = options["agent"]
-    for ids, agents in ((message.flip(0), agent), (message + 1, agent), (message, agent + 3)):
-        loss, _ = kernels.trust_region_loss(*logps, ids, advantage, agent=agents, n_agents=3)
-        assert loss.isnan()
-
-
 def test_bad_input_is_refused():
     (logp, old_logp, message, advantage), _ = batch([3, 4])
-    for arguments, extra in [
-        ((logp, old_logp[1:], message, advantage), {}), ((logp.bfloat16(), old_logp, message, advantage), {}),
-        ((logp, old_logp, message, advantage), {"weight": torch.ones(3)}),
-        ((logp, old_logp, message, advantage.to("meta")), {}), ((logp, logp, 1.0 * message, advantage), {}),
+    for given in [
+        (old_logp[1:], message, advantage), (old_logp.bfloat16(), message, advantage),
+        (old_logp, 1.0 * message, advantage), (old_logp, message, advantage.to("meta")),
+        (old_logp, message, advantage[1:]),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=r"takes float32 logp, old_logp and ids message, \(N,\)"):
-            kernels.trust_region_loss(*arguments, **extra)
-    for extra in ({"ratio": "tokens"}, {"kl_unit": "tokens"}):
-        with pytest.raises(ValueError, match="'tokens'"):
-            kernels.trust_region_loss(logp, old_logp, message, advantage, **extra)
+            kernels.trust_region_loss(logp, *given)
+    with pytest.raises(ValueError, match="'tokens'"):
+        kernels.trust_region_loss(logp, old_logp, message, advantage, ratio="tokens")
 
 
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
