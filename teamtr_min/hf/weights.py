@@ -77,10 +77,8 @@ def find_base(directory: Path) -> tuple[Path, str]:
 def load_model(
     name_or_dir: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """A checkpoint's model in `dtype` on `device`; memory holds it and at most one tensor more.
-
-    Raises UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN.
-    """
+    """A checkpoint's model in `dtype` on `device`; memory holds it and at most one tensor more. Raises
+    UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN."""
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} is an adapter; `eval.py export --merge` makes a model of it")
@@ -90,9 +88,9 @@ def load_model(
     files = {name: file for file, names in found.items() for name in names}
     held = {name: shape for names in found.values() for name, shape in names.items()}
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if model.config.tied and {head, embedding} <= held.keys():
-        if read(files[head], head).equal(read(files[embedding], embedding)):
-            del held[head]  # a repetition
+    both = model.config.tied and {head, embedding} <= held.keys()
+    if both and read(files[head], head).equal(read(files[embedding], embedding)):
+        del held[head]  # a repetition
     check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():
@@ -124,8 +122,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """A safetensors file to read from; UserError where it is not one. No *.bin file, which is a pickle and
-    may run any program, is ever opened."""
+    """A safetensors file to read from; UserError where it is not one, such as *.bin, a pickle."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -190,13 +187,10 @@ def read_config(directory: Path) -> ModelConfig:
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{directory / 'config.json'}: {key} must be a positive number, not {value!r}")
     return ModelConfig(
-        family,
-        **{_SIZES[key]: value for key, value in sizes.items()},
-        norm_eps=raw.get("rms_norm_eps") or 1e-6,
-        rope_theta=float(rope.get("rope_theta") or 10_000.0),
-        rope_scaling=scaling,
-        tied=bool(raw.get("tie_word_embeddings")),
-    )
+        family, **{_SIZES[key]: value for key, value in sizes.items()},
+        norm_eps=raw.get("rms_norm_eps") or 1e-6, rope_theta=float(rope.get("rope_theta") or 10_000.0),
+        rope_scaling=scaling, tied=bool(raw.get("tie_word_embeddings")),
+    )  # fmt: skip
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:

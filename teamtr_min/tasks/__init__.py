@@ -24,7 +24,6 @@ TASKS |= dict.fromkeys([*DATASETS, "jsonl"], WordProblems)
 
 
 def load_task(config: Config) -> Task:
-    """The task that `config.task` names."""
     if config.task in TASKS:
         return TASKS[config.task](config)
     if not config.task.endswith(".py"):

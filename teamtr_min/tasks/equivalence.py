@@ -1,8 +1,6 @@
-"""Algebra on answers, by the package math-verify where it is installed.
-
-It may compute for ever on one answer. So this file, run as a program, is a worker that forks for each
-question; the system ends the fork after LIMIT seconds of processor time.
-"""
+"""Algebra on answers, by the package math-verify where it is installed. It may compute for ever on one. So
+this file, run as a program, is a worker that forks for each question; the system ends the fork after LIMIT
+seconds of processor time."""
 
 import functools
 import importlib.metadata

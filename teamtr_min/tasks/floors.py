@@ -27,8 +27,7 @@ class Floors(Generated):
     (code 0) or n + 1 as in America (code 1). Agents between hand a floor on, as it is (code 0) or one higher
     (code 1). The last one writes how many flights lead there: the number (code 0) or one less (code 1). The
     return is 1 if that is n, else 0: with two agents both must use the same code. Demonstrations begin with
-    opposite habits. n is uniform, also given the other words of a problem and whether it is held out.
-    """
+    opposite habits. n is uniform, also given the other words of a problem and whether it is held out."""
 
     name = split = "floors"
     least_turns = 2
@@ -58,7 +57,6 @@ class Floors(Generated):
         return [self.number.sub("", text)]
 
     def view(self, problem: Problem, agent: int) -> str:
-        """The whole story for the first agent, the same words without the number for the others."""
         return problem.text if agent == 0 else self.number.sub("some", problem.text)
 
     def told(self, message: Message) -> int | None:

@@ -13,11 +13,9 @@ NAMES = "Ana Ben Carla Dan Ella Finn Grace Hugo Ida Jack Lena Max Nora Omar Rosa
 
 
 class Generated(Task):
-    """Problems without end, of which a hash holds out a tenth: the same ones for every seed.
-
-    A subclass has `draw(generator)`, a text that tells a problem, `problem(drawn, generator)`, the Problem of
-    that text, `answer(messages)`, and `shown(problem, generator)`, the messages of a demonstration.
-    """
+    """Problems without end, of which a hash holds out a tenth: the same ones for every seed. A subclass has
+    `draw(generator)`, a text that tells a problem, `problem(drawn, generator)`, the Problem of that text,
+    `answer(messages)`, and `shown(problem, generator)`, the messages of a demonstration."""
 
     name: str
     split: str  # names the hash
@@ -40,7 +38,6 @@ class Generated(Task):
         return [Role(name, self.system) for name in self.agent_names[:agents]]
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
-        """`count` problems from one side of the split, with replacement."""
         problems = []
         while len(problems) < count:
             if self.is_held_out(drawn := self.draw(generator)) == held_out:

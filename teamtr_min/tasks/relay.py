@@ -10,11 +10,9 @@ from teamtr_min.tasks.task import Message, Problem
 
 
 class Relay(Generated):
-    """A chain such as `7+8*3-4`, worked out from left to right, modulo 10.
-
-    With n turns a chain has n operations. Each message carries out the first one and writes the rest:
-    `5*3-4`, `5-4`, `1`. The return is 1 if the last message is the answer, else 0.
-    """
+    """A chain such as `7+8*3-4`, worked out from left to right, modulo 10. With n turns it has n operations.
+    Each message carries out the first one and writes the rest: `5*3-4`, `5-4`, `1`. The return is 1 if the
+    last message is the answer, else 0."""
 
     name = split = "relay"
     agent_names = "ABCDEFGH"
@@ -54,11 +52,9 @@ class Convention(Relay):
     In code 0 the first digit of a message is the value; in code 1 it is 3 minus the value. `2+3+1` becomes
     `1+1` or `2+1`, and a reader may take either for 1 or for 2. The problem and the last message are plain.
     The return is the share of handovers whose writer and reader use the same code; where all do, the team
-    reaches the answer.
-
-    Every digit is as likely in either code, so a message shows its code only to a reader who also works out
-    the problem. Of the digits handed on, all but the last are odd: an even one would hide the code.
-    """
+    reaches the answer. Every digit is as likely in either code, so a message shows its code only to a reader
+    who also works out the problem. Of the digits handed on, all but the last are odd: an even one would hide
+    the code."""
 
     name = "convention"
     least_turns, most_turns = 2, 4  # a writer and a reader at least
@@ -79,8 +75,7 @@ class Convention(Relay):
     def step(cls, chain: str, turn: int = 0, code: int = 0) -> str:
         """Carry out the first addition at turn `turn`, reading and writing in `code`."""
         a, b, rest = int(chain[0]), int(chain[2]), chain[3:]
-        if code and turn:  # the problem is plain
-            a = 3 - a
+        a = 3 - a if code and turn else a  # the problem is plain
         total = (a + b) % 4
         return str(3 - total if code and rest else total) + rest  # the last message is plain
 

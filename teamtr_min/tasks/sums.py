@@ -17,8 +17,7 @@ class Sums(Generated):
 
     With n turns a problem has n steps. Each message does one of them and nothing else: `7 + 6 = 13`, then
     `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. No training problem has
-    the numbers of a held-out one, in any words.
-    """
+    the numbers of a held-out one, in any words."""
 
     name = split = "sums"
     most_turns = 6
@@ -41,9 +40,8 @@ class Sums(Generated):
         for change in changes:
             sentence = generator.choice(MORE if change > 0 else FEWER)
             text += " " + sentence.format(name=name, count=abs(change))
-        return Problem(
-            drawn.strip(), f"{text} How many {thing} does {name} have now?", str(first + sum(changes))
-        )
+        text += f" How many {thing} does {name} have now?"
+        return Problem(drawn.strip(), text, str(first + sum(changes)))
 
     def identity(self, text: str) -> list[int]:
         """The numbers of a problem, from its words or from what was drawn."""

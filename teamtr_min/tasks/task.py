@@ -14,8 +14,7 @@ class Message:
 
     @property
     def content(self) -> list[int]:
-        """The ids without the end-of-message token."""
-        return self.tokens[:-1] if self.stopped else self.tokens[:]
+        return self.tokens[:-1] if self.stopped else self.tokens[:]  # without the end-of-message token
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class Task:
     notes: list[str] = []  # sentences about the data that a run prints before it starts
 
     def view(self, problem: Problem, agent: int) -> str:
-        """The problem as this agent sees it (a private view). [ours]"""
-        return problem.text
+        return problem.text  # as this agent sees it (a private view) [ours]
 
     def is_held_out(self, text: str) -> bool:
         """Whether the problem with this text is a held-out one: no demonstration may show it."""
