@@ -35,10 +35,10 @@ def to_json(value, indent: int | None = None) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError if it cannot be read."""
+    """The object in a JSON file. Raises UserError if it cannot be read or holds something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return {} | json.loads(Path(path).read_text(encoding="utf-8"))  # TypeError: no object
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
@@ -53,6 +53,7 @@ def read_jsonl(path: str | Path, whole: bool = False) -> Iterator[tuple[int, dic
         if line.strip():
             try:
                 record = json.loads(line)  # with or without a byte order mark
+                json.dumps(record, ensure_ascii=False).encode()  # no half of a character
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
             if not isinstance(record, dict):

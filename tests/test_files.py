@@ -24,7 +24,7 @@ def test_lines_of_json_are_parted_by_newlines_alone_and_a_fault_is_located(tmp_p
     path.write_bytes('\ufeff{"text": "a\u2028b"}\r\n\n{"x": 1}\n'.encode() + b'{"x": "\xc3')
     right = [(1, {"text": "a\u2028b"}), (3, {"x": 1})]
     assert [*files.read_jsonl(path, whole=True)] == right  # without what a kill cut off
-    for line in (b'{"x": "\xc3', b"nonsense", b"[1]", b"7"):
+    for line in (b'{"x": "\xc3', b"nonsense", b"[1]", b"7", rb'{"x": ["\ud83d"]}', rb'{"\uDE00": 1}'):
         path.write_bytes(b'{"x": 1}\n' + line)
         assert "a.jsonl, line 2: " in refusal(list, files.read_jsonl(path))
     assert "none.jsonl cannot be read: No such" in refusal(list, files.read_jsonl(tmp_path / "none.jsonl"))

@@ -144,6 +144,10 @@ def test_missing_and_damaged_files_get_a_sentence(tmp_path):
         (tmp_path / name).unlink()
         sentence = refusal(load_model, tmp_path)
         assert "No such file" in sentence and ("not *.bin" in sentence or name == "config.json")
+    write_checkpoint(tmp_path, random_model("qwen2"), shards=3)
+    for index in ("{}", '{"weight_map": {}}', '{"weight_map": ["model.safetensors"]}', "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert f"{tmp_path}/model.safetensors.index.json" in refusal(load_model, tmp_path)
 
 
 def test_names_of_models_lead_to_directories(tmp_path, monkeypatch):

@@ -72,15 +72,16 @@ def test_the_last_answer_that_any_message_states_is_the_teams(task):
 
 
 def test_held_out_problems_among_the_training_ones_are_left_out_with_a_count(tmp_path):
-    write(tmp_path / "train.jsonl", *(f"What is {i}?" for i in range(10)))
-    write(tmp_path / "test.jsonl", "What is 3?", " what  is 4?\n", "What else?")
+    write(tmp_path / "train.jsonl", *(f"What is {i}?" for i in range(10)), "Zoe\u0308 is?", "Zo\xeb was?")
+    write(tmp_path / "test.jsonl", "What is 3?", " what  is 4?\n", "ZO\xcb is?", "zoe\u0308 was?")
     task = jsonl(tmp_path)
     assert [p.id for p in task.train] == [f"train.jsonl, line {i + 1}" for i in range(10) if i not in (3, 4)]
-    assert task.notes == [f"2 problems of {tmp_path} are left out: they stand among the held-out ones too"]
-    assert len(task.held_out) == 3 and task.is_held_out("What is 3?") and not task.is_held_out("What is 5?")
+    assert task.notes == [f"4 problems of {tmp_path} are left out: they stand among the held-out ones too"]
+    assert len(task.held_out) == 4 and task.is_held_out("What is 3?") and not task.is_held_out("What is 5?")
     task.leave_out({"train.jsonl, line 1", "test.jsonl, line 3", "no such"}, "they are too long")
-    assert len(task.train) == 7 and len(task.held_out) == 2 and task.notes[1].startswith("2 problems")
-    write(tmp_path / "test.jsonl", *(f"What is {i}?" for i in range(10)))
+    assert len(task.train) == 7 and len(task.held_out) == 3 and task.notes[1].startswith("2 problems")
+    for name in ("train.jsonl", "test.jsonl"):
+        write(tmp_path / name, *(f"What is {i}?" for i in range(10)))
     with pytest.raises(UserError, match="only 0 to train on and 10 held out; 10 problems of .* stand among"):
         jsonl(tmp_path).sample_problems(1, rng.generator(0))
 

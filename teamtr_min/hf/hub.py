@@ -20,7 +20,10 @@ def weight_files(directory: Path) -> list[str]:
     """Names of the files, there or not, that hold a checkpoint's weights: one, or the shards of its index."""
     if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
         return [SINGLE]
-    return sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+    files = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{directory / INDEX} names no files in `weight_map`")
+    return sorted(set(files.values()))
 
 
 @functools.cache

@@ -28,14 +28,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 WEIGHTS = "adapter_model.safetensors"
 _NAME = "base_model.model.{}.weight".format  # our name -> PEFT's
 # Fields of adapter_config.json that are read below or change no logit, then those that must have one of these
-# values. In plain LoRA all others are false or empty.
+# values. In plain LoRA all others are false or empty. They are compared as text, for 0 equals False.
 _INERT = set(
     "auto_mapping base_model_name_or_path inference_mode lora_alpha lora_dropout megatron_core peft_version "
     "qalora_group_size r revision target_modules task_type".split()
 )
-_UNSET = [*map(repr, [None, False, "", [], {}])]  # as text, for 0 equals False
-_PLAIN = {"peft_type": ["'LORA'"], "bias": ["'none'"]}
-_PLAIN["init_lora_weights"] = ["None", "True", "False", "'gaussian'"]
+_UNSET = [None, False, "", [], {}]
+_PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [None, True, False, "gaussian"]}
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "
     if not path.is_file():
         return Adapter(name, rank, alpha) if rank else None
     raw = {"peft_type": "none"} | read_json(path)
-    odd = [k for k, value in raw.items() if k not in _INERT and repr(value) not in _PLAIN.get(k, _UNSET)]
+    odd = [k for k, v in raw.items() if k not in _INERT and repr(v) not in map(repr, _PLAIN.get(k, _UNSET))]
     if odd:
         shown = weights.listing([f"{key} {raw[key]!r}" for key in odd])
         raise UserError(f"{path}: not known to mean plain LoRA: {shown}")

@@ -64,8 +64,7 @@ def _boxes(text: str) -> list[str]:
 
 
 def _value(text: str, prose: bool = False) -> str | None:
-    """`text` without what leads up to a value or follows it; None where no value is said. In prose words are
-    one where they look like a name or a choice: Paris, **blue**, yes."""
+    """`text` without what surrounds a value, or None. In prose a word must look like a name: X, **red**."""
     said = _ASIDE.sub("", _LEADS_UP.sub("", text, count=1), count=1).strip(' \t*_`"!,;:#')
     words = re.findall(r"[^\s,:;]+", said.lower())
     marked = text[: text.find(said)].endswith(("*", "_", "`", '"'))

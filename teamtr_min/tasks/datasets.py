@@ -1,6 +1,6 @@
 """Data sets that go by name: downloaded once from where they are published, then read offline.
 
-A URL names a commit and each file has one right sha256, so a name means the same problems to everybody.
+A URL names a commit, and a file is checked by its sha256 when it is fetched, not when it is read again.
 """
 
 import os

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from unicodedata import normalize
 
 from numpy.random import Generator
 
@@ -50,7 +51,7 @@ class WordProblems(Task):
             self.held_out = read_problems(test, question, answer)
         content = json.dumps([(p.text, p.answer) for p in self.all_problems()])
         self._hash = hashlib.sha256(content.encode()).hexdigest()
-        self._held_out_texts = {" ".join(p.text.lower().split()) for p in self.held_out}
+        self._held_out_texts = {" ".join(normalize("NFC", p.text.lower()).split()) for p in self.held_out}
         both = {p.id for p in self.train if self.is_held_out(p.text)}
         self.leave_out(both, "they stand among the held-out ones too")
 
@@ -76,7 +77,7 @@ class WordProblems(Task):
             self.notes.append(f"{gone:,} problems of {self.path} are left out: {why}")
 
     def is_held_out(self, text: str) -> bool:
-        return " ".join(text.lower().split()) in self._held_out_texts
+        return " ".join(normalize("NFC", text.lower()).split()) in self._held_out_texts
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(is_correct(last_statement(messages), problem.answer))
