@@ -216,10 +216,9 @@ class Transformer(nn.Module):
         table = rope_table(self.config, 1 << step.span.bit_length(), tokens.device, self.dtype)
         rope = [x[step.positions] for x in table]  # cos and sin, (B or 1, T, 1, D)
         x = self.model.embed_tokens(tokens)  # (B, T, H)
-        last = len(self.model.layers) - 1
-        for layer, block in enumerate(self.model.layers):
-            only = where if layer == last else None  # all that later tokens see of it is its K and V
-            inputs = (x, rope, layer, step, only)
+        for layer, block in enumerate(self.model.layers, 1):
+            only = where if layer == self.config.layers else None  # later tokens see K and V of it alone
+            inputs = (x, rope, layer - 1, step, only)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing draws
             else:

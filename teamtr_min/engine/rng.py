@@ -30,7 +30,6 @@ class RngPath:  # that all draws of one collection of rollouts share
         self.seed, self.words = seed, words
 
     def key(self, kind: str, rollout: int, turn: int) -> int:
-        """64 bits for the draws of one `kind` at one turn of one rollout."""
         return key(self.seed, kind, *self.words, rollout, turn)
 
 

@@ -8,7 +8,6 @@ message m leads from state s of turn t to state s * M + m of turn t + 1.
     value of turn t    =  sum_m pi * gamma * reshape(value of turn t + 1)  backward: expected return
 
 All is float64 and differentiable. The states of all turns stand in one list of S, turn after turn.
-
     A agents    P problems    V tokens in the vocabulary    U tokens in a message    M = V^U possible messages
     S = P (1 + M + ... + M^(turns-1)) states      X = P M^turns rollouts
     prefixes = 1 + V + ... + V^(U-1): all unfinished messages, the empty one first

@@ -65,9 +65,8 @@ def transcript(generator: np.random.Generator, course: Course, careful: float) -
             chain = Relay.step(chain)
         if generator.random() >= right:
             chain = str(generator.integers(10)) + chain[1:]
-        writer = turn % agents
-        header = "<|assistant|>" if writer == viewer else f"<|user|>{task.agent_names[writer]}:\n"
-        text += f"{header}{chain}<|end|>"
+        name = task.agent_names[turn % agents]
+        text += ("<|assistant|>" if turn % agents == viewer else f"<|user|>{name}:\n") + f"{chain}<|end|>"
     return text
 
 
