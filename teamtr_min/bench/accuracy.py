@@ -97,24 +97,20 @@ def evaluate(exam: Exam, mode: str, k: int, ranks: Ranks = ALONE) -> tuple[dict,
     problems = [problem for problem in exam.problems if problem.id not in long]
     team = build_team(config, task, ranks, sources)
     roles = [agent.role for agent in team.agents]
-    prompts = "\0".join(text for role in roles for text in (role.name, role.system))
+    prompts = hashlib.sha256("\0".join(text for r in roles for text in (r.name, r.system)).encode())
     names = ("model", "agents", "router", "rounds", "max_new_tokens", "temperature", "seed", "data")
     result = {
         "benchmark": config.task, "mode": mode, "k": k, "team": exam.team,
         **{name: getattr(config, name) for name in names}, "roles": [role.name for role in roles],
-        "prompts": f"{hashlib.sha256(prompts.encode()).hexdigest()[:8]} of {config.roles or 'the task'}",
+        "prompts": f"{prompts.hexdigest()[:8]} of {config.roles or 'the task'}",
         "grader": getattr(task, "grader", "the task's own"), "fingerprint": task.fingerprint(),
     }  # fmt: skip
     if mode == "solo":
         team = dataclasses.replace(team, agents=team.agents[:1], rounds=team.turns, router=round_robin)
-    label = f"evaluating {Path(config.task).stem}"
-    rollouts = collect(team, problems, k, rng.RngPath(config.seed, "eval"), label)
+    rollouts = collect(team, problems, k, rng.RngPath(config.seed, "eval"), f"evaluating {config.task}")
     result |= scores(rollouts, mode, task)
     result |= {"memory_peak": in_use(plan.device, most=True), "memory_planned": plan.total}
     return result | {"problems": len(problems), "seconds": time.perf_counter() - begin}, rollouts
-
-
-# Statistics
 
 
 def best_of(values: Tensor, j: int) -> Tensor:
@@ -136,11 +132,10 @@ def scores(rollouts: Rollouts, mode: str, task: Task) -> dict:
     found = {"partial": bool(((returns != 0) & (returns != 1)).any())}
     for name, values in each.items():
         found[name], found[f"{name}_ci"] = mean_interval(values)
+    js = sorted({2**i for i in range(k.bit_length())} | {k})
     for name, values in (("pass_at", right), ("best_at", returns)):
-        js = sorted({2**i for i in range(k.bit_length())} | {k})
-        means = {str(j): mean_interval(best_of(values, j)) for j in js}
-        found[name] = {j: mean for j, (mean, _) in means.items()}
-        found[f"{name}_ci"] = {j: interval for j, (_, interval) in means.items()}
+        means, intervals = zip(*[mean_interval(best_of(values, j)) for j in js])
+        found[name], found[f"{name}_ci"] = (dict(zip(map(str, js), x)) for x in (means, intervals))
     return found | {"tokens_sampled": rollouts.tokens_sampled}
 
 
@@ -158,9 +153,6 @@ def pick(rollouts: Rollouts, mode: str, task: Task) -> Tensor:
             means = [sum(values) / max(len(values), 1) for values in logprobs]
             chosen.append(means.index(max(means)))
     return rollouts.grouped_returns.gather(1, torch.tensor(chosen)[:, None])
-
-
-# What a person sees
 
 
 class Table:
@@ -215,9 +207,6 @@ def samples(result: dict, rollouts: Rollouts) -> Iterator[dict]:
         written = [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]
         about = dataclasses.asdict(problem) | {"messages": written, "return": rollouts.returns[r].item()}
         yield place | about
-
-
-# For use elsewhere
 
 
 def export(team: str | None, out: str | None) -> dict:

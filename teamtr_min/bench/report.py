@@ -1,7 +1,8 @@
 """What a run did, on one page: two figures, the transcripts, the knobs that are not the preset's.
 
 Figures come from the run's directory alone, so a run that was stopped, or still goes on, has a report too.
-report.html stands alone: images, style and script are inside, and its policy forbids any request.
+report.html stands alone: images, style and script are inside, and its policy forbids any request. A figure's
+docstring is also its text for people who cannot see it.
 """
 
 import base64
@@ -69,9 +70,6 @@ def read(directory: Path) -> Record:
     return Record(directory, config, updates, stages, summary, transcripts, names)
 
 
-# Figures. Their docstrings are also their text for people who cannot see them.
-
-
 def require_matplotlib():
     """matplotlib, which only figures need. Raises UserError where it is not installed."""
     try:
@@ -134,9 +132,6 @@ def trust_region(figure, record: Record) -> None:
     axes.set(yscale="log", ylim=(bottom * 0.8, 2 * top), ylabel=f"nats per {config.kl_unit}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     finish(axes, title="KL of each update; circles: attempted, dots: kept", xlabel="stage")
-
-
-# The page
 
 
 def run(team: str | None) -> dict:

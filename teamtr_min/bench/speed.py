@@ -94,8 +94,8 @@ class Machine:
             if name == "ours":
                 ours = got
             elif got:
-                pairs = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, ours)]
-                rows[name]["apart"] = max(pairs)
+                apart = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, ours)]
+                rows[name]["apart"] = max(apart).item()
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -118,9 +118,6 @@ def in_transformers(model: Transformer):
     theirs.load_state_dict(checkpoint_tensors(model), strict=False, assign=True)
     theirs.tie_weights()
     return theirs.eval().requires_grad_()
-
-
-# Kernels
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -152,9 +149,6 @@ def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
     yield Case("log-probs", works, N, 6 * N * H * V)
 
 
-# Sampling
-
-
 def sampling_cases(config: Config, short: bool) -> Iterator[Case]:
     """Random prompts of 32 tokens, 64 more of each; the floor is products, or reading weights and cache."""
     (agent, *_) = build_team(config, load_task(config)).agents
@@ -183,14 +177,9 @@ def plain_sample(model: Transformer, prompts: Tensor, new: int) -> None:
     in_transformers(model).generate(prompts, attention_mask=mask, max_new_tokens=new, **how)
 
 
-# A training step
-
-
 def training_cases(config: Config, short: bool) -> Iterator[Case]:
     """One optimizer step of each agent on the same rollouts, at a rate of 0, so that all repeats are alike.
-
-    Advantages are drawn at random, so no group lacks them. The norms of the gradients are compared.
-    """
+    Advantages are drawn at random, so no group lacks them. The norms of the gradients are compared."""
     team = build_team(config, load_task(config))
     problems = team.task.sample_problems(2 if short else config.problems, rng.generator(0, "problems"))
     rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
@@ -220,10 +209,8 @@ def adamw(model) -> torch.optim.AdamW:
 
 
 def plain_step(ours: Transformer, rows: Tensor, pull: Tensor, temperature: float) -> tuple[Tensor]:
-    """One step on rows (R, T) padded by -1, with all logits and AdamW. Returns the norm of the gradient.
-
-    At pi_old the gradient of Eq. 10 is that of a token's log-prob times its advantage, pull (R, T).
-    """
+    """One step on rows (R, T) padded by -1, with all logits and AdamW. Returns the norm of the gradient. At
+    pi_old the gradient of Eq. 10 is that of a token's log-prob times its advantage, pull (R, T)."""
     model, B = in_transformers(ours), max(1, BATCH_TOKENS // rows.shape[1])
     for ids, weight in zip(rows.split(B), pull.split(B)):
         longest = (ids >= 0).sum(1).max()
@@ -245,12 +232,9 @@ def step_flops(model: Transformer, seen: list[Rendered], pairs: int) -> float:
         start = 0
         for token in rendered.ids[:-1]:
             start = starts.setdefault((start, token), len(starts) + 1)
-    layers = model.model.layers
-    layer = sum(p.numel() for p in layers[0].parameters())
-    return 6 * ((len(layers) - 1) * layer * len(starts) + (layer + model.head.numel()) * pairs)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    return 6 * ((model.config.layers - 1) * layer * len(starts) + (layer + model.head.numel()) * pairs)
 
-
-# All
 
 BENCHMARKS = {"kernels": kernel_cases, "sampling": sampling_cases, "training": training_cases}
 
@@ -285,13 +269,12 @@ COLUMNS = {  # of a row: title, width, form, factor
 
 
 def table(result: dict) -> str:
-    r = result
-    rates = f"{r['flops_per_second'] / 1e12:.3g} TFLOP/s, {r['bytes_per_second'] / 1e9:.3g} GB/s"
+    rates = f"{result['flops_per_second'] / 1e12:.3g} TFLOP/s, {result['bytes_per_second'] / 1e9:.3g} GB/s"
     lines = [
-        f"{r['benchmark']}, {r['model']}, {r['dtype']}, on {r['device']}, median of {r['repeats']}",
+        "{benchmark}, {model}, {dtype}, on {device}, median of {repeats}".format(**result),
         f"{rates:39}" + "".join(f"{title:>{width}}" for title, width, *_ in COLUMNS.values()),
     ]
-    for row in r["rows"]:
+    for row in result["rows"]:
         line = f"{row['case']:16} {row['by']:22}{row.get('missing', '')}"
         for key, (_, width, form, factor) in COLUMNS.items():
             line += f"{row[key] * factor:>{width}{form}}" if key in row else " " * width
