@@ -90,9 +90,8 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     if words[:1] == ["ask"]:
         yield from ask(words[1:], args, flags) if ranks.first else ()
         return
-    for name in words:
-        if name not in (*TASKS, *OTHERS) and not Path(name).is_file():
-            raise UserError(f"no benchmark {name}: give {KNOWN}, ask, or FILE.py with a task")
+    if unknown := [name for name in words if name not in (*TASKS, *OTHERS) and not Path(name).is_file()]:
+        raise UserError(f"no benchmark {unknown[0]}: give {KNOWN}, ask, or FILE.py with a task")
     if args.mode in ("best_of", "vote") and args.k < 2:
         raise UserError(f"--mode {args.mode} chooses among rollouts; give --k of at least 2")
     exams, others = [], []
@@ -132,21 +131,19 @@ def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
     """A benchmark that is no task."""
-    if name == "report":
-        result = report.run(team)
-        yield result, report.table(result)
-    elif name == "export":
-        result = accuracy.export(team, args.out)
-        yield result, "\n".join(result["agents"])
-    elif name == "occupancy":
-        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
-        yield result, occupancy.table(result)
-    elif name == "gpu" and not torch.cuda.is_available():
+    if name == "gpu" and not torch.cuda.is_available():
         raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-    else:
-        for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
-            result = speed.run(benchmark, flags, args.short)
-            yield result, speed.table(result)
+    for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
+        if name == "report":
+            result, table = report.run(team), report.table
+        elif name == "export":
+            result, table = accuracy.export(team, args.out), lambda result: "\n".join(result["agents"])
+        elif name == "occupancy":
+            out = Path(args.out or "runs/occupancy")
+            result, table = occupancy.run(out, args.short, args.jobs), occupancy.table
+        else:
+            result, table = speed.run(benchmark, flags, args.short), speed.table
+        yield result, table(result)
 
 
 if __name__ == "__main__":

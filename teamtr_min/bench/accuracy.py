@@ -181,11 +181,11 @@ class Table:
 def rows(result: dict) -> list[tuple[str, str]]:
     """(name, value with interval): avg@k, pass@2, ... or the same of returns; then what `mode` adds."""
     r, k = result, result["k"]
-    mean, best, key = ("return", "best", "return_at_k") if r["partial"] else ("avg", "pass", "avg_at_k")
-    at, intervals = r[f"{best}_at"], r[f"{best}_at_ci"]
-    found = [(f"{mean}@{k}" if j == "1" else f"{best}@{j}", at[j], intervals[j]) for j in at]
+    mean, best = ("return", "best") if r["partial"] else ("avg", "pass")
+    names = {j: f"{best}@{j}" for j in r[f"{best}_at"]} | {"1": f"{mean}@{k}"}
+    found = [(name, r[f"{best}_at"][j], r[f"{best}_at_ci"][j]) for j, name in names.items()]
     if r["mode"] in ("vote", "best_of"):
-        found.append((f"{r['mode']} {k}", r[key], r[f"{key}_ci"]))
+        found.append((f"{r['mode']} {k}", r[f"{mean}_at_k"], r[f"{mean}_at_k_ci"]))
     if r["partial"]:
         found.append(("accuracy", r["pass_at"]["1"], r["pass_at_ci"]["1"]))
     return [(name, f"{value:.3f} [{low:.3f}, {high:.3f}]") for name, value, (low, high) in found]

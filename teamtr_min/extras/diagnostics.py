@@ -114,11 +114,9 @@ class Diagnostics:
         """Call just after it. Returns what to log: no estimates where a router left the agents out."""
         if not self.config.diagnostics:
             return {}
-        now, agents = self.rollouts, self.agents  # writes and wrote are (R, turns)
-        writes, wrote = (
-            torch.tensor([[m.agent in agents for m in messages] for messages in r.messages])
-            for r in (now, self.first)
-        )
+        now, both = self.rollouts, (self.rollouts.messages, self.first.messages)
+        acts = [[[m.agent in self.agents for m in row] for row in messages] for messages in both]
+        writes, wrote = map(torch.tensor, acts)  # (R, turns)
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
         cost = {"rollouts": now.count_sampled, "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
         return self.found[-1] | {f"{name}_diagnostics": value for name, value in cost.items()}
@@ -153,8 +151,8 @@ class Diagnostics:
         turns = writes.sum(1).float()  # (R,) messages of the agents in each rollout
         # An agent that writes one message cannot move the states it acts in: L^seq is its gain exactly.
         several = -math.sqrt(turns.mean().item() * max(found["kl_held_out_ci"][1], 0.0) / 2)
-        found |= {"zeta": zeta, "penalty": penalty, "certificate": found["surrogate"] - penalty}
-        return found | {"bound": low if turns.max() <= 1 else several}
+        found |= {"bound": low if turns.max() <= 1 else several, "zeta": zeta, "penalty": penalty}
+        return found | {"certificate": found["surrogate"] - penalty}
 
     def _log_ratio(self, rollouts: Rollouts, agents: list[int]) -> Tensor:
         """(R, turns) log-prob of these agents' messages, minus by their old weights; exp fits into fp64."""

@@ -43,14 +43,6 @@ def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
     return mean, [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def held_out_results(returns: torch.Tensor, name: str) -> dict:
-    """`accuracy_NAME` and `return_NAME` of one rollout per held-out problem (P,), with their intervals."""
-    found = {}
-    for key, values in (("accuracy", (returns == 1).double()), ("return", returns)):
-        found[f"{key}_{name}"], found[f"{key}_{name}_ci"] = mean_interval(values)
-    return found
-
-
 def violation_rate(updates: list[dict], kl: str) -> float | None:
     """Share of updates whose KL exceeded delta. Those without either do not count; None if none does."""
     outside = [u[kl] > u["delta"] for u in updates if kl in u and "delta" in u]
@@ -58,7 +50,6 @@ def violation_rate(updates: list[dict], kl: str) -> float | None:
 
 
 def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update) -> dict:
-    """Update number i of a stage."""
     own = rollouts.by(learner.agents)
     stats = update.first | update.kept  # entropy and mismatch were measured at pi_old alone
     kl_after = stats.pop("kl", None)

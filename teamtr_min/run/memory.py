@@ -10,6 +10,7 @@ batches (engine/distributed.py: `halving`).
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -87,10 +88,8 @@ class Plan:
 
 
 def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Config, Plan]:
-    """`config` with `batch_rows` and `batch_tokens` filled in, and the plan.
-
-    Raises UserError if memory cannot hold the run, or if problems are too long for a model.
-    """
+    """`config` with `batch_rows` and `batch_tokens` filled in, and the plan. Raises UserError if memory
+    cannot hold the run, or if problems are too long for a model."""
     drawn = [*task.sample_problems(config.eval_problems, rng.generator(0, "held-out"), held_out=True)]
     rollouts = ranks.largest_share(config.problems) * config.group
     most_rows = max(rollouts, ranks.largest_share(len(drawn)))
@@ -104,9 +103,7 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     optimizers, usual = needs.optimizers(), TOKENS if needs.cpu or config.shipped else TOKENS_CUDA
 
     def plan(checkpointing: bool, offload: bool) -> Plan:
-        def update(tokens: int) -> int:
-            return needs.update(min(tokens, most_tokens), checkpointing)
-
+        update = functools.partial(needs.update, checkpointing, most_tokens)
         held = max(optimizers) if offload else sum(optimizers)
         begun = dataclasses.replace(needs.start, optimizer=held, checkpointing=checkpointing, offload=offload)
         tokens = fitting(config.batch_tokens, usual, update, begun, least=needs.longest)
@@ -197,9 +194,9 @@ class Needs:
         work = draw + prefill * (max(map(layer_work, configs)) * self.width + mask)
         return int(FRAGMENTATION * (work + (max(caches) if once else sum(caches))))
 
-    def update(self, tokens: int, checkpointing: bool) -> int:
-        """The largest update, with `tokens` padded tokens in one forward pass."""
-        config, width, work = self.config, self.width, {}
+    def update(self, checkpointing: bool, most: int, tokens: int) -> int:
+        """The largest update, with `tokens` padded tokens in one forward pass, of `most` in all."""
+        config, width, work, tokens = self.config, self.width, {}, min(tokens, most)
         for j, m in ((j, model.config) for j, model in self.models.items()):
             head = 0 if config.lora_rank else 2 * width  # its gradient, and the embedding's to add
             head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies

@@ -66,7 +66,6 @@ class Run:
                 log.say(f"{name:13s} held-out {shown}, {len(self.held_out):,} problems")
 
     def log_warm_start(self, line: dict, seconds: float) -> None:
-        """One step of one learner."""
         self._append(METRICS, [{"kind": "warm_start", **line, "seconds": seconds}])
         self.costs.update(tokens_warm_start=line["tokens"], seconds_warm_start=seconds)
         self.bar.set_postfix_str(f"warm start, step {line['step'] + 1}, loss {line.get('loss', 0):.3f}")
@@ -149,8 +148,7 @@ class Run:
             self.config.save(path, fingerprint=now, accept_changes=False)
             self.removable = True
             return
-        saved = read_json(path)
-        then = saved.get("fingerprint", now)
+        then = (saved := read_json(path)).get("fingerprint", now)
         changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         if changed and not self.config.accept_changes:
             raise UserError(
@@ -196,7 +194,7 @@ class Run:
         return time.perf_counter() - self.begin
 
     def _measure(self, name: str) -> dict:
-        """Accuracy and return on the held-out problems, one rollout each."""
+        """`accuracy_NAME` and `return_NAME` on the held-out problems, one rollout each, with intervals."""
         path = rng.RngPath(self.config.seed, "held-out", self.stages_done)
         rollouts = collect(self.team, self.held_out, 1, path, label="evaluating")
         self.costs["rollouts_evaluation"] += rollouts.count_sampled
@@ -204,7 +202,10 @@ class Run:
         self.costs["seconds_evaluation"] += rollouts.seconds
         split = "untrained" if name == "untrained" else "held-out"
         self._append(TRANSCRIPTS, log.transcripts(rollouts, self.stages_done, split))
-        return log.held_out_results(rollouts.returns, name)
+        found, returns = {}, rollouts.returns
+        for key, values in (("accuracy", (returns == 1).double()), ("return", returns)):
+            found[f"{key}_{name}"], found[f"{key}_{name}_ci"] = log.mean_interval(values)
+        return found
 
     def _finish(self, error: BaseException | None) -> None:
         """Save the agents and summary.json, whose `reason` and `stopped` say why the run ended early."""
@@ -220,8 +221,7 @@ class Run:
             "memory_peak": in_use(self.plan.device, most=True), "memory_planned": self.plan.total,
             "reason": reason, "stopped": error and (users_line(error) or str(error) or reason),
         }  # fmt: skip
-        # After an error other processes may be gone, and sharded weights cannot be gathered without them.
-        if error is None or self.team.ranks.size == 1:
+        if error is None or self.team.ranks.size == 1:  # else other processes may be gone, with their parts
             self.team.save(self.directory / "agents")
         if self.files:
             write_json(self.directory / "summary.json", self.summary)
