@@ -44,11 +44,9 @@ def learning_rate(config: Config, done: float) -> float:
 
 
 class RolloutSource:
-    """Hands out the rollouts that each update of one stage trains on.
-
-    `min_ess` 1 collects before every update, 0 once a stage; between them, it collects when the effective
-    share of the weighted rollouts has fallen below it. `stale` and `joint` rollouts carry no weights.
-    """
+    """Hands out the rollouts that each update of one stage trains on. `min_ess` 1 collects before every
+    update, 0 once a stage; between them, it collects when the effective share of the weighted rollouts has
+    fallen below it. `stale` and `joint` rollouts carry no weights."""
 
     def __init__(self, config: Config, team: Team, problems: list[Problem], stage: int):
         self.config, self.team, self.problems, self.stage = config, team, problems, stage

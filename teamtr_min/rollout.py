@@ -126,12 +126,10 @@ class Batches:
 def agent_batches(
     team: Team, rollouts: Rollouts, agents: list[int], advantages: Tensor, batch_tokens: int
 ) -> Batches:
-    """The batches on which `agents` train, given one advantage per rollout (R,).
-
-    A batch has at most `batch_tokens` tokens, padding included, or one rollout. Problems without any
-    advantage have batches of their own: most of these need no gradient. Rollouts in which the agent took no
-    turn are left out. Each process gets the batches of its own share of the problems.
-    """
+    """The batches on which `agents` train, given one advantage per rollout (R,). A batch has at most
+    `batch_tokens` tokens, padding included, or one rollout. Problems without any advantage have batches of
+    their own: most of these need no gradient. Rollouts in which the agent took no turn are left out. Each
+    process gets the batches of its own share of the problems."""
     ranks, size = team.ranks, rollouts.group_size
     share = ranks.share(len(rollouts.messages) // size)
     pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
@@ -193,12 +191,10 @@ def _batch(
 def collect(
     team: Team, problems: list[Problem], group: int, path: rng.RngPath, label: str = "sampling"
 ) -> Rollouts:
-    """Let the team as it now is work `group` times on every problem, and grade the results.
-
-    A draw is a function of the rng path, the rollout, the turn and the position alone, so batching changes
-    no law and, to rounding, no token. Several processes work on a share of the problems each; then all have
-    all rollouts. `label` names the phase on the terminal.
-    """
+    """Let the team as it now is work `group` times on every problem, and grade the results. A draw is a
+    function of the rng path, the rollout, the turn and the position alone, so batching changes no law and, to
+    rounding, no token. Several processes work on a share of the problems each; then all have all rollouts.
+    `label` names the phase on the terminal."""
     begin = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
     share = team.ranks.share(len(problems))

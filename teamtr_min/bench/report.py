@@ -28,9 +28,8 @@ FILLED_IN = ("batch_rows", "batch_tokens", "date")  # knobs that a run sets by i
 # Okabe and Ito's colours, which colour-blind people can tell apart; the last is a grey.
 COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]
 STYLE = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "grid.color": "#dfe3e7", "axes.edgecolor": COLOURS[-1], "savefig.dpi": 160,
-    "axes.titlelocation": "left", "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#dfe3e7", "axes.titlelocation": "left", "legend.frameon": False, "savefig.dpi": 160,
     "text.parse_math": False,  # a role may be called $x$
 }  # fmt: skip
 

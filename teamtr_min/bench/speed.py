@@ -112,22 +112,12 @@ class Machine:
 def in_transformers(model: Transformer):
     """The same weights, shared and not copied, in transformers' class. Raises ModuleNotFoundError."""
     transformers = importlib.import_module("transformers")
+    config = transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
     with model.device:
-        config = transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict(checkpoint_tensors(model), strict=False, assign=True)
     theirs.tie_weights()
     return theirs.eval().requires_grad_()
-
-
-def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return -F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
-
-
-def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-    loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
-    return -loss(weight, hidden, targets)
 
 
 def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
@@ -137,6 +127,14 @@ def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
     draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     hidden, weight = draw(N, H).to(dtype), (draw(V, H) * 4 / H**0.5).to(dtype)  # logits spread by 4
     targets, grad = torch.arange(N, device=device) % V, draw(N)
+
+    def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
+
+    def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+        loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+        return -loss(weight, hidden, targets)
 
     def work(logprob: Callable) -> tuple[Tensor, ...]:
         x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()

@@ -133,10 +133,8 @@ def held_out_score(results: dict, *names: str) -> str:
 
 
 def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
-    """A stage's line: the team before its first update, and the KL of each agent's update.
-
-    `B 0.0153*`: the star says that the update exceeded its radius and was taken back a part of the way.
-    """
+    """A stage's line: the team before its first update, and the KL of each agent's update. `B 0.0153*`: the
+    star says that the update exceeded its radius and was taken back a part of the way."""
     kls = []
     for u in sorted(updates, key=lambda u: u.get("agent", 0)):
         kl = f"{u['kl_after']:.4f}{'*' if u['halvings'] else ' '}" if "kl_after" in u else "no turn"

@@ -149,10 +149,9 @@ class Needs:
 
     def __init__(self, config: Config, task: Task, problems: list[Problem], sources: Sequence, ranks: Ranks):
         self.config, self.ranks, self.roles = config, ranks, roles_of(config, task)
-        self.speakers = [j for j, role in enumerate(self.roles) if role.tool is None]
-        self.sources = {j: find_model(sources[j]) for j in self.speakers}
+        self.sources = {j: find_model(sources[j]) for j, role in enumerate(self.roles) if role.tool is None}
         self.models = meta_models(self.sources, config.lora_rank)
-        self.groups = [self.speakers] if config.occupancy == "joint" else [[j] for j in self.speakers]
+        self.groups = [[*self.models]] if config.occupancy == "joint" else [[j] for j in self.models]
         own = {j: [p for p in m.parameters() if p.requires_grad] for j, m in self.models.items()}
         self.trained = [sum(p.numel() for j in group for p in own[j]) for group in self.groups]
         self.prompt, self.longest = self.longest_transcript(task, problems)
@@ -201,8 +200,7 @@ class Needs:
             head = 0 if config.lora_rank else 2 * width  # its gradient, and the embedding's to add
             head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies
             head += 4 * (self.ranks.size > 1)  # in fp32, to be summed
-            own = tokens // 2  # of them the agent has written itself
-            chunk = CHUNK_COPIES * min(CHUNK_BYTES, own * m.vocab_size * 4)
+            chunk = CHUNK_COPIES * min(CHUNK_BYTES, tokens // 2 * m.vocab_size * 4)  # half are its own
             row = min(tokens, max(self.longest, min(LONGEST_TREE, config.group * self.longest)))  # of a mask
             token = token_bytes(m, width, checkpointing, bool(config.lora_rank)) + row * (width + 3)
             work[j] = int(FRAGMENTATION * (head * m.vocab_size * m.hidden_size + chunk + tokens * token))
@@ -215,9 +213,8 @@ class Needs:
         which one could outgrow a model's positions are left out with --drop-long, else refused."""
         config, prompts, lengths, overlong = self.config, [1], [1], {}
         chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(self.sources.values())}
-        for j in self.speakers:
-            chat, system = chats[self.sources[j]], self.roles[j].system
-            limit = self.models[j].config.max_positions
+        for j, source in self.sources.items():
+            chat, system, limit = chats[source], self.roles[j].system, self.models[j].config.max_positions
             own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
             others = [len(chat.teammate_ids(role.name, [])) for role in self.roles]
             messages = config.turns * (config.max_new_tokens + max(own, *others))
@@ -259,11 +256,9 @@ def layer_work(m: ModelConfig) -> int:
 
 
 def token_bytes(m: ModelConfig, width: int, checkpointing: bool = False, lora: bool = False) -> int:
-    """Activations of one token in a training forward, with gradients of the layer that is under way.
-
-    A layer keeps the inputs of its norms; queries, keys and values before and after the rotation;
-    attention's output twice; gate and up. Adapters also keep the input of the last product.
-    """
+    """Activations of one token in a training forward, with gradients of the layer that is under way. A layer
+    keeps the inputs of its norms; queries, keys and values before and after the rotation; attention's output
+    twice; gate and up. Adapters also keep the input of the last product."""
     query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
     layer = 2 * m.hidden_size + 4 * query + 3 * key + (2 + lora) * m.intermediate_size
     kept = m.layers * m.hidden_size + layer if checkpointing else m.layers * layer

@@ -39,8 +39,7 @@ class Run:
         self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
         self.begin = time.perf_counter()  # later by the time in which the run was stopped
         self.warm_steps_done = self.stages_done = 0
-        self.updates: list[dict] = []  # their lines in metrics.jsonl
-        self.stages: list[dict] = []  # and those of the stages
+        self.updates, self.stages = [], []  # their lines in metrics.jsonl
         self.results: dict = {}  # accuracy_NAME, return_NAME and their intervals, as far as measured
         self.costs = collections.Counter()  # of evaluations and warm start
         self.summary: dict = {}
@@ -122,7 +121,7 @@ class Run:
             os.fsync(file.fileno())
         names = ("warm_steps_done", "stages_done", "results", "costs")
         state = {name: getattr(self, name) for name in names} | {"seconds": self._seconds()}
-        state["bytes"] = {name: self._length(name) for name in self.files}
+        state["bytes"] = {name: (self.directory / name).stat().st_size for name in self.files}
         checkpoint.save(self.directory, self.warm_steps_done + self.stages_done, self.learners, state)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
@@ -169,8 +168,9 @@ class Run:
             if stages > self.config.checkpoint_every:  # a checkpoint has been there
                 raise UserError(f"{self.directory} has finished {stages} stages but has no checkpoints")
         lengths = state["bytes"] if state else dict.fromkeys(LOGS, 0)
-        if short := [name for name in self.files if self._length(name) < lengths[name]]:
-            raise UserError(f"{self.directory / short[0]} was cut short since its newest checkpoint")
+        paths = {name: self.directory / name for name in self.files}
+        if short := [path for name, path in paths.items() if path.stat().st_size < lengths[name]]:
+            raise UserError(f"{short[0]} was cut short since its newest checkpoint")
         for name, file in self.files.items():
             file.truncate(lengths[name])
         lines = log.read_log(self.directory / METRICS) if self.files else []
@@ -186,9 +186,6 @@ class Run:
             file.writelines(to_json(line) + "\n" for line in lines)
             file.flush()
         return lines
-
-    def _length(self, name: str) -> int:
-        return (self.directory / name).stat().st_size
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.begin
