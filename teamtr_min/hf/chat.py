@@ -1,7 +1,5 @@
-"""Text <-> token ids, conversations -> text, and the ids of a team's messages as one agent sees them.
-
-`tokenizers` reads tokenizer.json. Chat templates are programs of strangers, so they run in jinja2's sandbox.
-"""
+"""Text <-> token ids, conversations -> text, and the ids of a team's messages as one agent sees them. Chat
+templates are programs of strangers, so they run in jinja2's sandbox."""
 
 import datetime
 import functools
@@ -38,8 +36,7 @@ class Tokenizer:
 
     special: bos_token, eos_token, ... as templates know them. special_ids: ids that mere text never becomes.
     start: ids that it puts before a text. end_ids: end tokens of generation_config.json and config.json.
-    template: the checkpoint's own, or None.
-    """
+    template: the checkpoint's own, or None."""
 
     def __init__(self, directory: str | os.PathLike):
         directory, base = Path(directory), find_base(Path(directory))[0]  # an adapter may lack a tokenizer
@@ -151,8 +148,7 @@ class ChatFormat:
     the sampled ids with their end token, `assistant_footer`. Together they are the ids of the conversation,
     rendered and encoded at once; only sampled ids stay as they are. Raises UserError for a template that does
     not treat messages alike wherever they stand. date: the day that the template is told. end_tokens: the ids
-    that end a message; end_of_message: the one that the template writes.
-    """
+    that end a message; end_of_message: the one that the template writes."""
 
     def __init__(self, tokenizer: Tokenizer, date: str = "2024-07-26"):
         self.tokenizer, self.date = tokenizer, datetime.date.fromisoformat(date)

@@ -28,10 +28,8 @@ def weight_files(directory: Path) -> list[str]:
 
 @functools.cache
 def snapshot(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
-    """The directory of `repo` at `revision` (a commit, tag or branch); its name is the commit's hash.
-
-    `accept` may refuse the directory by raising, before any weights are fetched.
-    """
+    """The directory of `repo` at `revision` (commit, tag or branch), named as the commit's hash. `accept` may
+    refuse the directory by raising, before any weights are fetched."""
     from huggingface_hub import errors, snapshot_download  # late: few runs need it
 
     try:

@@ -46,8 +46,7 @@ class Adapter:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with the weight and bias of another, and an adapter for each of its parts, which have
-    `outputs` features."""
+    """A linear layer with the weight and bias of another, and an adapter for each part of its `outputs`."""
 
     def __init__(self, linear: nn.Linear, outputs: list[int], adapter: Adapter):
         super().__init__()
@@ -98,12 +97,10 @@ def adapter_tensors(model: Transformer, targets: tuple[str, ...] = TARGETS) -> d
 def load_models(
     sources: list[str | Path], device, dtype: torch.dtype, rank: int = 0, alpha: float = 1.0, seed: int = 0
 ) -> Iterator[tuple[Transformer, Adapter | None]]:
-    """The model of each agent, from checkpoints or directories of adapters. A base is loaded once.
-
-    With a `rank` a checkpoint becomes a base and its agent gets a new adapter: B is zero, A uniform within
+    """The model of each agent, from checkpoints or directories of adapters. A base is loaded once. With a
+    `rank` a checkpoint becomes a base and its agent gets a new adapter: B is zero, A uniform within
     1 / sqrt(in), a function of seed, agent and name. Raises UserError for an adapter that is not plain LoRA
-    or of another rank, for damaged files, and for a base that is gone.
-    """
+    or of another rank, for damaged files, and for a base that is gone."""
     bases: dict[Path, Transformer] = {}
     for j, source in enumerate(sources):
         directory, name = weights.locate(source)
@@ -139,9 +136,7 @@ def load_models(
 
 def adapter_in(directory: Path, rank: int = 0, alpha: float = 1.0, name: str = "") -> Adapter | None:
     """The adapter that `directory` holds; else with a `rank` a new one on the model there, called `name`.
-
-    Raises UserError for what is not known to mean plain LoRA, and for an adapter of another rank.
-    """
+    Raises UserError for what is not known to mean plain LoRA, and for an adapter of another rank."""
     path = directory / weights.ADAPTER_CONFIG
     if not path.is_file():
         return Adapter(name, rank, alpha) if rank else None

@@ -1,9 +1,6 @@
-"""Model name -> directory; Hugging Face checkpoints in and out.
-
-config.json comes in two dialects: `rope_theta`, `rope_scaling` and `torch_dtype` (transformers 4) or
-`rope_parameters` and `dtype` (transformers 5). Everything that this code would compute differently from its
-author is refused by name, never ignored.
-"""
+"""Model name -> directory; Hugging Face checkpoints in and out. config.json comes in two dialects:
+`rope_theta`, `rope_scaling` and `torch_dtype` (transformers 4) or `rope_parameters` and `dtype` (transformers
+5). What this code would compute differently from its author is refused by name, never ignored."""
 
 import dataclasses
 import os
@@ -140,8 +137,7 @@ def check_shapes(held: dict[str, list[int]], expected: dict[str, Tensor], fault:
     wanted = {f"{name} {[*p.shape]}" for name, p in expected.items()}
     there = {f"{name} {shape}" for name, shape in held.items()}
     wrong = {"missing": wanted - there, "unexpected": there - wanted}
-    found = [f"{len(names)} {what} ({listing(sorted(names))})" for what, names in wrong.items() if names]
-    if found:
+    if found := [f"{len(names)} {what} ({listing(sorted(names))})" for what, names in wrong.items() if names]:
         raise UserError(f"{fault}: {', '.join(found)}")
 
 

@@ -59,9 +59,7 @@ class Task:
         return problem.text  # as this agent sees it (a private view) [ours]
 
     def is_held_out(self, text: str) -> bool:
-        """Whether the problem with this text is a held-out one: no demonstration may show it."""
-        return False
+        return False  # True: no demonstration may show the problem with this text
 
     def fingerprint(self) -> dict[str, str]:
-        """Everything but the flags that results rest on, by name. A resumed run must find the same."""
-        return {}
+        return {}  # everything but the flags that results rest on, by name: a resumed run must find the same

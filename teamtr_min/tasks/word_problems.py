@@ -32,8 +32,7 @@ class WordProblems(Task):
 
     `--data` names a directory with train.jsonl and test.jsonl, or one file, of which every tenth problem, by
     a hash of its text, is held out. Training problems whose text is also a held-out one's are left out. The
-    team's answer is the last that a message states. The return is 1 if it is right (`is_correct`), else 0.
-    """
+    team's answer is the last that a message states. The return is 1 if it is right (`is_correct`), else 0."""
 
     def __init__(self, config: Config):
         self.fields = question, answer = tuple(config.fields.split(","))
@@ -85,7 +84,7 @@ class WordProblems(Task):
     def answer(self, messages: list[Message]) -> str | None:
         """The team's answer, such that equal ones are equal texts."""
         stated = extract_answer(last_statement(messages))
-        return None if stated is None else canonical(stated)
+        return stated and canonical(stated)
 
     def fingerprint(self) -> dict[str, str]:
         return {"problems": self._hash, "grader": f"{self.grader}, rules {RULES}"}
