@@ -1,5 +1,6 @@
 """What is sampled depends on the model, the key and the position, not on the cache or the batch."""
 
+import copy
 import itertools
 import math
 
@@ -141,7 +142,7 @@ def test_a_prompt_that_cannot_be_continued_and_weights_that_are_no_numbers_are_r
         sampler.generate([0], [PROMPTS[0] + c.tokens[:-1]], keys(1), 3, 1.0, [])
     with pytest.raises(ValueError, match="could reach 513 tokens; the model has 512"):
         generate(relay, [[2] * 510, [2]], 3)
-    broken = relay.copy()
+    broken = copy.deepcopy(relay)
     broken.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         generate(broken, PROMPTS, 12)

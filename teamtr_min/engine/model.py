@@ -13,7 +13,6 @@ Modules are named as in Hugging Face checkpoints. Layers that read the same inpu
 padded row, H hidden size, Q query heads, K key/value heads, D head size, V vocabulary.
 """
 
-import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -202,10 +201,6 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.compute_dtype or self.head.dtype
-
-    def copy(self) -> "Transformer":
-        """With weights of its own; what is frozen is shared."""
-        return copy.deepcopy(self, {id(p): p for p in self.parameters() if not p.requires_grad})
 
     def hidden(self, tokens: Tensor, step: Step | None = None, where: Tensor | None = None) -> Tensor:
         """Final hidden states, tokens (B, T) int64 -> (B, T, H); with `where` (pairs,) only those at these

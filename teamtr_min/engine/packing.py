@@ -28,9 +28,7 @@ BATCH_COST = 256  # tokens that cost as much as one more batch: measured on a CP
 
 
 @dataclass
-class Tree:
-    """Sequences in lexicographic order, each with those tokens that its neighbour before it does not have."""
-
+class Tree:  # sequences in lexicographic order, each with those tokens that the one before it lacks
     tokens: list[int]
     positions: list[int]  # of each token in its sequences
     end: list[int]

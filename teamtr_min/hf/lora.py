@@ -8,6 +8,7 @@ rows of B. A part without an adapter has zeros in both, whose gradients are zero
 gradients; masters, Adam, snapshots and checkpoints follow from that. On disk an adapter has PEFT's layout.
 """
 
+import copy
 import math
 import os
 import re
@@ -63,7 +64,7 @@ class LoraLinear(nn.Module):
 
 def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
     """A Transformer that shares the base's parameters, frozen from now on, with adapters of zeros."""
-    model = base.requires_grad_(False).copy()
+    model = copy.deepcopy(base.requires_grad_(False), {id(p): p for p in base.parameters()})
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):
             for name, linear in list(parent.named_children()):

@@ -72,8 +72,7 @@ class Game:
         self.reward = reward.double()
 
     def theta(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-        """Normal parameters (A, rows, V) for all agents."""
-        shape = (self.agents, int(self.row.max()) + 1, self.vocabulary)
+        shape = (self.agents, int(self.row.max()) + 1, self.vocabulary)  # (A, rows, V)
         return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

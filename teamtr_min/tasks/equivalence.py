@@ -38,8 +38,7 @@ def _worker() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-P", __file__], **pipes, text=True, process_group=0)
 
 
-def serve() -> None:
-    """The worker: a line [wanted, given] in, a line with the verdict out."""
+def serve() -> None:  # the worker: a line [wanted, given] in, a line with the verdict out
     import math_verify.grader
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify

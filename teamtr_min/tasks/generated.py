@@ -45,8 +45,7 @@ class Generated(Task):
         return problems
 
     def identity(self, text: str) -> Sequence:
-        """What two problems have in common that are on the same side of the split for certain."""
-        return [text]
+        return [text]  # problems with equal ones are on the same side of the split
 
     def is_held_out(self, text: str) -> bool:
         return rng.key(0, self.split, *self.identity(text)) % 10 == 0
