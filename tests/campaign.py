@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ def start_or_resume(out: Path, flags: list[str]) -> None:
     sys.exit(train.main(["--resume", str(out)] if begun else [*flags, "--out", str(out)]))
 
 
-def campaign(seed: int, kills: int) -> None:
+def campaign(out: Path, seed: int, kills: int) -> None:
     """At least so many kills; AssertionError if a run ends otherwise than the one that was left alone."""
     from toy_runs import TOY, bits
 
@@ -51,29 +50,27 @@ def campaign(seed: int, kills: int) -> None:
         child.start()
         return child
 
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "run")
-        for flags in ([], *KINDS):  # the first warms up
-            begin = time.monotonic()
-            spawn(out, flags).join()
-            lasts = time.monotonic() - begin
-            expected.append(bits(out))
-            shutil.rmtree(out)
-        for flags, wanted in itertools.cycle(zip(KINDS, expected[1:])):
-            while True:
-                child = spawn(out, flags)
-                child.join(moments.uniform(0.1, 0.9) * lasts if done < kills else None)
-                if not child.is_alive():
-                    break
-                child.kill()
-                child.join()
-                done += 1
-                if moments.random() < 0.5:
-                    harm(out, moments)
-            assert child.exitcode == 0 and bits(out) == wanted, f"seed {seed}, after {done} kills"
-            shutil.rmtree(out)
-            if done >= kills:
-                return
+    for flags in ([], *KINDS):  # the first warms up
+        begin = time.monotonic()
+        spawn(out, flags).join()
+        lasts = time.monotonic() - begin
+        expected.append(bits(out))
+        shutil.rmtree(out)
+    for flags, wanted in itertools.cycle(zip(KINDS, expected[1:])):
+        while True:
+            child = spawn(out, flags)
+            child.join(moments.uniform(0.1, 0.9) * lasts if done < kills else None)
+            if not child.is_alive():
+                break
+            child.kill()
+            child.join()
+            done += 1
+            if moments.random() < 0.5:
+                harm(out, moments)
+        assert child.exitcode == 0 and bits(out) == wanted, f"seed {seed}, after {done} kills"
+        shutil.rmtree(out)
+        if done >= kills:
+            return
 
 
 def harm(out: Path, moments: random.Random) -> None:

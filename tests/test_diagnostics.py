@@ -10,7 +10,7 @@ import torch
 from ready import Prepared
 from toy_runs import parity, run, same, timeless, weights
 
-from teamtr_min.extras.diagnostics import Diagnostics, bootstrap, message_logps, swapped
+from teamtr_min.extras.diagnostics import Diagnostics, message_logps, swapped
 from teamtr_min.tasks import Relay
 
 ESTIMATES = {"surrogate", "gap", "occupancy_shift", "ess", "kl_held_out", "certificate", "penalty", "bound"}
@@ -106,23 +106,3 @@ def test_a_diagnosis_compares_the_weights_of_before_and_after():
     for name in ("surrogate", "gap"):
         low, high = report[f"{name}_ci"]
         assert abs(report[name]) > 1e-3 and low < report[name] < high
-
-
-def test_message_logps_are_those_of_single_transcripts():
-    ready = Prepared(rounds=2, problems=3, group=2, temperature=0.7)
-    table = message_logps(ready.team, ready.rollouts, 1, 150)
-    for r, (problem, messages) in enumerate(zip(ready.rollouts.problems, ready.rollouts.messages)):
-        seen = ready.team.render(1, problem, messages, add_generation_prompt=False)
-        logp = (ready.team.agents[1].model(torch.tensor([seen.ids]))[0] / 0.7).log_softmax(-1)
-        wanted = [sum(logp[t - 1, seen.ids[t]] for t in range(*span)) for span in seen.spans]
-        torch.testing.assert_close(table[r, 1::2], torch.stack(wanted), rtol=1e-4, atol=1e-4)
-        assert (table[r, ::2] == 0).all()
-
-
-def test_the_interval_is_over_problems_not_over_rollouts():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).repeat_interleave(8)
-    point, (low, high) = bootstrap(torch.mean, values, group=8, seed=0)
-    assert point == pytest.approx(values.mean().item())
-    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.15)
-    same, other = (bootstrap(torch.mean, values, group=8, seed=seed)[1] for seed in (0, 1))
-    assert same == [low, high] != other

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from toy_runs import results
 
 import train
-from teamtr_min.engine.distributed import Ranks
 
 ROOT = Path(__file__).parents[1]
 TOY = "--agents 2 --stages 3 --problems 5 --group 4 --inner-steps 2 --device cpu --eval-problems 7".split()
@@ -90,13 +89,6 @@ def test_two_processes_evaluate_as_one_does_and_only_the_first_speaks(runs, caps
         assert all([result.pop(name) for name in ("seconds", "memory_peak", "memory_planned")])
     assert shared == alone
     assert sum(line.startswith("stage ") for line in lines) == 3 + 1 + 2 + 1
-
-
-def test_shares_are_whole_even_and_in_order():
-    for size in (1, 2, 3, 7):
-        shares = [Ranks(rank, size).share(5) for rank in range(size)]
-        assert [i for share in shares for i in share] == list(range(5))
-        assert max(map(len, shares)) == Ranks(0, size).largest_share(5) <= min(map(len, shares)) + 1
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True])

@@ -69,21 +69,6 @@ def test_the_enumeration_equals_loops_over_rollouts_and_tokens(row, length, turn
         assert_equal(getattr(team, name), torch.tensor(truth, dtype=torch.float64))
 
 
-def test_the_gradient_of_eq_10_equals_finite_differences():
-    game = random_game(0, 2, 3, length=2, row=five_rows)
-    old, new, _ = stage(game, (0, 1), seed=1)
-    gradient = exact.objective_gradient(old, new, 0, clip=0.2, beta=0.3)
-
-    def value(theta: torch.Tensor) -> torch.Tensor:
-        return exact.objective(old, new.replace(0, theta), 0, clip=0.2, beta=0.3)
-
-    for n in range(gradient.numel()):
-        nudge = torch.zeros_like(gradient)
-        nudge.view(-1)[n] = 1e-6
-        slope = (value(new.theta[0] + nudge) - value(new.theta[0] - nudge)) / 2e-6
-        torch.testing.assert_close(gradient.view(-1)[n], slope, rtol=0, atol=1e-8)
-
-
 def test_at_the_old_policy_the_gradient_is_the_policy_gradient_per_message_whatever_beta():
     for agents, seed in itertools.product((2, 3), range(2)):
         game = random_game(seed, agents, 4, gamma=1.0, problems=2, router=by_transcript(agents))

@@ -136,10 +136,8 @@ def test_nan_stays_in_its_row_and_a_target_outside_the_vocabulary_is_refused_or_
 
 def test_bad_input_is_refused():
     h, w, t, _ = inputs(4, 64, 203)
-    for arguments in [
-        (h[0], w, t), (h[:, :60], w, t), (h, w, t[:3]), (h.bfloat16(), w, t), (h.half(), w.half(), t),
-        (h, w, t.float()), (h, w, t > 3), (h, w[:0], t), (h, w, t.to("meta")),
-    ]:  # fmt: skip
+    wrong = [(h[0], w, t), (h[:, :60], w, t), (h.bfloat16(), w, t), (h.half(), w.half(), t), (h, w[:0], t)]
+    for arguments in [*wrong, *((h, w, ids) for ids in (t[:3], t.float(), t > 3, t.to("meta")))]:
         with pytest.raises(ValueError, match=r"takes hidden \(N, H\) and weight \(V, H\)"):
             linear_logprob(*arguments)
     for temperature in (0.0, float("nan"), float("inf")):

@@ -36,14 +36,6 @@ def test_a_mean_returns_interval_covers_the_mean_as_often_as_it_says():
         assert 0.93 < covered < 0.97, (name, covered)
 
 
-def test_violation_rates_count_what_exceeded_its_radius_and_a_line_holds_what_was_measured():
-    updates = [{"delta": 0.02, "kl": kl} for kl in (0.01, 0.03, 0.02, 0.5)]
-    assert log.violation_rate([*updates, {"kl": 9.0}, {"delta": 0.02}], "kl") == 0.5
-    assert log.violation_rate([{"kl": 9.0}], "kl") is None  # no radius to exceed
-    line = {"a": None, "b": math.nan, "i": math.inf, "c": 0, "d": [], "e": False}
-    assert log.measured(line) == {"c": 0, "d": [], "e": False}
-
-
 def update(agent: int, kl: float, **more) -> dict:
     line = {"agent": agent, "kl_after": kl, "steps": 6, "halvings": 0, "lr": 1e-6}
     return line | {"zero_variance_groups": 0.5, "return_mean": 0.2, **more}

@@ -156,7 +156,6 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
 
 
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
-
     def tight(*given):
         config, plan = plan_training(*given)
         return config, dataclasses.replace(plan, checkpointing=True)

@@ -86,18 +86,6 @@ def test_gradient_equals_finite_differences(ratio):
     assert torch.autograd.gradcheck(lambda v: teamtr_loss(v, **x, clip=0.2, beta=0.3, ratio=ratio)[0], logp)
 
 
-@each_ratio
-@pytest.mark.parametrize("value", [200.0, -200.0, 0.0])
-def test_log_ratios_of_200_stay_finite_and_an_unchanged_policy_has_ratio_exactly_one(value, ratio):
-    message, advantage, old = torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0]), -torch.rand(3)
-    logp = (old + value).requires_grad_()
-    loss, stats = teamtr_loss(logp, old, message, advantage, beta=0.1, ratio=ratio)
-    loss.backward()
-    assert all(torch.isfinite(v).all() for v in (loss, logp.grad, *stats.values()))
-    assert value or stats["ratio_max"] == stats["ratio_mean"] == 1
-    assert value or stats["kl_k1"] == stats["kl_k3"] == stats["clip_fraction"] == 0
-
-
 def test_nothing_to_train_on_is_zero_loss():
     empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.long)
     assert teamtr_loss(empty, empty, none, empty)[0].item() == 0

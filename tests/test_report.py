@@ -94,11 +94,9 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
 
 def test_hostile_text_stays_text(mine):
     before = page_of(mine)
-    (_, first), *_ = read_jsonl(mine / "transcripts.jsonl")
-    said = [{"agent": 0, "text": HOSTILE}]
-    record = first | {"text": HOSTILE, "answer": HOSTILE, "messages": said}
+    record = before.data["transcripts"][0] | {"messages": [{"agent": 0, "text": HOSTILE}]}
     with (mine / "transcripts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record | {"text": HOSTILE, "answer": HOSTILE}, ensure_ascii=False) + "\n")
     changes = {"fields": HOSTILE, "task": f"{HOSTILE}.py", "model": "relay"}
     dataclasses.replace(Config.load(mine / "config.json"), **changes).save(mine / "config.json")
     page = page_of(mine.rename(mine.with_name("<img src=x>")))

@@ -22,8 +22,8 @@ def resume(out: Path, finished: Path) -> None:
     assert bits(out) == bits(finished)
 
 
-def test_killed_and_damaged_at_random_moments_a_run_resumes_to_the_same_bits():
-    campaign(seed=0, kills=4)
+def test_killed_and_damaged_at_random_moments_a_run_resumes_to_the_same_bits(tmp_path):
+    campaign(tmp_path / "run", seed=0, kills=4)
 
 
 def test_ctrl_c_leaves_agents_a_summary_and_a_run_that_resumes_to_the_same_bits(finished, copy, capsys):
@@ -128,7 +128,6 @@ def test_a_run_has_one_writer(finished, copy, tmp_path, capsys, new):
 
 @pytest.mark.parametrize("modules", [["hf.weights"], ["hf.weights", "run.checkpoint"]])
 def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(finished, copy, capsys, monkeypatch, modules):
-
     def refuse(tensors, path, **metadata):
         Path(path).write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -27,11 +27,7 @@ CHATS = [
 # Everything else that templates out there rely on.
 ODDITIES = """\
 {% for message in messages %}
-    {% if loop.index > 3 %}
-        {% break %}
-    {% elif message.role == 'system' %}
-        {% continue %}
-    {% endif %}
+    {% if loop.index > 3 %}{% break %}{% elif message.role == 'system' %}{% continue %}{% endif %}
     {% if message.role == 'assistant' %}
 {{ message.content }}{{ eos_token }}
     {% else %}

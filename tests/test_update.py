@@ -93,25 +93,6 @@ def test_weights_of_rollouts_reach_loss_gradient_and_monitor():
     assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-3) for a, b in zip(*gradients))
 
 
-def test_the_end_of_message_has_gradient_and_contexts_have_none():
-    ready, kept = Prepared(max_new_tokens=3, batch_tokens=10**6, agents=1, rounds=2), []
-    pulling = [batch for batch in ready.batches.own if batch.pulls]  # the others need no gradient
-    hidden, end = ready.model.hidden, ready.team.agents[0].chat.end_of_message
-
-    def keep(*given):
-        kept.append(hidden(*given))
-        kept[-1].retain_grad()
-        return kept[-1]
-
-    ready.model.hidden = keep
-    ready.learner.backward(dataclasses.replace(ready.batches, own=pulling), ready.config)
-    touched = torch.cat([states.grad.abs().sum(-1) > 0 for states in kept])  # (pairs,)
-    pull = [torch.zeros(len(b.targets)).index_add(0, b.pair, b.advantage[b.message]) for b in pulling]
-    assert torch.equal(touched, torch.cat(pull).abs() > 1e-6), "pulled both ways, nothing is left"
-    assert (touched & (torch.cat([b.targets for b in pulling]) == end)).any()
-    assert any(not m.stopped for m in ready.rollouts.by([0])), "some messages hit the length limit"
-
-
 FAULTS = {"gradient": "gradient is not finite", "advantage": "loss is nan", "weight": "kl_k1|loss is nan"}
 PLACES = ["after a step", "in the line search", "early in a snapshot", "late in a snapshot"]  # of a Ctrl-C
 
