@@ -23,10 +23,8 @@ FORGETFUL = """\
 {% endif -%}"""
 
 ALTERNATING = """\
-{%- for message in messages -%}
-{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
-{{ raise_exception('roles must alternate') }}{% endif -%}
-<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>
+{%- for m in messages -%}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('roles must alternate') }}{% endif -%}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>
 {% endfor -%}"""
 
 # User and assistant are parted by ordinary text alone, as with Vicuna.

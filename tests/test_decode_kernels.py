@@ -97,16 +97,6 @@ def test_a_draw_inverts_the_cumulative_distribution_and_at_0_is_the_argmax(path,
         torch.testing.assert_close(logprob.cpu(), want_logprob, atol=1e-5, rtol=0)
 
 
-def test_a_draw_has_the_same_bits_in_every_batch(launches):
-    logits, uniform = random(3, 9001), torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
-    token, logprob = draw(logits, uniform, 1.3)
-    strided = draw(logits, torch.stack([uniform, uniform + 0.05], 1)[:, 0], 1.3)
-    assert torch.equal(strided[0], token)
-    for b in range(3):
-        alone = draw(logits[b : b + 1], uniform[b : b + 1], 1.3)
-        assert alone[0] == token[b] and alone[1] == logprob[b]
-
-
 def test_a_draw_near_one_has_a_token_that_can_be_and_nan_shows(launches):
     logits = random(4, 9000)
     logits[:, 4000:] = -math.inf

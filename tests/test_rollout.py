@@ -5,7 +5,6 @@ import torch
 from ready import play
 from tiny import refusal
 
-from teamtr_min.engine import rng
 from teamtr_min.rollout import agent_batches
 
 CUT_OFF = {"group": 4, "max_new_tokens": 4}  # some messages are
@@ -53,13 +52,6 @@ def test_every_sampled_token_is_trained_on_once_and_nothing_else(knobs):
                     assert context(b, where) == seen.ids[:t], "predicted from all before it, and from no more"
                 trained.append((r, turn))
         assert sorted(trained) == places
-
-
-def test_a_path_is_its_own_stream_whatever_the_batches():
-    whole, parts = play(**TWO_ROUNDS)[1], play(batch_rows=3, **TWO_ROUNDS)[1]
-    assert text_of(whole) == text_of(parts) and torch.equal(whole.returns, parts.returns)
-    for other in (rng.RngPath(0, "train", 0, 1), rng.RngPath(1, "train", 0, 0)):
-        assert text_of(whole) != text_of(play(other, **TWO_ROUNDS)[1])
 
 
 def test_routers_route():

@@ -128,7 +128,7 @@ def test_transcripts_of_a_run_are_demonstrations_but_for_held_out_problems(finis
     assert summary["tokens_warm_start"] > 0
 
 
-def test_what_is_no_transcript_is_refused_with_its_line(tmp_path):
+def test_what_is_no_transcript_or_longer_than_the_model_is_refused_before_any_training(tmp_path, capsys):
     for line in (
         "{}", '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}',
         '{"text": "1+1", "messages": [{"agent": 3, "text": "2"}]}',
@@ -138,9 +138,6 @@ def test_what_is_no_transcript_is_refused_with_its_line(tmp_path):
         with open(path, "a") as file:
             file.write(f"\n\n{line}\n")
         assert "bad.jsonl, line 3: not a transcript" in sentence(read, path)
-
-
-def test_a_transcript_longer_than_the_model_is_refused_before_anything_is_trained(tmp_path, capsys):
     path = write(tmp_path / "long.jsonl", "1" + "+1" * 400)
     flags = [*TOY, "--warm-start", "1", "--demonstrations", path, "--out", str(tmp_path / "run")]
     assert train.main(flags) == 2
