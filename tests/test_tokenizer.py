@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 from tiny import LLAMA3_STYLE, ODD_TEXTS, refusal, shared, write_sentencepiece, write_tokenizer
 
 from teamtr_min import load_tokenizer
@@ -112,11 +113,10 @@ def test_tokens_that_only_other_files_declare_count(tmp_path, where):
 
 def test_a_batch_setting_in_the_file_neither_pads_nor_truncates(tmp_path):
     file = write_tokenizer(tmp_path) / "tokenizer.json"
-    raw = json.loads(file.read_text())
-    raw["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    raw["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
-    raw["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
-    file.write_text(json.dumps(raw))
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(file))
     tokenizer = load_tokenizer(tmp_path)
     assert [len(tokenizer.encode(text)) for text in ("x", "xxxxx")] == [1, 5]
 

@@ -165,16 +165,12 @@ def write_sentencepiece(directory: Path, scheme: str, template=ZEPHYR, add_eos=F
     return written(directory, backend, template, unk_token="<unk>", add_eos_token=add_eos, **config)
 
 
-PIECES = 17  # of the shipped tokenizer; names such as "A:\n" stand behind them in any case
-MOVED = torch.randperm(PIECES, generator=torch.Generator().manual_seed(0)).tolist()
-
-
 def write_relabelled_tokenizer(directory: Path) -> Path:
     raw = json.loads((RELAY / "tokenizer.json").read_text())
-    assert len(raw["model"]["vocab"]) == PIECES
-    raw["model"]["vocab"] = {piece: MOVED[i] for piece, i in raw["model"]["vocab"].items()}
-    for token in raw["added_tokens"]:
-        token["id"] = MOVED[token["id"]] if token["id"] < PIECES else token["id"]
+    moved = torch.randperm(len(raw["model"]["vocab"]), generator=torch.Generator().manual_seed(0)).tolist()
+    raw["model"]["vocab"] = {piece: moved[i] for piece, i in raw["model"]["vocab"].items()}
+    for token in raw["added_tokens"]:  # names such as "A:\n" stand behind the pieces
+        token["id"] = moved[token["id"]] if token["id"] < len(moved) else token["id"]
     raw["added_tokens"].sort(key=lambda token: token["id"])
     (directory / "tokenizer.json").write_text(json.dumps(raw))
     shutil.copyfile(RELAY / "tokenizer_config.json", directory / "tokenizer_config.json")
