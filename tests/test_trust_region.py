@@ -135,11 +135,11 @@ def test_small_kl_is_not_rounding(launches):
 def test_bad_input_is_refused():
     (logp, old_logp, message, advantage), _ = batch([3, 4])
     for given in [
-        (old_logp[1:], message, advantage), (old_logp.bfloat16(), message, advantage),
-        (old_logp, 1.0 * message, advantage), (old_logp, message, advantage.to("meta")),
+        (logp, old_logp[1:], message, advantage), (logp.bfloat16(), old_logp, message, advantage),
+        (logp, old_logp, 1.0 * message, advantage), (logp, old_logp, message, advantage.to("meta")),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=r"takes float32 logp, old_logp and ids message, \(N,\)"):
-            kernels.trust_region_loss(logp, *given)
+            kernels.trust_region_loss(*given)
     with pytest.raises(ValueError, match="'tokens'"):
         kernels.trust_region_loss(logp, old_logp, message, advantage, ratio="tokens")
 
