@@ -10,7 +10,7 @@ import torch
 from ready import Prepared
 from toy_runs import parity, run, same, timeless, weights
 
-from teamtr_min.extras.diagnostics import Diagnostics, message_logps, swapped
+from teamtr_min.extras.diagnostics import Diagnostics, bootstrap, message_logps, swapped
 from teamtr_min.tasks import Relay
 
 ESTIMATES = {"surrogate", "gap", "occupancy_shift", "ess", "kl_held_out", "certificate", "penalty", "bound"}
@@ -106,3 +106,10 @@ def test_a_diagnosis_compares_the_weights_of_before_and_after():
     for name in ("surrogate", "gap"):
         low, high = report[f"{name}_ci"]
         assert abs(report[name]) > 1e-3 and low < report[name] < high
+
+
+def test_the_interval_is_over_problems_not_over_rollouts():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).repeat_interleave(8)
+    point, (low, high) = bootstrap(torch.mean, values, group=8, seed=0)
+    assert point == pytest.approx(values.mean().item())
+    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.15)

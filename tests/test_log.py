@@ -1,5 +1,6 @@
 """The figures that a run shows: intervals, partial credit, advice, the curve."""
 
+import functools
 import math
 
 import pytest
@@ -20,11 +21,7 @@ def test_an_accuracys_interval_is_wilsons(right, n):
 
 def test_a_mean_returns_interval_covers_the_mean_as_often_as_it_says():
     """Grades in [0, 1] of several laws, and means over 4 rollouts of problems that differ."""
-    g = torch.Generator().manual_seed(0)
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=g)
-
+    uniform = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0))
     laws = {
         "mostly half": (lambda n: 0.4 + 0.2 * uniform(n), 0.5),
         "skewed": (lambda n: uniform(n) ** 4, 0.2),

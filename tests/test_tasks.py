@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from tiny import said
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
@@ -16,10 +17,6 @@ from teamtr_min.tasks import Convention, Floors, Message, Relay, load_task
 
 def task(name: str, agents: int, **flags):
     return load_task(Config(task=name, agents=agents, **flags))
-
-
-def said(*texts: str) -> list[Message]:
-    return [Message(j, [], text, [], True) for j, text in enumerate(texts)]
 
 
 def problems(game, count: int, *path, **how):

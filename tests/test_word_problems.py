@@ -5,17 +5,14 @@ import json
 import shutil
 
 import pytest
+from tiny import said
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.run.memory import plan_training
-from teamtr_min.tasks import TASKS, Message, Problem, load_task, read_problems
+from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
 from teamtr_min.tasks.datasets import DATASETS, FILES
-
-
-def said(*texts: str) -> list[Message]:
-    return [Message(j, [], text, [], True) for j, text in enumerate(texts)]
 
 
 def write(path, *questions, answer="7", field="question"):

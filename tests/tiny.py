@@ -16,6 +16,7 @@ from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError
 from teamtr_min.hf.lora import Adapter, add_lora
 from teamtr_min.hf.weights import RELAY, config_json
+from teamtr_min.tasks.task import Message
 
 torch.set_num_threads(1)  # with models this small a second thread only waits for the first
 
@@ -104,6 +105,10 @@ def refusal(function, *args, **kwargs) -> str:
         function(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def said(*texts: str) -> list[Message]:
+    return [Message(j, [], text, [], True) for j, text in enumerate(texts)]
 
 
 def shared(path: str) -> Path:
