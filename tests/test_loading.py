@@ -47,13 +47,11 @@ def test_solve_is_repeatable_and_says_who_said_what(run):
     assert greedy[0] == greedy[1] and team.temperature == 0.9
 
 
-def test_a_list_of_models_is_a_team_with_given_roles_or_word_problem_roles():
+def test_a_list_of_models_is_a_team_with_roles_that_are_given_or_of_word_problems_or_of_a_file(tmp_path):
     team = teamtr_min.load_team([RELAY, RELAY], roles=["Add.", {"name": "Zoe", "system": "Check."}])
     assert [(a.role.name, a.role.system) for a in team.agents] == [("Agent 1", "Add."), ("Zoe", "Check.")]
     assert len(teamtr_min.load_team([RELAY] * 3, max_new_tokens=5).solve("1+2", samples=2)[0].messages) == 3
 
-
-def test_roles_come_from_a_file(tmp_path):
     file, roles = tmp_path / "roles.json", [Role("X", "Go."), Role("Y", "Stop.")]
     file.write_text(json.dumps([{"name": role.name, "system": role.system} for role in roles]))
     assert [a.role for a in team_of(agents=2, roles=str(file))[1].agents] == roles
