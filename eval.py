@@ -102,7 +102,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
                 exams.append(accuracy.prepare(exam, name, args.problems, args.data))
             elif ranks.first and (team == teams[0] or name in ("report", "export")):
                 others.append((name, team))
-    table = accuracy.Table(len(exams) > 1)
+    table = accuracy.Table(several=len(exams) > 1)
     file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
     for exam in exams:
         result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks)

@@ -164,7 +164,6 @@ class Config:
 
     @property
     def first_beta(self) -> float:
-        """Weight of the KL penalty in the first update."""
         return 0.0 if self.kl == "none" else self.beta
 
     def save(self, path: Path, **more) -> None:
@@ -247,8 +246,7 @@ def parse(argv: list[str] | None, description: str) -> Config:
 def resumed(given: dict) -> Config:
     """The saved configuration of the run to resume; flags may repeat it but not change it."""
     own = {name: given.pop(name) for name in ("resume", "accept_changes") if name in given}
-    saved = Config.load(Path(own["resume"]) / "config.json", **own)
-    model = given.get("model", "")
+    saved, model = Config.load(Path(own["resume"]) / "config.json", **own), given.get("model", "")
     if saved.model.split("@")[0] in (model.split("@")[0], os.path.abspath(model)):
         given.pop("model", None)  # a saved name carries its commit, a saved path is absolute
     others = {name: value for name, value in given.items() if value != getattr(saved, name)}

@@ -197,9 +197,8 @@ class Learner:
         stats = {n: (max if n.endswith("_max") else sum)(part[n] for part in parts) for n in parts[0]}
         log_ratio = log_ratio.cpu()
         self.ranks.sum(log_ratio)
-        for name, value in stats.items():
-            if not math.isfinite(value):
-                raise Diverged(f"{name} is {value}")
+        if wrong := [f"{name} is {value}" for name, value in stats.items() if not math.isfinite(value)]:
+            raise Diverged(wrong[0])
         return Measured({"kl": stats[estimate], **stats}, log_ratio)
 
     def add_gradients(self) -> None:

@@ -172,8 +172,7 @@ class Table:
             lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]
             lines += [f"  {what:14s}{value}" for what, value in found]
             return "\n".join([*lines, *transcripts(rollouts, result["roles"])])
-        lines = [heading] if heading != self.above else []
-        self.above = heading
+        lines, self.above = [heading] if heading != self.above else [], heading
         cells = "".join(f"{f'{value} {what}':31s} " for what, value in found[:1] + found[1:][-1:])
         return "\n".join([*lines, f"{name:9s} {cells}{team}"])
 

@@ -189,8 +189,8 @@ def training_cases(config: Config, short: bool) -> Iterator[Case]:
         for r, s in enumerate(seen):
             pull[r, slice(*s.spans[0])] = advantages[r]
         batches = agent_batches(team, rollouts, [j], advantages, BATCH_TOKENS)
-        both = {"ours": functools.partial(step, Learner(team, [j], beta=0.0), batches, config)}
         inputs = rows.to(agent.model.device), pull.to(agent.model.device), config.temperature
+        both = {"ours": functools.partial(step, Learner(team, [j], beta=0.0), batches, config)}
         both["transformers"] = functools.partial(plain_step, agent.model, *inputs)
         pairs = sum(len(batch.targets) for batch in batches.own)
         yield Case(f"agent {j}", both, batches.tokens, step_flops(agent.model, seen, pairs))

@@ -27,16 +27,15 @@ WARM_STEPS_BETWEEN_CHECKPOINTS = 10
 class Run:
     """A context. However the block ends, the agents as they are then are saved, with a summary; by several
     processes only without an error. A new run that ends before its first evaluation removes its directory.
-
     Each process of a run has a Run and calls it alike, because evaluations and checkpoints are shared work.
-    Only the first has files open.
-    """
+    Only the first has files open."""
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
         self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
         self.directory = Path(config.resume or config.out or unused_name(config))
-        generator = rng.generator(0, "held-out")
-        self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
+        self.held_out = task.sample_problems(
+            config.eval_problems, rng.generator(0, "held-out"), held_out=True
+        )
         self.begin = time.perf_counter()  # later by the time in which the run was stopped
         self.warm_steps_done = self.stages_done = 0
         self.updates, self.stages = [], []  # their lines in metrics.jsonl
@@ -150,10 +149,8 @@ class Run:
         then = (saved := read_json(path)).get("fingerprint", now)
         changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         if changed and not self.config.accept_changes:
-            raise UserError(
-                f"{self.directory} rests on other things now than when it began: {', '.join(changed)}; "
-                "put them back, or go on with --accept-changes"
-            )
+            what = f"{self.directory} rests on other things now than when it began: {', '.join(changed)}"
+            raise UserError(f"{what}; put them back, or go on with --accept-changes")
         write_json(path, saved | {"fingerprint": now})
 
     def _resume(self) -> None:
@@ -194,9 +191,8 @@ class Run:
         """`accuracy_NAME` and `return_NAME` on the held-out problems, one rollout each, with intervals."""
         path = rng.RngPath(self.config.seed, "held-out", self.stages_done)
         rollouts = collect(self.team, self.held_out, 1, path, label="evaluating")
-        self.costs["rollouts_evaluation"] += rollouts.count_sampled
-        self.costs["tokens_sampled_evaluation"] += rollouts.tokens_sampled
-        self.costs["seconds_evaluation"] += rollouts.seconds
+        self.costs.update(rollouts_evaluation=len(rollouts.messages), seconds_evaluation=rollouts.seconds)
+        self.costs.update(tokens_sampled_evaluation=rollouts.tokens_sampled)
         split = "untrained" if name == "untrained" else "held-out"
         self._append(TRANSCRIPTS, log.transcripts(rollouts, self.stages_done, split))
         found, returns = {}, rollouts.returns
@@ -249,8 +245,8 @@ def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
         if os.path.isdir(base):  # another name holds a commit, or ships with the code
             sums = [sha256(Path(base, file)) for file in ("config.json", *weight_files(Path(base)))]
             found[f"LoRA base {base}"] = hashlib.sha256("".join(sums).encode()).hexdigest()
-    messages = [Message(j, [agent.chat.end_of_message] if agent.chat else [], "", [0.0], True)
-                for j, agent in enumerate(team.agents)]  # fmt: skip
+    ends = [[agent.chat.end_of_message] if agent.chat else [] for agent in team.agents]
+    messages = [Message(j, end, "", [0.0], True) for j, end in enumerate(ends)]
     for j, agent in enumerate(team.agents):
         if agent.chat:
             ids = team.render(j, problem, messages, add_generation_prompt=True).ids
