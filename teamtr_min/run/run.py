@@ -33,9 +33,8 @@ class Run:
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
         self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
         self.directory = Path(config.resume or config.out or unused_name(config))
-        self.held_out = task.sample_problems(
-            config.eval_problems, rng.generator(0, "held-out"), held_out=True
-        )
+        generator = rng.generator(0, "held-out")
+        self.held_out = task.sample_problems(config.eval_problems, generator, held_out=True)
         self.begin = time.perf_counter()  # later by the time in which the run was stopped
         self.warm_steps_done = self.stages_done = 0
         self.updates, self.stages = [], []  # their lines in metrics.jsonl
