@@ -29,10 +29,8 @@ def update_groups(config: Config, team: Team) -> list[list[int]]:
 
 def update_order(config: Config, stage: int, updates: int) -> list[int]:
     """The order in which a stage makes its updates; the guarantee holds for any [paper]."""
-    order = list(range(updates))
-    if config.order == "reversed":
-        order.reverse()
-    elif config.order == "random":
+    order = list(range(updates))[:: -1 if config.order == "reversed" else 1]
+    if config.order == "random":
         rng.generator(config.seed, "order", stage).shuffle(order)
     return order
 

@@ -174,10 +174,7 @@ def _batch(
     where, targets = zip(*pairs)
     advantage = advantages[rollout]
     weight = None if rollouts.weights is None else rollouts.weights[rollout]
-
-    def tensor(values) -> Tensor:
-        return torch.as_tensor(values, device=model.device)
-
+    tensor = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
         model, number, packed.tokens, packed.positions, packed.end,
         where=tensor(where), targets=tensor(targets), pair=tensor(pair), message=tensor(message),
