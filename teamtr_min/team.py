@@ -65,13 +65,9 @@ def round_robin(turn: int, messages: list[Message], agents: int, uniform: float)
     return turn % agents
 
 
-def random_router(turn: int, messages: list[Message], agents: int, uniform: float) -> int:
-    return int(uniform * agents)
-
-
 def load_router(name: str) -> Router:
     """`round-robin`, `random`, or the function `router` of a user's Python file."""
-    routers = {"round-robin": round_robin, "random": random_router}
+    routers = {"round-robin": round_robin, "random": lambda turn, messages, n, uniform: int(uniform * n)}
     if name not in routers and not name.endswith(".py"):
         raise UserError(f"no router {name!r}: give round-robin, random, or a FILE.py that defines `router`")
     return routers.get(name) or function_from_file(name, "router")

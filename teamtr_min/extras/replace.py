@@ -43,7 +43,7 @@ from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import fingerprint
 from teamtr_min.tasks import load_task
 from teamtr_min.tasks.task import Demonstration
-from teamtr_min.team import Agent, Team
+from teamtr_min.team import Team
 
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]
 BISECTIONS = 24  # as finely as fp32 divides [0, 1]
@@ -120,17 +120,14 @@ def lessons(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config) ->
     return found
 
 
-def share_vocabulary(a: Agent, b: Agent) -> bool:
-    """Whether both write the same tokens under the same ids, and end a message with the same one."""
-    one, other = (agent.tokenizer.backend.get_vocab(with_added_tokens=True) for agent in (a, b))
-    return one == other and a.chat.end_of_message == b.chat.end_of_message
-
-
 def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, steps: int) -> dict:
     """Train agent j of team `new` on rollouts of team `old`, in that many full-batch steps, none if it is
     inside everywhere. Returns its part of the line in metrics.jsonl. Raises Diverged."""
     learner, messages, outside = Learner(new, [j], beta=0.0), len(rollouts.by([j])), 1.0
-    shared = share_vocabulary(old.agents[j], new.agents[j])
+    agents = old.agents[j], new.agents[j]
+    vocabularies = [agent.tokenizer.backend.get_vocab(with_added_tokens=True) for agent in agents]
+    shared = vocabularies[0] == vocabularies[1]  # the same tokens under the same ids
+    shared &= agents[0].chat.end_of_message == agents[1].chat.end_of_message
     if shared:
         taught = lessons(rollouts, old, new, j, config)
         outside = torch.cat([lesson.weight for lesson in taught]).gt(0).float().mean().item()
