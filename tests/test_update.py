@@ -147,6 +147,12 @@ def test_in_bf16_the_monitor_sees_what_the_sampler_will_use():
     assert update.kept["kl"] <= ready.config.delta < update.attempted["kl"]
     measured = kl_by_loop(old, model, ready.team, ready.rollouts, 0, ready.config, torch.bfloat16)
     assert update.kept["kl"] == pytest.approx(measured["k3"], rel=0.1)
+    gradients = []
+    for tokens in (150, 4096):  # the masters' gradient is the sum over many batches, or a few
+        ready = Prepared(dtype="bf16", batch_tokens=tokens)
+        ready.learner.backward(ready.batches, ready.config)
+        gradients.append(torch.cat([p.grad.flatten() for p in ready.learner.masters]))
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
 
 
 def test_beta_follows_the_attempted_overshoot_within_its_bounds():
