@@ -125,7 +125,7 @@ def test_alignment_brings_the_newcomer_to_the_incumbent_and_moves_nobody_else():
     config, rollouts, old, team = probes(lr=1e-3)
     others = copy.deepcopy([team.agents[0].model.state_dict(), old.agents[1].model.state_dict()])
     line = align(rollouts, old, team, 1, config, steps=30)
-    assert line["align_loss_after"] < 0.3 * line["align_loss_before"] and line["align_steps"] == 30
+    assert 0 < line["align_loss_after"] < 0.3 * line["align_loss_before"] and line["align_steps"] == 30
     assert line["shared_vocabulary"] and line["probes"] == 18 and 0.2 < line["outside"] < 1
     for model, before in zip((team.agents[0].model, old.agents[1].model), others):
         assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
