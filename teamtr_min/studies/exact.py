@@ -32,8 +32,7 @@ class Game:
 
     reward: (X,) in [0, 1], or a function of the finished context. start: law (P,) of the problems; None: one
     problem. router(context) names the next agent; None: round-robin. row(agent, context, token prefix)
-    numbers the row of the agent's table of logits that is used there; None: a row each.
-    """
+    numbers the row of the agent's table of logits that is used there; None: a row each."""
 
     def __init__(
         self, agents: int, vocabulary: int, turns: int, reward: Tensor | Callable[[Context], float], *,
