@@ -1,9 +1,8 @@
 """TeamTR: fine-tune a team of language models, one agent at a time, inside a KL trust region.
 
 Algorithm 1, top to bottom. A stage updates every agent once. Before each update, the team as it now is works
-on the stage's problems (fresh occupancy), so each agent learns in the contexts that its already updated
-teammates produce. An update climbs Eq. 10 for a few steps, no farther than `--delta` nats of KL per message
-(Eq. 11).
+on the stage's problems (fresh occupancy): an agent learns in the contexts that its updated teammates produce.
+An update climbs Eq. 10 for a few steps, no farther than `--delta` nats of KL per message (Eq. 11).
 
     python train.py                                   three small agents learn relay arithmetic in two minutes
     python train.py --delta inf --lr 2e-3 --inner-steps 20   what goes wrong without the radius

@@ -1,9 +1,8 @@
 """How often a team is right, or what its mean return is, on problems that it was never trained on.
 
 Every problem gets k rollouts at the team's own temperature. avg@k is the share of all rollouts with a return
-of 1. pass@j is the chance that the best of j rollouts has, estimated without bias from the k that were drawn.
-Where a task gives partial credit, mean return and expected best return are shown, and accuracy beside them.
-All intervals are 95%, over problems.
+of 1. pass@j is the chance that the best of j rollouts has, estimated without bias from the k that were drawn;
+with partial credit mean and best return are shown beside. All intervals are 95%, over problems.
 
     team       all rollouts of the team count
     vote       the answer that most of k rollouts give

@@ -1,8 +1,7 @@
 """What a run did, on one page: two figures, the transcripts, the knobs that are not the preset's.
 
-Figures come from the run's directory alone, so a run that was stopped, or still goes on, has a report too.
-report.html stands alone: images, style and script are inside, and its policy forbids any request. A figure's
-docstring is also its text for people who cannot see it.
+A run that was stopped, or still goes on, has a report too. report.html stands alone: images, style and script
+are inside. A figure's docstring is also its text for people who cannot see it.
 """
 
 import base64

@@ -3,11 +3,10 @@
     torchrun --nproc-per-node 4 train.py ...
 
 Each process, a rank, samples the rollouts of its share of the problems and computes their gradients. Numbers
-that decide what happens next are gathered first, so all ranks take the same branch. The first rank writes
-all files and prints. torch's FSDP2 shards what is trained: a rank keeps one part of each parameter, of its
-gradient and of Adam's moments, as fp32 DTensors. It gathers the weights of one model, in the compute dtype,
-for a turn of sampling or for a pass over its batches (`unsharded`). A backward pass sums each layer's
-gradients over the ranks. When a process dies, connections break, or torchrun ends the others: `lost`.
+that decide what happens next are gathered first. The first rank writes all files and prints. torch's FSDP2
+shards what is trained: a rank keeps a part of each parameter, gradient and moment, as fp32 DTensors. It
+gathers the weights of one model for a turn of sampling or for a pass over its batches (`unsharded`). When a
+process dies, connections break, or torchrun ends the others: `lost`.
 """
 
 import contextlib

@@ -5,10 +5,9 @@
                a b f        end       6 6 5 4 5 6
 
 A tree lies in its row depth first, so whatever follows a token up to its `end` descends from it: token i sees
-token k exactly when k <= i < end[k]. A row of T tokens costs T * pairs_per_token + T^2: attention looks at
-every pair, and `pairs_per_token` pairs cost as much as what else is computed for one token. Trees are runs of
-the sorted sequences, batches runs of trees of like length, both such that the sum of costs is least: 0.82 of
-the time of a greedy choice.
+token k exactly when k <= i < end[k]. A row of T tokens costs T * pairs_per_token + T^2, since attention looks
+at every pair. Trees are runs of the sorted sequences, batches runs of trees of like length, both such that
+the sum of costs is least: 0.82 of the time of a greedy choice.
 """
 
 import math

@@ -8,8 +8,7 @@ team^{i-1} the one just before the update:
     log_w     log pi_new - log pi_old of the message, 0 where another agent wrote it
     log_rho   log-likelihood of all messages *before* this turn under team^{i-1}, minus under team^0
 
-studies/estimators.py checks them on enumerable teams. From about 1 nat per message on, the intervals of the
-gap, which weighs by 1/rho, cover the truth too rarely, and ESS/B is read too high.
+studies/estimators.py checks them on enumerable teams.
 """
 
 import contextlib

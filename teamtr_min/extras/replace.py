@@ -3,8 +3,8 @@
     python -m teamtr_min.extras.replace --resume RUN --agent 1 --model qwen2.5-0.5b --stages 40
     python train.py --resume RUN-replaced
 
-The first command only reads RUN. It makes a new run: RUN's logs up to its newest checkpoint, a line about
-the replacement, and a checkpoint in which agent 1 is the newcomer. The second resumes it as any other run.
+The first command makes a new run: RUN's logs up to its newest checkpoint, and a checkpoint in which agent 1
+is the newcomer. The second resumes it as any other run.
 
 Stage-0 first teaches the newcomer the habits of the incumbent, the agent that it replaces. At each token of
 the incumbent's messages in the team's own rollouts the target is the policy nearest to the newcomer that the
@@ -12,8 +12,7 @@ team would hardly notice: [mechanism ours]
 
     pi_target ∝ pi_new^{1/(1+lam)} * pi_incumbent^{lam/(1+lam)},   KL(pi_target || pi_incumbent) <= delta
 
-with the least lam >= 0, both policies frozen. The loss is KL(pi_target || newcomer), summed over a message,
-averaged over messages. Where lam = 0 it holds the newcomer as it came while other tokens are learned. [ours]
+with the least lam >= 0, both policies frozen. The loss is KL(pi_target || newcomer), summed over a message.
 A newcomer with another vocabulary learns the text of the messages instead, by next-token prediction.
 """
 

@@ -1,8 +1,7 @@
 """Warm start: supervised steps on demonstrations before stage 0. [ours]
 
-A return can only teach what a team sometimes does. A model that never writes a message in the form that the
-task grades gets no return at all, so it is first shown some: next-token loss on each agent's own messages in
-whole transcripts, by the masters and the optimizer that train it from then on.
+A return can only teach what a team sometimes does. A model that never writes in the form that the task grades
+is first shown some messages: next-token loss on each agent's own, in whole transcripts.
 """
 
 import math

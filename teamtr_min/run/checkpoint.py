@@ -1,11 +1,9 @@
 """Checkpoints: all that the rest of a run depends on, so that a run that was killed resumes to the same bits.
 
-    runs/NAME/checkpoints/000007/    after seven stages (steps of a warm start count as well)
-        learner-0.safetensors ...    each learner's fp32 masters (with LoRA the adapters') and AdamW's state
-        state.json                   betas, and the state of the run: lengths of its logs, results, costs
-        SHA256.json                  the checksum of each of these files
-
-What is drawn is a function of the seed (engine/rng.py), and the learning rate one of the update's number.
+runs/NAME/checkpoints/000007/    after seven stages (steps of a warm start count as well)
+    learner-0.safetensors ...    each learner's fp32 masters (with LoRA the adapters') and AdamW's state
+    state.json                   betas, and the state of the run: lengths of its logs, results, costs
+    SHA256.json                  the checksum of each of these files
 """
 
 import shutil

@@ -3,10 +3,8 @@
     total = program + weights + optimizer + the larger of sampling and an update        (bytes of one process)
 
 Sampling grows with the rollouts that run at once, an update with the tokens of one forward pass. Both get
-their usual size, or what memory allows. If the longest transcript is too much for an update, each layer keeps
-its input alone and is computed again in the backward pass. A run that cannot fit is refused. The estimates
-are 0.7 to 1.3 of measured peaks (docs/models.md). Where memory runs out all the same, work goes on in smaller
-batches (engine/distributed.py: `halving`).
+their usual size, or what memory allows. If the longest transcript is too much, activations are computed
+twice. A run that cannot fit is refused. The estimates are 0.7 to 1.3 of measured peaks (docs/models.md).
 """
 
 import dataclasses

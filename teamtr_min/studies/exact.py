@@ -12,9 +12,8 @@ All is float64 and differentiable. The states of all turns stand in one list of 
     S = P (1 + M + ... + M^(turns-1)) states      X = P M^turns rollouts
     prefixes = 1 + V + ... + V^(U-1): all unfinished messages, the empty one first
 
-Discounting [ours, where the paper leaves it open]: the last message earns the return, so J =
-gamma^(turns-1) E[return]. After it the team stays in an absorbing state without reward. Sums over states
-weigh turn t by gamma^t: that is (1/(1-gamma)) E_{s ~ d^pi} for gamma < 1, and the finite-horizon sum for 1.
+Discounting [ours, where the paper leaves it open]: the last message earns the return, J = gamma^(turns-1)
+E[return], then the team stays in an absorbing state. Sums over states weigh turn t by gamma^t.
 """
 
 from collections.abc import Callable

@@ -2,9 +2,8 @@
 
 Each arm is `python train.py` with a few flags, once per seed, in a directory under `--out`. A finished run is
 not made again and an unfinished one is resumed. An arm that collects once a stage has n times as many stages
-as one that collects before each of its n updates; an arm with a floor (`--min-ess`) collects as it needs. So
-all arms of a setting are compared at the fewest rollouts that one of their runs took, and at the fewest
-seconds, evaluation left out.
+as one that collects before each of its n updates; an arm with a floor (`--min-ess`) collects as it needs. All
+are compared at the fewest rollouts that one of their runs took, and at the fewest seconds without evaluation.
 """
 
 import os

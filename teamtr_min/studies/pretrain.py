@@ -5,11 +5,9 @@
 A model learns to predict the next token of transcripts that made-up solvers write. The same thread count and
 torch version give the same bits.
 
-Relay: a few solvers are careful and nearly always right; most are careless and put a random digit in two
-steps out of three. A model of this mixture gets a step right about half of the time.
-Convention: solvers are always right. The code of each message is drawn, with odds that depend on the turn
-alone: so agents start with opposite habits. In half of the transcripts a hint behind the problem names the
-code of all messages; the problems of a run never have a hint.
+Relay: a few solvers are nearly always right; most put a random digit in two steps out of three. Convention:
+solvers are always right; the code of each message is drawn, with odds that depend on the turn alone. In half
+of its transcripts a hint behind the problem names the code of all messages; runs never have a hint.
 """
 
 import argparse
