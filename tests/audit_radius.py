@@ -1,8 +1,7 @@
 """A whole training run, each update audited: `python tests/audit_radius.py --seed 0` (flags as train.py).
 
 After every update the KL between the agents before and after it is computed again from nothing but the
-models and the rollouts, one rollout at a time, in float64, by code that shares nothing with the update's own
-monitor. Takes a few minutes longer than the run itself.
+models and the rollouts, one rollout at a time, in float64. Takes a few minutes longer than the run itself.
 """
 
 import copy

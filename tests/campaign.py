@@ -1,6 +1,5 @@
-"""A toy run in a process of its own is killed (SIGKILL) at random moments; every other time a file of its
-newest checkpoint is damaged, or a half-written one left beside it. Then it resumes, in the end to the bits of
-a run that was left alone. A longer campaign needs no more than a larger number of kills."""
+"""A toy run is killed (SIGKILL) at random moments; every other time a file of its newest checkpoint is damaged,
+or a half-written one left beside it. Resumed, it ends with the bits of a run that was left alone."""
 
 import itertools
 import multiprocessing
