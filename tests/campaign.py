@@ -1,5 +1,5 @@
-"""A toy run is killed (SIGKILL) at random moments; every other time a file of its newest checkpoint is damaged,
-or a half-written one left beside it. Resumed, it ends with the bits of a run that was left alone."""
+"""A toy run is killed (SIGKILL) at random moments; every other time a file of its newest checkpoint is
+damaged, or a half-written one left beside it. Resumed, it ends with the bits of a run left alone."""
 
 import itertools
 import multiprocessing
