@@ -203,8 +203,8 @@ class Learner:
 
     def add_gradients(self) -> None:
         """Move the model's gradients into the masters', which sum them in fp32; call after each backward."""
-        for master, p in zip(self.masters, self.parameters):
-            if self.copied and p.grad is not None:
+        for master, p in zip(self.masters, self.parameters) if self.copied else ():
+            if p.grad is not None:
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                 p.grad = None
 

@@ -119,7 +119,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """A safetensors file to read from; UserError where it is not one, such as *.bin, a pickle."""
+    """A safetensors file to read from; UserError where it is not one, such as *.bin."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
