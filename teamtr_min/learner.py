@@ -102,14 +102,14 @@ class Learner:
         """One optimizer step on the gradients added up so far. Returns their norm before clipping."""
         gradients = [p.grad for p in self.masters if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        if not norm.isfinite():
-            raise Diverged("the gradient is not finite")
         torch.nn.utils.clip_grads_with_norm_(self.masters, GRADIENT_NORM, norm)
+        if not math.isfinite(norm := norm.item()):
+            raise Diverged("the gradient is not finite")
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self._clear_gradients()
         self._round()
-        return norm.item()
+        return norm
 
     def clone_masters(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.masters]
@@ -141,6 +141,8 @@ class Learner:
         """Let them wait on the host, where the memory plan says that the device cannot hold them."""
         if self.offloads:
             self._move("cpu")
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # before the host reads what comes
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
         """[ours] Follow the KL of the attempted update, within bounds; a beta of 0 stays 0."""
@@ -219,11 +221,17 @@ class Learner:
                 round_into(local(p), local(master), offset(p))
 
     def _move(self, device: torch.device | str) -> None:
-        if self.copied:
-            for p in self.masters:
-                p.data = p.data.to(device)
+        for p in self.masters if self.copied else ():
+            p.data = moved(p.data, device)
         for state in self.optimizer.state.values():
-            state |= {name: value.to(device) for name, value in state.items() if name != "step"}
+            state |= {name: moved(value, device) for name, value in state.items() if name != "step"}
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on another device; copies between a GPU and pinned host memory do not wait for one another."""
+    pinned = x.is_cuda and device == "cpu"
+    target = torch.empty_like(x, device="cpu", pin_memory=True) if pinned else x.to(device, non_blocking=True)
+    return target.copy_(x, non_blocking=True) if pinned else target
 
 
 def keep_company(model: Transformer) -> None:
