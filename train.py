@@ -1,10 +1,12 @@
 """TeamTR: fine-tune a team of language models, one agent at a time, inside a KL trust region.
 
-Algorithm 1, top to bottom. A stage updates every agent once. Before each update, the team as it now is works
-on the stage's problems (fresh occupancy): an agent learns in the contexts that its updated teammates produce.
+Algorithm 1, top to bottom. A stage updates every agent once, each under the team as it now is: an agent
+learns in the contexts that its updated teammates produce. The paper samples these anew before each update
+(`--occupancy fresh`); by default rollouts are reweighted to them while that is exact enough (`--min-ess`).
 An update climbs Eq. 10 for a few steps, no farther than `--delta` nats of KL per message (Eq. 11).
 
     python train.py                                   three small agents learn relay arithmetic in two minutes
+    python train.py --occupancy fresh                 the paper's algorithm: three times the rollouts
     python train.py --delta inf --lr 2e-3 --inner-steps 20   what goes wrong without the radius
     python train.py --agents 3 --model qwen2.5-1.5b   three Qwen2.5, fetched when they are new
     torchrun --nproc-per-node 8 train.py ...          the same run by eight processes, a GPU each
@@ -58,7 +60,7 @@ def train(config: Config, ranks: Ranks = ALONE) -> dict:
             diagnostics = Diagnostics(config, team, stage)
             for i, number in enumerate(update_order(config, stage, len(learners))):
                 learner = learners[number]
-                rollouts = source.of_update(i)  # of the team as it now is, agents before this one updated
+                rollouts = source.of_update(i)  # of, or reweighted to, the team as it now is
                 diagnostics.before(i, learner.agents)
 
                 begin = time.perf_counter()

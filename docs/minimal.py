@@ -1,6 +1,6 @@
 """TeamTR in one small file: Algorithm 1 with plain sampling, Eq. 9 to 11 and backtracking.
 
-    python docs/minimal.py             the default run of train.py, slowly
+    python docs/minimal.py             `python train.py --occupancy fresh`, slowly
 
 It knows one model on one device, one agent per turn, and nothing else. Everything that train.py has more is
 here left out, and this is what it buys:

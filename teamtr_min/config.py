@@ -71,8 +71,8 @@ class Config:
     demonstrations: str = knob("", "JSONL file of transcripts for the warm start (default: made by the task)")
     # Algorithm 1
     stages: int = knob(None, "stages; each updates every agent once", least=1)
-    occupancy: str = knob(None, "rollouts an update trains on. fresh: collected before each update; corrected: reweighted to the team as it now is (see --min-ess); stale: those of the stage's start; joint: the same, for one update of all agents (default fresh)", "fresh", "corrected", "stale", "joint")
-    min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts would fall below this; 1: before every update, 0: once a stage (default 1)", least=0)
+    occupancy: str = knob(None, "rollouts an update trains on. fresh: collected before each update; corrected: reweighted to the team as it now is (see --min-ess); stale: those of the stage's start; joint: the same, for one update of all agents (default corrected)", "fresh", "corrected", "stale", "joint")
+    min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts would fall below this; 1: before every update, the paper's Algorithm 1; 0: once a stage (default 0.5)", least=0)
     order: str = knob("fixed", "update order within a stage; random draws one per stage", "fixed", "reversed", "random")
     inner_steps: int = knob(None, "most optimizer steps in one update", least=1)
     lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (with LoRA the default is 10 times as large)", least=0)
@@ -115,7 +115,7 @@ class Config:
         preset = PRESETS[kind] | (PRESETS.get(self.task, {}) if kind == "pretrained" else {})
         for name, value in preset.items():
             default(name, value * LORA_LR if name in ("lr", "warm_start_lr") and self.lora_rank else value)
-        default("occupancy", "fresh" if self.min_ess in (None, 1) else "corrected")
+        default("occupancy", "fresh" if self.min_ess == 1 else "corrected")
         default("min_ess", {"fresh": 1.0, "corrected": 0.5}.get(self.occupancy, 0.0))
         default("date", time.strftime("%Y-%m-%d"))
         for f in dataclasses.fields(self):

@@ -39,7 +39,7 @@ def test_a_task_brings_its_model_and_its_own_preset():
 
 
 def test_fresh_and_corrected_are_one_rule():
-    rules = {"": ("fresh", 1.0), "--occupancy fresh": ("fresh", 1.0), "--min-ess 1": ("fresh", 1.0)}
+    rules = {"": ("corrected", 0.5), "--occupancy fresh": ("fresh", 1.0), "--min-ess 1": ("fresh", 1.0)}
     rules |= {"--min-ess 0": ("corrected", 0.0), "--occupancy corrected --min-ess 0.8": ("corrected", 0.8)}
     rules |= {f"--occupancy {way}": (way, 0.0) for way in ("stale", "joint")}
     for flags, rule in (rules | {"--occupancy corrected": ("corrected", 0.5)}).items():

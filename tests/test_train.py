@@ -32,7 +32,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert kinds == ["update", "update", "update", "stage"] * 3
     assert [(u["stage"], u["agent"]) for u in updates] == [(s, j) for s in range(3) for j in range(3)]
     assert ["accuracy_held_out" in stage for stage in stages] == [True, True, False]
-    assert summary["stages"] == 3 and summary["rollouts"] == 3 * 3 * 12
+    assert summary["stages"] == 3 and summary["rollouts"] == sum(u["rollouts"] for u in updates) >= 3 * 12
     assert summary["reason"] is summary["stopped"] is None and "accuracy_untrained" not in summary
     assert summary["tokens_trained"] == sum(u["tokens_trained"] for u in updates) > 0
     assert summary["violation_rate_after"] == 0
