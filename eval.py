@@ -8,7 +8,7 @@ python eval.py relay --mode vote --k 8  the answer that most of eight rollouts g
 python eval.py mine.py --samples F      your task; every transcript and its return go to F, as JSONL
 python eval.py jsonl --model DIR --data FILE    your own word problems
 python eval.py ask "12*7?" --team runs/NAME     the messages of the team, and its answer
-python eval.py report --team runs/NAME  figures, and a page with the transcripts
+python eval.py report --team runs/NAME  figures, and a page with the transcripts; RUN,RUN: side by side
 python eval.py export --team runs/NAME  its agents; LoRA adapters become whole checkpoints
 python eval.py kernels sampling training    how fast, beside other libraries and the machine's limits
 python eval.py gpu                      these three on a GPU
@@ -69,18 +69,20 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("benchmarks", nargs="*", metavar="benchmark", help=names)
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
     add("--mode", choices=accuracy.MODES, default="team", help=f"{modes} (default team)")
-    add("--k", type=int, default=1, help="rollouts per problem (default 1)")
+    add("--k", type=int, default=1, help="rollouts per problem and seed: avg@k, pass@k (default 1)")
+    add("--seeds", type=int, default=1, help="so many seeds, from --seed on, with their standard error")
     add("--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)")
     add("--data", help="JSONL of problems to take instead of the held-out ones")
     add("--json", action="store_true", help="print one JSON object per result, nothing else")
-    add("--samples", help="file for every transcript with its return, as JSONL")
+    add("--samples", help="file for every transcript: prompts, messages, answers, return, as JSONL")
+    add("--csv", action="store_true", help="report: also updates.csv and stages.csv")
     add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
-    add("--out", help="export, occupancy: directory for what they write")
+    add("--out", help="report, export, occupancy: directory for what they write")
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
     args = parser.parse_args(argv)
-    if args.k < 1 or (args.problems or 1) < 1:
-        raise UserError("--k and --problems must be at least 1")
+    if min(args.k, args.seeds, args.problems or 1) < 1:
+        raise UserError("--k, --seeds and --problems must be at least 1")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 
 
@@ -100,15 +102,12 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
             if name not in OTHERS:
                 exam = accuracy.find_team(team, flags, name)
                 exams.append(accuracy.prepare(exam, name, args.problems, args.data))
-            elif ranks.first and (team == teams[0] or name in ("report", "export")):
+            elif ranks.first and (team == teams[0] or name == "export"):
                 others.append((name, team))
     table = accuracy.Table(several=len(exams) > 1)
     file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
     for exam in exams:
-        result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks)
-        if file:
-            file.writelines(to_json(line) + "\n" for line in accuracy.samples(result, rollouts))
-            file.flush()
+        result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks, args.seeds, file)
         yield result, table.add(result, rollouts)
     for name, team in others:
         yield from other(name, team, args, flags)
@@ -135,7 +134,7 @@ def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
         raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
     for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
         if name == "report":
-            result, table = report.run(team), report.table
+            result, table = report.run(split_names(args.team), args.out, args.csv), report.table
         elif name == "export":
             result, table = accuracy.export(team, args.out), lambda result: "\n".join(result["agents"])
         elif name == "occupancy":

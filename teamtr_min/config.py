@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import datetime
 import difflib
+import importlib.util
 import math
 import os
 import time
@@ -100,6 +101,7 @@ class Config:
     eval_every: int = knob(0, "also evaluate every so many stages; 0 for never", least=0)
     checkpoint_every: int = knob(None, "stages between checkpoints", least=1)
     diagnostics: bool = knob(False, "estimate stale gap, occupancy shift and lower bounds of each update on rollouts of their own")
+    tensorboard: bool = knob(False, "also write every logged number for TensorBoard, into tensorboard/ of the run (pip install tensorboard)")
     out: str = knob("", "directory for everything the run writes (default runs/TASK-AGENTSx-TIME)")
     resume: str = knob("", "directory of a run to continue from its newest checkpoint, to the same bits on a CPU")
     accept_changes: bool = knob(False, "with --resume: go on although data, task file, grader or template have changed")
@@ -240,6 +242,8 @@ def parse(argv: list[str] | None, description: str) -> Config:
     config = resumed(given) if given.get("resume") else Config(**given)
     if config.temperature == 0:
         raise UserError("--temperature 0 draws the same rollout each time; a group has nothing to compare")
+    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     return config
 
 

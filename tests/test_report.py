@@ -40,7 +40,7 @@ class Page(html.parser.HTMLParser):
         self.feed(self.source)
         inside = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.S)
         self.data = json.loads(inside[1])
-        self.knobs = set(re.findall(r"<tr><td>(\w+)<td>", self.source))
+        self.knobs = {knob[0] for knob in self.data["knobs"]}
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -48,7 +48,7 @@ class Page(html.parser.HTMLParser):
 
 
 def page_of(run: Path) -> Page:
-    report.run(str(run))
+    report.run([str(run)])
     return Page(run / "report.html")
 
 
@@ -85,7 +85,7 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
     assert "default-src 'none'; img-src data:" in page.source
     transcripts = [line for _, line in read_jsonl(mine / "transcripts.jsonl")]
     assert page.data["transcripts"] == transcripts and len(transcripts) > 8
-    assert page.data["names"] == ["A", "B", "C"]
+    assert [role["name"] for role in page.data["roles"]] == ["A", "B", "C"]
     toy = set("stages problems group inner_steps eval_problems eval_every lr delta device out".split())
     assert page.knobs == toy
     dataclasses.replace(Config(lora_rank=16, agents=5, min_ess=0.7), batch_rows=7).save(mine / "config.json")
@@ -100,20 +100,19 @@ def test_hostile_text_stays_text(mine):
     changes = {"fields": HOSTILE, "task": f"{HOSTILE}.py", "model": "relay"}
     dataclasses.replace(Config.load(mine / "config.json"), **changes).save(mine / "config.json")
     page = page_of(mine.rename(mine.with_name("<img src=x>")))
-    count = {tag: page.tags.count(tag) for tag in {*page.tags, *before.tags} - {"tr", "td"}}
-    assert count == {tag: before.tags.count(tag) for tag in count}  # tr and td: more knobs are changed
+    assert page.tags == before.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert page.source.count("</script>") == 2 and page.source.count("<script") == 2
     assert page.data["transcripts"][-1]["messages"][0]["text"] == HOSTILE
 
 
 def test_a_run_that_was_stopped_or_killed_has_a_report(stopped, mine):
-    result = report.run(str(shutil.copytree(stopped, mine.with_name("stopped"))))
+    result = report.run([str(shutil.copytree(stopped, mine.with_name("stopped")))])
     assert result["state"] == "2 of 3 stages; not finished: interrupted"
-    *whole, last, _ = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)[:6]
+    *whole, last, _ = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)[:7]
     (mine / "metrics.jsonl").write_text("".join(whole) + last[:50])
     (mine / "summary.json").unlink()
-    state = report.run(str(mine))["state"]
+    state = report.run([str(mine)])["state"]
     assert state == "1 of 3 stages; not finished: the run goes on, or was killed"
 
 
@@ -125,7 +124,7 @@ def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(min
     for name in ("newer", "older"):
         shutil.copytree(mine, f"runs/{name}")
     os.utime("runs/older/metrics.jsonl", (0, 0))
-    assert report.run(None)["team"] == "runs/newer"
+    assert report.run([])["team"] == "runs/newer"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "figures need matplotlib: pip install matplotlib" in refused("--team", str(mine))
     assert not (mine / "report.html").exists()

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +27,18 @@ from torch import Tensor
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.files import UserError, read_json, replacing
+from teamtr_min.files import UserError, read_json, replacing, to_json
 from teamtr_min.hf.lora import WEIGHTS, load_models, merge
 from teamtr_min.hf.weights import ADAPTER_CONFIG, pinned, save_model
 from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run.loading import build_team
+from teamtr_min.run.loading import build_team, placement
 from teamtr_min.run.log import mean_interval
 from teamtr_min.run.memory import in_use, plan_evaluation
-from teamtr_min.run.run import newest_run
+from teamtr_min.run.run import fingerprint, newest_run
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
 from teamtr_min.tasks.generated import Generated
 from teamtr_min.tasks.task import Task
-from teamtr_min.team import round_robin
+from teamtr_min.team import Team, round_robin
 
 HELD_OUT = 2048  # problems, unless a count is asked for
 MODES = ("team", "solo", "best_of", "vote")
@@ -83,8 +83,10 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None) -
     return exam._replace(config=config, task=task, problems=problems)
 
 
-def evaluate(exam: Exam, mode: str, k: int, ranks: Ranks = ALONE) -> tuple[dict, Rollouts]:
-    """What `--json` prints, and the rollouts behind it. Raises UserError."""
+def evaluate(
+    exam: Exam, mode: str, k: int, ranks: Ranks = ALONE, seeds: int = 1, file: IO | None = None
+) -> tuple[dict, Rollouts]:
+    """What `--json` prints, and the first seed's rollouts; `file` gets all samples. Raises UserError."""
     begin, config, task = time.perf_counter(), exam.config, exam.task
     if mode == "vote" and not callable(getattr(task, "answer", None)):
         raise UserError("to vote, a task needs a method answer(messages) -> str | None")
@@ -97,19 +99,26 @@ def evaluate(exam: Exam, mode: str, k: int, ranks: Ranks = ALONE) -> tuple[dict,
     team = build_team(config, task, ranks, sources)
     roles = [agent.role for agent in team.agents]
     prompts = hashlib.sha256("\0".join(text for r in roles for text in (r.name, r.system)).encode())
+    asked = hashlib.sha256(to_json([vars(problem) for problem in problems]).encode())
     names = ("model", "agents", "router", "rounds", "max_new_tokens", "temperature", "seed", "data")
     result = {
-        "benchmark": config.task, "mode": mode, "k": k, "team": exam.team,
+        "benchmark": config.task, "mode": mode, "k": k, "seeds": seeds, "team": exam.team,
         **{name: getattr(config, name) for name in names}, "roles": [role.name for role in roles],
         "prompts": f"{prompts.hexdigest()[:8]} of {config.roles or 'the task'}",
-        "grader": getattr(task, "grader", "the task's own"), "fingerprint": task.fingerprint(),
+        "grader": getattr(task, "grader", "the task's own"),
+        "fingerprint": fingerprint(config, team, problems[0]) | {"problems asked": asked.hexdigest()},
+        **dict(zip(("device", "dtype"), map(str, placement(config)))), "torch": torch.__version__,
     }  # fmt: skip
     if mode == "solo":
         team = dataclasses.replace(team, agents=team.agents[:1], rounds=team.turns, router=round_robin)
-    rollouts = collect(team, problems, k, rng.RngPath(config.seed, "eval"), f"evaluating {config.task}")
-    result |= scores(rollouts, mode, task)
+    collected, place = [], {"benchmark": config.task, "team": exam.team}
+    for seed in range(config.seed, config.seed + seeds):
+        collected.append(collect(team, problems, k, rng.RngPath(seed, "eval"), f"evaluating {config.task}"))
+        for line in samples(team, collected[-1]) if file else ():
+            file.write(to_json(place | {"seed": seed} | line) + "\n")
+    result |= scores(collected, mode, task)
     result |= {"memory_peak": in_use(plan.device, most=True), "memory_planned": plan.total}
-    return result | {"problems": len(problems), "seconds": time.perf_counter() - begin}, rollouts
+    return result | {"problems": len(problems), "seconds": time.perf_counter() - begin}, collected[0]
 
 
 def best_of(values: Tensor, j: int) -> Tensor:
@@ -121,21 +130,28 @@ def best_of(values: Tensor, j: int) -> Tensor:
     return values.double().sort(1).values @ chances
 
 
-def scores(rollouts: Rollouts, mode: str, task: Task) -> dict:
-    """Accuracy and return of what `mode` chooses, pass@j and best return of j rollouts, with intervals."""
-    returns, k = rollouts.grouped_returns, rollouts.group_size  # (P, k)
-    right = (returns == 1).double()
-    chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
-    each = {"avg_at_k": (chosen == 1).double().mean(1), "return_at_k": chosen.double().mean(1)}
-    each["pass_at_k"] = best_of(right, k)
-    found = {"partial": bool(((returns != 0) & (returns != 1)).any())}
-    for name, values in each.items():
-        found[name], found[f"{name}_ci"] = mean_interval(values)
-    js = sorted({2**i for i in range(k.bit_length())} | {k})
-    for name, values in (("pass_at", right), ("best_at", returns)):
-        means, intervals = zip(*[mean_interval(best_of(values, j)) for j in js])
-        found[name], found[f"{name}_ci"] = (dict(zip(map(str, js), x)) for x in (means, intervals))
-    return found | {"tokens_sampled": rollouts.tokens_sampled}
+def scores(collected: list[Rollouts], mode: str, task: Task) -> dict:
+    """Accuracy and return of what `mode` chooses, pass@j and best return of j rollouts: means over problems
+    and seeds, `_ci` over problems, and of several seeds `_se`, the standard error over them."""
+    k, each = collected[0].group_size, collections.defaultdict(list)  # (name, j or None) -> (P,) of each seed
+    for rollouts in collected:
+        returns = rollouts.grouped_returns  # (P, k)
+        right = (returns == 1).double()
+        chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
+        each["avg_at_k", None].append((chosen == 1).double().mean(1))
+        each["return_at_k", None].append(chosen.double().mean(1))
+        each["pass_at_k", None].append(best_of(right, k))
+        for j in sorted({2**i for i in range(k.bit_length())} | {k}):
+            each["pass_at", str(j)].append(best_of(right, j))
+            each["best_at", str(j)].append(best_of(returns, j))
+    found = {"partial": any(((r.returns != 0) & (r.returns != 1)).any().item() for r in collected)}
+    for (name, j), values in each.items():
+        by_seed = torch.stack(values)  # (seeds, P)
+        error = by_seed.mean(1).std().item() / len(values) ** 0.5 if len(values) > 1 else None
+        for end, value in zip(("", "_ci", "_se"), (*mean_interval(by_seed.mean(0)), error)):
+            if value is not None:
+                found[name + end] = found.get(name + end, {}) | {j: value} if j else value
+    return found | {"tokens_sampled": sum(rollouts.tokens_sampled for rollouts in collected)}
 
 
 def pick(rollouts: Rollouts, mode: str, task: Task) -> Tensor:
@@ -164,9 +180,9 @@ class Table:
         heading = (  # what the result rests on
             "  model {model}, agents {agents}, rounds {rounds}, router {router}, mode {mode}\n"
             "  at most {max_new_tokens} tokens a message, temperature {temperature:g}, prompts {prompts}\n"
-            "  grader {grader}, seed {seed}, {problems:,} problems x {k}"
-        ).format(**result)
-        name, team, found = result["benchmark"], result["team"], rows(result)
+            "  grader {grader}, seed {seed}, {problems:,} problems x {k}{times}"
+        ).format(**result, times=f" x {result['seeds']} seeds" * (result["seeds"] > 1))
+        name, team, found = result["benchmark"], result["team"], [*rows(result)]
         if not self.several:
             lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]
             lines += [f"  {what:14s}{value}" for what, value in found]
@@ -176,17 +192,17 @@ class Table:
         return "\n".join([*lines, f"{name:9s} {cells}{team}"])
 
 
-def rows(result: dict) -> list[tuple[str, str]]:
-    """(name, value with interval): avg@k, pass@2, ... or the same of returns; then what `mode` adds."""
+def rows(result: dict) -> Iterator[tuple[str, str]]:
+    """(name, value with interval and, after ±, standard error over seeds): avg@k, pass@2, ... or the same of
+    returns; then what `mode` adds."""
     r, k = result, result["k"]
     mean, best = ("return", "best") if r["partial"] else ("avg", "pass")
-    names = {j: f"{best}@{j}" for j in r[f"{best}_at"]} | {"1": f"{mean}@{k}"}
-    found = [(name, r[f"{best}_at"][j], r[f"{best}_at_ci"][j]) for j, name in names.items()]
-    if r["mode"] in ("vote", "best_of"):
-        found.append((f"{r['mode']} {k}", r[f"{mean}_at_k"], r[f"{mean}_at_k_ci"]))
-    if r["partial"]:
-        found.append(("accuracy", r["pass_at"]["1"], r["pass_at_ci"]["1"]))
-    return [(name, f"{value:.3f} [{low:.3f}, {high:.3f}]") for name, value, (low, high) in found]
+    found = [(f"{best}@{j}" if j != "1" else f"{mean}@{k}", f"{best}_at", j) for j in r[f"{best}_at"]]
+    found += [(f"{r['mode']} {k}", f"{mean}_at_k", None)] * (r["mode"] in ("vote", "best_of"))
+    for name, key, j in found + [("accuracy", "pass_at", "1")] * r["partial"]:
+        values = [r[key + end][j] if j else r[key + end] for end in ("", "_ci", "_se") if key + end in r]
+        value, (low, high), *error = values
+        yield name, f"{value:.3f} [{low:.3f}, {high:.3f}]" + "".join(f" ±{e:.3f}" for e in error)
 
 
 def transcripts(rollouts: Rollouts, roles: list[str]) -> Iterator[str]:
@@ -198,13 +214,19 @@ def transcripts(rollouts: Rollouts, roles: list[str]) -> Iterator[str]:
         yield from (f"  {roles[m.agent]}: {m.text}" for m in rollouts.messages[r])
 
 
-def samples(result: dict, rollouts: Rollouts) -> Iterator[dict]:
-    """Every transcript with its return, for `--samples`."""
+def samples(team: Team, rollouts: Rollouts) -> Iterator[dict]:
+    """Every transcript for `--samples`. `prompts`: the text of the ids that each agent was given for its last
+    message, which hold all that it was given before; None of an agent that took no turn."""
+    state = getattr(team.task, "answer", lambda messages: None)
     for r, (problem, messages) in enumerate(zip(rollouts.problems, rollouts.messages)):
-        place = {"benchmark": result["benchmark"], "team": result["team"], "sample": r % rollouts.group_size}
+        prompts: dict[int, str] = {}
+        for t, j in ((t, m.agent) for t, m in enumerate(messages) if m.tokens):  # a tool is given no ids
+            ids = team.render(j, problem, messages[:t], add_generation_prompt=True).ids
+            prompts[j] = team.agents[j].tokenizer.decode(ids, skip_special_tokens=False)
         written = [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]
-        about = dataclasses.asdict(problem) | {"messages": written, "return": rollouts.returns[r].item()}
-        yield place | about
+        about = {"sample": r % rollouts.group_size, **vars(problem), "messages": written}
+        about |= {"team_answer": state(messages), "return": rollouts.returns[r].item()}
+        yield about | {"prompts": [prompts.get(j) for j in range(len(team.agents))]}
 
 
 def export(team: str | None, out: str | None) -> dict:

@@ -69,10 +69,11 @@ def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update
     }  # fmt: skip
 
 
-def transcripts(rollouts: Rollouts, stage: int, split: str) -> list[dict]:
-    """Four rollouts, spread over the problems."""
-    stride = max(1, len(rollouts.messages) // 4)
-    some = list(zip(rollouts.problems, rollouts.messages, rollouts.returns.tolist()))[::stride][:4]
+def transcripts(rollouts: Rollouts, stage: int, split: str, count: int = 4) -> list[dict]:
+    """`count` rollouts, spread evenly over the problems; the 4 of a collection are among its 32."""
+    every = list(zip(rollouts.problems, rollouts.messages, rollouts.returns.tolist()))
+    count = min(count, len(every))
+    some = [every[i * len(every) // count] for i in range(count)]
     return [
         {"id": p.id, "text": p.text, "answer": p.answer, "return": value, "stage": stage, "split": split,
          "messages": [{"agent": m.agent, "text": m.text} for m in messages]}
@@ -83,6 +84,17 @@ def transcripts(rollouts: Rollouts, stage: int, split: str) -> list[dict]:
 def read_log(path: Path) -> list[dict]:
     """The lines of a log. A last line that a kill cut off is left out; UserError names any other damage."""
     return [record for _, record in read_jsonl(path, whole=True)]
+
+
+def write_scalars(writer, lines: list[dict], names: list[str]) -> None:
+    """The numbers of metrics.jsonl's lines, by stage, as `KEY/AGENT` of updates (`kl_after/0 A`), `stage/KEY`
+    and `evaluation/KEY`."""
+    for line in (line for line in lines if "stage" in line):
+        agent = f"{line['agent']} {names[line['agent']]}" if "agent" in line else "team"
+        for key in line.keys() - {"stage", "update", "agent"}:
+            if type(line[key]) in (int, float, bool):
+                tag = f"{key}/{agent}" if line["kind"] == "update" else f"{line['kind']}/{key}"
+                writer.add_scalar(tag, line[key], line["stage"])
 
 
 def say(text: str) -> None:

@@ -15,7 +15,7 @@ from teamtr_min.files import UserError, lock, read_json, sha256, to_json, users_
 from teamtr_min.hf.hub import weight_files
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
-from teamtr_min.run import checkpoint, log
+from teamtr_min.run import checkpoint, figures, log
 from teamtr_min.run.memory import Plan, in_use
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
@@ -42,6 +42,8 @@ class Run:
         self.costs = collections.Counter()  # of evaluations and warm start
         self.summary: dict = {}
         self.files: dict = {}  # the open logs; the first is also the lock of the directory
+        self.board = None  # with --tensorboard its writer
+        self.names = [agent.role.name for agent in team.agents]
         self.removable = False  # a new directory that holds nothing worth keeping yet
         self.bar = tqdm(total=config.stages * len(learners), unit="update", disable=None, leave=False)
 
@@ -52,12 +54,19 @@ class Run:
         log.say("\n".join([header, str(self.plan), *self.task.notes]))
         if self.config.resume:
             self._resume()
+        if self.config.tensorboard and self.files:  # all lines again: what a kill kept back is lost
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.directory / "tensorboard", purge_step=0, flush_secs=10)
+            log.write_scalars(self.board, log.read_log(self.directory / METRICS), self.names)
         return self
 
     def evaluate(self, name: str) -> None:
         """Measure "untrained", "start" or "final"; a resumed run keeps what it has measured before."""
         if f"accuracy_{name}" not in self.results:
-            self.results |= self._measure(name)
+            found = self._measure(name)
+            self._append(METRICS, [{"kind": "evaluation", "stage": self.stages_done, **found}])
+            self.results |= found
             if name != "final":  # which the closing lines tell
                 shown = log.held_out_score(self.results, name)
                 log.say(f"{name:13s} held-out {shown}, {len(self.held_out):,} problems")
@@ -106,8 +115,7 @@ class Run:
             "seconds": self._seconds(), "seconds_evaluation": self.costs["seconds_evaluation"],
         }  # fmt: skip
         self.stages += self._append(METRICS, [line])
-        names = [agent.role.name for agent in self.team.agents]
-        log.say(log.stage_text(self.stages[-1], updates, self.config, names))
+        log.say(log.stage_text(self.stages[-1], updates, self.config, self.names))
         if stage == 0:
             log.say(log.advice(self.config, updates))
         if last or self.stages_done % self.config.checkpoint_every == 0:
@@ -130,7 +138,7 @@ class Run:
             elif self.removable:
                 shutil.rmtree(self.directory, ignore_errors=True)
         finally:
-            for file in self.files.values():
+            for file in [*self.files.values(), *filter(None, [self.board])]:
                 file.close()
 
     def _lock(self) -> None:
@@ -181,6 +189,8 @@ class Run:
         if file := self.files.get(name):
             file.writelines(to_json(line) + "\n" for line in lines)
             file.flush()
+            if self.board and name == METRICS:
+                log.write_scalars(self.board, lines, self.names)
         return lines
 
     def _seconds(self) -> float:
@@ -193,7 +203,8 @@ class Run:
         self.costs.update(rollouts_evaluation=len(rollouts.messages), seconds_evaluation=rollouts.seconds)
         self.costs.update(tokens_sampled_evaluation=rollouts.tokens_sampled)
         split = "untrained" if name == "untrained" else "held-out"
-        self._append(TRANSCRIPTS, log.transcripts(rollouts, self.stages_done, split))
+        count = 32 if name in ("start", "final") else 4  # the report compares them
+        self._append(TRANSCRIPTS, log.transcripts(rollouts, self.stages_done, split, count))
         found, returns = {}, rollouts.returns
         for key, values in (("accuracy", (returns == 1).double()), ("return", returns)):
             found[f"{key}_{name}"], found[f"{key}_{name}_ci"] = log.mean_interval(values)
@@ -218,6 +229,8 @@ class Run:
         if self.files:
             write_json(self.directory / "summary.json", self.summary)
             log.say(log.closing(self.config, self.directory, self.summary, self.stages))
+            if self.updates:
+                figures.save_summary(self.directory)
 
 
 def unused_name(config: Config) -> Path:

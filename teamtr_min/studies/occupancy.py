@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from teamtr_min.bench.report import COLOURS, render, require_matplotlib
 from teamtr_min.files import UserError, read_json, write_json
+from teamtr_min.run.figures import COLOURS, render, require_matplotlib
 from teamtr_min.run.log import read_log
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -77,7 +77,7 @@ def run(root: Path, short: bool, jobs: int) -> dict:
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         list(tqdm(pool.map(lambda job: train(*job), todo), total=len(todo), unit="run", disable=None))
     rows, figure = at_equal_cost([row(arm) for arm in wanted]), root / "occupancy.png"
-    figure.write_bytes(render(draw, rows))
+    figure.write_bytes(render(rows, draw, width=8))
     found = {"benchmark": "occupancy", "rows": rows, "figure": str(figure)}
     write_json(root / "occupancy.json", found)
     return found
