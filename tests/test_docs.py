@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from toy_runs import lines
 
 from teamtr_min.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-EVAL = "team mode k problems data json samples short jobs out help".split()
+EVAL = "team mode k seeds problems data json csv samples short jobs out help".split()
 REPLACE = "resume agent model stages out align".split()
 TORCHRUN = ["nproc-per-node"]
 
@@ -28,3 +29,13 @@ def test_links_lead_somewhere_and_commands_name_flags_that_exist(page):
 
 def test_the_documentation_can_be_read_in_an_evening():
     assert sum(len(page.read_text().split()) for page in ROOT.glob("docs/*.md")) <= 12000
+
+
+def test_three_lines_of_pandas_draw_a_curve(finished):
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib")
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code.replace("runs/NAME", str(finished)), names)
+    drawn = list(names["curve"].lines[0].get_ydata())
+    assert drawn == pytest.approx([stage["return_mean"] for stage in lines(finished, "stage")])

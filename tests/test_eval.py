@@ -146,6 +146,26 @@ def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
     assert all(part in text for part in (*shown, "grader length")) and "right" not in text
 
 
+def test_samples_hold_what_each_agent_was_given_and_several_seeds_their_standard_error(capsys):
+    flags = ["relay", *PAIR, "--problems", "30", "--k", "2"]
+    alone = [evaluate(capsys, *flags, "--seed", str(seed))["avg_at_k"] for seed in (4, 5, 6)]
+    result = evaluate(capsys, *flags, "--seed", "4", "--seeds", "3", "--samples", "s.jsonl")
+    values = torch.tensor(alone, dtype=torch.float64)
+    assert result["avg_at_k"] == pytest.approx(values.mean()) and values.std() > 0
+    assert result["avg_at_k_se"] == pytest.approx(values.std() / 3**0.5)
+    assert f"±{result['avg_at_k_se']:.3f}" in printed(capsys, *flags, "--seed", "4", "--seeds", "3")
+    lines = [json.loads(line) for line in open("s.jsonl")]
+    assert [line["seed"] for line in lines] == [4] * 60 + [5] * 60 + [6] * 60
+    assert sum(line["return"] for line in lines) / 180 == pytest.approx(result["avg_at_k"])
+    team = load_team(["relay", "relay"], roles=Relay(Config(agents=2)).roles(2), device="cpu")
+    for line in lines[:4]:
+        said = [(m["agent"], m["text"]) for m in line["messages"]]
+        ids = [team.prompt(j, line["text"], said[:j]) for j in range(2)]
+        assert line["prompts"] == [team.agents[0].tokenizer.decode(i, skip_special_tokens=False) for i in ids]
+        assert line["text"] in line["prompts"][0] and said[0][1] in line["prompts"][1]
+        assert line["return"] == (line["team_answer"] == line["answer"])
+
+
 def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
     teams = toy_teams("a", "b")
     Path("mine.py").write_text("from teamtr_min.tasks import Relay as task")

@@ -1,5 +1,6 @@
-"""`python eval.py report`: a run to look at, in whatever state it is and whatever its models wrote."""
+"""Runs to look at, one or several, in whatever state they are and whatever their models wrote."""
 
+import csv
 import dataclasses
 import functools
 import html.parser
@@ -7,17 +8,19 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import printed, refusal
-from toy_runs import results
+from commands import evaluate, printed, refusal
+from toy_runs import results, run
 
 import eval as evaluation
-from teamtr_min.bench import report
+import train
+from teamtr_min.bench import compare, report
 from teamtr_min.config import Config
-from teamtr_min.files import read_jsonl
+from teamtr_min.files import read_json, read_jsonl, write_json
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
@@ -130,3 +133,93 @@ def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(min
     assert not (mine / "report.html").exists()
     (mine / "metrics.jsonl").write_text("")
     assert "no update in its metrics.jsonl yet" in refused("--team", str(mine))
+
+
+def drawn(path: Path) -> str:
+    """The page as Chromium shows it, as HTML."""
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Chromium to run the script of a page")
+    command = [chromium, "--headless=new", "--no-sandbox", "--virtual-time-budget=2000", "--dump-dom"]
+    return subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+
+def test_the_same_held_out_problems_are_kept_at_every_evaluation_and_shown_side_by_side(mine):
+    path = mine / "transcripts.jsonl"
+    lines = [line for _, line in read_jsonl(path) if line["split"] == "held-out"]
+    kept = [[line["text"] for line in lines if line["stage"] == stage] for stage in range(4)]
+    assert [*map(len, kept)] == [32, 4, 4, 32] and kept[0] == kept[3] and kept[1] == kept[2] == kept[0][::8]
+    gains = {
+        0: 0.5,
+        3: 1.0,
+        4: 0.9,
+        6: 1.0,
+        9: -0.2,
+        11: -0.7,
+    }  # problem -> return at the end less at the start
+    for line in lines:
+        gain = gains.get(kept[0].index(line["text"]), 0)
+        line |= {"return": max(gain if line["stage"] else -gain, 0), "id": line["text"]}
+        line["messages"] = [{"agent": 0, "text": f"{HOSTILE} at {line['stage']}"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page_of(mine)
+    shown = drawn(mine / "report.html")
+    pairs = re.findall(r'<section class="pair">(.*?)</section>', shown, re.S)
+    assert [re.search(r'"problem">(.*?)<', pair)[1] for pair in pairs] == [kept[0][i] for i in (3, 6, 4, 11)]
+    assert all("before training" in pair and " at 0<" in pair and " at 3<" in pair for pair in pairs)
+    assert "32 held-out" in shown and "4 ended with a higher return, 2 with a lower one" in shown
+    assert "<img src=x" not in shown, "what a model writes is text"
+
+
+def test_runs_side_by_side_are_grouped_by_all_but_their_seed(mine, capsys):
+    """A run of two seeds, one of them killed in its third stage, and one with another radius."""
+    killed, wide = (shutil.copytree(mine, mine.with_name(name)) for name in ("killed", "wide"))
+    for directory, changes in ((killed, {"seed": 1}), (wide, {"delta": 0.1})):
+        write_json(directory / "config.json", read_json(mine / "config.json") | {"out": "x"} | changes)
+    log = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(log[:9]) + log[9][:40])
+    (killed / "summary.json").unlink()
+    (mine / "report.html").touch()
+    result = evaluate(capsys, "report", "--team", f"{mine},{killed},{wide}", "--csv")
+    assert result["report"] == str(mine.parent / "compare.html")
+    assert [group["name"] for group in result["groups"]] == ["delta 0.5", "delta 0.1"]
+    first, second = result["groups"][0]["runs"]
+    summary, _, stages = results(mine)
+    assert first["accuracy_final_ci"] == summary["accuracy_final_ci"] and "accuracy_final" not in second
+    assert second["state"].startswith("2 of 3 stages; not finished")
+    assert first["rollouts"] == 3 * second["rollouts"] // 2 == summary["rollouts"]
+    y = [summary["return_start"], *(s["return_held_out"] for s in stages[:2]), summary["return_final"]]
+    seconds = [0, *(stage["seconds"] - stage["seconds_evaluation"] for stage in stages)]
+    assert [*first["curve"].values()] == [[36 * i, seconds[i], y[i]] for i in range(4)]
+    second["curve"]["1"][2] += 0.2  # else both are alike
+    figure = Figure()
+    compare.curves(figure, (result["groups"], 0))
+    mean = figure.axes[0].lines[2]
+    assert list(mean.get_ydata()) == pytest.approx([y[0], y[1] + 0.1, y[2]]), "as far as both have come"
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert max(band[band[:, 0] == 36, 1]) == pytest.approx(y[1] + 0.2), "the standard error is 0.1"
+    table = list(csv.DictReader((mine.parent / "stages.csv").open(newline="")))
+    assert len(table) == 8 and float(table[0]["return_held_out_ci_1"]) == stages[0]["return_held_out_ci"][1]
+    page = drawn(mine.parent / "compare.html")
+    assert f'<a href="{mine.name}/report.html">' in page and page.count("<a ") == 1
+
+
+def test_a_run_ends_with_a_picture_and_no_run_fails_for_want_of_one(tmp_path, capsys, monkeypatch):
+    run(tmp_path / "one", "--stages", "1")
+    assert (tmp_path / "one/summary.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(tmp_path / "none", "--stages", "1")
+    assert "no summary.png: figures need matplotlib" in capsys.readouterr().out
+    assert not list((tmp_path / "none").glob("*png*"))
+
+
+def test_tensorboard_has_each_number_of_metrics_once_in_a_resumed_run_too(copy):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write_json(copy / "config.json", read_json(copy / "config.json") | {"tensorboard": True})
+    for _ in range(2):  # the second goes on from the end
+        assert train.main(["--resume", str(copy)]) == 0
+    read = events.EventAccumulator(str(copy / "tensorboard")).Reload()
+    points = [(tag, e.step, e.value) for tag in read.Tags()["scalars"] for e in read.Scalars(tag)]
+    found = {(tag, step): value for tag, step, value in points}
+    assert len(points) == len(found) and ("evaluation/return_final", 3) in found
+    for u in results(copy)[1]:
+        assert found[f"kl_after/{u['agent']} {'ABC'[u['agent']]}", u["stage"]] == pytest.approx(u["kl_after"])

@@ -177,11 +177,12 @@ class Table:
         self.several, self.above = several, ""
 
     def add(self, result: dict, rollouts: Rollouts) -> str:
+        n = result["seeds"]
         heading = (  # what the result rests on
             "  model {model}, agents {agents}, rounds {rounds}, router {router}, mode {mode}\n"
             "  at most {max_new_tokens} tokens a message, temperature {temperature:g}, prompts {prompts}\n"
             "  grader {grader}, seed {seed}, {problems:,} problems x {k}{times}"
-        ).format(**result, times=f" x {result['seeds']} seeds" * (result["seeds"] > 1))
+        ).format(**result, times=f" x {n} seeds (±: standard error over them)" * (n > 1))
         name, team, found = result["benchmark"], result["team"], [*rows(result)]
         if not self.several:
             lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]

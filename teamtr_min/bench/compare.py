@@ -1,8 +1,5 @@
-"""Runs side by side: what they reached and cost, curves, and the knobs in which they differ.
-
-Runs that differ in nothing but the seed are a group, shown by its mean and its standard error: the standard
-deviation over seeds / sqrt(number of seeds).
-"""
+"""Runs side by side: what they reached and cost, curves, and the knobs in which they differ. Runs that differ
+in nothing but the seed are a group, shown by its mean and standard error: standard deviation / sqrt(runs)."""
 
 import collections
 import itertools
@@ -15,11 +12,10 @@ from teamtr_min.run.log import COSTS, measured, violation_rate
 
 # Knobs that decide no number but the seed: where a run writes, and what it fills in by itself.
 IGNORED = "seed out resume accept_changes date batch_rows batch_tokens checkpoint_every tensorboard".split()
-UNITS = ("training rollouts", "seconds, without evaluation")
 
 
 def grouped(records: list[Record]) -> list[dict]:
-    """Groups, whose `name` tells the `knobs` and hashes in which they differ, or if these are many the first run."""
+    """Groups. `name` tells the `knobs` and hashes in which they differ; if these are many, the first run."""
     found, groups = collections.defaultdict(list), []
     held_out = all(any("return_held_out" in stage for stage in record.stages) for record in records)
     for record in records:
@@ -68,4 +64,5 @@ def curves(figure, what: tuple[list[dict], int]) -> None:
         axes.plot(x, y, ".-", color=colour, label=label)
         axes.fill_between(x, y - error, y + error, color=colour, alpha=0.2, lw=0)
     problems = "held-out problems" if groups[0]["held_out"] else "the problems of each stage"
-    finish(figure, axes, title=f"Mean return on {problems}", ylim=(0, None), xlabel=UNITS[axis])
+    unit = ("training rollouts", "seconds, without evaluation")[axis]
+    finish(figure, axes, title=f"Mean return on {problems}", ylim=(0, None), xlabel=unit)

@@ -1,8 +1,6 @@
-"""What a run did on one page, or several runs side by side (compare.py), and their numbers as CSV.
-
-A run that was stopped, or still goes on, has a report too. A page stands alone: images, style and script are
-inside. Text gets into markup through html.escape, or as JSON without a `<`.
-"""
+"""What a run did on one page, or several runs side by side (compare.py), and their numbers as CSV. A run that
+was stopped, or still goes on, has a report too. A page stands alone: images, style and script are inside.
+Text gets into markup through html.escape, or as JSON without a `<`."""
 
 import base64
 import csv
@@ -77,7 +75,7 @@ def comparison(groups: list[dict], place: Path) -> str:
     """compare.html of groups of runs, for the directory `place`; a run is linked to its own report."""
     reports = {run["run"]: Path(run["run"], "report.html") for group in groups for run in group["runs"]}
     links = {run: os.path.relpath(path, place) for run, path in reports.items() if path.exists()}
-    figures = "".join(image((groups, axis), compare.curves) for axis in range(len(compare.UNITS)))
+    figures = "".join(image((groups, axis), compare.curves) for axis in (0, 1))
     return filled("compare.html", {"groups": groups, "links": links}, figures=figures)
 
 

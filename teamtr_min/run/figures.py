@@ -1,8 +1,5 @@
-"""A run as its files tell it, and its figures: summary.png at its end, and those of `eval.py report`.
-
-A figure's docstring is also its text for people who cannot see it. matplotlib, which is optional, is loaded
-when the first figure is drawn.
-"""
+"""A run as its files tell it, and its figures, for summary.png and `eval.py report`. A figure's docstring is
+also its text for people who cannot see it. matplotlib, which is optional, is loaded when one is drawn."""
 
 import collections
 import io
@@ -55,7 +52,8 @@ def read(directory: Path) -> Record:
     path = directory / "summary.json"
     known = dict(collections.ChainMap(*lines["evaluation"])) | (read_json(path) if path.exists() else {})
     try:
-        roles = saved.get("roles_in_use") or [vars(role) for role in roles_of(config, load_task(config))]
+        used = saved.get("roles_in_use") or map(vars, roles_of(config, load_task(config)))
+        roles = [{"name": role["name"], "system": role["system"]} for role in used]
     except Exception:  # the file or data of the task is gone, which may raise anything
         roles = [{"name": f"Agent {j + 1}", "system": "not known"} for j in range(config.agents)]
     about = directory, config, saved.get("fingerprint", {}), roles
