@@ -220,14 +220,15 @@ def samples(team: Team, rollouts: Rollouts) -> Iterator[dict]:
     message, which hold all that it was given before; None of an agent that took no turn."""
     state = getattr(team.task, "answer", lambda messages: None)
     for r, (problem, messages) in enumerate(zip(rollouts.problems, rollouts.messages)):
-        prompts: dict[int, str] = {}
-        for t, j in ((t, m.agent) for t, m in enumerate(messages) if m.tokens):  # a tool is given no ids
+        prompts: list[str | None] = [None] * len(team.agents)
+        for j, t in {
+            m.agent: t for t, m in enumerate(messages) if m.tokens
+        }.items():  # a tool is given no ids
             ids = team.render(j, problem, messages[:t], add_generation_prompt=True).ids
             prompts[j] = team.agents[j].tokenizer.decode(ids, skip_special_tokens=False)
         written = [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]
-        about = {"sample": r % rollouts.group_size, **vars(problem), "messages": written}
-        about |= {"team_answer": state(messages), "return": rollouts.returns[r].item()}
-        yield about | {"prompts": [prompts.get(j) for j in range(len(team.agents))]}
+        about = {"sample": r % rollouts.group_size, **vars(problem), "messages": written, "prompts": prompts}
+        yield about | {"team_answer": state(messages), "return": rollouts.returns[r].item()}
 
 
 def export(team: str | None, out: str | None) -> dict:

@@ -27,21 +27,20 @@ def run(teams: list[str], out: str | None = None, tables: bool = False) -> dict:
     directories = [Path(team) for team in dict.fromkeys(filter(None, teams))] or [newest_run("metrics.jsonl")]
     if not directories[0]:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
-    records, result = [read(path) for path in directories], {"team": ",".join(map(str, directories))}
-    if len(records) == 1:
-        result |= {"state": records[0].state, "report": str(Path(out or directories[0], "report.html"))}
-        text = page(records[0])
-    else:
-        path = Path(out or directories[0].absolute().parent, "compare.html")
-        result |= {"state": f"{len(records)} runs", "report": str(path), "groups": compare.grouped(records)}
-        text = comparison(result["groups"], path.parent)
-    path = Path(result["report"])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    records, several = [read(path) for path in directories], len(directories) > 1
+    place = Path(out or (directories[0].absolute().parent if several else directories[0]))
+    path = place / ("compare.html" if several else "report.html")
+    result = {"benchmark": "report", "team": ",".join(map(str, directories)), "report": str(path)}
+    result["state"] = f"{len(records)} runs" if several else records[0].state
+    if several:
+        result["groups"] = compare.grouped(records)
+    text = comparison(result["groups"], place) if several else page(records[0])
+    place.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     for name in ("updates", "stages") if tables else ():
         lines = [{"run": record.directory} | line for record in records for line in getattr(record, name)]
         write_table(path.with_name(f"{name}.csv"), lines)
-    return {"benchmark": "report", **result}
+    return result
 
 
 def write_table(path: Path, lines: list[dict]) -> None:

@@ -85,14 +85,14 @@ def finish(figure, axes, **settings) -> None:
     axes.set(**settings)
     axes.locator_params(axis="x", integer=True)
     longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
-    columns = max(1, min(4, 64 // (longest + 6)))
+    columns = max(1, 80 // (longest + 8))
     figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.4)
 
 
 def learning(figure, record: Record) -> None:
     """Mean return and accuracy on each stage's problems; the return on held-out ones with its interval."""
     axes, first = figure.subplots(), [u for u in record.updates if u["update"] == 0]
-    axes.plot([u["return_mean"] for u in first], ".-", color=COLOURS[0], label="on each stage's problems")
+    axes.plot([u["return_mean"] for u in first], ".-", color=COLOURS[0], label="training problems")
     axes.plot([u["accuracy"] for u in first], "--", color=COLOURS[-1], label="accuracy there")
     measured = [(0, record.summary, "return_start"), (len(record.stages), record.summary, "return_final")]
     measured += [(s["stage"] + 1, s, "return_held_out") for s in record.stages]
@@ -101,7 +101,7 @@ def learning(figure, record: Record) -> None:
             low, high = line[f"{key}_ci"]
             off = [[max(0, value - low)], [max(0, high - value)]]
             axes.errorbar(at, value, off, fmt="D", mfc="none", capsize=3, color=COLOURS[1])
-    axes.plot([], "D", mfc="none", color=COLOURS[1], label="held out")
+    axes.plot([], "D", mfc="none", color=COLOURS[1], label="held-out problems")
     finish(figure, axes, title="Mean return", ylim=(-0.02, 1.02), xlabel="stages done")
 
 
