@@ -24,7 +24,7 @@ FILLED_IN = ("batch_rows", "batch_tokens", "date")  # knobs that a run sets by i
 def run(teams: list[str], out: str | None = None, tables: bool = False) -> dict:
     """Write report.html of a run, without any name of the newest, or compare.html of several; returns what
     `--json` prints. The place is `out`, else the run's directory, or the one that holds the first of them."""
-    directories = [Path(team) for team in dict.fromkeys(filter(None, teams))] or [newest_run("metrics.jsonl")]
+    directories = [*dict.fromkeys(map(Path, filter(None, teams)))] or [newest_run("metrics.jsonl")]
     if not directories[0]:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
     records, several = [read(path) for path in directories], len(directories) > 1
