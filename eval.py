@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
     add("--mode", choices=accuracy.MODES, default="team", help=f"{modes} (default team)")
     add("--k", type=int, default=1, help="rollouts per problem and seed: avg@k, pass@k (default 1)")
-    add("--seeds", type=int, default=1, help="so many seeds, from --seed on, with their standard error")
+    add("--seeds", type=int, default=1, help="repeat with so many seeds from --seed on (default 1)")
     add("--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)")
     add("--data", help="JSONL of problems to take instead of the held-out ones")
     add("--json", action="store_true", help="print one JSON object per result, nothing else")

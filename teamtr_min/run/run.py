@@ -64,9 +64,8 @@ class Run:
     def evaluate(self, name: str) -> None:
         """Measure "untrained", "start" or "final"; a resumed run keeps what it has measured before."""
         if f"accuracy_{name}" not in self.results:
-            found = self._measure(name)
+            self.results |= (found := self._measure(name))
             self._append(METRICS, [{"kind": "evaluation", "stage": self.stages_done, **found}])
-            self.results |= found
             if name != "final":  # which the closing lines tell
                 shown = log.held_out_score(self.results, name)
                 log.say(f"{name:13s} held-out {shown}, {len(self.held_out):,} problems")
