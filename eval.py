@@ -7,7 +7,7 @@ python eval.py relay --mode solo        one agent taking every turn
 python eval.py relay --mode vote --k 8  the answer that most of eight rollouts give
 python eval.py mine.py --samples F      your task; every transcript and its return go to F, as JSONL
 python eval.py jsonl --model DIR --data FILE    your own word problems
-python eval.py ask "12*7?" --team runs/NAME     the messages of the team, and its answer
+python eval.py ask "7+8*3-4"            a team answers; without a question at a prompt, with --web on a page
 python eval.py report --team runs/NAME  figures, and a page with the transcripts; RUN,RUN: side by side
 python eval.py export --team runs/NAME  its agents; LoRA adapters become whole checkpoints
 python eval.py kernels sampling training    how fast, beside other libraries and the machine's limits
@@ -26,13 +26,12 @@ from pathlib import Path
 
 import torch
 
-from teamtr_min.bench import accuracy, report, speed
+from teamtr_min.bench import accuracy, ask, report, speed
 from teamtr_min.config import Parser, add_flags, split_names
 from teamtr_min.engine.distributed import ALONE, Ranks, join
 from teamtr_min.files import UserError, to_json, users_line
-from teamtr_min.run.loading import build_team, load_team
 from teamtr_min.studies import occupancy
-from teamtr_min.tasks import TASKS, load_task
+from teamtr_min.tasks import TASKS
 
 OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
 KNOWN = ", ".join([*TASKS, *OTHERS])
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks.say("interrupted")
         code = 130
     except Exception as error:
-        if not isinstance(error, UserError | OSError | FloatingPointError | torch.OutOfMemoryError):
+        if not isinstance(error, ask.TOLD):
             traceback.print_exc()  # it has no cause at a door
         ranks.say(f"error: {users_line(error) or error}")
         code = 2
@@ -77,10 +76,12 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--samples", help="file for every transcript: prompts, messages, answers, return, as JSONL")
     add("--csv", action="store_true", help="report: also updates.csv and stages.csv")
     add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
+    add("--web", action="store_true", help="ask: on a page, http://127.0.0.1:PORT")
+    add("--port", type=int, default=8000, help="ask --web: its port (default 8000; 0: any that is free)")
     add("--out", help="report, export, occupancy: directory for what they write")
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if min(args.k, args.seeds, args.problems or 1) < 1:
         raise UserError("--k, --seeds and --problems must be at least 1")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
@@ -90,8 +91,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
     words, teams = args.benchmarks, [team for team in split_names(args.team) if team] or [None]
     if words[:1] == ["ask"]:
-        yield from ask(words[1:], args, flags) if ranks.first else ()
-        return
+        return (yield from ask.run(words[1:], args, flags) if ranks.first else ())
     if unknown := [name for name in words if name not in (*TASKS, *OTHERS) and not Path(name).is_file()]:
         raise UserError(f"no benchmark {unknown[0]}: give {KNOWN}, ask, or FILE.py with a task")
     if args.mode in ("best_of", "vote") and args.k < 2:
@@ -111,21 +111,6 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
         yield result, table.add(result, rollouts)
     for name, team in others:
         yield from other(name, team, args, flags)
-
-
-def ask(questions: list[str], args: Namespace, flags: dict) -> Results:
-    """The team's messages and answer to each question; without any, to each line of the standard input."""
-    asked = accuracy.find_team(args.team or None, flags)
-    if asked.sources or asked.config.shipped:
-        team = build_team(asked.config, load_task(asked.config), sources=asked.sources)
-    else:  # no data set is needed
-        knobs = {name: value for name, value in flags.items() if name not in ("model", "agents")}
-        team = load_team(asked.config.model_of_each, **knobs)
-    for question in questions or map(str.strip, sys.stdin):
-        for messages, answer in team.solve(question, samples=args.k, seed=asked.config.seed):
-            lines = [f"  {m.name}: {m.text}" for m in messages] + [f"answer: {answer}"]
-            said = [message._asdict() for message in messages]
-            yield {"question": question, "messages": said, "answer": answer}, "\n".join(lines)
 
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:

@@ -25,6 +25,8 @@ from teamtr_min.tasks.task import Message, Problem, Role, Task
 
 # (turn, messages so far, number of agents, one uniform draw in [0, 1)) -> the agent whose turn it is.
 Router = Callable[[int, list[Message], int, float], int]
+# Is told (agent, rollout, token) as tokens are drawn, and (agent, rollout, Message) when a turn ends.
+Listener = Callable[[int, int, int | Message], None]
 
 
 @dataclass
@@ -131,8 +133,9 @@ class Team:
         return Rendered(ids, spans)
 
     def take_turns(
-        self, problems: list[Problem], path: rng.RngPath, first: int = 0, progress: Callable = lambda n: None
-    ) -> list[list[Message]]:
+        self, problems: list[Problem], path: rng.RngPath, first: int = 0,
+        progress: Callable = lambda n: None, listen: Listener | None = None,
+    ) -> list[list[Message]]:  # fmt: skip
         """All turns of one rollout per problem, side by side. The first is number `first` of its collection;
         `progress` is told how many more messages are written."""
         transcripts: list[list[Message]] = [[] for _ in problems]
@@ -154,15 +157,18 @@ class Team:
                     continue
                 prompts = [self.render(j, problems[r], transcripts[r], True).ids for r in rows]
                 keys = [path.key("rollout", first + r, turn) for r in rows]
-                how = self.max_new_tokens, self.temperature, agent.chat.end_tokens
+                how = self.max_new_tokens, self.temperature, agent.chat.end_tokens, progress
+                heard = listen and (lambda r, token, j=j: listen(j, r, token))
                 with unsharded(agent.model):
-                    done = agent.sampler.generate(rows, prompts, keys, *how, progress)
+                    done = agent.sampler.generate(rows, prompts, keys, *how, heard)
                 contents = [c.tokens[: len(c.tokens) - c.stopped] for c in done]
                 texts = agent.tokenizer.backend.decode_batch(contents)
                 for r, c, text in zip(rows, done, texts):
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
                 if self.router is round_robin and turn + len(self.agents) >= self.turns:  # its last turn
                     agent.sampler.finish()
+            for r, messages in enumerate(transcripts) if listen else ():
+                listen(messages[-1].agent, r, messages[-1])
         for sampler in samplers:
             sampler.finish()
         return transcripts
@@ -177,11 +183,13 @@ class Team:
         return [*ids, *chat.assistant_header]
 
     def solve(
-        self, question: str, samples: int = 1, temperature: float = None, seed: int = 0
+        self, question: str, samples: int = 1, temperature: float = None, seed: int = 0, listen=None
     ) -> list[Answer]:
-        """Let the team work on a question `samples` times, at its own temperature unless one is given."""
+        """Let the team work on a question `samples` times, at its own temperature unless one is given;
+        `listen`, a Listener, hears it at work."""
         team = self if temperature is None else dataclasses.replace(self, temperature=temperature)
-        rows = team.take_turns([Problem("", question, "")] * samples, rng.RngPath(seed, "solve"))
+        problems, path = [Problem("", question, "")] * samples, rng.RngPath(seed, "solve")
+        rows = team.take_turns(problems, path, listen=listen)
         names = [agent.role.name for agent in self.agents]
         state = getattr(self.task, "answer", lambda messages: messages[-1].text.strip())
         return [Answer([Said(m.agent, names[m.agent], m.text) for m in row], state(row)) for row in rows]

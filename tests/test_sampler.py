@@ -13,6 +13,7 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.decode import Decode
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Completion, Sampler
+from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
 
 END = 1
@@ -140,7 +141,7 @@ def test_a_prompt_that_cannot_be_continued_and_weights_that_are_no_numbers_are_r
     (c,) = sampler.generate([0], [PROMPTS[0]], keys(1), 3, 1.0, [])
     with pytest.raises(ValueError, match="adds no token"):
         sampler.generate([0], [PROMPTS[0] + c.tokens[:-1]], keys(1), 3, 1.0, [])
-    with pytest.raises(ValueError, match="could reach 513 tokens; the model has 512"):
+    with pytest.raises(UserError, match="could reach 513 tokens; the model has 512"):
         generate(relay, [[2] * 510, [2]], 3)
     broken = copy.deepcopy(relay)
     broken.model.norm.weight.data[3] = math.nan

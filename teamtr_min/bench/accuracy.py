@@ -66,6 +66,8 @@ def find_team(team: str | None, flags: dict, task: str | None = None) -> Exam:
         return Exam("untrained team", pinned(Config(**{"task": task, **flags})))
     run = Path(team)
     config = Config.load(run / "config.json", **{"batch_rows": 0, **flags})  # 0: as many as fit here
+    if not (run / "agents").is_dir():
+        raise UserError(f"{run} holds no agents: a run saves them when it ends, or is stopped by Ctrl-C")
     return Exam(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
 
 

@@ -16,6 +16,7 @@ from teamtr_min.engine.cache import KVCache, Step
 from teamtr_min.engine.decode import Decode
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.packing import batches_of, pack, trees_of
+from teamtr_min.files import UserError
 
 PREFILL_TOKENS = 16384  # padded, in one forward pass over prompts
 PREFILL_TREE = 512  # tokens of a prefix tree of prompts: attention looks at every pair of them
@@ -76,10 +77,11 @@ class Sampler:
         self, rows: Sequence[int], prompts: list[list[int]], keys: list[int],
         max_new_tokens: int, temperature: float, stop_ids: Collection[int],
         progress: Callable[[int], None] = lambda messages: None,
+        listen: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
-        `progress` is told how many more messages are written. Raises ValueError where a sequence is too long
-        for the model or a prompt adds nothing, FloatingPointError where output is not finite."""
+        `progress` is told how many more messages are written, `listen` each (row, token). Raises UserError
+        where a sequence is too long, ValueError where a prompt adds nothing, FloatingPointError for NaN."""
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
         device, count, rows = self.model.device, len(rows), torch.tensor(rows)
@@ -88,7 +90,7 @@ class Sampler:
             raise ValueError("a prompt adds no token to what the cache holds of its row")
         longest, most = int(lengths.max()) + max_new_tokens, self.model.config.max_positions
         if longest > most:
-            raise ValueError(f"a transcript could reach {longest} tokens; the model has {most} positions")
+            raise UserError(f"a transcript could reach {longest} tokens; the model has {most} positions")
         self.cache.reserve(max(longest, int(self.held.max()) + 1))  # at once: graphs find it in its place
         self._to_front(torch.isin(self.row_at, rows))
         message_of = torch.empty_like(self.row_at)
@@ -112,8 +114,10 @@ class Sampler:
                 token, logprob = self.decode.next(token, uniform, temperature, longest + t, even)
             tokens[t].index_copy_(0, index, token)
             logprobs[t].index_copy_(0, index, logprob)
+            for drawn in zip(self.row_at.tolist(), token.tolist()) if listen else ():
+                listen(*drawn)
             ended |= is_stop[token]
-            if (t + 1) % self.check_every == 0 and ended.any():  # 4. What has ended leaves the batch.
+            if (listen or (t + 1) % self.check_every == 0) and ended.any():  # 4. What has ended leaves.
                 goes_on = ~ended.cpu()
                 order = self._to_front(goes_on)[: int(goes_on.sum())]
                 progress(len(live) - len(order))

@@ -15,9 +15,9 @@ from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
-from teamtr_min.tasks import extract_answer, load_task
-from teamtr_min.tasks.task import Message, Role, Task
-from teamtr_min.tasks.word_problems import last_statement, solver_roles
+from teamtr_min.tasks import TASKS, WordProblems, load_task
+from teamtr_min.tasks.task import Role, Task
+from teamtr_min.tasks.word_problems import solver_roles
 from teamtr_min.team import Agent, Team, load_router
 
 
@@ -27,8 +27,7 @@ class Questions:
     def __init__(self, roles: list[Role]):
         self.roles = lambda agents: roles
 
-    def answer(self, messages: list[Message]) -> str | None:
-        return extract_answer(last_statement(messages))
+    answer = WordProblems.answer
 
 
 def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **knobs) -> Team:
@@ -37,8 +36,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
     solver, checkers and a finisher). `knobs` are Config's, such as device, dtype, temperature, rounds."""
     if isinstance(source, str | Path):
         config = Config.load(Path(source) / "config.json", **knobs)
-        task = load_task(config)
-        sources = [Path(source) / "agents" / str(j) for j in range(config.agents)]
+        task, sources = task_to_ask(config), [Path(source) / "agents" / str(j) for j in range(config.agents)]
     else:
         sources = list(source)
         config = Config(**{"agents": len(sources), "task": "jsonl", "model": str(sources[0])} | knobs)
@@ -46,6 +44,12 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
     if roles is not None:
         task.roles = lambda agents: [as_role(j, role) for j, role in enumerate(roles)]
     return build_team(config, task, sources=sources)
+
+
+def task_to_ask(config: Config) -> Task:
+    """The task of a team that only answers: where the problems come from a data set, none is loaded."""
+    word_problems = TASKS.get(config.task) is WordProblems
+    return Questions(solver_roles(config.agents)) if word_problems else load_task(config)
 
 
 def as_role(j: int, given: Role | dict | str) -> Role:

@@ -1,0 +1,104 @@
+"""eval.py ask: messages as they are written, the prompt, the page."""
+
+import collections
+import http.client
+import http.server
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+from commands import interrupt_at, printed, refusal
+from ready import team_of
+from tiny import write_tokenizer
+
+import eval as evaluation
+from teamtr_min.bench import ask
+from teamtr_min.config import Config
+from teamtr_min.engine.sampler import Sampler
+from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.tasks import Message, Role
+from teamtr_min.team import Agent
+
+
+def test_no_piece_of_a_text_is_half_a_character_and_together_they_are_the_text(tmp_path):
+    tokenizer, said = load_tokenizer(write_tokenizer(tmp_path)), []
+    team = SimpleNamespace(agents=[SimpleNamespace(tokenizer=tokenizer)])
+    listener = ask.pieces(team, lambda agent, rollout, piece, ends: said.append(piece))
+    ids = tokenizer.encode("naïve 日本 🧮")[:-1]  # cut off
+    for token in ids:
+        listener(0, 3, token)
+    assert "".join(said) == "naïve 日本 " and len(said) == 9
+    listener(0, 3, Message(0, ids, tokenizer.decode(ids), [], False))
+    assert said[9:] == ["\ufffd"]
+
+
+def test_a_listener_hears_every_token_and_message_and_changes_none():
+    _, team = team_of(agents=2, rounds=2)
+    silent, heard = team.solve("7+8*3-4+1", samples=5), collections.defaultdict(list)
+    spoken = team.solve(
+        "7+8*3-4+1", 5, listen=lambda agent, rollout, what: heard[rollout].append((agent, what))
+    )
+    assert spoken == silent
+    for rollout, answer in enumerate(spoken):
+        messages = [what for _, what in heard[rollout] if isinstance(what, Message)]
+        assert [(m.agent, m.text) for m in messages] == [(m.agent, m.text) for m in answer.messages]
+        assert heard[rollout] == [(m.agent, x) for m in messages for x in (*m.tokens, m)]
+
+
+def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, monkeypatch):
+    _, team = team_of(agents=2)
+    team.agents[1] = Agent(Role("tool\033[2J", "", tool=lambda problem, messages: "5\n\033[31m"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    interrupt_at(3, monkeypatch, Sampler, "generate")
+    typed = iter("7+8*3|/retry|1+1*1|/samples 3 1+2*3|/samples 0|/what|hello|/agents||/help".split("|"))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    with pytest.raises(StopIteration):
+        ask.converse(team, "mine", 1, 7)
+    out, tool = capsys.readouterr().out, "  tool\ufffd[2J: 5\n    \ufffd[31m\n"
+    first, second = (team.solve("7+8*3", seed=seed)[0].messages[0].text for seed in (7, 8))
+    assert all(f"  A: {text}\n{tool}answer: 5\n" in out for text in (first, second)) and first != second
+    assert out.count("  stopped\n") == 1 and f"\n    3 of 3  {'█' * 24}  5\n" in out and "\033" not in out
+    errors = [line.split()[1] for line in out.splitlines() if line.startswith("error: ")]
+    assert errors == ["/samples", "/what", "the"]
+    assert "\n  A: You are one agent" in out and "(a tool)\n/retry " in out
+
+
+def test_the_page_asks_and_streams_and_refuses_the_pages_of_others(monkeypatch):
+    (_, team), serve, found = team_of(agents=2), http.server.ThreadingHTTPServer.serve_forever, []
+    how, foreign, cross = "&samples=3&seed=5", {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}
+    requests = [("/?q=1", {}), ("/", foreign), (f"/ask?question=1{how}", cross)]
+    requests += [(f"/ask?question={'1' * 70000}{how}", {}), (f"/ask?question=hello{how}", {})]
+    closed = "/ask?question=1%2B1*3&samples=200&seed=0"  # a tab that closes at once
+    requests += [(closed, {}), (f"/ask?question=7%2B8*3{how}", {})]
+
+    def visit(server):
+        threading.Thread(target=serve, args=(server,)).start()
+        for path, headers in requests:
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+            connection.request("GET", path, headers=headers)
+            if path != closed:
+                found.append(((response := connection.getresponse()).status, response.read().decode()))
+            connection.close()
+        server.shutdown()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", visit)
+    ask.serve(team, "</script>", 5, 0)
+    assert [status for status, _ in found] == [200, 403, 403, 414, 200, 200]
+    assert "\\u003c/script>" in found[0][1] and "has no tokens" in found[4][1]
+    *events, last = [json.loads(line[6:]) for line in found[5][1].splitlines() if line]
+    answers = team.solve("7+8*3", 3, seed=5)
+    told = [
+        "".join(piece for _, r, piece, _ in (e["piece"] for e in events) if r == rollout)
+        for rollout in range(3)
+    ]
+    assert told == ["".join(m.text for m in messages) for messages, _ in answers]
+    assert last["votes"] == [list(vote) for vote in ask.votes(answers)]
+
+
+def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(capsys, tmp_path):
+    Config(task="gsm8k", agents=2, max_new_tokens=8, device="cpu").save(tmp_path / "config.json")
+    assert "holds no agents" in refusal(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
+    team_of(agents=2)[1].save(tmp_path / "agents")
+    assert "\n  Agent 2: " in printed(capsys, "ask", "--team", str(tmp_path), "1+1")
