@@ -1,9 +1,9 @@
 """eval.py ask: messages as they are written, the prompt, the page."""
 
-import collections
 import http.client
 import http.server
 import json
+import re
 import threading
 from types import SimpleNamespace
 
@@ -26,24 +26,9 @@ def test_no_piece_of_a_text_is_half_a_character_and_together_they_are_the_text(t
     team = SimpleNamespace(agents=[SimpleNamespace(tokenizer=tokenizer)])
     listener = ask.pieces(team, lambda agent, rollout, piece, ends: said.append(piece))
     ids = tokenizer.encode("naïve 日本 🧮")[:-1]  # cut off
-    for token in ids:
-        listener(0, 3, token)
-    assert "".join(said) == "naïve 日本 " and len(said) == 9
-    listener(0, 3, Message(0, ids, tokenizer.decode(ids), [], False))
-    assert said[9:] == ["\ufffd"]
-
-
-def test_a_listener_hears_every_token_and_message_and_changes_none():
-    _, team = team_of(agents=2, rounds=2)
-    silent, heard = team.solve("7+8*3-4+1", samples=5), collections.defaultdict(list)
-    spoken = team.solve(
-        "7+8*3-4+1", 5, listen=lambda agent, rollout, what: heard[rollout].append((agent, what))
-    )
-    assert spoken == silent
-    for rollout, answer in enumerate(spoken):
-        messages = [what for _, what in heard[rollout] if isinstance(what, Message)]
-        assert [(m.agent, m.text) for m in messages] == [(m.agent, m.text) for m in answer.messages]
-        assert heard[rollout] == [(m.agent, x) for m in messages for x in (*m.tokens, m)]
+    for what in (*ids, Message(0, ids, tokenizer.decode(ids), [], False)):
+        listener(0, 3, what)
+    assert said == [*"naïve 日本 ", "\ufffd"]
 
 
 def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, monkeypatch):
@@ -56,44 +41,40 @@ def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, m
     with pytest.raises(StopIteration):
         ask.converse(team, "mine", 1, 7)
     out, tool = capsys.readouterr().out, "  tool\ufffd[2J: 5\n    \ufffd[31m\n"
-    first, second = (team.solve("7+8*3", seed=seed)[0].messages[0].text for seed in (7, 8))
-    assert all(f"  A: {text}\n{tool}answer: 5\n" in out for text in (first, second)) and first != second
+    texts = {team.solve("7+8*3", seed=seed)[0].messages[0].text for seed in (7, 8)}
+    assert len(texts) == 2 and all(f"  A: {text}\n{tool}answer: 5\n" in out for text in texts)
     assert out.count("  stopped\n") == 1 and f"\n    3 of 3  {'█' * 24}  5\n" in out and "\033" not in out
-    errors = [line.split()[1] for line in out.splitlines() if line.startswith("error: ")]
-    assert errors == ["/samples", "/what", "the"]
+    assert re.findall("^error: (\\S+)", out, re.MULTILINE) == ["/samples", "/what", "the"]
     assert "\n  A: You are one agent" in out and "(a tool)\n/retry " in out
 
 
-def test_the_page_asks_and_streams_and_refuses_the_pages_of_others(monkeypatch):
-    (_, team), serve, found = team_of(agents=2), http.server.ThreadingHTTPServer.serve_forever, []
-    how, foreign, cross = "&samples=3&seed=5", {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}
-    requests = [("/?q=1", {}), ("/", foreign), (f"/ask?question=1{how}", cross)]
-    requests += [(f"/ask?question={'1' * 70000}{how}", {}), (f"/ask?question=hello{how}", {})]
-    closed = "/ask?question=1%2B1*3&samples=200&seed=0"  # a tab that closes at once
-    requests += [(closed, {}), (f"/ask?question=7%2B8*3{how}", {})]
+def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(monkeypatch):
+    (_, team), serve, got = team_of(agents=2), http.server.ThreadingHTTPServer.serve_forever, []
+    ask_for, closed = "/ask?question={}&samples=3&seed=5".format, "/ask?question=1%2B1*3&samples=200&seed=0"
+    foreign, cross = {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}
+    requests = [("/?q=1", {}), ("/", foreign), (ask_for("1"), cross), (ask_for("1" * 70000), {})]
+    requests += [(ask_for("hello"), {}), (closed, {}), (ask_for("7%2B8*3"), {})]
 
     def visit(server):
         threading.Thread(target=serve, args=(server,)).start()
         for path, headers in requests:
             connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
             connection.request("GET", path, headers=headers)
-            if path != closed:
-                found.append(((response := connection.getresponse()).status, response.read().decode()))
+            if path != closed:  # a tab that is closed at once
+                got.append(((response := connection.getresponse()).status, response.read().decode()))
             connection.close()
         server.shutdown()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", visit)
     ask.serve(team, "</script>", 5, 0)
-    assert [status for status, _ in found] == [200, 403, 403, 414, 200, 200]
-    assert "\\u003c/script>" in found[0][1] and "has no tokens" in found[4][1]
-    *events, last = [json.loads(line[6:]) for line in found[5][1].splitlines() if line]
-    answers = team.solve("7+8*3", 3, seed=5)
-    told = [
-        "".join(piece for _, r, piece, _ in (e["piece"] for e in events) if r == rollout)
-        for rollout in range(3)
-    ]
-    assert told == ["".join(m.text for m in messages) for messages, _ in answers]
+    assert [status for status, _ in got] == [200, 403, 403, 414, 200, 200]
+    assert "\\u003c/script>" in got[0][1] and "has no tokens" in got[4][1]
+    *events, last = [json.loads(line[6:]) for line in got[5][1].splitlines() if line]
+    (messages, _), *_ = answers = team.solve("7+8*3", 3, seed=5)
+    assert "".join(p[2] for p in (e["piece"] for e in events) if p[1] == 0) == "".join(
+        m.text for m in messages
+    )
     assert last["votes"] == [list(vote) for vote in ask.votes(answers)]
 
 
@@ -102,3 +83,10 @@ def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(c
     assert "holds no agents" in refusal(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
     team_of(agents=2)[1].save(tmp_path / "agents")
     assert "\n  Agent 2: " in printed(capsys, "ask", "--team", str(tmp_path), "1+1")
+
+
+def test_the_program_in_the_documentation_trains_a_team_that_answers(capsys, monkeypatch, tmp_path):
+    program = re.search(r"```python\n(.*?)```", (ask.PAGE.parents[2] / "docs/python.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(program[1].replace("stages=20", "stages=1, problems=4, eval_problems=16, device='cpu'"), {})
+    assert (out := capsys.readouterr().out).count("answer: ") == 3 and "\n5*3-4" in out

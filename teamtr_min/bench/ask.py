@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from teamtr_min.bench.accuracy import find_team
-from teamtr_min.bench.report import COLOURS
 from teamtr_min.files import UserError, to_json
+from teamtr_min.run.figures import COLOURS
 from teamtr_min.run.loading import build_team, task_to_ask
 from teamtr_min.tasks.task import Message
 from teamtr_min.team import Answer, Listener, Team

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
 from teamtr_min.files import read_jsonl

@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
