@@ -11,6 +11,7 @@ process: ours first, then what others would write. They take turns; medians coun
 With one thread (OMP_NUM_THREADS=1) a CPU's clock is that thread's: other work on the machine does not count.
 """
 
+import dataclasses
 import functools
 import importlib
 import statistics
@@ -24,20 +25,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
+from teamtr_min.bench.peers import BATCH_TOKENS, plain_sample, plain_step, trl_step
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine import rng
-from teamtr_min.engine.model import Transformer, checkpoint_tensors
+from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
-from teamtr_min.hf.weights import config_json
-from teamtr_min.learner import GRADIENT_NORM, Learner
+from teamtr_min.learner import Learner
 from teamtr_min.rollout import Batches, agent_batches, collect
 from teamtr_min.run.loading import build_team, placement
-from teamtr_min.tasks import load_task
-from teamtr_min.team import Rendered
+from teamtr_min.tasks import Problem, load_task
+from teamtr_min.team import Rendered, Team
 
 PROMPT, NEW = 32, 64  # tokens of `sampling`
-BATCH_TOKENS = 4096  # of a forward pass of `training`, for all contestants
 
 
 class Case(NamedTuple):
@@ -108,18 +108,6 @@ class Machine:
         return [*rows.values()]
 
 
-@functools.cache
-def in_transformers(model: Transformer):
-    """The same weights, shared and not copied, in transformers' class. Raises ModuleNotFoundError."""
-    transformers = importlib.import_module("transformers")
-    config = transformers.AutoConfig.for_model(**config_json(model.config, model.dtype))
-    with model.device:
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-    theirs.load_state_dict(checkpoint_tensors(model), strict=False, assign=True)
-    theirs.tie_weights()
-    return theirs.eval().requires_grad_()
-
-
 def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
     """linear_logprob at hidden (N, H), weight (V, H), with both gradients."""
     device, dtype = placement(config)
@@ -168,13 +156,6 @@ def sample(sampler: Sampler, prompts: list[list[int]], new: int) -> None:
     sampler.finish()
 
 
-@torch.no_grad()
-def plain_sample(model: Transformer, prompts: Tensor, new: int) -> None:
-    how = {"do_sample": True, "top_k": 0, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
-    mask = torch.ones_like(prompts)
-    in_transformers(model).generate(prompts, attention_mask=mask, max_new_tokens=new, **how)
-
-
 def training_cases(config: Config, short: bool) -> Iterator[Case]:
     """One optimizer step of each agent on the same rollouts, at a rate of 0, so that all repeats are alike.
     Advantages are drawn at random, so no group lacks them. The norms of the gradients are compared."""
@@ -194,32 +175,29 @@ def training_cases(config: Config, short: bool) -> Iterator[Case]:
         both["transformers"] = functools.partial(plain_step, agent.model, *inputs)
         pairs = sum(len(batch.targets) for batch in batches.own)
         yield Case(f"agent {j}", both, batches.tokens, step_flops(agent.model, seen, pairs))
+    for rank in () if config.shipped else (0, 16):
+        alone = dataclasses.replace(config, agents=1, lora_rank=rank)
+        team = build_team(alone, load_task(alone))
+        both = {"ours": functools.partial(whole_step, team, Learner(team, [0], beta=0.0), problems, alone)}
+        both["TRL's GRPOTrainer"] = functools.partial(trl_step, team, tuple(problems), alone)
+        tokens = len(problems) * config.group * config.max_new_tokens
+        flops = 8 * sum(p.numel() for p in team.agents[0].model.parameters()) * tokens  # of messages alone
+        yield Case(f"whole step, LoRA {rank}" if rank else "whole step", both, tokens, flops)
+
+
+def whole_step(team: Team, learner: Learner, problems: list[Problem], config: Config) -> None:
+    """Sample, grade and make one step, at a rate of 0; with the pass that measures the KL."""
+    rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
+    advantages = torch.randn(len(rollouts.returns), generator=torch.Generator().manual_seed(0))  # (R,)
+    batches = agent_batches(team, rollouts, learner.agents, advantages, BATCH_TOKENS)
+    learner.backward(batches, config)
+    learner.step(lr=0.0)
+    learner.measure(batches, config)
 
 
 def step(learner: Learner, batches: Batches, config: Config) -> tuple[Tensor]:
     learner.backward(batches, config)
     return (torch.tensor([learner.step(lr=0.0)]),)
-
-
-@functools.lru_cache(maxsize=1)  # the moments of one agent at a time
-def adamw(model) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
-
-
-def plain_step(ours: Transformer, rows: Tensor, pull: Tensor, temperature: float) -> tuple[Tensor]:
-    """One step on rows (R, T) padded by -1, with all logits and AdamW. Returns the norm of the gradient. At
-    pi_old the gradient of Eq. 10 is that of a token's log-prob times its advantage, pull (R, T)."""
-    model, B = in_transformers(ours), max(1, BATCH_TOKENS // rows.shape[1])
-    for ids, weight in zip(rows.split(B), pull.split(B)):
-        longest = (ids >= 0).sum(1).max()
-        ids, weight = ids[:, :longest], weight[:, 1:longest]  # (B, T), (B, T-1) of this pass
-        output = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), use_cache=False)
-        logp = (output.logits[:, :-1].float() / temperature).log_softmax(-1)  # (B, T-1, V)
-        (-(logp.gather(2, ids[:, 1:, None].clamp(min=0))[..., 0] * weight).sum() / len(rows)).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-    adamw(model).step()
-    adamw(model).zero_grad(set_to_none=True)
-    return (norm.cpu()[None],)
 
 
 def step_flops(model: Transformer, seen: list[Rendered], pairs: int) -> float:
