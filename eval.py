@@ -31,11 +31,11 @@ from teamtr_min.config import Parser, add_flags, split_names
 from teamtr_min.engine.distributed import ALONE, Ranks, join
 from teamtr_min.files import UserError, to_json, users_line
 from teamtr_min.studies import occupancy
-from teamtr_min.tasks import TASKS
+from teamtr_min.tasks import LISTED, TASKS
 
 OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
-KNOWN = ", ".join([*TASKS, *OTHERS])
-TEAM_FLAGS = """model agents rounds router roles fields drop_long temperature max_new_tokens seed
+KNOWN = ", ".join([LISTED, *OTHERS])
+TEAM_FLAGS = """model agents rounds router roles tools fields drop_long temperature max_new_tokens seed
     device dtype batch_rows""".split()
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 

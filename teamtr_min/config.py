@@ -38,6 +38,7 @@ PRESETS = {
         eval_problems=64, warm_start=24, checkpoint_every=4,
     ),
 }  # fmt: skip
+PRESETS["zebra"] = PRESETS["sums"] | {"max_new_tokens": 48}
 
 
 def knob(default, help: str, *choices: str, least: float = -math.inf, most: float = 2**63 - 1):
@@ -56,9 +57,10 @@ class Config:
     rounds: int = knob(1, "turns per agent in one rollout", least=1, most=1000)
     router: str = knob("round-robin", "names the agent of the next turn: round-robin, random, or FILE.py with a function `router`")
     roles: str = knob("", "JSON file, a list of {\"name\", \"system\"}, one per agent (default: the task's roles)")
+    tools: str = knob("", "names of tools that may answer after each agent's turn: calculator")
     lora_rank: int = knob(0, "rank of LoRA adapters, one per agent, on a shared frozen base; 0 trains all weights", least=0)
     # the task
-    task: str = knob(None, "relay, convention, sums, floors, gsm8k, math, jsonl, or FILE.py with a function `task`")
+    task: str = knob(None, "relay, convention, sums, sums-99, floors, zebra, zebra-2x2 to zebra-6x6 (houses x attributes), gsm8k, math, jsonl, or FILE.py with a function `task`")
     data: str = knob("", "JSONL file of problems, or directory with train.jsonl and test.jsonl")
     fields: str = knob("question,answer", "names of the two fields of the JSONL that hold problem and answer")
     drop_long: bool = knob(False, "leave out problems that are too long for the model, and say how many")
@@ -114,7 +116,8 @@ class Config:
 
         default("model", self.task if self.task in SHIPPED else "relay")
         kind = "shipped" if self.shipped else "pretrained"
-        preset = PRESETS[kind] | (PRESETS.get(self.task, {}) if kind == "pretrained" else {})
+        family = (self.task or "").rstrip("0123456789x-")  # of sums-99, zebra-2x2
+        preset = PRESETS[kind] | (PRESETS.get(family, {}) if kind == "pretrained" else {})
         for name, value in preset.items():
             default(name, value * LORA_LR if name in ("lr", "warm_start_lr") and self.lora_rank else value)
         default("occupancy", "fresh" if self.min_ess == 1 else "corrected")

@@ -22,6 +22,7 @@ from teamtr_min.hf.chat import ChatFormat, Tokenizer
 from teamtr_min.hf.lora import Adapter, save_adapter
 from teamtr_min.hf.weights import save_model
 from teamtr_min.tasks.task import Message, Problem, Role, Task
+from teamtr_min.tasks.tools import spoken
 
 # (turn, messages so far, number of agents, one uniform draw in [0, 1)) -> the agent whose turn it is.
 Router = Callable[[int, list[Message], int, float], int]
@@ -87,15 +88,19 @@ class Team:
     max_new_tokens: int = 16  # longest message
     batch_rows: int = 2048  # rollouts sampled at once
     ranks: Ranks = ALONE  # the processes that hold this team, a part of its weights each
+    tools: int = 0  # as many agents, the last ones, have a turn after each turn of the others
 
     @property
     def turns(self) -> int:
-        return len(self.agents) * self.rounds
+        return (len(self.agents) - self.tools) * self.rounds * (1 + self.tools)
 
     def route(self, turn: int, messages: list[Message], uniform: float) -> int:
         """The agent whose turn is next. Raises UserError for a router that returns no agent's number."""
-        n = len(self.agents)
-        choice = self.router(turn, messages, n, uniform)
+        n = len(self.agents) - self.tools
+        turn, tool = divmod(turn, 1 + self.tools)
+        if tool:
+            return n + tool - 1
+        choice = self.router(turn, [m for m in messages if m.agent < n], n, uniform)
         whole = hasattr(choice, "__index__") and not isinstance(choice, bool)
         if not whole or not 0 <= operator.index(choice) < n:
             code = getattr(self.router, "__code__", None)  # a callable object has none
@@ -149,8 +154,7 @@ class Team:
                 rows = [r for r, chosen in enumerate(routed) if chosen == j]
                 if agent.model is None:
                     for r in rows:
-                        text = agent.role.tool(problems[r], transcripts[r])
-                        transcripts[r].append(Message(j, [], text, [], stopped=True))
+                        transcripts[r] += spoken(j, agent.role, problems[r], transcripts[r])
                     progress(len(rows))
                     continue
                 if not any(self.ranks.gather(len(rows))):  # all processes gather sharded weights, or none
@@ -165,7 +169,7 @@ class Team:
                 texts = agent.tokenizer.backend.decode_batch(contents)
                 for r, c, text in zip(rows, done, texts):
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
-                if self.router is round_robin and turn + len(self.agents) >= self.turns:  # its last turn
+                if self.router is round_robin and turn >= self.turns - self.turns // self.rounds:  # last turn
                     agent.sampler.finish()
             for r, messages in enumerate(transcripts) if listen else ():
                 listen(messages[-1].agent, r, messages[-1])

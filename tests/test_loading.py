@@ -1,17 +1,24 @@
 """A team from a run or from models: to talk to, to look into, with roles, tools and private views."""
 
 import json
+import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from commands import evaluate
 from ready import team_of
-from tiny import refusal, write_tokenizer
+from tiny import random_model, refusal, said, write_tokenizer
 
 import teamtr_min
+import train
 from teamtr_min.engine import rng
+from teamtr_min.extras.warm_start import as_rollouts
+from teamtr_min.files import function_from_file
 from teamtr_min.hf.weights import RELAY
 from teamtr_min.run.loading import build_team
-from teamtr_min.tasks import Relay
+from teamtr_min.tasks import Relay, load_task, tools
 from teamtr_min.tasks.task import Problem, Role
 
 
@@ -93,3 +100,53 @@ def test_a_model_with_fewer_embeddings_than_its_tokenizer_has_tokens_is_refused(
     write_tokenizer(tmp_path)
     words = "the tokenizer has 262 tokens, but the model only"
     assert words in refusal(team_of, model=str(tmp_path), task="relay")
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<<12*3>> and <<37+48>>", "36, 85"), ("<<8/2=4>>4", "4"), ("<<(3-4)*0.5>><<2/3>>", "-0.5, 0.6666666667"),
+    ("12*3 = 36", ""), ("<<1/0>> <<a>> <<9**9**9>>", "?, ?, ?"), ("<<abs(1)>>", "?"), ("<<" * 10**5, ""),
+    ("<<" + "9" * 10**5 + ">>", ""), (f"<<{'(' * 99}>><<{'9' * 99}>>", "?, ?"), ("<<1>>" * 10**4, "1, 1, 1"),
+])  # fmt: skip
+def test_the_calculator_is_exact_and_hostile_texts_neither_last_nor_break_it(text, answer):
+    begin = time.perf_counter()
+    assert tools.calculator(Problem("", "", ""), said("<<5>>", text)) == answer
+    assert time.perf_counter() - begin < 1 and len(answer) <= tools.LONGEST
+
+
+def test_tools_answer_after_turns_count_as_none_and_speak_for_themselves(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    teamtr_min.save_model(
+        random_model("llama", vocab_size=262, max_positions=2048), write_tokenizer(tmp_path)
+    )
+    team = teamtr_min.load_team(["."] * 2, task="sums-99", tools="calculator", device="cpu")
+    task = load_task(teamtr_min.Config(task="sums-99", agents=2, tools="calculator"))
+    rollouts = as_rollouts(team, task.demonstrations(9, rng.generator(0)))
+    for problem, row in zip(rollouts.problems, rollouts.messages):
+        assert [m.agent for m in row] == [0, 2, 1, 2] and task.grade(problem, row) == 1
+        assert row[2].text.startswith(f"<<{row[1].text}") and not row[1].tokens
+    even = Role("X", "", lambda problem, messages: "even" * (len(messages[-1].text) % 2 == 0))
+    monkeypatch.setitem(tools.TOOLS, "calculator", even)
+    flags = (
+        "sums --model . --agents 2 --rounds 2 --tools calculator --max-new-tokens 5 --problems 8 --samples s"
+    )
+    for mode, agents in (("team", [0, 1, 0, 1]), ("solo", [0, 0, 0, 0])):
+        evaluate(capsys, *flags.split(), "--mode", mode)
+        for row in (json.loads(line)["messages"] for line in Path("s").read_text().splitlines()):
+            assert [m["agent"] for m in row if m["agent"] < 2] == agents
+            for m, after in zip(row, [*row[1:], {"agent": 0}]):
+                assert (after["agent"] == 2) == (m["agent"] < 2 and len(m["text"]) % 2 == 0)
+    assert "no tool 'x': give calculator" in refusal(tools.with_tools, [], "calculator, x")
+    assert "must return a text" in refusal(tools.spoken, 0, Role("X", "", lambda *_: None), None, [])
+
+    page = (Path(__file__).parents[1] / "docs/tasks.md").read_text()
+    for name, code in zip(("library.py", "guess.py"), re.findall(r"```python\n(.*?)```", page, re.S)):
+        Path(name).write_text(code)
+    Path("q.jsonl").write_text("".join(f'{{"question": "{i}?", "answer": "Italy"}}\n' for i in range(60)))
+    toy = "--model . --stages 1 --problems 3 --group 2 --eval-problems 3 --max-new-tokens 4".split()
+    for flags in ("library.py --agents 3 --data q.jsonl", "guess.py --agents 2 --rounds 3"):
+        assert train.main([*toy, "--out", flags[:3], "--task", *flags.split()]) == 0
+    number, played = Problem("", "", "9"), []
+    for text in ("x", "7", "9", "10"):
+        played += said(text, function_from_file("guess.py", "referee")(number, said(text)))
+    assert [m.text for m in played[1::2]] == ["Write a number.", "higher", "right", "lower"]
+    assert function_from_file("guess.py", "task")(None).grade(number, played) == 0.5

@@ -2,17 +2,21 @@
 
 import hashlib
 import itertools
+import json
+import math
+import re
 
 import numpy as np
 import pytest
-from tiny import said
+from tiny import refusal, said
 
+from teamtr_min.bench import accuracy
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError
 from teamtr_min.rollout import collect
 from teamtr_min.run.loading import build_team
-from teamtr_min.tasks import Convention, Floors, Message, Relay, load_task
+from teamtr_min.tasks import Convention, Floors, Message, Relay, load_task, zebra
 
 
 def task(name: str, agents: int, **flags):
@@ -24,7 +28,8 @@ def problems(game, count: int, *path, **how):
 
 
 @pytest.mark.parametrize("name, agents", [
-    ("relay", 1), ("relay", 2), ("relay", 5), ("convention", 3), ("sums", 1), ("sums", 3), ("floors", 3)
+    ("relay", 1), ("relay", 2), ("relay", 5), ("convention", 3), ("sums", 1), ("sums", 3), ("floors", 3),
+    ("zebra-2x2", 2),
 ])  # fmt: skip
 def test_the_held_out_split_never_overlaps_training_or_demonstrations(name, agents):
     game = task(name, agents)
@@ -51,7 +56,7 @@ def test_draws_stay_as_they_are():
     ({"task": "convention", "agents": 1}, "convention takes 2 to 4 turns.* would give 1"),
     ({"task": "sums", "agents": 4, "rounds": 2}, "sums takes 1 to 6 turns.* would give 8"),
     ({"task": "floors", "agents": 2, "rounds": 2}, "floors takes one turn per agent"),
-    ({"task": "chess"}, "no task 'chess': give relay, convention, sums, floors, .*, jsonl, or FILE.py"),
+    ({"task": "chess"}, "no task 'chess': give relay, convention, sums, .*, jsonl, or FILE.py"),
     ({"data": "x.jsonl"}, "relay makes its own problems"),
 ])  # fmt: skip
 def test_impossible_choices_are_refused(given, fault):
@@ -194,3 +199,54 @@ def test_demonstrations_of_floors_begin_with_opposite_habits(agents):
     assert habits == pytest.approx([0.3] * (agents - 1) + [0.7], abs=0.03)
     codes = np.array([game.codes(d.problem, m) for d, m in zip(shown, messages)], dtype=float)
     assert abs(np.corrcoef(codes.T)[0, -1]) < 0.06, "each agent draws for itself"
+
+
+SAYS = {  # words of a clue -> what it says of the houses of the two that it names
+    "not": lambda a, b: a != b, "directly left": lambda a, b: a + 1 == b,
+    "directly right": lambda a, b: a == b + 1, "next": lambda a, b: abs(a - b) == 1,
+    "to the left": lambda a, b: a < b, "between": lambda a, b: abs(a - b) == 2, "": lambda a, b: a == b,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", zebra.SIZES)
+def test_the_clues_leave_the_stated_solution_alone_and_none_can_be_left_out(size):
+    houses, attributes = map(int, size.split("x"))
+    for problem in problems(task(f"zebra-{size}", 2), 8, 0, size):
+        rows = [line.split(": ")[1].split(", ") for line in problem.text.splitlines()[1:-1]]
+        clues, words = [], "|".join(values := list(itertools.chain(*rows)))
+        for clue in problem.text.split("Clues: ")[1].rstrip(".").split(". "):
+            a, b = re.findall(rf"\b({words}|house \d)\b", clue)
+            clues.append((a, b, next(holds for said, holds in SAYS.items() if re.search(said, clue))))
+        fits = lambda at, clues: all(f(at[a], at.get(b) or int(b[6:])) for a, b, f in clues)  # noqa: E731
+        at = {value: int(h) for h, row in zebra.grid([problem.answer]).items() for value in row}
+        assert fits({value: at[value.lower()] for value in values}, clues) and len(at) == houses * attributes
+        if math.factorial(houses) ** attributes < 3000:  # few enough to try all
+            rows = itertools.product(itertools.permutations(range(1, houses + 1)), repeat=attributes)
+            every = [dict(zip(values, itertools.chain(*row))) for row in rows]
+            assert sum(fits(at, clues) for at in every) == 1
+            assert all(sum(fits(at, [c for c in clues if c != out]) for at in every) > 1 for out in clues)
+
+
+def test_a_return_is_the_share_of_right_cells_in_the_last_line_about_each_house(tmp_path):
+    game, grid = task("zebra-2x2", 2), {"header": ["House", "Name", "Pet"], "rows": [["1", "Al", "cat"]]}
+    (problem,) = problems(game, 1, 0)
+    a, b = problem.answer.split("; ")
+    for texts, share in (([a, b], 1), ([f"**{a.upper()}**.", f"So: {b}"], 1), ([a], 0.5), ([""], 0),
+                         ([a, b, a.replace("1", "2")], 0.5), (["House 1:", b + ", x"], 0.5)):  # fmt: skip
+        assert game.grade(problem, said(*texts)) == share, texts
+    assert game.answer(said(b, a)).lower() == problem.answer.lower() and game.answer(said("?")) is None
+    for agents in range(1, 9):
+        game = task("zebra", agents)
+        for shown in game.demonstrations(5, rng.generator(0)):
+            assert len(shown.messages) == agents and game.grade(shown.problem, said(*shown.messages)) == 1
+
+    (file := tmp_path / "f").write_text(line := json.dumps({"id": 1, "puzzle": "Who?", "solution": grid}))
+    exam = accuracy.prepare(accuracy.Exam("", Config(task="zebra", model="x")), None, None, str(file))
+    assert exam.problems[0].answer == "House 1: Al, cat" and exam.task.is_held_out(exam.problems[0].text)
+    for old, new, fault in (
+        ("Al", "___", "blank"),
+        ("rows", "lines", "has no"),
+        ('"cat"', "3", "has no"),
+    ):
+        file.write_text(line.replace(old, new))
+        assert fault in refusal(task, "zebra", 2, data=str(file))

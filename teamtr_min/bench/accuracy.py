@@ -36,9 +36,8 @@ from teamtr_min.run.log import mean_interval
 from teamtr_min.run.memory import in_use, plan_evaluation
 from teamtr_min.run.run import fingerprint, newest_run
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
-from teamtr_min.tasks.generated import Generated
 from teamtr_min.tasks.task import Task
-from teamtr_min.team import Team, round_robin
+from teamtr_min.team import Team
 
 HELD_OUT = 2048  # problems, unless a count is asked for
 MODES = ("team", "solo", "best_of", "vote")
@@ -75,10 +74,10 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None) -
     """The task `name`, or the team's own: `count` problems, or all, of `data`; without it held-out ones."""
     name = name or exam.config.task
     own = exam.config.data if exam.config.task == name else ""
-    generated = issubclass(TASKS.get(name, object), Generated)  # such a task reads no data for itself
+    generated = getattr(TASKS.get(name), "fields", None)  # such a task reads no data for itself
     config = dataclasses.replace(exam.config, task=name, data="" if generated else data or own)
     task = load_task(config)
-    if data and hasattr(task, "fields") and not Path(data).is_dir():
+    if data and getattr(task, "fields", None) and not Path(data).is_dir():
         problems = read_problems(data, *task.fields)[:count]
     else:
         problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
@@ -112,7 +111,7 @@ def evaluate(
         **dict(zip(("device", "dtype"), map(str, placement(config)))), "torch": torch.__version__,
     }  # fmt: skip
     if mode == "solo":
-        team = dataclasses.replace(team, agents=team.agents[:1], rounds=team.turns, router=round_robin)
+        team = dataclasses.replace(team, router=lambda turn, messages, agents, uniform: 0)
     collected, place = [], {"benchmark": config.task, "team": exam.team}
     for seed in range(config.seed, config.seed + seeds):
         collected.append(collect(team, problems, k, rng.RngPath(seed, "eval"), f"evaluating {config.task}"))

@@ -159,7 +159,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     stage, name = state["stages_done"], changed.model_of_each[j]
     if stage >= changed.stages:
         raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
-    alone = dataclasses.replace(changed, agents=1, model=name, roles="")
+    alone = dataclasses.replace(changed, agents=1, model=name, roles="", tools="")
     (newcomer,) = build_team(alone, Questions([old.agents[j].role])).agents
     new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
 

@@ -19,6 +19,7 @@ from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError, read_jsonl
 from teamtr_min.learner import Diverged, Learner, keep_company
 from teamtr_min.rollout import Batches, Rollouts, agent_batches
+from teamtr_min.tasks import tools
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
 from teamtr_min.team import Team
 
@@ -97,7 +98,8 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
         raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
     for number, record in read_jsonl(path) if path else ():
         try:
-            agents, texts = zip(*[(message["agent"], message["text"]) for message in record["messages"]])
+            said = [m for m in record["messages"] if not config.tools or m["agent"] < config.agents]
+            agents, texts = zip(*[(m["agent"], m["text"]) for m in said])  # without --tools
             problem = Problem(str(record.get("id", number)), record["text"], str(record.get("answer", "")))
             if not set(agents) <= {*range(config.agents)} or {*map(type, (problem.text, *texts))} != {str}:
                 raise ValueError
@@ -117,14 +119,16 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
 
 def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:
     """Demonstrations as if the team had written them: each message closed by its writer's end token."""
-    transcripts = []
+    transcripts, n = [], len(team.agents) - team.tools
     for shown in demonstrations:
-        writers = shown.agents or [turn % len(team.agents) for turn in range(len(shown.messages))]
+        writers = shown.agents or [turn % n for turn in range(len(shown.messages))]
         messages = []
         for j, text in zip(writers, shown.messages, strict=True):
             chat = team.agents[j].chat  # None: a tool, whose messages nobody is trained on
             tokens = [*chat.encode(text), chat.end_of_message] if chat else []
             messages.append(Message(j, tokens, text, [0.0] * len(tokens), stopped=True))
+            for tool in range(n, len(team.agents)):
+                messages += tools.spoken(tool, team.agents[tool].role, shown.problem, messages)
         transcripts.append(messages)
     problems = [shown.problem for shown in demonstrations]
     return Rollouts(problems, transcripts, torch.ones(len(problems)), group_size=1)

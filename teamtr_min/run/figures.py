@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from teamtr_min.config import Config
+from teamtr_min.config import Config, split_names
 from teamtr_min.files import UserError, read_json, replacing
 from teamtr_min.run import log
 from teamtr_min.run.loading import roles_of
@@ -55,7 +55,8 @@ def read(directory: Path) -> Record:
         used = saved.get("roles_in_use") or map(vars, roles_of(config, load_task(config)))
         roles = [{"name": role["name"], "system": role["system"]} for role in used]
     except Exception:  # the file or data of the task is gone, which may raise anything
-        roles = [{"name": f"Agent {j + 1}", "system": "not known"} for j in range(config.agents)]
+        count = config.agents + len(config.tools and split_names(config.tools))
+        roles = [{"name": f"Agent {j + 1}", "system": "not known"} for j in range(count)]
     about = directory, config, saved.get("fingerprint", {}), roles
     return Record(*about, lines["update"], lines["stage"], log.measured(known))
 

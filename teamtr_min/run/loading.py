@@ -15,7 +15,7 @@ from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
-from teamtr_min.tasks import TASKS, WordProblems, load_task
+from teamtr_min.tasks import TASKS, WordProblems, load_task, tools
 from teamtr_min.tasks.task import Role, Task
 from teamtr_min.tasks.word_problems import solver_roles
 from teamtr_min.team import Agent, Team, load_router
@@ -58,7 +58,7 @@ def as_role(j: int, given: Role | dict | str) -> Role:
 
 
 def roles_of(config: Config, task: Task) -> list[Role]:
-    """One role per agent: the task's, or those of the file that --roles names. Raises UserError."""
+    """One role per agent, the task's or those of --roles, and then those of --tools. Raises UserError."""
     roles = task.roles(config.agents)
     if config.roles:
         try:
@@ -70,7 +70,7 @@ def roles_of(config: Config, task: Task) -> list[Role]:
             raise UserError(f"--roles {config.roles}: not a JSON list of roles: {error}") from None
     if len(roles) != config.agents:
         raise UserError(f"{config.roles or config.task} has {len(roles)} roles for {config.agents} agents")
-    return roles
+    return tools.with_tools(roles, config.tools)
 
 
 def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None) -> Team:
@@ -93,7 +93,8 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
             shard(model, ranks, device, dtype)
         agents[j] = Agent(agents[j].role, model, chat.tokenizer, chat, adapter, Sampler(model))
     rows, router = config.batch_rows or Team.batch_rows, load_router(config.router)
-    return Team(agents, task, router, config.rounds, config.temperature, config.max_new_tokens, rows, ranks)
+    how = config.rounds, config.temperature, config.max_new_tokens, rows, ranks, len(agents) - config.agents
+    return Team(agents, task, router, *how)
 
 
 def placement(config: Config) -> tuple[torch.device, torch.dtype]:

@@ -30,7 +30,7 @@ from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import adapter_in, add_lora
 from teamtr_min.hf.weights import find_base, find_model, read_config
 from teamtr_min.run.loading import placement, roles_of
-from teamtr_min.tasks import Problem, Task
+from teamtr_min.tasks import Problem, Task, tools
 from teamtr_min.team import Team
 
 LEFT_FREE = 0.1  # of what is free, for other programs
@@ -216,6 +216,7 @@ class Needs:
             own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
             others = [len(chat.teammate_ids(role.name, [])) for role in self.roles]
             messages = config.turns * (config.max_new_tokens + max(own, *others))
+            messages += config.turns * (len(self.roles) - config.agents) * (tools.LONGEST + max(others))
             room = limit - messages - len(chat.opening(system, "1"))
             texts = sorted(((task.view(p, j), p.id) for p in problems), key=lambda x: len(x[0]), reverse=True)
             for i, (text, name) in enumerate(texts):

@@ -10,24 +10,27 @@ from teamtr_min.tasks.answers import extract_answer, is_correct
 from teamtr_min.tasks.datasets import DATASETS
 from teamtr_min.tasks.floors import Floors
 from teamtr_min.tasks.relay import Convention, Relay
-from teamtr_min.tasks.sums import Sums
+from teamtr_min.tasks.sums import LargeSums, Sums
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Role, Task
 from teamtr_min.tasks.word_problems import WordProblems, read_problems
+from teamtr_min.tasks.zebra import SIZES, Zebra
 
 __all__ = [
     "Convention", "Demonstration", "Floors", "Message", "Problem", "Relay", "Role", "Sums", "TASKS", "Task",
     "WordProblems", "extract_answer", "is_correct", "load_task", "read_problems",
 ]  # fmt: skip
 
-TASKS = {"relay": Relay, "convention": Convention, "sums": Sums, "floors": Floors}
-TASKS |= dict.fromkeys([*DATASETS, "jsonl"], WordProblems)
+TASKS = {"relay": Relay, "convention": Convention, "sums": Sums, "sums-99": LargeSums, "floors": Floors}
+TASKS |= {"zebra": Zebra, **dict.fromkeys([*DATASETS, "jsonl"], WordProblems)}
+LISTED = ", ".join(TASKS).replace("zebra", "zebra, zebra-2x2 to zebra-6x6")
+TASKS |= {f"zebra-{size}": Zebra for size in SIZES}
 
 
 def load_task(config: Config) -> Task:
     if config.task in TASKS:
         return TASKS[config.task](config)
     if not config.task.endswith(".py"):
-        raise UserError(f"no task {config.task!r}: give {', '.join(TASKS)}, or FILE.py with `task`")
+        raise UserError(f"no task {config.task!r}: give {LISTED}, or FILE.py with `task`")
     task = function_from_file(config.task, "task")(config)
     missing = [name for name in ("roles", "sample_problems", "grade") if not hasattr(task, name)]
     if missing:

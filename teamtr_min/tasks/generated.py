@@ -21,18 +21,21 @@ class Generated(Task):
     split: str  # names the hash
     system: str
     version = 1  # counts up when the same seed gives other problems or other returns
-    fields = ("problem", "answer")
+    fields: tuple[str, str] | None = "problem", "answer"  # None: the task reads --data itself
     grader = "exact"
     least_turns, most_turns = 1, 8
+    takes_tools = False  # whether its grade reads messages such that those of --tools do no harm
     agent_names: Sequence[str] = [f"Agent {j}" for j in range(1, 9)]
 
     def __init__(self, config: Config):
         if not self.least_turns <= config.turns <= self.most_turns:
             limits = f"{self.name} takes {self.least_turns} to {self.most_turns} turns"
             raise UserError(f"{limits}; agents x rounds would give {config.turns}")
-        if config.data:
+        if config.data and self.fields:
             raise UserError(f"{self.name} makes its own problems; --data goes with --task jsonl")
-        self.agents, self.turns = config.agents, config.turns
+        if config.tools and not self.takes_tools:
+            raise UserError(f"{self.name} has no use for tools; leave them out, or give --tools ''")
+        self.agents, self.turns, self.tools = config.agents, config.turns, config.tools
 
     def roles(self, agents: int) -> list[Role]:
         return [Role(name, self.system) for name in self.agent_names[:agents]]

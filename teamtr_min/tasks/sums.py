@@ -16,20 +16,23 @@ class Sums(Generated):
     """ "Ana has 7 apples. A friend brings 6 more. Ana sells 4. How many apples does Ana have now?"
 
     With n turns a problem has n steps. Each message does one of them and nothing else: `7 + 6 = 13`, then
-    `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. No training problem has
-    the numbers of a held-out one, in any words."""
+    `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. With a calculator an agent
+    writes `<<7+6>>`, and the last message may be the calculator's. No training problem has the numbers of a
+    held-out one, in any words."""
 
     name = split = "sums"
     most_turns = 6
+    takes_tools = True
+    first, change, largest = (2, 13), (2, 7), 15  # bounds of the numbers: from, below; the largest count
     fields = ("question", "answer")
     system = "Do the next step of the problem. Write one sum."
 
     def draw(self, generator: Generator) -> str:
         """The count at first, then the change of each step, such as " 7 6 -4"."""
-        numbers = [int(generator.integers(2, 13))]
+        numbers = [int(generator.integers(*self.first))]
         while len(numbers) <= self.turns:
-            change = int(generator.integers(2, 7)) * int(generator.choice((1, -1)))
-            if 1 <= sum(numbers) + change <= 15:
+            change = int(generator.integers(*self.change)) * int(generator.choice((1, -1)))
+            if 1 <= sum(numbers) + change <= self.largest:
                 numbers.append(change)
         return "".join(f" {number}" for number in numbers)
 
@@ -51,11 +54,19 @@ class Sums(Generated):
     def shown(self, problem: Problem, generator: Generator) -> list[str]:
         (total, *changes), lines = self.identity(problem.text), []
         for change in changes:
-            lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
-            total += change
+            sign, before, total = "+" if change > 0 else "-", total, total + change
+            form = "<<{}{}{}>>" if "calculator" in self.tools else "{} {} {} = {}"
+            lines.append(form.format(before, sign, abs(change), total))
         return lines
 
     def answer(self, messages: list[Message]) -> str | None:
         """The number that the last message ends with."""
         found = re.match(r"\W*(\d+-?)", messages[-1].text[::-1])  # a search for the end would be quadratic
         return found and found[1][::-1]
+
+
+class LargeSums(Sums):
+    """Sums with numbers to 99."""
+
+    name = split = "sums-99"
+    first, change, largest = (10, 90), (10, 60), 99
