@@ -28,7 +28,7 @@ def run(teams: list[str], out: str | None = None, tables: bool = False) -> dict:
     if not directories[0]:
         raise UserError("no run under runs/; python train.py makes one, --team names one elsewhere")
     records, several = [read(path) for path in directories], len(directories) > 1
-    place = Path(out or (directories[0].absolute().parent if several else directories[0]))
+    place = Path(out or (os.path.relpath(directories[0].absolute().parent) if several else directories[0]))
     path = place / ("compare.html" if several else "report.html")
     result = {"benchmark": "report", "team": ",".join(map(str, directories)), "report": str(path)}
     result["state"] = f"{len(records)} runs" if several else records[0].state

@@ -70,12 +70,12 @@ def require_matplotlib():
     return matplotlib
 
 
-def render(what, *draws: Callable, width: float = 5.6) -> bytes:
+def render(what, *draws: Callable) -> bytes:
     """The figures that each `draw(figure, what)` fills, one below the other, as PNG."""
     matplotlib, buffer = require_matplotlib(), io.BytesIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings(action="ignore"):  # a font may lack a sign
-        figure = matplotlib.figure.Figure(figsize=(width, 3.5 * len(draws)), layout="constrained")
-        for draw, part in zip(draws, figure.subfigures(len(draws), squeeze=False).flat):
+        figure = matplotlib.figure.Figure(figsize=(5.6, 3.5 * len(draws)), layout="constrained")
+        for draw, part in zip(draws, figure.subfigures(len(draws)) if len(draws) > 1 else [figure]):
             draw(part, what)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -77,7 +77,7 @@ def run(root: Path, short: bool, jobs: int) -> dict:
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         list(tqdm(pool.map(lambda job: train(*job), todo), total=len(todo), unit="run", disable=None))
     rows, figure = at_equal_cost([row(arm) for arm in wanted]), root / "occupancy.png"
-    figure.write_bytes(render(rows, draw, width=8))
+    figure.write_bytes(render(rows, draw))
     found = {"benchmark": "occupancy", "rows": rows, "figure": str(figure)}
     write_json(root / "occupancy.json", found)
     return found
