@@ -35,8 +35,8 @@ from teamtr_min.tasks import LISTED, TASKS
 
 OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
 KNOWN = ", ".join([LISTED, *OTHERS])
-TEAM_FLAGS = """model agents rounds router roles tools fields drop_long temperature max_new_tokens seed
-    device dtype batch_rows""".split()
+TEAM_FLAGS = """model agents rounds router roles tools fields drop_long show_prompts temperature
+    max_new_tokens seed device dtype batch_rows""".split()
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 
 
@@ -70,8 +70,9 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--mode", choices=accuracy.MODES, default="team", help=f"{modes} (default team)")
     add("--k", type=int, default=1, help="rollouts per problem and seed: avg@k, pass@k (default 1)")
     add("--seeds", type=int, default=1, help="repeat with so many seeds from --seed on (default 1)")
-    add("--problems", type=int, help="held-out problems (default 2048; of a file named by --data all)")
+    add("--problems", "--limit", type=int, help="held-out problems (default 2048; of a --data file all)")
     add("--data", help="JSONL of problems to take instead of the held-out ones")
+    add("--shots", type=int, default=0, help="training problems with their answers before each problem")
     add("--json", action="store_true", help="print one JSON object per result, nothing else")
     add("--samples", help="file for every transcript: prompts, messages, answers, return, as JSONL")
     add("--csv", action="store_true", help="report: also updates.csv and stages.csv")
@@ -82,8 +83,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
     args = parser.parse_intermixed_args(argv)
-    if min(args.k, args.seeds, args.problems or 1) < 1:
-        raise UserError("--k, --seeds and --problems must be at least 1")
+    if min(args.k, args.seeds, args.shots + 1, 1 if args.problems is None else args.problems) < 1:
+        raise UserError("--k, --seeds and --problems must be at least 1, --shots at least 0")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 
 
@@ -101,7 +102,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
         for name in words or [None]:
             if name not in OTHERS:
                 exam = accuracy.find_team(team, flags, name)
-                exams.append(accuracy.prepare(exam, name, args.problems, args.data))
+                exams.append(accuracy.prepare(exam, name, args.problems, args.data, args.shots))
             elif ranks.first and (team == teams[0] or name == "export"):
                 others.append((name, team))
     table = accuracy.Table(several=len(exams) > 1)

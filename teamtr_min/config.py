@@ -61,7 +61,7 @@ class Config:
     lora_rank: int = knob(0, "rank of LoRA adapters, one per agent, on a shared frozen base; 0 trains all weights", least=0)
     # the task
     task: str = knob(None, "relay, convention, sums, sums-99, floors, zebra, zebra-2x2 to zebra-6x6 (houses x attributes), gsm8k, math, jsonl, or FILE.py with a function `task`")
-    data: str = knob("", "JSONL file of problems, or directory with train.jsonl and test.jsonl")
+    data: str = knob("", "JSONL file of problems, directory with train.jsonl and test.jsonl, or data set of the hub, org/name[@revision][:folder]")
     fields: str = knob("question,answer", "names of the two fields of the JSONL that hold problem and answer")
     drop_long: bool = knob(False, "leave out problems that are too long for the model, and say how many")
     problems: int = knob(None, "problems per batch", least=1)
@@ -69,9 +69,10 @@ class Config:
     temperature: float = knob(None, "of sampling, and of every log-prob", least=0)
     max_new_tokens: int = knob(None, "longest message, in tokens", least=1)
     # before Algorithm 1
-    warm_start: int = knob(None, "supervised steps on demonstrations before stage 0", least=0)
+    warm_start: int = knob(None, "supervised steps on demonstrations before stage 0; 15 where demonstrations are given", least=0)
     warm_start_lr: float = knob(None, "their peak learning rate, which falls to 0 (with LoRA the default is 10 times as large)", least=0)
     demonstrations: str = knob("", "JSONL file of transcripts for the warm start (default: made by the task)")
+    demonstrate: str = knob("", "make them from the data: this model (directory, alias, hub id) or run plays the team on training problems, and rollouts with return 1 are kept")
     # Algorithm 1
     stages: int = knob(None, "stages; each updates every agent once", least=1)
     occupancy: str = knob(None, "rollouts an update trains on. fresh: collected before each update; corrected: reweighted to the team as it now is (see --min-ess); stale: those of the stage's start; joint: the same, for one update of all agents (default corrected)", "fresh", "corrected", "stale", "joint")
@@ -106,6 +107,7 @@ class Config:
     tensorboard: bool = knob(False, "also write every logged number for TensorBoard, into tensorboard/ of the run (pip install tensorboard)")
     out: str = knob("", "directory for everything the run writes (default runs/TASK-AGENTSx-TIME)")
     resume: str = knob("", "directory of a run to continue from its newest checkpoint, to the same bits on a CPU")
+    show_prompts: bool = knob(False, "print what each agent sees of the first held-out problem")
     accept_changes: bool = knob(False, "with --resume: go on although data, task file, grader or template have changed")
     # fmt: on
 
@@ -118,6 +120,8 @@ class Config:
         kind = "shipped" if self.shipped else "pretrained"
         family = (self.task or "").rstrip("0123456789x-")  # of sums-99, zebra-2x2
         preset = PRESETS[kind] | (PRESETS.get(family, {}) if kind == "pretrained" else {})
+        if self.demonstrations or self.demonstrate:
+            preset["warm_start"] = preset["warm_start"] or 15
         for name, value in preset.items():
             default(name, value * LORA_LR if name in ("lr", "warm_start_lr") and self.lora_rank else value)
         default("occupancy", "fresh" if self.min_ess == 1 else "corrected")
@@ -138,6 +142,7 @@ class Config:
             (self.min_ess != 1 and self.occupancy == "fresh", "--occupancy fresh means --min-ess 1"),
             (self.min_ess and self.occupancy in ("stale", "joint"), f"--min-ess is about --occupancy corrected; {self.occupancy} rollouts are collected once a stage"),
             (self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)), "--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to"),
+            (self.demonstrate and (self.demonstrations or not self.warm_start), "--demonstrate makes the demonstrations of a warm start: leave out --demonstrations, and give --warm-start steps"),
             (len(self.models) not in (1, self.agents), f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent"),
         ):
             if broken:
@@ -252,7 +257,7 @@ def parse(argv: list[str] | None, description: str) -> Config:
 
 def resumed(given: dict) -> Config:
     """The saved configuration of the run to resume; flags may repeat it but not change it."""
-    own = {name: given.pop(name) for name in ("resume", "accept_changes") if name in given}
+    own = {name: given.pop(name) for name in ("resume", "accept_changes", "show_prompts") if name in given}
     saved, model = Config.load(Path(own["resume"]) / "config.json", **own), given.get("model", "")
     if saved.model.split("@")[0] in (model.split("@")[0], os.path.abspath(model)):
         given.pop("model", None)  # a saved name carries its commit, a saved path is absolute

@@ -163,3 +163,14 @@ def test_closed_forms_have_exact_values():
         "2^{1/2}": None, "2^3!": None, "2^{10}!": None, "5!!": None, "x": None, "[5]": None, "": None,
     }  # fmt: skip
     assert {text: closed_form(text) for text in values} == values
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("It is late.\n**Answer:** the Treaty of Versailles", "the treaty of Versailles."),
+    ("Answer: We add them.\nSo the answer is 7.", "7"), ("The answer is 5.\nFinal answer: 6", "6"),
+    ("Answer: the answer is 7", "7"), ("Answer: 7\n#### 8", "8"), ("Answer: right, as it is so", "Right"),
+    ("Answer: Yes.", "yes"), ("My answer: 7", None), ("Answer: \\boxed{}", None), ("Answer:\n7", None),
+    ("Answer: one two three four five six seven eight nine", None),
+])  # fmt: skip
+def test_a_line_that_begins_with_answer_states_one_in_a_few_words(text, answer):
+    assert is_correct(text, answer) if answer else extract_answer(text) is None

@@ -11,7 +11,7 @@ from teamtr_min.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-EVAL = "team mode k seeds problems data json csv samples short web port jobs out help".split()
+EVAL = "team mode k seeds problems limit shots data json csv samples short web port jobs out help".split()
 REPLACE = "resume agent model stages out align".split()
 TORCHRUN = ["nproc-per-node"]
 

@@ -1,18 +1,23 @@
 """Word problems from files and data sets, and tasks of a user's own: what is read, left out and refused."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 
 import pytest
-from tiny import said
+from tiny import refusal, said
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError
+from teamtr_min.hf.hub import hub_data
+from teamtr_min.hf.weights import pinned
 from teamtr_min.run.memory import plan_training
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
 from teamtr_min.tasks.datasets import DATASETS, FILES
+
+COMMIT = "c" * 40
 
 
 def write(path, *questions, answer="7", field="question"):
@@ -114,6 +119,43 @@ def test_a_data_set_is_downloaded_once_and_math_is_trained_on_apart_from_math500
             load_task(Config(task="math500"))
         assert not [*(tmp_path / "cache").iterdir()]
         files[1].unlink(missing_ok=True)
+
+
+def test_a_data_set_of_the_hub_has_its_sides_by_name_and_is_pinned_to_its_commit(tmp_path, monkeypatch):
+    for name, value in {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    hub_data.cache_clear()
+    for repo, files in {
+        "two": {"data/train-0": 9, "data/train-1": 9, "data/test-0": 4, "data/dev": 3}, "one": {"all": 40},
+        "many": {"main/train": 9, "main/test": 4, "other/train": 5},
+    }.items():  # fmt: skip
+        directory = tmp_path / f"datasets--org--{repo}"
+        for name, count in files.items():
+            file = directory / "snapshots" / COMMIT / f"{name}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, *(f"{name} {i}?" for i in range(count)))
+        (directory / "refs").mkdir()
+        (directory / "refs" / "main").write_text(COMMIT)
+    for name, sides in {"org/two": (18, 4), "org/many:main": (9, 4), f"org/two@{COMMIT}": (18, 4)}.items():
+        config = pinned(Config(task="jsonl", data=name))
+        task = load_task(config)
+        assert (len(task.train), len(task.held_out)) == sides and f"@{COMMIT}" in config.data
+        assert config.data.replace(f"@{COMMIT}", "") == name.replace(f"@{COMMIT}", "")
+    assert task.train[9].id == "data/train-1.jsonl, line 1" and 0 < len(jsonl("org/one").held_out) < 20
+    faults = {"org/many": "needs its folder, such as org/many:main (main, other)"}
+    faults |= {"org/no": "org/no@main cannot be had from", "org/no.jsonl": "cannot be read"}
+    faults |= {"org/many:no": "has no JSONL or parquet files"}
+    for name, fault in faults.items():
+        assert fault in refusal(jsonl, name)
+
+
+def test_prompts_speak_of_maths_where_the_data_set_is_of_maths_alone(task, tmp_path):
+    for name in ("jsonl", "gsm8k"):
+        prompt = load_task(Config(task=name, data=str(task.path))).roles(3)[2].system
+        assert ("maths" in prompt) == ("boxed" in prompt) == (name == "gsm8k") != ("Answer: ..." in prompt)
+    assert task.grade(Problem("", "", "Rome"), said("Answer: rome")) == 1
+    fault = "cannot be read" if importlib.util.find_spec("pyarrow") else "needs pyarrow: pip install pyarrow"
+    assert fault in refusal(jsonl, write(tmp_path / "p.parquet"))
 
 
 TASK = """

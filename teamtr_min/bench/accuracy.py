@@ -28,15 +28,16 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
 from teamtr_min.files import UserError, read_json, replacing, to_json
+from teamtr_min.hf.hub import hub_data
 from teamtr_min.hf.lora import WEIGHTS, load_models, merge
 from teamtr_min.hf.weights import ADAPTER_CONFIG, pinned, save_model
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, placement
-from teamtr_min.run.log import mean_interval
+from teamtr_min.run.log import mean_interval, prompts_in_use
 from teamtr_min.run.memory import in_use, plan_evaluation
 from teamtr_min.run.run import fingerprint, newest_run
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
-from teamtr_min.tasks.task import Task
+from teamtr_min.tasks.task import Shown, Task
 from teamtr_min.team import Team
 
 HELD_OUT = 2048  # problems, unless a count is asked for
@@ -70,17 +71,24 @@ def find_team(team: str | None, flags: dict, task: str | None = None) -> Exam:
     return Exam(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
 
 
-def prepare(exam: Exam, name: str | None, count: int | None, data: str | None) -> Exam:
-    """The task `name`, or the team's own: `count` problems, or all, of `data`; without it held-out ones."""
+def prepare(exam: Exam, name: str | None, count: int | None, data: str | None, shots: int = 0) -> Exam:
+    """The task `name`, or the team's own: `count` problems, or all, of `data`; without it held-out ones. In
+    front of each stand `shots` training problems with their answers. Raises UserError."""
     name = name or exam.config.task
     own = exam.config.data if exam.config.task == name else ""
     generated = getattr(TASKS.get(name), "fields", None)  # such a task reads no data for itself
     config = dataclasses.replace(exam.config, task=name, data="" if generated else data or own)
+    config = dataclasses.replace(config, data=(hub_data(config.data) or ("", config.data))[1])
     task = load_task(config)
-    if data and getattr(task, "fields", None) and not Path(data).is_dir():
+    if data and getattr(task, "fields", None) and not Path(data).is_dir() and not hub_data(data):
         problems = read_problems(data, *task.fields)[:count]
     else:
         problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
+    if shots:
+        examples = task.sample_problems(shots, rng.generator(config.seed, "shots"))
+        if {p.text for p in examples} & {p.text for p in problems}:
+            raise UserError("--shots are training problems; --data DIR tells them from those to evaluate on")
+        task = Shown(task, examples)
     return exam._replace(config=config, task=task, problems=problems)
 
 
@@ -106,12 +114,15 @@ def evaluate(
         "benchmark": config.task, "mode": mode, "k": k, "seeds": seeds, "team": exam.team,
         **{name: getattr(config, name) for name in names}, "roles": [role.name for role in roles],
         "prompts": f"{prompts.hexdigest()[:8]} of {config.roles or 'the task'}",
+        "shots": [problem.id for problem in getattr(task, "examples", [])],
         "grader": getattr(task, "grader", "the task's own"),
         "fingerprint": fingerprint(config, team, problems[0]) | {"problems asked": asked.hexdigest()},
         **dict(zip(("device", "dtype"), map(str, placement(config)))), "torch": torch.__version__,
     }  # fmt: skip
     if mode == "solo":
         team = dataclasses.replace(team, router=lambda turn, messages, agents, uniform: 0)
+    if config.show_prompts:
+        result["prompts_in_use"] = prompts_in_use(team, problems[0])
     collected, place = [], {"benchmark": config.task, "team": exam.team}
     for seed in range(config.seed, config.seed + seeds):
         collected.append(collect(team, problems, k, rng.RngPath(seed, "eval"), f"evaluating {config.task}"))
@@ -178,15 +189,17 @@ class Table:
         self.several, self.above = several, ""
 
     def add(self, result: dict, rollouts: Rollouts) -> str:
+        shown = f", {len(result['shots'])} shots" if result["shots"] else ""
         n = result["seeds"]
         heading = (  # what the result rests on
             "  model {model}, agents {agents}, rounds {rounds}, router {router}, mode {mode}\n"
             "  at most {max_new_tokens} tokens a message, temperature {temperature:g}, prompts {prompts}\n"
-            "  grader {grader}, seed {seed}, {problems:,} problems x {k}{times}"
-        ).format(**result, times=f" x {n} seeds (±: standard error over them)" * (n > 1))
+            "  grader {grader}, seed {seed}, {problems:,} problems x {k}{times}{shown}"
+        ).format(**result, shown=shown, times=f" x {n} seeds (±: standard error over them)" * (n > 1))
         name, team, found = result["benchmark"], result["team"], [*rows(result)]
         if not self.several:
             lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]
+            lines += [result["prompts_in_use"]] if "prompts_in_use" in result else []
             lines += [f"  {what:14s}{value}" for what, value in found]
             return "\n".join([*lines, *transcripts(rollouts, result["roles"])])
         lines, self.above = [heading] if heading != self.above else [], heading

@@ -1,12 +1,16 @@
 """Warm start: supervised steps on demonstrations before stage 0. [ours]
 
 A return can only teach what a team sometimes does. A model that never writes in the form that the task grades
-is first shown some messages: next-token loss on each agent's own, in whole transcripts.
+is first shown some messages: next-token loss on each agent's own, in whole transcripts. They are made by the
+task, read from a file, or written by another team (`--demonstrate`) and accepted by the task.
 """
 
+import dataclasses
+import gc
 import math
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,9 +20,12 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
-from teamtr_min.files import UserError, read_jsonl
+from teamtr_min.files import UserError, read_jsonl, replacing, to_json
 from teamtr_min.learner import Diverged, Learner, keep_company
-from teamtr_min.rollout import Batches, Rollouts, agent_batches
+from teamtr_min.rollout import Batches, Rollouts, agent_batches, collect
+from teamtr_min.run import log
+from teamtr_min.run.loading import build_team
+from teamtr_min.run.memory import plan_evaluation
 from teamtr_min.tasks import tools
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
 from teamtr_min.team import Team
@@ -26,8 +33,10 @@ from teamtr_min.team import Team
 
 def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learner]) -> None:
     """`--warm-start` steps of every learner on `--problems` demonstrations each; the rate falls to 0."""
-    if not config.warm_start:
+    if run.warm_steps_done == config.warm_start:
         return
+    if config.demonstrate:
+        config = dataclasses.replace(config, demonstrate="", demonstrations=demonstrate(run, config, task))
     given = read_demonstrations(config, task)
     for shown, messages in zip(given, as_rollouts(team, given).messages):
         for j in (j for learner in learners for j in learner.agents):
@@ -88,6 +97,52 @@ def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) 
         raise
     finally:
         learner.offload()
+
+
+def demonstrate(run, config: Config, task: Task) -> str:
+    """The path of the run's demonstrations, which a resumed run finds there: rollouts with a return of 1, and
+    of equal ones one, on as many training problems as the warm start draws. All processes must call this.
+    Raises UserError if memory cannot hold both teams, or if no rollout is right."""
+    ranks, path = run.team.ranks, run.directory / "demonstrations.jsonl"
+    name, found = ranks.gather([str(path), path.is_file()])[0]
+    if found:
+        return name
+    draws = [rng.generator(config.seed, "demonstrate", step) for step in range(config.warm_start)]
+    drawn = [problem for draw in draws for problem in task.sample_problems(config.problems, draw)]
+    rollouts = play(run.team, config, task, [*{p.text: p for p in drawn}.values()])
+    run.costs.update(rollouts_demonstrations=len(rollouts.messages), seconds_demonstrations=rollouts.seconds)
+    lines = log.transcripts(rollouts, 0, "demonstration", count=len(rollouts.messages))
+    kept = [*dict.fromkeys(to_json(line) + "\n" for line in lines if line["return"] == 1)]
+    if not kept:
+        fault = f"--demonstrate {config.demonstrate}: none of {len(lines):,} rollouts has a return of 1"
+        helps = "a larger model, --roles that say how an answer ends, or --demonstrations of your own"
+        raise UserError(f"{fault}; what helps: {helps} (docs/your-data.md)")
+    if ranks.first:
+        with replacing(path) as aside:
+            aside.write_text("".join(kept), encoding="utf-8")
+    log.say(f"{name}: {len(kept):,} different right ones of {len(lines):,} rollouts")
+    ranks.gather(None)  # nobody reads before it is written
+    run.removable = False
+    run.checkpoint()
+    return name
+
+
+def play(team: Team, config: Config, task: Task, problems: list[Problem]) -> Rollouts:
+    """Rollouts of the demonstrating team, with the prompts of this run; the team is freed again."""
+    how, source = (config.group, rng.RngPath(config.seed, "demonstrate"), "demonstrating"), config.demonstrate
+    if source == config.model:  # the team itself
+        return collect(team, problems, *how)
+    other = dataclasses.replace(config, model=source, lora_rank=0, batch_rows=0, drop_long=False)
+    sources = other.model_of_each
+    if Path(source, "metrics.jsonl").is_file():
+        if (agents := Config.load(Path(source, "config.json")).agents) != config.agents:
+            raise UserError(f"--demonstrate {source} has {agents} agents, this run has {config.agents}")
+        sources = [Path(source, "agents", str(j)) for j in range(agents)]
+    other, _ = plan_evaluation(other, task, problems, config.group, sources, team.ranks)
+    rollouts = collect(build_team(other, task, team.ranks, sources), problems, *how)
+    gc.collect()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
+    return rollouts
 
 
 def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:

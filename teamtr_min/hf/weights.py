@@ -16,7 +16,7 @@ from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine.distributed import whole
 from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors, split_fused
 from teamtr_min.files import UserError, read_json, replacing, write_json
-from teamtr_min.hf.hub import ALIASES, SINGLE, snapshot, weight_files
+from teamtr_min.hf.hub import ALIASES, SINGLE, hub_data, snapshot, weight_files
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RELAY = ASSETS / "relay"
@@ -55,8 +55,12 @@ def locate(name: str | os.PathLike) -> tuple[Path, str]:
 
 
 def pinned(config: Config) -> Config:
-    """`config` with names of models that find the same ones from anywhere and at any time."""
-    return dataclasses.replace(config, model=",".join(locate(name)[1] for name in config.models))
+    """`config` with names of models and data that find the same ones from anywhere and at any time."""
+    models = ",".join(locate(name)[1] for name in config.models)
+    names = {"model": models, "data": (hub_data(config.data) or ("", config.data))[1]}
+    if config.demonstrate and not config.resume:  # a resumed run has its demonstrations
+        names["demonstrate"] = locate(config.demonstrate)[1]
+    return dataclasses.replace(config, **names)
 
 
 def find_base(directory: Path) -> tuple[Path, str]:

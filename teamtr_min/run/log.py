@@ -4,6 +4,7 @@ docs/metrics.md explains every key. A line holds only what was measured: a key t
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from teamtr_min.files import read_jsonl
 from teamtr_min.learner import Learner, Update
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.memory import size
+from teamtr_min.tasks.task import Problem
 from teamtr_min.team import Team
 
 COSTS = (  # of an update; the run's are their sums
@@ -120,6 +122,16 @@ steps   {config.stages} stages, at most {config.inner_steps} steps an update at 
 output  {directory}"""
 
 
+def prompts_in_use(team: Team, problem: Problem) -> str:
+    """What each agent sees before the first message on `problem`, special tokens included."""
+    shown = []
+    for j, agent in enumerate(team.agents):
+        if agent.chat:
+            text = agent.tokenizer.decode(team.render(j, problem, [], True).ids, skip_special_tokens=False)
+            shown.append(f"prompt  agent {j}, {agent.role.name}:\n" + textwrap.indent(text, " " * 8))
+    return "\n".join(shown)
+
+
 def region(config: Config) -> str:
     """The bound on an update, in words."""
     return {
@@ -169,9 +181,10 @@ def advice(config: Config, updates: list[dict]) -> str:
     mean = sum(u["return_mean"] for u in updates) / len(updates)
     form = "" if config.warm_start else "--warm-start STEPS, which shows the form of a right answer; "
     helps = f"{form}a --group larger than {config.group}, or a task that gives partial credit"
+    helps = f"{helps}: see docs/your-data.md" if mean < 1 else "harder problems"
     return (
         f"nothing to learn from yet: all rollouts of a problem have the same return (on average {mean:.2f}), "
-        f"and an update compares them. What helps: {helps if mean < 1 else 'harder problems'}"
+        f"and an update compares them. What helps: {helps}"
     )
 
 

@@ -52,6 +52,8 @@ class Run:
             self._lock()
         header = log.header(self.config, self.team, self.directory)
         log.say("\n".join([header, str(self.plan), *self.task.notes]))
+        if self.config.show_prompts:
+            log.say(log.prompts_in_use(self.team, self.held_out[0]))
         if self.config.resume:
             self._resume()
         if self.config.tensorboard and self.files:  # all lines again: what a kill kept back is lost
@@ -148,8 +150,10 @@ class Run:
         check_out(self.config)  # another run may have begun, and ended, meanwhile
         self.files[TRANSCRIPTS] = (self.directory / TRANSCRIPTS).open("a", encoding="utf-8")
         path, now = self.directory / "config.json", fingerprint(self.config, self.team, self.held_out[0])
+        roles = [{"name": agent.role.name, "system": agent.role.system} for agent in self.team.agents]
         if not self.config.resume:
-            self.config.save(path, fingerprint=now, accept_changes=False)
+            once = {"accept_changes": False, "show_prompts": False}
+            self.config.save(path, fingerprint=now, roles_in_use=roles, **once)
             self.removable = True
             return
         then = (saved := read_json(path)).get("fingerprint", now)
@@ -157,7 +161,7 @@ class Run:
         if changed and not self.config.accept_changes:
             what = f"{self.directory} rests on other things now than when it began: {', '.join(changed)}"
             raise UserError(f"{what}; put them back, or go on with --accept-changes")
-        write_json(path, saved | {"fingerprint": now})
+        write_json(path, saved | {"fingerprint": now, "roles_in_use": roles})
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint: what was logged after it happens, and is logged, again."""

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from teamtr_min.tasks.equivalence import equivalent
 
-RULES = 6  # counts up when a verdict may change; part of a run's fingerprint
+RULES = 7  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
 BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 
@@ -20,8 +20,10 @@ BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*+\{|\\?[{}]")
 _TAKES_BACK = re.compile(r"(?i)\b(?:no|not|wait|actually|instead|wrong|mistake|sorry)\b")
 _HASHES = re.compile(r"(?i)(?<!#)####(?!#)[ \t*]*+(?:(?:the )?(?:final )?answer(?: is)?\b[ :*]*)?([^\n]*+)")
+_LABEL = re.compile(r"(?im)^[ \t*_>]*+(?:(?:the |my |our )?final )?answer[ \t*_]*+:([^\n]*+)")
 _CLAUSE = r" (?:not\b|I\b|i\.e|e\.g|(?:an?|(?!(?:and|or)\b)[a-z']{2,}+) [a-z]{2})"  # behind a comma
 _SAYS = re.compile(rf"\b(?i:answer\s++is)\b\s*+:?\s*+((?:[^\n.,;]|\.(?=\d)|[,;](?!{_CLAUSE}))++)")
+_MARKS = ' \t*_`"!,;:#'
 _CHOICE = re.compile(r"(?:yes|no|true|false)$|(?:pi|sqrt|sin|cos|tan|log|ln|exp|infinity)\b")
 _LEADS_UP = re.compile(
     r"(?i)(?:[\s*_:`\"]|(?:also|still|therefore|thus|hence|then|now|so|indeed|again|simply|just|exactly|"
@@ -40,12 +42,14 @@ _NO_VALUE = set(  # words of sentences such as "the answer is right", and of hea
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer that `text` states, or None: `\boxed{X}` outranks `#### X`, which outranks "answer is X".
-    Of one kind the last counts. The heading `#### Check` and "the answer is right" state none."""
+    r"""The answer that `text` states, or None: `\boxed{X}` outranks `#### X`, which outranks "answer is X" or
+    "Answer: X". Of one kind the last counts. `#### Check` and "the answer is right" state none."""
     end, hashes = len(text.rstrip()), [(_value(m[1]), m.end()) for m in _HASHES.finditer(text)]
     hashes = [said for said, at in hashes if said and (_MATHS.match(said) or at >= end)]
-    sayings = [said for m in _SAYS.finditer(text) if (said := _value(m[1], prose=True))]
-    stated = _boxes(text) or hashes or sayings
+    sayings = [(m.start(), _value(m[1], prose=True)) for m in _SAYS.finditer(text)]
+    sayings += [(m.start(), _label(m[1])) for m in _LABEL.finditer(text)]
+    sayings.sort(key=operator.itemgetter(0))
+    stated = _boxes(text) or hashes or [said for _, said in sayings if said]
     return stated[-1] if stated else None
 
 
@@ -65,12 +69,18 @@ def _boxes(text: str) -> list[str]:
 
 def _value(text: str, prose: bool = False) -> str | None:
     """`text` without what surrounds a value, or None. In prose a word must look like a name: X, **red**."""
-    said = _ASIDE.sub("", _LEADS_UP.sub("", text, count=1), count=1).strip(' \t*_`"!,;:#')
+    said = _ASIDE.sub("", _LEADS_UP.sub("", text, count=1), count=1).strip(_MARKS)
     words = re.findall(r"[^\s,:;]+", said.lower())
     marked = text[: text.find(said)].endswith(("*", "_", "`", '"'))
     named = not prose or marked or not said[:1].islower() or _CHOICE.match(said)
     is_value = _MATHS.match(said) or named and 0 < len(words) <= 3 and _NO_VALUE.isdisjoint(words)
     return said if is_value and "\\boxed" not in said else None
+
+
+def _label(text: str) -> str | None:
+    """What stands behind "Answer:", any words, as long as they are few enough for an answer."""
+    said = _ASIDE.sub("", text, count=1).strip(_MARKS)
+    return said if 0 < len(said.split()) <= 8 and "\\boxed" not in said else None
 
 
 def is_correct(response: str, answer: str) -> bool:

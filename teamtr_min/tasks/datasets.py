@@ -1,18 +1,23 @@
-"""Data sets that go by name: downloaded once from where they are published, then read offline.
+"""Files of problems: those of `--data`, and data sets that go by name, which are downloaded once.
 
 A URL names a commit, and a file is checked by its sha256 when it is fetched, not when it is read again.
 """
 
+import collections
 import os
+import re
 from pathlib import Path
 
 from teamtr_min.files import UserError
+from teamtr_min.hf.hub import DATA_FILES, hub_data
 
 DATASETS = {  # name -> the file to train on, or None; the held-out file; the field of the question
     "gsm8k": ("gsm8k-train", "gsm8k-test", "question"),
     "math": ("math-train", "math500", "problem"),  # 12,000 and 500 problems of MATH
     **{name: (None, name, "problem") for name in ("math500", "aime24", "aime25", "amc23")},  # to evaluate on
 }
+
+SIDES = ("train", "test", "validation", "dev")  # names in the paths of a data set of the hub
 
 GITHUB = "https://raw.githubusercontent.com"
 GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
@@ -28,6 +33,28 @@ FILES = {  # name -> URL, beginning of the sha256
     "aime25": (f"{AIME25}/test.jsonl", "b4e273c02d3e7fe1b74b59eae768fc82"),
     "amc23": (f"{QWEN}/amc23/test.jsonl", "43707e1ca784602d8479de24ee8ce366"),
 }
+
+
+def problem_files(task: str, data: str) -> tuple[Path, list[Path], list[Path]]:
+    """Of `--data`, else of the data set `task`: the directory; files to train on; files held out, none where
+    a part of the others is to be. Raises UserError."""
+    path, found = Path(data), collections.defaultdict(list)
+    if not data:
+        train, test, _ = data_set(task)
+        return test.parent, [train] * bool(train), [test]
+    if not (on_hub := hub_data(data)):
+        sides = [path / "train.jsonl"], [path / "test.jsonl"]
+        return (path, *sides) if path.is_dir() else (path.parent, [path], [])
+    root, name = on_hub
+    for file in sorted(file for file in root.rglob("*") if file.suffix in DATA_FILES):
+        words = re.findall("[a-z]+", str(file.relative_to(root)).lower())
+        found[next((side for side in SIDES if side in words), "")].append(file)
+    train = found["train"] or found[""]
+    folders = sorted({file.relative_to(root).parts[0] for file in train if file.parent != root} - {"train"})
+    if not train or len(folders) > 1:
+        fault = f"needs its folder, such as {data}:{folders[0]}" if train else "has no JSONL or parquet files"
+        raise UserError(f"--data {data} {fault} ({', '.join(folders) or name})")
+    return root, train, next((found[side] for side in SIDES[1:] if side in found), [])
 
 
 def data_set(name: str) -> tuple[Path | None, Path, str]:

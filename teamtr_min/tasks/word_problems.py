@@ -1,7 +1,9 @@
-"""Word problems with short answers, from JSONL files such as GSM8K's."""
+"""Word problems with short answers, from JSONL and parquet files such as GSM8K's."""
 
+import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from unicodedata import normalize
 
@@ -11,16 +13,20 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError, read_jsonl
 from teamtr_min.tasks.answers import RULES, canonical, extract_answer, is_correct
-from teamtr_min.tasks.datasets import data_set
+from teamtr_min.tasks.datasets import DATASETS, problem_files
 from teamtr_min.tasks.equivalence import grader
 from teamtr_min.tasks.task import Message, Problem, Role, Task
 
+# What a team does together, how its first agent begins, and how each message ends.
+MATHS = "solves a maths problem together", "Work it out step by step.", "the final answer in \\boxed{}."
+ANY = "answers a question together", "Think it through.", 'a line "Answer: ..." that holds the answer alone.'
 
-def solver_roles(agents: int) -> list[Role]:
-    """A solver, checkers, and a finisher who gives the answer."""
-    team = "of a team that solves a maths problem together."
-    final = "End with the final answer in \\boxed{}."
-    first = f"You are the first {team} Work it out step by step. {final}"
+
+def solver_roles(agents: int, words: tuple[str, str, str] = ANY) -> list[Role]:
+    """A solver, checkers, and a finisher who gives the answer. `words`: MATHS, or ANY for other questions."""
+    together, work, ending = words
+    team, final = f"of a team that {together}.", f"End with {ending}"
+    first = f"You are the first {team} {work} {final}"
     check = f"You are one {team} Check the work so far; correct it. {final}"
     last = f"You are the last {team} Decide what is right. {final}"
     systems = [first] + [check] * (agents - 2) + [last] * (agents > 1)
@@ -37,24 +43,22 @@ class WordProblems(Task):
     def __init__(self, config: Config):
         self.fields = question, answer = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
-        self.grader, self.notes = grader(), []
-        if config.data and not self.path.is_dir():
-            problems = read_problems(self.path, question, answer)
-            self.train = [p for p in problems if rng.key(0, p.text) % 10]
-            self.held_out = [p for p in problems if rng.key(0, p.text) % 10 == 0]
-        else:
-            train, test = self.path / "train.jsonl", self.path / "test.jsonl"
-            if not config.data:
-                train, test, question = data_set(config.task)
-            self.train = read_problems(train, question, answer) if train else []
-            self.held_out = read_problems(test, question, answer)
+        self.grader, self.notes, self.words = grader(), [], MATHS if config.task in DATASETS else ANY
+        root, *sides = problem_files(config.task, config.data)
+        question = question if config.data else DATASETS[config.task][2]
+        read = functools.partial(read_problems, question_field=question, answer_field=answer, root=root)
+        self.train, self.held_out = ([p for file in files for p in read(file)] for files in sides)
+        if not sides[1]:
+            self.held_out = [p for p in self.train if rng.key(0, p.text) % 10 == 0]
+            self.train = [p for p in self.train if rng.key(0, p.text) % 10]
         content = json.dumps([(p.text, p.answer) for p in self.all_problems()])
         self._hash = hashlib.sha256(content.encode()).hexdigest()
         self._held_out_texts = {" ".join(normalize("NFC", p.text.lower()).split()) for p in self.held_out}
         both = {p.id for p in self.train if self.is_held_out(p.text)}
         self.leave_out(both, "they stand among the held-out ones too")
 
-    roles = staticmethod(solver_roles)
+    def roles(self, agents: int) -> list[Role]:
+        return solver_roles(agents, self.words)
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
@@ -95,17 +99,31 @@ def last_statement(messages: list[Message]) -> str:
     return next((m.text for m in reversed(messages) if extract_answer(m.text) is not None), "")
 
 
-def read_problems(path: str | Path, question_field: str, answer_field: str) -> list[Problem]:
-    """Problems from a JSONL file. A problem's id is the file's name and its line. Raises UserError."""
-    problems = []
-    for number, record in read_jsonl(path):
+def read_problems(path: str | Path, question_field: str, answer_field: str, root="") -> list[Problem]:
+    """Problems from a JSONL or parquet file. A problem's id is the file's name, below the directory `root` if
+    one is given, and its line. Raises UserError."""
+    path, problems = Path(path), []
+    name = path.relative_to(root or path.parent)
+    for number, record in (read_parquet if path.suffix == ".parquet" else read_jsonl)(path):
         values = record.get(question_field), record.get(answer_field)
         texts = [str(v) for v in values if isinstance(v, str | float | int) and str(v).strip()]
         if len(texts) < 2:
             wanted = f'a text in "{question_field}" and in "{answer_field}" (or --fields)'
             raise UserError(f"{path}, line {number}: must have {wanted}, but is {str(record)[:100]}")
         answer = extract_answer(texts[1]) or texts[1]
-        problems.append(Problem(f"{Path(path).name}, line {number}", texts[0], answer))
+        problems.append(Problem(f"{name}, line {number}", texts[0], answer))
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """Number, from 1, and fields of each row. Raises UserError."""
+    try:
+        from pyarrow import parquet  # late: few runs need it
+
+        return enumerate(parquet.read_table(path).to_pylist(), start=1)
+    except ImportError:
+        raise UserError(f"{path} is parquet, which needs pyarrow: pip install pyarrow") from None
+    except (ValueError, OSError) as error:  # pyarrow's own are ValueErrors
+        raise UserError(f"{path} cannot be read: {error}") from None
