@@ -148,6 +148,7 @@ class Team:
         for sampler in samplers:
             sampler.start(len(problems))
         for turn in range(self.turns):
+            counts = [len(messages) for messages in transcripts]  # a tool may write no message
             draws = [path.key("route", first + r, turn) / 2**64 for r in range(len(problems))]
             routed = [self.route(turn, messages, draw) for messages, draw in zip(transcripts, draws)]
             for j, agent in enumerate(self.agents):
@@ -171,8 +172,8 @@ class Team:
                     transcripts[r].append(Message(j, c.tokens, text, c.logprobs, c.stopped))
                 if self.router is round_robin and turn >= self.turns - self.turns // self.rounds:  # last turn
                     agent.sampler.finish()
-            for r, messages in enumerate(transcripts) if listen else ():
-                listen(messages[-1].agent, r, messages[-1])
+            for r in (r for r, n in enumerate(counts) if listen and len(transcripts[r]) > n):
+                listen(transcripts[r][-1].agent, r, transcripts[r][-1])
         for sampler in samplers:
             sampler.finish()
         return transcripts

@@ -32,16 +32,17 @@ def test_no_piece_of_a_text_is_half_a_character_and_together_they_are_the_text(t
 
 
 def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, monkeypatch):
-    _, team = team_of(agents=2)
+    _, team = team_of(agents=3)
     team.agents[1] = Agent(Role("tool\033[2J", "", tool=lambda problem, messages: "5\n\033[31m"))
+    team.agents[2] = Agent(Role("silent", "", tool=lambda problem, messages: ""))
     monkeypatch.setenv("NO_COLOR", "1")
     interrupt_at(3, monkeypatch, Sampler, "generate")
-    typed = iter("7+8*3|/retry|1+1*1|/samples 3 1+2*3|/samples 0|/what|hello|/agents||/help".split("|"))
+    typed = iter("7+8*3-1|/retry|1+1*1-1|/samples 3 1+2*3-1|/samples 0|/what|hello|/agents||/help".split("|"))
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     with pytest.raises(StopIteration):
         ask.converse(team, "mine", 1, 7)
     out, tool = capsys.readouterr().out, "  tool\ufffd[2J: 5\n    \ufffd[31m\n"
-    texts = {team.solve("7+8*3", seed=seed)[0].messages[0].text for seed in (7, 8)}
+    texts = {team.solve("7+8*3-1", seed=seed)[0].messages[0].text for seed in (7, 8)}
     assert len(texts) == 2 and all(f"  A: {text}\n{tool}answer: 5\n" in out for text in texts)
     assert out.count("  stopped\n") == 1 and f"\n    3 of 3  {'█' * 24}  5\n" in out and "\033" not in out
     assert re.findall("^error: (\\S+)", out, re.MULTILINE) == ["/samples", "/what", "the"]
