@@ -26,8 +26,7 @@ from teamtr_min.tasks.tools import spoken
 
 # (turn, messages so far, number of agents, one uniform draw in [0, 1)) -> the agent whose turn it is.
 Router = Callable[[int, list[Message], int, float], int]
-# Is told (agent, rollout, token) as tokens are drawn, and (agent, rollout, Message) when a turn ends.
-Listener = Callable[[int, int, int | Message], None]
+Listener = Callable[[int, int, int | Message], None]  # is told agent, rollout, and a token or a whole message
 
 
 @dataclass
@@ -190,8 +189,7 @@ class Team:
     def solve(
         self, question: str, samples: int = 1, temperature: float = None, seed: int = 0, listen=None
     ) -> list[Answer]:
-        """Let the team work on a question `samples` times, at its own temperature unless one is given;
-        `listen`, a Listener, hears it at work."""
+        """Let the team work on a question `samples` times, at its own temperature unless one is given."""
         team = self if temperature is None else dataclasses.replace(self, temperature=temperature)
         problems, path = [Problem("", question, "")] * samples, rng.RngPath(seed, "solve")
         rows = team.take_turns(problems, path, listen=listen)

@@ -76,7 +76,7 @@ def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(mon
     assert "".join(p[2] for p in (e["piece"] for e in events) if p[1] == 0) == "".join(
         m.text for m in messages
     )
-    assert last["votes"] == [list(vote) for vote in ask.votes(answers)]
+    assert last["votes"] == [list(vote) for vote in ask.votes(team, answers)]
 
 
 def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(capsys, tmp_path):

@@ -24,8 +24,7 @@ from teamtr_min.team import Answer, Listener, Team
 PAGE = Path(__file__).parents[1] / "assets" / "ask.html"
 MOST_SAMPLES = 256  # of one question, at a prompt or on the page
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")  # a terminal obeys these
-HELP = f"""\
-/retry                 the last question with the next seed
+HELP = f"""/retry                 the last question with the next seed
 /samples N [QUESTION]  this or the last question: one of N rollouts, up to {MOST_SAMPLES}, and what all answer
 /agents                names and system prompts"""
 TOLD = (UserError, OSError, FloatingPointError, torch.OutOfMemoryError)  # errors that need no traceback
@@ -52,12 +51,13 @@ def run(questions: list[str], args: Namespace, flags: dict) -> Iterator[tuple[di
             yield {"question": question, "messages": said, "answer": answer}, "\n".join(lines)
 
 
-def votes(answers: list[Answer]) -> list[tuple[str | None, list[int]]]:
+def votes(team: Team, answers: list[Answer]) -> list[tuple[str | None, list[int]]]:
     """Each answer and the rollouts that give it, the most frequent first; None, for no answer, last."""
-    ways = collections.defaultdict(list)
+    same, ways = getattr(team.task, "same", str), collections.defaultdict(list)
     for rollout, (_, answer) in enumerate(answers):
-        ways[answer].append(rollout)
-    return sorted(ways.items(), key=lambda vote: (vote[0] is None, -len(vote[1])))
+        ways[answer if answer is None else same(answer)].append(rollout)
+    found = [(answers[those[0]].answer, those) for those in ways.values()]
+    return sorted(found, key=lambda vote: (vote[0] is None, -len(vote[1])))
 
 
 def pieces(team: Team, say: Callable[[int, int, str, bool], None]) -> Listener:
@@ -94,12 +94,12 @@ def write(team: Team, question: str, samples: int, seed: int) -> None:
             within = not ends
 
     try:
-        found = votes(team.solve(question, samples, None, seed, pieces(team, say)))
+        found = votes(team, team.solve(question, samples, None, seed, pieces(team, say)))
     finally:
         print(end="\n" * within)  # after Ctrl-C
-    for answer, those in found if samples > 1 else ():
-        bar = "█" * (24 * len(those) // samples)
-        print(f"  {len(those):3d} of {samples}  {bar:24s}  {answer}".translate(CONTROLS))
+    for answer, its in found if samples > 1 else ():
+        bar = "█" * (24 * len(its) // samples)
+        print(f"  {len(its):3d} of {samples}  {bar:24s}  {answer}".translate(CONTROLS))
     print(f"answer: {found[0][0]}".translate(CONTROLS))
 
 
@@ -177,7 +177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             with self.busy:
                 answers = self.team.solve(*how, pieces(self.team, lambda *piece: self.tell(piece=piece)))
-            self.tell(votes=votes(answers))
+            self.tell(votes=votes(self.team, answers))
         except TOLD as error:
             self.tell(error=str(error))
 

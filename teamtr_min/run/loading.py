@@ -16,8 +16,9 @@ from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
 from teamtr_min.tasks import TASKS, WordProblems, load_task, tools
-from teamtr_min.tasks.task import Role, Task
-from teamtr_min.tasks.word_problems import solver_roles
+from teamtr_min.tasks.answers import canonical, extract_answer
+from teamtr_min.tasks.task import Message, Role, Task
+from teamtr_min.tasks.word_problems import last_statement, solver_roles
 from teamtr_min.team import Agent, Team, load_router
 
 
@@ -25,9 +26,10 @@ class Questions:
     """The task of a team that only answers questions: roles, and where its answer stands."""
 
     def __init__(self, roles: list[Role]):
-        self.roles = lambda agents: roles
+        self.roles, self.same = lambda agents: roles, canonical  # equal answers are the same text then
 
-    answer = WordProblems.answer
+    def answer(self, messages: list[Message]) -> str | None:
+        return extract_answer(last_statement(messages))
 
 
 def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **knobs) -> Team:
