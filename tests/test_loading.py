@@ -143,7 +143,7 @@ def test_tools_answer_after_turns_count_as_none_and_speak_for_themselves(monkeyp
         Path(name).write_text(code)
     Path("q.jsonl").write_text("".join(f'{{"question": "{i}?", "answer": "Italy"}}\n' for i in range(60)))
     toy = "--model . --stages 1 --problems 3 --group 2 --eval-problems 3 --max-new-tokens 4".split()
-    for flags in ("library.py --agents 3 --data q.jsonl", "guess.py --agents 2 --rounds 3"):
+    for flags in ("library.py --agents 3 --data q.jsonl --diagnostics", "guess.py --agents 2 --rounds 3"):
         assert train.main([*toy, "--out", flags[:3], "--task", *flags.split()]) == 0
     number, played = Problem("", "", "9"), []
     for text in ("x", "7", "9", "10"):

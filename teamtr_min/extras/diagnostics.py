@@ -114,7 +114,8 @@ class Diagnostics:
         if not self.config.diagnostics:
             return {}
         now, both = self.rollouts, (self.rollouts.messages, self.first.messages)
-        acts = [[[m.agent in self.agents for m in row] for row in messages] for messages in both]
+        none = [False] * self.team.turns  # where a tool has said nothing
+        acts = [[([m.agent in self.agents for m in x] + none)[: len(none)] for x in rows] for rows in both]
         writes, wrote = map(torch.tensor, acts)  # (R, turns)
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
         cost = {"rollouts": now.count_sampled, "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
