@@ -37,10 +37,8 @@ class Minimal:
     def __init__(self, config: Config):
         self.config, self.task = config, Relay(config)
         self.models = [load_model(name) for name in config.model_of_each]
-        self.optimizers = [
-            torch.optim.AdamW(m.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0)
-            for m in self.models
-        ]
+        how = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": 0}
+        self.optimizers = [torch.optim.AdamW(model.parameters(), **how) for model in self.models]
         self.betas = [BETA] * config.agents
         self.tokenizer = load_tokenizer(config.models[0])
         self.chat, self.roles = ChatFormat(self.tokenizer), self.task.roles(config.agents)
@@ -64,9 +62,8 @@ class Minimal:
         for t in range(config.max_new_tokens):
             logits = last_logits(self.models[j], rows) / config.temperature  # (R, V)
             cumulative = logits.softmax(-1).cumsum(-1)
-            drawn = torch.searchsorted(cumulative, uniforms[:, t : t + 1] * cumulative[:, -1:], right=True)[
-                :, 0
-            ]
+            passed = uniforms[:, t : t + 1] * cumulative[:, -1:]  # (R, 1)
+            drawn = torch.searchsorted(cumulative, passed, right=True)[:, 0]  # (R,)
             for r, token in enumerate(drawn.clamp(max=logits.shape[1] - 1).tolist()):
                 if not done[r]:
                     rows[r].append(token)
@@ -94,13 +91,9 @@ class Minimal:
             problem = problems[r // self.config.group]
             for turn in (t for t, m in enumerate(messages) if m.agent == j):
                 context, tokens = self.view(j, problem, messages[:turn]), messages[turn].tokens
-                logits = (
-                    self.models[j](torch.tensor([context + tokens]))[0] / self.config.temperature
-                )  # (T, V)
-                logp = logits.log_softmax(-1)[
-                    len(context) - 1 : -1
-                ]  # (U, V): position t predicts token t + 1
-                found.append(logp[range(len(tokens)), tokens])
+                logits = self.models[j](torch.tensor([context + tokens]))[0]  # (T, V)
+                logits = logits[len(context) - 1 : -1] / self.config.temperature  # (U, V): t predicts t + 1
+                found.append(logits.log_softmax(-1)[range(len(tokens)), tokens])
         return found
 
     def update(self, j: int, problems: list[Problem], rollouts: list, advantages: Tensor) -> dict:
@@ -143,10 +136,9 @@ class Minimal:
             with torch.no_grad():
                 kl = objective()[1]
         if steps:  # [ours] beta follows the overshoot
-            factor = (
-                1.5 if attempted > 1.5 * config.delta else 1 / 1.5 if attempted < config.delta / 1.5 else 1
-            )
-            self.betas[j] = min(max(self.betas[j] * factor, 1e-4), 1.0)
+            over = attempted / config.delta
+            self.betas[j] *= 1.5 if over > 1.5 else 1 / 1.5 if over < 1 / 1.5 else 1
+            self.betas[j] = min(max(self.betas[j], 1e-4), 1.0)
         return {"steps": steps, "halvings": halvings, "attempted": attempted, "kl": kl}
 
     def stage(self, stage: int) -> None:
