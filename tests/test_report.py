@@ -91,7 +91,9 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
     assert [role["name"] for role in page.data["roles"]] == ["A", "B", "C"]
     toy = set("stages problems group inner_steps eval_problems eval_every lr delta device out".split())
     assert page.knobs == toy
-    dataclasses.replace(Config(lora_rank=16, agents=5, min_ess=0.7), batch_rows=7).save(mine / "config.json")
+    dataclasses.replace(Config(lora_rank=16, agents=5, occupancy="fresh"), batch_rows=7).save(
+        mine / "config.json"
+    )
     assert page_of(mine).knobs == {"occupancy", "min_ess"}, "a preset of its kind has ten times the rate"
 
 
@@ -184,14 +186,15 @@ def test_runs_side_by_side_are_grouped_by_all_but_their_seed(mine, capsys):
     assert second["state"].startswith("2 of 3 stages; not finished") and "accuracy_final" not in second
     y = [summary["return_start"], *(s["return_held_out"] for s in stages[:2]), summary["return_final"]]
     seconds = [0, *(stage["seconds"] - stage["seconds_evaluation"] for stage in stages)]
-    assert [*first["curve"].values()] == [[36 * i, seconds[i], y[i]] for i in range(4)]
+    rollouts = [0, *(stage["rollouts_so_far"] for stage in stages)]
+    assert [*first["curve"].values()] == [*map(list, zip(rollouts, seconds, y))]
     second["curve"]["1"][2] += 0.2  # else both are alike
     figure = Figure()
     compare.curves(figure, (result["groups"], 0))
     mean = figure.axes[0].lines[2]
     assert list(mean.get_ydata()) == pytest.approx([y[0], y[1] + 0.1, y[2]]), "as far as both have come"
     band = figure.axes[0].collections[0].get_paths()[0].vertices
-    assert max(band[band[:, 0] == 36, 1]) == pytest.approx(y[1] + 0.2), "the standard error is 0.1"
+    assert max(band[band[:, 0] == rollouts[1], 1]) == pytest.approx(y[1] + 0.2), "the standard error is 0.1"
     table = list(csv.DictReader((mine.parent / "stages.csv").open(newline="")))
     assert len(table) == 8 and float(table[0]["return_held_out_ci_1"]) == stages[0]["return_held_out_ci"][1]
     page = drawn(mine.parent / "compare.html")

@@ -19,7 +19,7 @@ def grouped(records: list[Record]) -> list[dict]:
     found, groups = collections.defaultdict(list), []
     held_out = all(any("return_held_out" in stage for stage in record.stages) for record in records)
     for record in records:
-        facts = vars(record.config) | record.fingerprint
+        facts = vars(record.config) | {f"hash: {name}": value for name, value in record.fingerprint.items()}
         found[tuple(item for item in facts.items() if item[0] not in IGNORED)].append(row(record, held_out))
     alike = set.intersection(*map(set, found))
     for facts, runs in found.items():
