@@ -58,7 +58,7 @@ def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_fi
     seconds = summary["seconds"] - summary["seconds_evaluation"]
     assert first["curve"][0][0] == [0, summary["return_start"], 0]
     assert first["curve"][0][-1] == [summary["rollouts"], summary["return_final"], seconds]
-    assert "| relay, 3 agents, radius 0.02 | stale |" in occupancy.table(found)
+    assert "| relay, 3 agents, radius 0.3 | stale |" in occupancy.table(found)
 
     before, cut = bits(out), summary | {"return_final": None, "reason": "interrupted"}
     (out / "summary.json").write_text(json.dumps(cut))
