@@ -13,6 +13,7 @@ from ready import team_of
 from tiny import write_tokenizer
 
 import eval as evaluation
+from teamtr_min import load_team
 from teamtr_min.bench import ask
 from teamtr_min.config import Config
 from teamtr_min.engine.sampler import Sampler
@@ -84,6 +85,7 @@ def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(c
     assert "holds no agents" in refusal(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
     team_of(agents=2)[1].save(tmp_path / "agents")
     assert "\n  Agent 2: " in printed(capsys, "ask", "--team", str(tmp_path), "1+1")
+    assert "maths" in load_team(tmp_path).agents[0].role.system, "as in training"
 
 
 def test_the_program_in_the_documentation_trains_a_team_that_answers(capsys, monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
 def task_to_ask(config: Config) -> Task:
     """The task of a team that only answers: where the problems come from a data set, none is loaded."""
     word_problems = TASKS.get(config.task) is WordProblems
-    return Questions(solver_roles(config.agents)) if word_problems else load_task(config)
+    return Questions(solver_roles(config.agents, config.task)) if word_problems else load_task(config)
 
 
 def as_role(j: int, given: Role | dict | str) -> Role:

@@ -22,9 +22,9 @@ MATHS = "solves a maths problem together", "Work it out step by step.", "the fin
 ANY = "answers a question together", "Think it through.", 'a line "Answer: ..." that holds the answer alone.'
 
 
-def solver_roles(agents: int, words: tuple[str, str, str] = ANY) -> list[Role]:
-    """A solver, checkers, and a finisher who gives the answer. `words`: MATHS, or ANY for other questions."""
-    together, work, ending = words
+def solver_roles(agents: int, task: str = "jsonl") -> list[Role]:
+    """A solver, checkers, and a finisher who gives the answer, told of maths where that is the task."""
+    together, work, ending = MATHS if task in DATASETS else ANY
     team, final = f"of a team that {together}.", f"End with {ending}"
     first = f"You are the first {team} {work} {final}"
     check = f"You are one {team} Check the work so far; correct it. {final}"
@@ -43,7 +43,7 @@ class WordProblems(Task):
     def __init__(self, config: Config):
         self.fields = question, answer = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
-        self.grader, self.notes, self.words = grader(), [], MATHS if config.task in DATASETS else ANY
+        self.grader, self.notes, self.name = grader(), [], config.task
         root, *sides = problem_files(config.task, config.data)
         question = question if config.data else DATASETS[config.task][2]
         read = functools.partial(read_problems, question_field=question, answer_field=answer, root=root)
@@ -58,7 +58,7 @@ class WordProblems(Task):
         self.leave_out(both, "they stand among the held-out ones too")
 
     def roles(self, agents: int) -> list[Role]:
-        return solver_roles(agents, self.words)
+        return solver_roles(agents, self.name)
 
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
