@@ -5,7 +5,6 @@ import http.server
 import json
 import re
 import threading
-from types import SimpleNamespace
 
 import pytest
 from commands import interrupt_at, printed, refusal
@@ -23,8 +22,8 @@ from teamtr_min.team import Agent
 
 
 def test_no_piece_of_a_text_is_half_a_character_and_together_they_are_the_text(tmp_path):
-    tokenizer, said = load_tokenizer(write_tokenizer(tmp_path)), []
-    team = SimpleNamespace(agents=[SimpleNamespace(tokenizer=tokenizer)])
+    (_, team), said = team_of(agents=1), []
+    tokenizer = team.agents[0].tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     listener = ask.pieces(team, lambda agent, rollout, piece, ends: said.append(piece))
     ids = tokenizer.encode("naïve 日本 🧮")[:-1]  # cut off
     for what in (*ids, Message(0, ids, tokenizer.decode(ids), [], False)):
@@ -53,9 +52,8 @@ def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, m
 def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(monkeypatch):
     (_, team), serve, got = team_of(agents=2), http.server.ThreadingHTTPServer.serve_forever, []
     ask_for, closed = "/ask?question={}&samples=3&seed=5".format, "/ask?question=1%2B1*3&samples=200&seed=0"
-    foreign, cross = {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}
-    requests = [("/?q=1", {}), ("/", foreign), (ask_for("1"), cross), (ask_for("1" * 70000), {})]
-    requests += [(ask_for("hello"), {}), (closed, {}), (ask_for("7%2B8*3"), {})]
+    requests = [("/?q=1", {}), ("/", {"Host": "evil"}), (ask_for("1"), {"Sec-Fetch-Site": "cross-site"})]
+    requests += [(ask_for("1" * 70000), {}), (ask_for("hello"), {}), (closed, {}), (ask_for("7%2B8*3"), {})]
 
     def visit(server):
         threading.Thread(target=serve, args=(server,)).start()
@@ -73,10 +71,9 @@ def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(mon
     assert [status for status, _ in got] == [200, 403, 403, 414, 200, 200]
     assert "\\u003c/script>" in got[0][1] and "has no tokens" in got[4][1]
     *events, last = [json.loads(line[6:]) for line in got[5][1].splitlines() if line]
-    (messages, _), *_ = answers = team.solve("7+8*3", 3, seed=5)
-    assert "".join(p[2] for p in (e["piece"] for e in events) if p[1] == 0) == "".join(
-        m.text for m in messages
-    )
+    answers = team.solve("7+8*3", 3, seed=5)
+    first = "".join(event["piece"][2] for event in events if event["piece"][1] == 0)
+    assert first == "".join(message.text for message in answers[0].messages)
     assert last["votes"] == [list(vote) for vote in ask.votes(team, answers)]
 
 
