@@ -1,13 +1,16 @@
 """Links, flags and sizes of the documentation."""
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 
 import pytest
-from toy_runs import lines
+from tiny import random_model, write_checkpoint, write_tokenizer
+from toy_runs import lines, parity
 
 from teamtr_min.config import Config
+from teamtr_min.tasks import WordProblems
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -25,6 +28,20 @@ def test_links_lead_somewhere_and_commands_name_flags_that_exist(page):
         if line.lstrip().startswith(("python", "torchrun")):
             flags = re.findall(r"(?<![\w-])--([a-z][a-z-]*)", line)
             assert set(flags) <= known, line
+
+
+def test_the_commands_of_your_own_data_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(WordProblems, "grade", parity)  # a model of random numbers is never right
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    write_tokenizer(write_checkpoint(tmp_path / "tiny", random_model("qwen2", vocab_size=262)))
+    small = {"train": "--stages 1 --warm-start 1 --problems 2 --max-new-tokens 3", "eval": "--k 1"}
+    page = (ROOT / "docs" / "your-data.md").read_text()
+    for program, flags in re.findall(r"^python (train|eval)\.py (.*)$", page, re.MULTILINE):
+        flags = f"{flags} {small[program]}".replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny").split()
+        assert importlib.import_module(program).main(flags) == 0, flags
+    said = capsys.readouterr().out
+    assert said.count("prompt  agent ") == 2 and "demonstrations.jsonl: " in said and "10 problems" in said
 
 
 def test_the_documentation_can_be_read_in_an_evening():

@@ -4,13 +4,14 @@ import io
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import evaluate, interrupt_at, printed, refusal
-from tiny import shared
+from tiny import random_model, shared, write_checkpoint, write_tokenizer
 
 import eval as evaluation
 from teamtr_min import load_model, load_team, save_model
@@ -114,6 +115,21 @@ def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
     result = evaluate(capsys, *flags, "--drop-long", "--mode", "solo")
     assert result["benchmark"] == "jsonl" and result["problems"] == 29 and result["avg_at_k"] == 0
     assert 0.1 < result["avg_at_k_ci"][1] < 0.2, "0 of 29 is not 0 of all"
+
+
+def test_shots_are_training_problems_in_front_of_what_an_agent_sees(capsys):
+    Path("words").mkdir()
+    for side in ("train", "test"):
+        lines = (json.dumps({"question": f"{side} {i}?", "answer": f"word{i}"}) for i in range(9))
+        Path("words", f"{side}.jsonl").write_text("\n".join(lines))
+    write_tokenizer(write_checkpoint(Path("tiny"), random_model("qwen2", vocab_size=262)))
+    flags = ["jsonl", "--model", "tiny", *PAIR, "--max-new-tokens", "2", "--shots", "3", "--data"]
+    result = evaluate(capsys, *flags, "words", "--limit", "4", "--show-prompts")
+    shown = result["prompts_in_use"].split("agent 1, ")[1]
+    examples = re.findall(r"train (\d)\?\n *Answer: word\1\n", shown)
+    assert result["shots"] == [f"train.jsonl, line {int(i) + 1}" for i in examples] and len(examples) == 3
+    assert result["problems"] == 4 and shown.count("test") == 1 and "word" not in shown.split("test 0?")[1]
+    assert "--shots are training" in refusal(capsys, evaluation.main, *flags, "words/train.jsonl")
 
 
 def test_the_heading_names_all_that_a_result_rests_on(capsys):

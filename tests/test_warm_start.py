@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import interrupt_at
+from commands import interrupt_at, refusal
 from ready import Prepared
 from tiny import refusal as sentence
 from toy_runs import TOY, bits, lines, results, run
@@ -153,26 +153,22 @@ def test_what_cannot_be_shown_is_a_sentence(tmp_path):
 
 
 def test_demonstrations_are_right_rollouts_on_training_problems_and_made_once(tmp_path, monkeypatch, capsys):
-    flags = [*FLAGS, "--warm-start", "4", "--problems", "6", "--demonstrate", "relay"]
-    run(tmp_path / "run", *flags, "--show-prompts")
+    flags = [*TOY, *FLAGS, "--warm-start", "4", "--problems", "6", "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--demonstrate", "relay"]) == 0
     said, task = capsys.readouterr().out, Relay(Config())
     records = [json.loads(line) for line in open(tmp_path / "run" / "demonstrations.jsonl")]
     assert f"{len(records)} different right ones of {24 * 4} rollouts" in said and len(records) > 5
     for record in records:
         assert record["messages"][-1]["text"] == record["answer"] and not task.is_held_out(record["text"])
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["roles_in_use"] == [{"name": r.name, "system": r.system} for r in task.roles(3)]
-    assert said.count("prompt  agent ") == 3 and "<|user|>" in said and saved["show_prompts"] is False
     with monkeypatch.context() as patch:
         interrupt_at(5, patch, warm_start, "descend")
-        assert train.main([*TOY, *flags, "--out", str(tmp_path / "stopped")]) == 130
+        flags[-1] = str(tmp_path / "stopped")
+        assert train.main([*flags, "--demonstrate", "relay"]) == 130
         patch.setattr(warm_start, "collect", None)  # nothing is sampled again
-        assert train.main(["--resume", str(tmp_path / "stopped"), "--show-prompts"]) == 0
+        assert train.main(["--resume", flags[-1]]) == 0
     assert bits(tmp_path / "stopped") == bits(tmp_path / "run")
-    trained = [*TOY, *FLAGS, "--demonstrate", str(tmp_path / "run"), "--out", str(tmp_path / "next")]
-    assert train.main([*trained, "--agents", "2"]) == 2
-    assert "has 3 agents, this run has 2" in capsys.readouterr().err and not (tmp_path / "next").exists()
-    assert train.main(trained) == 0
+    flags[-1], finished = str(tmp_path / "none"), str(tmp_path / "run")
+    others = refusal(capsys, train.main, *flags, "--demonstrate", finished, "--agents", "2")
     monkeypatch.setattr(Relay, "grade", lambda *_: 0.5)
-    assert train.main([*trained[:-1], str(tmp_path / "none")]) == 2
-    assert "rollouts has a return of 1; what helps:" in capsys.readouterr().err
+    nothing = refusal(capsys, train.main, *flags, "--demonstrate", finished)
+    assert "has 3 agents, this run has 2" in others and "none of 96 rollouts has a return of 1" in nothing

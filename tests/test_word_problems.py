@@ -125,10 +125,9 @@ def test_a_data_set_of_the_hub_has_its_sides_by_name_and_is_pinned_to_its_commit
     for name, value in {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": True}.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     hub_data.cache_clear()
-    for repo, files in {
-        "two": {"data/train-0": 9, "data/train-1": 9, "data/test-0": 4, "data/dev": 3}, "one": {"all": 40},
-        "many": {"main/train": 9, "main/test": 4, "other/train": 5},
-    }.items():  # fmt: skip
+    repos = {"two": {"data/train-0": 9, "data/train-1": 9, "data/test-0": 4, "data/dev": 3}}
+    repos |= {"one": {"all": 40}, "many": {"main/train": 9, "main/test": 4, "other/train": 5}}
+    for repo, files in repos.items():
         directory = tmp_path / f"datasets--org--{repo}"
         for name, count in files.items():
             file = directory / "snapshots" / COMMIT / f"{name}.jsonl"
@@ -142,11 +141,9 @@ def test_a_data_set_of_the_hub_has_its_sides_by_name_and_is_pinned_to_its_commit
         assert (len(task.train), len(task.held_out)) == sides and f"@{COMMIT}" in config.data
         assert config.data.replace(f"@{COMMIT}", "") == name.replace(f"@{COMMIT}", "")
     assert task.train[9].id == "data/train-1.jsonl, line 1" and 0 < len(jsonl("org/one").held_out) < 20
-    faults = {"org/many": "needs its folder, such as org/many:main (main, other)"}
-    faults |= {"org/no": "org/no@main cannot be had from", "org/no.jsonl": "cannot be read"}
-    faults |= {"org/many:no": "has no JSONL or parquet files"}
-    for name, fault in faults.items():
-        assert fault in refusal(jsonl, name)
+    assert "needs its folder, such as org/many:main (main, other)" in refusal(jsonl, "org/many")
+    assert "org/no@main cannot be had from" in refusal(jsonl, "org/no")
+    assert "has no JSONL or parquet files" in refusal(jsonl, "org/many:no")
 
 
 def test_prompts_speak_of_maths_where_the_data_set_is_of_maths_alone(task, tmp_path):
