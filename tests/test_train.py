@@ -1,12 +1,14 @@
 """A run at toy size: what it writes, that it repeats, what ends it; and the README's commands."""
 
 import importlib.util
+import io
 import itertools
 import json
 import math
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +196,7 @@ TAKE_MINUTES = {"kernels", "occupancy", "sampling", "training", "stage", "gpu"}
 def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, capsys):
     """As printed, at toy size, in a directory that holds what they name; relay stands for other models."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("7+8*3-4\n"))  # of `eval.py ask` without a question
     published = {True: tmp_path / "FILE", False: tmp_path / "HELD_OUT"}
     monkeypatch.setattr("teamtr_min.tasks.datasets.local_copy", lambda name: published["train" in name])
     monkeypatch.setattr(WordProblems, "roles", lambda self, n: Relay(Config()).roles(n))  # in relay's words
@@ -203,7 +206,7 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, caps
     for file in ("DIR/train.jsonl", "DIR/test.jsonl", "FILE"):
         Path(file).write_text("\n".join(lines))
     Path("HELD_OUT").write_text("\n".join(lines[:20]))
-    (own_task,) = (block for block in blocks("python") if "def task(" in block)
+    *_, own_task = (block for block in blocks("python") if "def task(" in block)
     Path("my_task.py").write_text(own_task)
     Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "AB"]))
     run(Path("runs/NAME"), "--stages", "1")
