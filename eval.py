@@ -85,6 +85,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     args = parser.parse_intermixed_args(argv)
     if min(args.k, args.seeds, args.shots + 1, 1 if args.problems is None else args.problems) < 1:
         raise UserError("--k, --seeds and --problems must be at least 1, --shots at least 0")
+    if any(path.is_file() for path in (Path(args.out or ""), *Path(args.out or "").parents)):
+        raise UserError(f"--out {args.out} must be a directory, but it is, or lies in, a file")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 
 
@@ -116,19 +118,21 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
 
 def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
     """A benchmark that is no task."""
-    if name == "gpu" and not torch.cuda.is_available():
+    if name == "report":
+        result = report.run(split_names(args.team), args.out, args.csv)
+        yield result, f"{result['team']}: {result['state']}\n  {result['report']}"
+    elif name == "export":
+        result = accuracy.export(team, args.out)
+        yield result, "\n".join(result["agents"])
+    elif name == "occupancy":
+        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
+        yield result, occupancy.table(result)
+    elif name == "gpu" and not torch.cuda.is_available():
         raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-    for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
-        if name == "report":
-            result, table = report.run(split_names(args.team), args.out, args.csv), report.table
-        elif name == "export":
-            result, table = accuracy.export(team, args.out), lambda result: "\n".join(result["agents"])
-        elif name == "occupancy":
-            out = Path(args.out or "runs/occupancy")
-            result, table = occupancy.run(out, args.short, args.jobs), occupancy.table
-        else:
-            result, table = speed.run(benchmark, flags, args.short), speed.table
-        yield result, table(result)
+    else:
+        for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
+            result = speed.run(benchmark, flags, args.short)
+            yield result, speed.table(result)
 
 
 if __name__ == "__main__":

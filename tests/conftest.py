@@ -56,6 +56,17 @@ def path(request, monkeypatch):
     assert request.param == "triton" or not launches, "a kernel was started: this test is for the reference"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def save_summary():
+    """Toy runs end without a picture, which takes longer than they do; this is the function that draws it."""
+    from teamtr_min.run import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        drawing = figures.save_summary
+        patch.setattr(figures, "save_summary", lambda directory: None)
+        yield drawing
+
+
 SHARED = ["--stages", "3", "--eval-every", "1", "--eval-problems", "64"]
 
 

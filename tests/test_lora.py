@@ -249,6 +249,11 @@ def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trai
     assert bits(copy) == bits(trained_run)
 
 
+def test_an_evaluation_does_not_hash_the_base(trained_run, capsys, monkeypatch):
+    monkeypatch.setattr("teamtr_min.run.run.sha256", lambda path: pytest.fail("gigabytes, read for nothing"))
+    assert evaluate(capsys, "relay", "--team", str(trained_run), "--problems", "4")["fingerprint"]
+
+
 def test_export_writes_whole_models_of_the_same_policy(trained_run, tmp_path, capsys):
     flags = ["export", "--team", str(trained_run), "--out", str(tmp_path / "whole")]
     whole, tokens = evaluate(capsys, *flags), random_tokens(load_model(RELAY), 3, 11)

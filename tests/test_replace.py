@@ -156,6 +156,8 @@ def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, t
     section = metrics.partition('(`kind` is "replace")')[2].partition("\n## ")[0]
     assert not [key for key in line if key != "kind" and f"`{key}`" not in section]
     config, old = Config.load(out / "config.json"), Config.load(stopped / "config.json")
+    roles, before = (json.loads((run / "config.json").read_text())["roles_in_use"] for run in (out, stopped))
+    assert roles == before
     assert (config.model, config.stages) == ("relay,relay,relay", 3) and config.lr == old.lr
     assert train.main(["--resume", str(out)]) == 0
     assert "resumed after" in capsys.readouterr().out

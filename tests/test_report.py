@@ -18,9 +18,10 @@ from toy_runs import results, run
 
 import eval as evaluation
 import train
-from teamtr_min.bench import compare, report
+from teamtr_min.bench import report
 from teamtr_min.config import Config
 from teamtr_min.files import read_json, read_jsonl, write_json
+from teamtr_min.run import figures
 
 pytest.importorskip("matplotlib", reason="the figures of a report need matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
@@ -130,6 +131,8 @@ def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(min
         shutil.copytree(mine, f"runs/{name}")
     os.utime("runs/older/metrics.jsonl", (0, 0))
     assert report.run([])["team"] == "runs/newer"
+    for inside in ("", "/deeper/page"):
+        assert "--out mine/config.json" in refused("--out", f"mine/config.json{inside}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "figures need matplotlib: pip install matplotlib" in refused("--team", str(mine))
     assert not (mine / "report.html").exists()
@@ -148,14 +151,8 @@ def test_the_same_held_out_problems_are_kept_at_every_evaluation_and_shown_side_
     lines = [line for _, line in read_jsonl(path) if line["split"] == "held-out"]
     kept = [[line["text"] for line in lines if line["stage"] == stage] for stage in range(4)]
     assert [*map(len, kept)] == [32, 4, 4, 32] and kept[0] == kept[3] and kept[1] == kept[2] == kept[0][::8]
-    gains = {
-        0: 0.5,
-        3: 1.0,
-        4: 0.9,
-        6: 1.0,
-        9: -0.2,
-        11: -0.7,
-    }  # problem -> return at the end less at the start
+    # problem -> return at the end less at the start
+    gains = {0: 0.5, 3: 1.0, 4: 0.9, 6: 1.0, 9: -0.2, 11: -0.7}
     for line in lines:
         gain = gains.get(kept[0].index(line["text"]), 0)
         line |= {"return": max(gain if line["stage"] else -gain, 0), "id": line["text"]}
@@ -190,7 +187,7 @@ def test_runs_side_by_side_are_grouped_by_all_but_their_seed(mine, capsys):
     assert [*first["curve"].values()] == [*map(list, zip(rollouts, seconds, y))]
     second["curve"]["1"][2] += 0.2  # else both are alike
     figure = Figure()
-    compare.curves(figure, (result["groups"], 0))
+    report.curves(figure, (result["groups"], 0))
     mean = figure.axes[0].lines[2]
     assert list(mean.get_ydata()) == pytest.approx([y[0], y[1] + 0.1, y[2]]), "as far as both have come"
     band = figure.axes[0].collections[0].get_paths()[0].vertices
@@ -201,7 +198,10 @@ def test_runs_side_by_side_are_grouped_by_all_but_their_seed(mine, capsys):
     assert f'<a href="{mine.name}/report.html">' in page and page.count("<a ") == 1
 
 
-def test_a_run_ends_with_a_picture_and_no_run_fails_for_want_of_one(tmp_path, capsys, monkeypatch):
+def test_a_run_ends_with_a_picture_and_no_run_fails_for_want_of_one(
+    tmp_path, capsys, monkeypatch, save_summary
+):
+    monkeypatch.setattr(figures, "save_summary", save_summary)
     run(tmp_path / "one", "--stages", "1")
     assert (tmp_path / "one/summary.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -39,7 +39,7 @@ from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
 from teamtr_min.run import checkpoint
 from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
-from teamtr_min.run.run import fingerprint
+from teamtr_min.run.run import provenance
 from teamtr_min.tasks import load_task
 from teamtr_min.tasks.task import Demonstration
 from teamtr_min.team import Team
@@ -191,7 +191,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
         for file, content in logs.items():
             (aside / file).write_bytes(content)
         checkpoint.save(aside, changed.warm_start + stage, learners, state)
-        changed.save(aside / "config.json", fingerprint=fingerprint(changed, new, held_out[0]))
+        changed.save(aside / "config.json", **provenance(changed, new, held_out[0]))
     return line
 
 

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from teamtr_min.config import Config, split_names
+from teamtr_min.config import Config
 from teamtr_min.files import UserError, read_json, replacing
 from teamtr_min.run import log
-from teamtr_min.run.loading import roles_of
-from teamtr_min.tasks import load_task
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; the last is a grey.
 COLOURS = ["#1a80c4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#8a8f98"]
@@ -51,13 +49,8 @@ def read(directory: Path) -> Record:
         lines[line["kind"]].append(line)
     path = directory / "summary.json"
     known = dict(collections.ChainMap(*lines["evaluation"])) | (read_json(path) if path.exists() else {})
-    try:
-        used = saved.get("roles_in_use") or map(vars, roles_of(config, load_task(config)))
-        roles = [{"name": role["name"], "system": role["system"]} for role in used]
-    except Exception:  # the file or data of the task is gone, which may raise anything
-        count = config.agents + len(config.tools and split_names(config.tools))
-        roles = [{"name": f"Agent {j + 1}", "system": "not known"} for j in range(count)]
-    about = directory, config, saved.get("fingerprint", {}), roles
+    unknown = [{"name": f"Agent {j + 1}", "system": "not known"} for j in range(config.agents)]
+    about = directory, config, saved.get("fingerprint", {}), saved.get("roles_in_use", unknown)
     return Record(*about, lines["update"], lines["stage"], log.measured(known))
 
 

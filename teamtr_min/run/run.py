@@ -149,19 +149,18 @@ class Run:
         lock(self.files[METRICS])
         check_out(self.config)  # another run may have begun, and ended, meanwhile
         self.files[TRANSCRIPTS] = (self.directory / TRANSCRIPTS).open("a", encoding="utf-8")
-        path, now = self.directory / "config.json", fingerprint(self.config, self.team, self.held_out[0])
-        roles = [{"name": agent.role.name, "system": agent.role.system} for agent in self.team.agents]
+        path, found = self.directory / "config.json", provenance(self.config, self.team, self.held_out[0])
         if not self.config.resume:
-            once = {"accept_changes": False, "show_prompts": False}
-            self.config.save(path, fingerprint=now, roles_in_use=roles, **once)
+            self.config.save(path, **found, accept_changes=False, show_prompts=False)
             self.removable = True
             return
-        then = (saved := read_json(path)).get("fingerprint", now)
+        saved, now = read_json(path), found["fingerprint"]
+        then = saved.get("fingerprint", now)
         changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         if changed and not self.config.accept_changes:
             what = f"{self.directory} rests on other things now than when it began: {', '.join(changed)}"
             raise UserError(f"{what}; put them back, or go on with --accept-changes")
-        write_json(path, saved | {"fingerprint": now, "roles_in_use": roles})
+        write_json(path, saved | found)
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint: what was logged after it happens, and is logged, again."""
@@ -251,15 +250,11 @@ def check_out(config: Config) -> None:
 
 
 def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
-    """Hashes of what results rest on besides the flags: problems, grader, files, LoRA's base, prompts."""
+    """Hashes of what results rest on besides flags and weights: problems, grader, files, prompts."""
     found = dict(team.task.fingerprint()) if hasattr(team.task, "fingerprint") else {}
     for name in ("task", "router", "roles", "demonstrations"):
         if Path(path := getattr(config, name)).is_file():
             found[f"{name} file"] = sha256(path)
-    for base in {agent.adapter.base for agent in team.agents if agent.adapter}:
-        if os.path.isdir(base):  # another name holds a commit, or ships with the code
-            sums = [sha256(Path(base, file)) for file in ("config.json", *weight_files(Path(base)))]
-            found[f"LoRA base {base}"] = hashlib.sha256("".join(sums).encode()).hexdigest()
     ends = [[agent.chat.end_of_message] if agent.chat else [] for agent in team.agents]
     messages = [Message(j, end, "", [0.0], True) for j, end in enumerate(ends)]
     for j, agent in enumerate(team.agents):
@@ -269,6 +264,17 @@ def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
             name = f"prompts of agent {j} (tokenizer, template, roles, date)"
             found[name] = hashlib.sha256(seen).hexdigest()
     return found
+
+
+def provenance(config: Config, team: Team, problem: Problem) -> dict:
+    """What config.json holds besides the knobs: hashes, of LoRA's base too, and the roles."""
+    found = fingerprint(config, team, problem)
+    for base in {agent.adapter.base for agent in team.agents if agent.adapter}:
+        if os.path.isdir(base):  # another name holds a commit, or ships with the code
+            sums = [sha256(Path(base, file)) for file in ("config.json", *weight_files(Path(base)))]
+            found[f"LoRA base {base}"] = hashlib.sha256("".join(sums).encode()).hexdigest()
+    roles = [{"name": agent.role.name, "system": agent.role.system} for agent in team.agents]
+    return {"fingerprint": found, "roles_in_use": roles}
 
 
 def newest_run(marker: str, accept=lambda run: True) -> Path | None:
