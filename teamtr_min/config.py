@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,9 +259,11 @@ def parse(argv: list[str] | None, description: str) -> Config:
 def resumed(given: dict) -> Config:
     """The saved configuration of the run to resume; flags may repeat it but not change it."""
     own = {name: given.pop(name) for name in ("resume", "accept_changes", "show_prompts") if name in given}
-    saved, model = Config.load(Path(own["resume"]) / "config.json", **own), given.get("model", "")
-    if saved.model.split("@")[0] in (model.split("@")[0], os.path.abspath(model)):
-        given.pop("model", None)  # a saved name carries its commit, a saved path is absolute
+    saved = Config.load(Path(own["resume"]) / "config.json", **own)
+    for name in {"model", "data", "demonstrate"} & given.keys():  # saved with a commit, or as absolute paths
+        then, now = (re.sub("@[^:]*", "", text) for text in (getattr(saved, name), given[name]))
+        if then in (now, os.path.abspath(now)):
+            del given[name]
     others = {name: value for name, value in given.items() if value != getattr(saved, name)}
     changed = [f"--{n.replace('_', '-')} {v} (the run has {getattr(saved, n)})" for n, v in others.items()]
     if changed:
