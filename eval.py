@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     parser = Parser(__doc__)
     add = parser.add_argument
     names = f"{KNOWN}, FILE.py with a task, or ask and a question (default: the task of the run)"
-    modes = "solo: the first agent alone; best_of: the likeliest of k rollouts; vote: what most of k say"
+    modes = "; ".join(f"{name}: {what}" for name, what in accuracy.MODES.items())
     add("benchmarks", nargs="*", metavar="benchmark", help=names)
     add("--team", default="", help="a run, or RUN,RUN,... (default: the newest under runs/)")
     add("--mode", choices=accuracy.MODES, default="team", help=f"{modes} (default team)")
@@ -85,7 +85,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     args = parser.parse_intermixed_args(argv)
     if min(args.k, args.seeds, args.shots + 1, 1 if args.problems is None else args.problems) < 1:
         raise UserError("--k, --seeds and --problems must be at least 1, --shots at least 0")
-    if any(path.is_file() for path in (Path(args.out or ""), *Path(args.out or "").parents)):
+    out = Path(args.out or "")
+    if any(path.is_file() for path in (out, *out.parents)):
         raise UserError(f"--out {args.out} must be a directory, but it is, or lies in, a file")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 

@@ -3,11 +3,6 @@
 Every problem gets k rollouts at the team's own temperature. avg@k is the share of all rollouts with a return
 of 1. pass@j is the chance that the best of j rollouts has, estimated without bias from the k that were drawn;
 with partial credit mean and best return are shown beside. All intervals are 95%, over problems.
-
-    team       all rollouts of the team count
-    vote       the answer that most of k rollouts give
-    best_of    of k rollouts the one that the team itself finds likeliest, per token
-    solo       the first agent takes every turn
 """
 
 import collections
@@ -16,6 +11,7 @@ import gc
 import hashlib
 import math
 import shutil
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +37,14 @@ from teamtr_min.tasks.task import Shown, Task
 from teamtr_min.team import Team
 
 HELD_OUT = 2048  # problems, unless a count is asked for
-MODES = ("team", "solo", "best_of", "vote")
+HEADING = """model agents rounds router mode max_new_tokens temperature prompts grader
+    problems k seed seeds shots""".split()
+MODES = {
+    "team": "all rollouts count",
+    "solo": "the first agent takes every turn",
+    "best_of": "of k rollouts the one that the team itself finds likeliest, per token",
+    "vote": "the answer that most of k rollouts give",
+}
 
 
 class Exam(NamedTuple):
@@ -106,14 +109,12 @@ def evaluate(
     long = before - {problem.id for problem in all_problems()}  # with --drop-long
     problems = [problem for problem in exam.problems if problem.id not in long]
     team = build_team(config, task, ranks, sources)
-    roles = [agent.role for agent in team.agents]
-    prompts = hashlib.sha256("\0".join(text for r in roles for text in (r.name, r.system)).encode())
     asked = hashlib.sha256(to_json([vars(problem) for problem in problems]).encode())
     names = ("model", "agents", "router", "rounds", "max_new_tokens", "temperature", "seed", "data")
     result = {
         "benchmark": config.task, "mode": mode, "k": k, "seeds": seeds, "team": exam.team,
-        **{name: getattr(config, name) for name in names}, "roles": [role.name for role in roles],
-        "prompts": f"{prompts.hexdigest()[:8]} of {config.roles or 'the task'}",
+        **{name: getattr(config, name) for name in names},
+        "roles": [agent.role.name for agent in team.agents], "prompts": config.roles or "the task",
         "shots": [problem.id for problem in getattr(task, "examples", [])],
         "grader": getattr(task, "grader", "the task's own"),
         "fingerprint": fingerprint(config, team, problems[0]) | {"problems asked": asked.hexdigest()},
@@ -145,24 +146,22 @@ def best_of(values: Tensor, j: int) -> Tensor:
 def scores(collected: list[Rollouts], mode: str, task: Task) -> dict:
     """Accuracy and return of what `mode` chooses, pass@j and best return of j rollouts: means over problems
     and seeds, `_ci` over problems, and of several seeds `_se`, the standard error over them."""
-    k, each = collected[0].group_size, collections.defaultdict(list)  # (name, j or None) -> (P,) of each seed
+    k, each = collected[0].group_size, collections.defaultdict(list)  # name -> (P,) of each seed
     for rollouts in collected:
         returns = rollouts.grouped_returns  # (P, k)
-        right = (returns == 1).double()
         chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
-        each["avg_at_k", None].append((chosen == 1).double().mean(1))
-        each["return_at_k", None].append(chosen.double().mean(1))
-        each["pass_at_k", None].append(best_of(right, k))
+        each["avg_at_k"].append((chosen == 1).double().mean(1))
+        each["return_at_k"].append(chosen.double().mean(1))
+        each["pass_at_k"].append(best_of(returns == 1, k))
         for j in sorted({2**i for i in range(k.bit_length())} | {k}):
-            each["pass_at", str(j)].append(best_of(right, j))
-            each["best_at", str(j)].append(best_of(returns, j))
+            each[f"pass_at_{j}"].append(best_of(returns == 1, j))
+            each[f"best_at_{j}"].append(best_of(returns, j))
     found = {"partial": any(((r.returns != 0) & (r.returns != 1)).any().item() for r in collected)}
-    for (name, j), values in each.items():
+    for name, values in each.items():
         by_seed = torch.stack(values)  # (seeds, P)
-        error = by_seed.mean(1).std().item() / len(values) ** 0.5 if len(values) > 1 else None
-        for end, value in zip(("", "_ci", "_se"), (*mean_interval(by_seed.mean(0)), error)):
-            if value is not None:
-                found[name + end] = found.get(name + end, {}) | {j: value} if j else value
+        found[name], found[f"{name}_ci"] = mean_interval(by_seed.mean(0))
+        if len(values) > 1:
+            found[f"{name}_se"] = by_seed.mean(1).std().item() / len(values) ** 0.5
     return found | {"tokens_sampled": sum(rollouts.tokens_sampled for rollouts in collected)}
 
 
@@ -189,13 +188,9 @@ class Table:
         self.several, self.above = several, ""
 
     def add(self, result: dict, rollouts: Rollouts) -> str:
-        shown = f", {len(result['shots'])} shots" if result["shots"] else ""
-        n = result["seeds"]
-        heading = (  # what the result rests on
-            "  model {model}, agents {agents}, rounds {rounds}, router {router}, mode {mode}\n"
-            "  at most {max_new_tokens} tokens a message, temperature {temperature:g}, prompts {prompts}\n"
-            "  grader {grader}, seed {seed}, {problems:,} problems x {k}{times}{shown}"
-        ).format(**result, shown=shown, times=f" x {n} seeds (±: standard error over them)" * (n > 1))
+        facts = result | {"shots": len(result["shots"])}
+        heading = textwrap.fill(", ".join(f"{name} {facts[name]}" for name in HEADING), 88)
+        heading = textwrap.indent(heading, "  ")  # what the result rests on
         name, team, found = result["benchmark"], result["team"], [*rows(result)]
         if not self.several:
             lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]
@@ -210,14 +205,19 @@ class Table:
 def rows(result: dict) -> Iterator[tuple[str, str]]:
     """(name, value with interval and, after ±, standard error over seeds): avg@k, pass@2, ... or the same of
     returns; then what `mode` adds."""
-    r, k = result, result["k"]
-    mean, best = ("return", "best") if r["partial"] else ("avg", "pass")
-    found = [(f"{best}@{j}" if j != "1" else f"{mean}@{k}", f"{best}_at", j) for j in r[f"{best}_at"]]
-    found += [(f"{r['mode']} {k}", f"{mean}_at_k", None)] * (r["mode"] in ("vote", "best_of"))
-    for name, key, j in found + [("accuracy", "pass_at", "1")] * r["partial"]:
-        values = [r[key + end][j] if j else r[key + end] for end in ("", "_ci", "_se") if key + end in r]
-        value, (low, high), *error = values
-        yield name, f"{value:.3f} [{low:.3f}, {high:.3f}]" + "".join(f" ±{e:.3f}" for e in error)
+    mean, best = ("return", "best") if result["partial"] else ("avg", "pass")
+    k, found = result["k"], {}  # what it is called -> its key
+    for j in range(1, k + 1):
+        if f"{best}_at_{j}" in result:
+            found[f"{best}@{j}" if j > 1 else f"{mean}@{k}"] = f"{best}_at_{j}"
+    if result["mode"] in ("vote", "best_of"):
+        found[f"{result['mode']} {k}"] = f"{mean}_at_k"
+    if result["partial"]:
+        found["accuracy"] = "pass_at_1"
+    for name, key in found.items():
+        low, high = result[f"{key}_ci"]
+        error = f" ±{result[f'{key}_se']:.3f}" if f"{key}_se" in result else ""
+        yield name, f"{result[key]:.3f} [{low:.3f}, {high:.3f}]{error}"
 
 
 def transcripts(rollouts: Rollouts, roles: list[str]) -> Iterator[str]:
@@ -235,9 +235,8 @@ def samples(team: Team, rollouts: Rollouts) -> Iterator[dict]:
     state = getattr(team.task, "answer", lambda messages: None)
     for r, (problem, messages) in enumerate(zip(rollouts.problems, rollouts.messages)):
         prompts: list[str | None] = [None] * len(team.agents)
-        for j, t in {
-            m.agent: t for t, m in enumerate(messages) if m.tokens
-        }.items():  # a tool is given no ids
+        last = {m.agent: t for t, m in enumerate(messages) if m.tokens}  # a tool is given no ids
+        for j, t in last.items():
             ids = team.render(j, problem, messages[:t], add_generation_prompt=True).ids
             prompts[j] = team.agents[j].tokenizer.decode(ids, skip_special_tokens=False)
         written = [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]

@@ -31,24 +31,23 @@ TOLD = (UserError, OSError, FloatingPointError, torch.OutOfMemoryError)  # error
 
 
 def run(questions: list[str], args: Namespace, flags: dict) -> Iterator[tuple[dict, str]]:
-    """Answer the questions; without any, the lines of the standard input, or what is typed at a prompt.
-    Piped on, or with --json, answers are plain: they are yielded, for programs and for people."""
+    """Answer the questions; without any, the lines of the standard input, or what is typed at a prompt. With
+    --json nothing is printed here: every rollout is yielded."""
     exam = find_team(args.team or None, flags)
     team, seed = build_team(exam.config, task_to_ask(exam.config), sources=exam.sources), exam.config.seed
     if not exam.sources:
         print("the team that answers is untrained; --team names a run", file=sys.stderr)
     if args.web:
         return serve(team, exam.team, seed, args.port)
-    plain = args.json or not sys.stdout.isatty()
-    if not plain and not questions and sys.stdin.isatty():
+    if not args.json and not questions and sys.stdin.isatty():
         return converse(team, exam.team, args.k, seed)
     for question in questions or filter(None, map(str.strip, sys.stdin)):
-        if not plain:
+        if not args.json:
             write(team, question, args.k, seed)
-        for messages, answer in team.solve(question, args.k, seed=seed) if plain else ():
-            lines = [f"  {m.name}: {m.text}" for m in messages] + [f"answer: {answer}"]
+            continue
+        for messages, answer in team.solve(question, args.k, seed=seed):
             said = [message._asdict() for message in messages]
-            yield {"question": question, "messages": said, "answer": answer}, "\n".join(lines)
+            yield {"question": question, "messages": said, "answer": answer}, ""
 
 
 def votes(team: Team, answers: list[Answer]) -> list[tuple[str | None, list[int]]]:
@@ -76,9 +75,9 @@ def pieces(team: Team, say: Callable[[int, int, str, bool], None]) -> Listener:
 
 
 def names(team: Team) -> list[str]:
-    """Of the agents, in colour unless the environment is against it."""
+    """Of the agents, in colour on a terminal."""
     found = [agent.role.name.translate(CONTROLS) for agent in team.agents]
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
     return found if plain else [f"\033[1;{36 - j % 6}m{name}\033[0m" for j, name in enumerate(found)]
 
 

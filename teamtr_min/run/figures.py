@@ -79,8 +79,7 @@ def finish(figure, axes, **settings) -> None:
     axes.set(**settings)
     axes.locator_params(axis="x", integer=True)
     longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
-    columns = max(1, 80 // (longest + 8))
-    figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.4)
+    figure.legend(loc="outside lower center", ncols=max(1, 80 // (longest + 8)), handletextpad=0.4)
 
 
 def learning(figure, record: Record) -> None:
@@ -115,8 +114,8 @@ def trust_region(figure, record: Record) -> None:
         name = "team" if agent < 0 else record.roles[agent]["name"][:24]
         axes.plot(x, kept, "o", color=colour, ms=3, label=name)
     if math.isfinite(delta):
-        enforced = "" if config.kl == "hard" else ", not enforced"
-        axes.axhline(delta, color=COLOURS[-1], ls="--", label=f"radius {delta:g}{enforced}")
+        label = f"radius {delta:g}" + ", not enforced" * (config.kl != "hard")
+        axes.axhline(delta, color=COLOURS[-1], ls="--", label=label)
     axes.set(yscale="log", ylim=(bottom * 0.8, 2 * top), ylabel=f"nats per {config.kl_unit}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     finish(figure, axes, title="KL of each update; circles: attempted, dots: kept", xlabel="stage")

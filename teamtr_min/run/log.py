@@ -193,7 +193,9 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
     lines = []
     if stages:
         shown = "mean return" if any(s["return_mean"] > s["accuracy"] for s in stages) else "accuracy"
-        lines.append(f"{shown} by stage, 0 to 1: {sparkline([s['return_mean'] for s in stages])}")
+        some = stages[:: -(-len(stages) // 60)]  # at most 60
+        curve = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * stage["return_mean"]))] for stage in some)
+        lines.append(f"{shown} by stage, 0 to 1: {curve}")
     if summary["reason"]:
         lines.append(f"stopped early: {summary['stopped']}; to go on: python train.py --resume {directory}")
     else:
@@ -207,11 +209,3 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
     if (directory / "agents").is_dir():
         lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
     return "\n".join(lines)
-
-
-def sparkline(values: list[float], width: int = 60) -> str:
-    """A curve in [0, 1], one line high; a column is the mean of its share of the values."""
-    columns = min(width, len(values))
-    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean))] for mean in means)
