@@ -135,7 +135,7 @@ def test_shots_are_training_problems_in_front_of_what_an_agent_sees(capsys):
 def test_the_heading_names_all_that_a_result_rests_on(capsys):
     flags = ["--problems", "8", "--k", "4", "--device", "cpu"]
     text = printed(capsys, *flags)  # the team that ships
-    team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts the task"
+    team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts the task's"
     how = "max_new_tokens 16", "temperature 1.0,", "grader exact", "problems 8, k 4, seed 0", "pass@2"
     assert all(part in " ".join(text.split()) for part in (*team, *how, "avg@4")), text
     assert text.count("(answer ") == 3 and text.count("\n  A: ") == 3
@@ -156,9 +156,9 @@ def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
     low, high = result["return_at_k_ci"]
     assert low < result["return_at_k"] < high and abs(result["return_at_k"] - sum(returns) / 60) < 1e-6
     best = sum(max(pair) for pair in zip(returns[::2], returns[1::2])) / 30
-    assert result["best_at_2"] == pytest.approx(best, abs=1e-6)
+    assert result["best_at_k"] == pytest.approx(best, abs=1e-6)
     text = printed(capsys, *flags)
-    shown = f"return@2      {result['return_at_k']:.3f} [", "accuracy      0.000 [0.000, 0.1", "; return 0."
+    shown = f"return@2      {result['return_at_k']:.3f} [", "avg@2         0.000 [0.000, 0.1", "; return 0."
     assert all(part in text for part in (*shown, "grader length")) and "right" not in text
 
 

@@ -114,7 +114,7 @@ def evaluate(
     result = {
         "benchmark": config.task, "mode": mode, "k": k, "seeds": seeds, "team": exam.team,
         **{name: getattr(config, name) for name in names},
-        "roles": [agent.role.name for agent in team.agents], "prompts": config.roles or "the task",
+        "roles": [agent.role.name for agent in team.agents], "prompts": config.roles or "the task's",
         "shots": [problem.id for problem in getattr(task, "examples", [])],
         "grader": getattr(task, "grader", "the task's own"),
         "fingerprint": fingerprint(config, team, problems[0]) | {"problems asked": asked.hexdigest()},
@@ -152,10 +152,9 @@ def scores(collected: list[Rollouts], mode: str, task: Task) -> dict:
         chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
         each["avg_at_k"].append((chosen == 1).double().mean(1))
         each["return_at_k"].append(chosen.double().mean(1))
-        each["pass_at_k"].append(best_of(returns == 1, k))
-        for j in sorted({2**i for i in range(k.bit_length())} | {k}):
-            each[f"pass_at_{j}"].append(best_of(returns == 1, j))
-            each[f"best_at_{j}"].append(best_of(returns, j))
+        for name, j in {"k": k, **{2**i: 2**i for i in range((k - 1).bit_length())}}.items():  # 2**i < k
+            each[f"pass_at_{name}"].append(best_of(returns == 1, j))
+            each[f"best_at_{name}"].append(best_of(returns, j))
     found = {"partial": any(((r.returns != 0) & (r.returns != 1)).any().item() for r in collected)}
     for name, values in each.items():
         by_seed = torch.stack(values)  # (seeds, P)
@@ -198,26 +197,21 @@ class Table:
             lines += [f"  {what:14s}{value}" for what, value in found]
             return "\n".join([*lines, *transcripts(rollouts, result["roles"])])
         lines, self.above = [heading] if heading != self.above else [], heading
-        cells = "".join(f"{f'{value} {what}':31s} " for what, value in found[:1] + found[1:][-1:])
+        cells = "".join(f"{f'{value} {what}':31s} " for what, value in found[:2])
         return "\n".join([*lines, f"{name:9s} {cells}{team}"])
 
 
 def rows(result: dict) -> Iterator[tuple[str, str]]:
-    """(name, value with interval and, after ±, standard error over seeds): avg@k, pass@2, ... or the same of
-    returns; then what `mode` adds."""
-    mean, best = ("return", "best") if result["partial"] else ("avg", "pass")
-    k, found = result["k"], {}  # what it is called -> its key
-    for j in range(1, k + 1):
-        if f"{best}_at_{j}" in result:
-            found[f"{best}@{j}" if j > 1 else f"{mean}@{k}"] = f"{best}_at_{j}"
-    if result["mode"] in ("vote", "best_of"):
-        found[f"{result['mode']} {k}"] = f"{mean}_at_k"
-    if result["partial"]:
-        found["accuracy"] = "pass_at_1"
-    for name, key in found.items():
-        low, high = result[f"{key}_ci"]
-        error = f" ±{result[f'{key}_se']:.3f}" if f"{key}_se" in result else ""
-        yield name, f"{result[key]:.3f} [{low:.3f}, {high:.3f}]{error}"
+    """(name, value with interval and, after ±, standard error over seeds) of avg@k, pass@k, pass@1, ..., and
+    with partial credit of the same of returns. A mode that chooses one of k rollouts gives avg@k its name."""
+    mode, k = result["mode"], result["k"]
+    for key in (key for key in result if f"{key}_ci" in result):
+        if result["partial"] or not key.startswith(("return", "best")):
+            name = key.replace("_at_k", f"@{k}").replace("_at_", "@")
+            name = name.replace("avg", mode) if mode in ("vote", "best_of") else name
+            low, high = result[f"{key}_ci"]
+            error = f" ±{result[f'{key}_se']:.3f}" if f"{key}_se" in result else ""
+            yield name, f"{result[key]:.3f} [{low:.3f}, {high:.3f}]{error}"
 
 
 def transcripts(rollouts: Rollouts, roles: list[str]) -> Iterator[str]:
