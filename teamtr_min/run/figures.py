@@ -75,8 +75,8 @@ def render(what, *draws: Callable) -> bytes:
 
 
 def finish(figure, axes, **settings) -> None:
-    """Settings; whole stages on the x axis; the legend below the axes, where it hides no curve."""
-    axes.set(**settings)
+    """Settings; whole stages, at least one, on the x axis; the legend below, where it hides no curve."""
+    axes.set(**settings, xlim=(None, max(1, axes.get_xlim()[1])))
     axes.locator_params(axis="x", integer=True)
     longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
     figure.legend(loc="outside lower center", ncols=max(1, 80 // (longest + 8)), handletextpad=0.4)
