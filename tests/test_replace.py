@@ -143,15 +143,15 @@ def put(run: Path, out: Path, *flags: str) -> dict:
 
 def test_the_old_run_is_only_read_and_the_new_one_goes_on_and_resumes(stopped, tmp_path, capsys):
     before, out = contents(stopped), tmp_path / "new"
-    line = put(stopped, out, "--agent", "1", "--model", "relay", "--align", "4")
+    line = put(stopped, out, "--agent", "2", "--model", "relay", "--align", "4")
     text = capsys.readouterr().out
     assert contents(stopped) == before and f"next: python train.py --resume {out}" in text
-    assert (line["kind"], line["agent"], line["model"], line["stage"]) == ("replace", 1, "relay", 2)
+    assert (line["kind"], line["agent"], line["model"], line["stage"]) == ("replace", 2, "relay", 2)
     assert line["shared_vocabulary"] and line["probes"] == 24 and line["outside"] > 0.02
     for when in ("replaced", "aligned"):
         shock, (low, high) = line["return_before"] - line[f"return_{when}"], line[f"shock_{when}_ci"]
         assert low <= shock <= high and line[f"shock_{when}"] == pytest.approx(shock)
-        assert f"agent 1 {when}: held-out return" in text
+        assert f"agent 2 {when}: held-out return" in text
     metrics = (ROOT / "docs/metrics.md").read_text()
     section = metrics.partition('(`kind` is "replace")')[2].partition("\n## ")[0]
     assert not [key for key in line if key != "kind" and f"`{key}`" not in section]
