@@ -21,18 +21,20 @@ from teamtr_min.team import Team  # noqa: E402
 def kl_by_loop(old, new, team: Team, rollouts, agent: int, config, dtype=torch.float64) -> dict[str, float]:
     """Eq. 11 from nothing but the two models and the transcripts: one rollout at a time, in `dtype`."""
     old, new = copy.deepcopy(old).to(dtype), copy.deepcopy(new).to(dtype)
-    k1, k3 = [], []
-    for problem, messages in zip(rollouts.problems, rollouts.messages):
+    k1, k3, mass, weights = [], [], [], rollouts.weights
+    weights = [1.0] * len(rollouts.messages) if weights is None else weights.tolist()
+    for problem, messages, weight in zip(rollouts.problems, rollouts.messages, weights):
         seen = team.render(agent, problem, messages, add_generation_prompt=False)
         tokens = torch.tensor([seen.ids])
         with torch.no_grad():
             logp = [(m(tokens)[0].double() / config.temperature).log_softmax(-1) for m in (old, new)]
         for start, stop in seen.spans:
-            unit = stop - start if config.kl_unit == "token" else 1
+            unit = (stop - start if config.kl_unit == "token" else 1) / weight
+            mass.append(weight)
             terms = [[p[t - 1, seen.ids[t]].item() for p in logp] for t in range(start, stop)]
             k1.append(sum(o - n for o, n in terms) / unit)
             k3.append(sum(math.expm1(n - o) - (n - o) for o, n in terms) / unit)
-    return {"k1": sum(k1) / len(k1), "k3": sum(k3) / len(k3)}
+    return {"k1": sum(k1) / sum(mass), "k3": sum(k3) / sum(mass)}
 
 
 def audit(argv: list[str] | None = None) -> tuple[int, list[float]]:
