@@ -95,7 +95,14 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
     words, teams = args.benchmarks, [team for team in split_names(args.team) if team] or [None]
     if words[:1] == ["ask"]:
+        idle = [name for name in ("samples", "shots", "data", "csv") if getattr(args, name)]
+        if idle := idle + ["mode"] * (args.mode != "team") + ["seeds"] * (args.seeds > 1):
+            raise UserError(f"--{idle[0]} has no effect on ask")
+        if len(teams) > 1:
+            raise UserError("ask takes one run: --team RUN")
         return (yield from ask.run(words[1:], args, flags) if ranks.first else ())
+    if args.web:
+        raise UserError("--web is for ask: python eval.py ask --web")
     if unknown := [name for name in words if name not in (*TASKS, *OTHERS) and not Path(name).is_file()]:
         raise UserError(f"no benchmark {unknown[0]}: give {KNOWN}, ask, or FILE.py with a task")
     if args.mode in ("best_of", "vote") and args.k < 2:

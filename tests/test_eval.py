@@ -224,6 +224,10 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "relay --mode vote": "--k of at least 2",
         "mine.py --agents 2 --mode vote --k 2": "a method answer",
         "gsm8k --model nowhere": "no model 'nowhere'",
+        "ask hi --mode solo": "--mode has no effect on ask",
+        "ask hi --k 300": "takes up to 256",
+        "ask hi --team runs/a,runs/a": "takes one run",
+        "relay --web": "--web is for ask",
     }.items():
         assert message in refusal(capsys, evaluation.main, *flags.split())
 

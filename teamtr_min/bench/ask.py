@@ -33,6 +33,8 @@ TOLD = (UserError, OSError, FloatingPointError, torch.OutOfMemoryError)  # error
 def run(questions: list[str], args: Namespace, flags: dict) -> Iterator[tuple[dict, str]]:
     """Answer the questions; without any, the lines of the standard input, or what is typed at a prompt. With
     --json nothing is printed here: every rollout is yielded."""
+    if args.k > MOST_SAMPLES:
+        raise UserError(f"--k {args.k} are too many rollouts of one question; ask takes up to {MOST_SAMPLES}")
     exam = find_team(args.team or None, flags)
     team, seed = build_team(exam.config, task_to_ask(exam.config), sources=exam.sources), exam.config.seed
     if not exam.sources:
@@ -41,7 +43,7 @@ def run(questions: list[str], args: Namespace, flags: dict) -> Iterator[tuple[di
         return serve(team, exam.team, seed, args.port)
     if not args.json and not questions and sys.stdin.isatty():
         return converse(team, exam.team, args.k, seed)
-    for question in questions or filter(None, map(str.strip, sys.stdin)):
+    for question in filter(None, map(str.strip, questions or sys.stdin)):
         if not args.json:
             write(team, question, args.k, seed)
             continue
@@ -120,8 +122,10 @@ def converse(team: Team, name: str, samples: int, seed: int) -> None:
                 number = int(count) if count.isdecimal() else 0
                 known = {"/retry": (*last[:2], last[2] + 1), "/samples": (question or last[0], number, seed)}
                 asked = known.get(command, ("", 0, 0)) if line[0] == "/" else (line, samples, seed)
-                if not asked[0] or not 0 < asked[1] <= MOST_SAMPLES:
-                    raise UserError(f"{command} is no command, or lacks a question or a number; see /help")
+                if not asked[0]:
+                    raise UserError(f"{command} is no command, or lacks a question; see /help")
+                if not 0 < asked[1] <= MOST_SAMPLES:
+                    raise UserError(f"/samples takes a number from 1 to {MOST_SAMPLES}, then the question")
                 last = asked
                 write(team, *last)
         except (EOFError, KeyboardInterrupt):

@@ -20,7 +20,7 @@ import numpy as np
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, to_json
 from teamtr_min.run.figures import COLOURS, Record, finish, learning, read, render, trust_region
-from teamtr_min.run.log import COSTS, measured, read_log, region, violation_rate
+from teamtr_min.run.log import COSTS, measured, occupancy, read_log, region, violation_rate
 from teamtr_min.run.run import newest_run
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -74,7 +74,7 @@ def page(record: Record) -> str:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
     usual = Config(model=config.model, task=config.task, agents=config.agents, lora_rank=config.lora_rank)
     knobs = [(name, str(value), str(getattr(usual, name))) for name, value in vars(config).items()]
-    what = f"{config.task}: {config.agents} agents of {config.model}, {config.occupancy} occupancy"
+    what = f"{config.task}: {config.agents} agents of {config.model}, {occupancy(config)}"
     data = {
         "title": directory.resolve().name, "subtitle": f"{what}, {region(config)}; {record.state}",
         "transcripts": read_log(directory / "transcripts.jsonl"), "roles": record.roles,

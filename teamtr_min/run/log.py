@@ -114,10 +114,10 @@ def header(config: Config, team: Team, directory: Path) -> str:
     precision = "fp32" if models[0].dtype == torch.float32 else "bf16 over fp32 masters"
     adapters = f" with adapters of rank {config.lora_rank}" if config.lora_rank else ""
     return f"""\
-team    {len(team.agents)} agents ({kinds}), {" or ".join(sizes)} parameters each
+team    {len(models)} agents ({kinds}), {" or ".join(sizes)} parameters each
 model   {config.model}{adapters}, {precision} on {models[0].device}
 task    {config.task}: {team.turns} turns, {config.problems} problems x {config.group} rollouts
-method  {config.occupancy} occupancy, {config.order} order, {region(config)}
+method  {occupancy(config)}, {config.order} order, {region(config)}
 steps   {config.stages} stages, at most {config.inner_steps} steps an update at lr {config.lr:g}
 output  {directory}"""
 
@@ -130,6 +130,12 @@ def prompts_in_use(team: Team, problem: Problem) -> str:
             text = agent.tokenizer.decode(team.render(j, problem, [], True).ids, skip_special_tokens=False)
             shown.append(f"prompt  agent {j}, {agent.role.name}:\n" + textwrap.indent(text, " " * 8))
     return "\n".join(shown)
+
+
+def occupancy(config: Config) -> str:
+    """The rollouts that updates train on, in words."""
+    floor = f" (min-ess {config.min_ess:g})" if config.occupancy == "corrected" else ""
+    return f"{config.occupancy} occupancy{floor}"
 
 
 def region(config: Config) -> str:
