@@ -152,7 +152,7 @@ def scores(collected: list[Rollouts], mode: str, task: Task) -> dict:
         chosen = pick(rollouts, mode, task) if mode in ("vote", "best_of") else returns  # (P, 1) or (P, k)
         each["avg_at_k"].append((chosen == 1).double().mean(1))
         each["return_at_k"].append(chosen.double().mean(1))
-        for name, j in {"k": k, **{2**i: 2**i for i in range((k - 1).bit_length())}}.items():  # 2**i < k
+        for name, j in {**{2**i: 2**i for i in range((k - 1).bit_length())}, "k": k}.items():  # 2**i < k
             each[f"pass_at_{name}"].append(best_of(returns == 1, j))
             each[f"best_at_{name}"].append(best_of(returns, j))
     found = {"partial": any(((r.returns != 0) & (r.returns != 1)).any().item() for r in collected)}
@@ -197,12 +197,12 @@ class Table:
             lines += [f"  {what:14s}{value}" for what, value in found]
             return "\n".join([*lines, *transcripts(rollouts, result["roles"])])
         lines, self.above = [heading] if heading != self.above else [], heading
-        cells = "".join(f"{f'{value} {what}':31s} " for what, value in found[:2])
+        cells = "".join(f"{f'{value} {what}':31s} " for what, value in (found[0], found[-1]))
         return "\n".join([*lines, f"{name:9s} {cells}{team}"])
 
 
 def rows(result: dict) -> Iterator[tuple[str, str]]:
-    """(name, value with interval and, after ±, standard error over seeds) of avg@k, pass@k, pass@1, ..., and
+    """(name, value with interval and, after ±, standard error over seeds) of avg@k, pass@1, ..., pass@k, and
     with partial credit of the same of returns. A mode that chooses one of k rollouts gives avg@k its name."""
     mode, k = result["mode"], result["k"]
     for key in (key for key in result if f"{key}_ci" in result):
