@@ -53,6 +53,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(finished, copy, capsys,
     assert "000002 is damaged; trying the one before" in text and "resumed after 1 of 3 stages" in text
 
 
+def test_a_checkpoint_that_was_passed_over_does_not_come_back(finished, copy, monkeypatch):
+    """Its logs are cut by then."""
+    file = copy / "checkpoints" / "000002" / "learner-0.safetensors"
+    flip_a_bit(file)
+    with monkeypatch.context() as patch:
+        interrupt_at(1, patch, train, "update")
+        assert train.main(["--resume", str(copy)]) == 130
+    if file.exists():
+        flip_a_bit(file)
+    resume(copy, finished)
+
+
 def test_the_newest_two_checkpoints_stay_whole_and_nothing_else_does(finished, stopped):
     for out, names in ((finished, ["000002", "000003"]), (stopped, ["000001", "000002"])):
         checkpoints = sorted((out / "checkpoints").iterdir())

@@ -43,12 +43,14 @@ def load(directory: Path, learners: list[Learner]) -> dict | None:
     """Restore learners from the newest undamaged checkpoint; returns its `state`, None without any. Raises
     UserError if there are checkpoints and all are damaged."""
     checkpoints, ranks = _newest_first(directory), learners[0].ranks
-    for checkpoint in checkpoints:
+    for i, checkpoint in enumerate(checkpoints):
         if ranks.gather(ranks.first and _undamaged(checkpoint))[0]:  # the first rank decides
             state = read_json(checkpoint / "state.json")
             for j, learner in enumerate(learners):
                 learner.beta = state["beta"][j]
                 _restore(learner, checkpoint / f"learner-{j}.safetensors")
+            for later in checkpoints[:i] if ranks.first else ():  # damaged, and logs are cut behind this one
+                shutil.rmtree(later, ignore_errors=True)
             return state["run"]
         print(f"{checkpoint} is damaged; trying the one before", flush=True)
     if checkpoints:
