@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,10 @@ def test_the_documentation_can_be_read_in_an_evening():
     assert sum(len(page.read_text().split()) for page in ROOT.glob("docs/*.md")) <= 12750
 
 
-def test_three_lines_of_pandas_draw_a_curve(finished):
+def test_three_lines_of_pandas_draw_a_curve(finished, tmp_path):
     pytest.importorskip("pandas")
     pytest.importorskip("matplotlib")
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.DOTALL)[1]
-    names = {}
-    exec(code.replace("runs/NAME", str(finished)), names)
-    drawn = list(names["curve"].lines[0].get_ydata())
+    (tmp_path / "curve.py").write_text(code.replace("runs/NAME", str(finished)))
+    drawn = list(runpy.run_path(str(tmp_path / "curve.py"))["curve"].lines[0].get_ydata())
     assert drawn == pytest.approx([stage["return_mean"] for stage in lines(finished, "stage")])

@@ -108,7 +108,7 @@ def test_hostile_text_stays_text(mine):
     page = page_of(mine.rename(mine.with_name("<img src=x>")))
     assert page.tags == before.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert page.source.count("</script>") == 2 and page.source.count("<script") == 2
+    assert page.source.count("</script>") == 3 and page.source.count("<script") == 3
     assert page.data["transcripts"][-1]["messages"][0]["text"] == HOSTILE
 
 

@@ -10,18 +10,16 @@ import threading
 import urllib.parse
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from teamtr_min.bench.accuracy import find_team
+from teamtr_min.bench.report import filled
 from teamtr_min.files import UserError, to_json
-from teamtr_min.run.figures import COLOURS
 from teamtr_min.run.loading import build_team, task_to_ask
 from teamtr_min.tasks.task import Message
 from teamtr_min.team import Answer, Listener, Team
 
-PAGE = Path(__file__).parents[1] / "assets" / "ask.html"
 MOST_SAMPLES = 256  # of one question, at a prompt or on the page
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")  # a terminal obeys these
 HELP = f"""/retry                 the last question with the next seed
@@ -139,9 +137,9 @@ def converse(team: Team, name: str, samples: int, seed: int) -> None:
 def serve(team: Team, name: str, seed: int, port: int) -> None:
     """A page to ask the team on, until Ctrl-C. Raises UserError for a port that cannot be had."""
     agents = [{"name": a.role.name, "system": a.role.system, "tool": a.model is None} for a in team.agents]
-    data = {"team": name, "agents": agents, "seed": seed, "colours": COLOURS, "most": MOST_SAMPLES}
-    text = PAGE.read_text(encoding="utf-8").replace("{{data}}", to_json(data).replace("<", "\\u003c"))
-    page, busy, address = text.encode(), threading.Lock(), ("127.0.0.1", port)
+    data = {"team": name, "agents": agents, "seed": seed, "most": MOST_SAMPLES}
+    page = filled("ask.html", data, connect="connect-src 'self'; ").encode()
+    busy, address = threading.Lock(), ("127.0.0.1", port)
     try:
         server = http.server.ThreadingHTTPServer(address, lambda *r: Handler(team, page, busy, *r))
     except (OSError, OverflowError) as error:

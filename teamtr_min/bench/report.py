@@ -89,11 +89,12 @@ def image(what, draw: Callable) -> str:
     return f'<img src="data:image/png;base64,{source}" alt="{draw.__doc__}">'
 
 
-def filled(name: str, data: dict, **images: str) -> str:
-    """A page with its style, images and data."""
-    parts = images | {"style": (ASSETS / "page.css").read_text(encoding="utf-8")}
-    parts["data"] = to_json(data | {"colours": COLOURS}).replace("<", "\\u003c")
-    text = (ASSETS / name).read_text(encoding="utf-8")
+def filled(name: str, data: dict, connect: str = "", **images: str) -> str:
+    """A page: what all have in common (page.html), its own part, images and data; by itself it loads nothing,
+    unless `connect` is what it may connect to."""
+    text = to_json(data | {"colours": COLOURS}).replace("<", "\\u003c")
+    parts = images | {"connect": connect, "data": text}
+    text = "".join((ASSETS / file).read_text(encoding="utf-8") for file in ("page.html", name))
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
 
 
