@@ -95,7 +95,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
     weights are expected to lie outside, no gradient is computed there. An error leaves the last accepted
     weights in place.
     """
-    if not batches.messages:  # a router may leave an agent out of every rollout
+    if not sum(batches.weight):  # a router may leave an agent out of every rollout that has weight
         return Update(lr=lr, beta=learner.beta)
     # Without any advantage there is nothing to climb: a step would only follow Adam's momentum. [ours]
     most = config.inner_steps if batches.pulls else 0

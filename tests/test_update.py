@@ -196,10 +196,13 @@ def test_without_any_advantage_or_turn_nothing_moves_not_even_by_momentum():
     assert update.steps == 0 and update.kept["kl"] == 0 and update.first["entropy"] > 0
     assert update.grad_norm is None and ready.learner.beta == beta
     silent = [[m for m in messages if m.agent != 0] for messages in ready.rollouts.messages]
-    ready.batches = ready.batch(dataclasses.replace(ready.rollouts, messages=silent))
-    update = ready.update()
-    assert update.steps == 0 and not update.kept and update.log_ratio == 0.0
-    assert same(before, ready.learner.masters)
+    only = [*silent[:1], *ready.rollouts.messages[1:]], torch.tensor([0.0] + [-1e4] * 71)  # where weight is
+    for messages, log_weights in (silent, None), only:
+        rollouts = dataclasses.replace(ready.rollouts, messages=messages, log_weights=log_weights)
+        ready.batches = ready.batch(rollouts)
+        update = ready.update()
+        assert update.steps == 0 and not update.kept and update.log_ratio == 0.0
+        assert same(before, ready.learner.masters)
 
 
 def test_a_joint_update_has_one_radius_for_the_mean_over_all_messages_and_reports_each_agents_kl():

@@ -82,7 +82,7 @@ def load_model(
     UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN."""
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{directory} is an adapter; `eval.py export --merge` makes a model of it")
+        raise UserError(f"{directory} is an adapter; `eval.py export` makes a model of it")
     with torch.device("meta"):
         model = Transformer(read_config(directory))
     found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
