@@ -21,7 +21,7 @@ def work(count: int):
     return run
 
 
-def test_contestants_take_turns_and_are_set_beside_ours_and_the_floor():
+def test_contestants_take_turns_and_are_set_beside_ours_and_the_floor(monkeypatch):
     def broken() -> None:
         raise RuntimeError("not on\nthis machine")
 
@@ -35,7 +35,10 @@ def test_contestants_take_turns_and_are_set_beside_ours_and_the_floor():
     for row in (ours, slow):
         assert row["tokens_per_second"] == 100 / row["seconds"]
         assert row["floor_share"] == pytest.approx(1e-5 / row["seconds"])
-    (limited,) = machine.compare(Case("bytes", {"ours": work(1)}, 1, flops=1.0, bytes=1.0), 1)
+        assert row["repeats"] == 5
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    (limited,) = machine.compare(Case("bytes", {"ours": work(1)}, 1, flops=1.0, bytes=1.0), repeats=5)
+    assert limited["repeats"] == 1, "the second would begin after SECONDS"
     assert limited["floor_share"] == pytest.approx(1e-3 / limited["seconds"]), "the larger of the two floors"
     with pytest.raises(RuntimeError):
         machine.compare(Case("ours fails", {"ours": broken}, 1, flops=1.0), 1)

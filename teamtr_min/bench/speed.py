@@ -7,6 +7,7 @@ process: ours first, then what others would write. They take turns; medians coun
     floor    share of the time that the work must take here at least: its FLOPs at the rate of one large
              product, or its bytes at the rate of one large copy, both measured in the same run
     apart    largest difference from our results, over the largest entry
+    of       how many times the median is of: fewer where a case takes longer than SECONDS
 
 With one thread (OMP_NUM_THREADS=1) a CPU's clock is that thread's: other work on the machine does not count.
 """
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 
 import kernels
 from teamtr_min.bench.peers import BATCH_TOKENS, plain_sample, plain_step, trl_step
@@ -38,6 +40,7 @@ from teamtr_min.tasks import Problem, load_task
 from teamtr_min.team import Rendered, Team
 
 PROMPT, NEW = 32, 64  # tokens of `sampling`
+SECONDS = 60  # of a case, after which no further repeat begins
 
 
 class Case(NamedTuple):
@@ -60,8 +63,9 @@ class Machine:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
         source = torch.ones(64 * n * n, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        seconds = self.medians({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, repeats=5)
-        self.flops, self.bytes = 2 * n**3 / seconds["product"], 2 * source.nbytes / seconds["copy"]
+        works = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+        product, copy = map(statistics.median, self.times("machine", works, repeats=5).values())
+        self.flops, self.bytes = 2 * n**3 / product, 2 * source.nbytes / copy
 
     def now(self) -> float:
         """Seconds, once the device is done."""
@@ -69,20 +73,22 @@ class Machine:
             torch.cuda.synchronize()
         return time.perf_counter() if self.cuda or torch.get_num_threads() > 1 else time.thread_time()
 
-    def medians(self, works: dict[str, Callable], repeats: int) -> dict[str, float]:
-        """Seconds of each; they take turns."""
-        times = {name: [] for name in works}
-        for _ in range(repeats):
-            for name, work in works.items():
+    def times(self, name: str, works: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+        """Seconds of each repeat; the works take turns."""
+        times = {by: [] for by in works}
+        for i in range(repeats):
+            if i and sum(map(sum, times.values())) > SECONDS:
+                break
+            for by, work in shown(works, f"{name}, {i + 1} of {repeats}"):
                 begin = self.now()
                 work()
-                times[name].append(self.now() - begin)
-        return {name: statistics.median(each) for name, each in times.items()}
+                times[by].append(self.now() - begin)
+        return times
 
     def compare(self, case: Case, repeats: int) -> list[dict]:
         """A row for each contestant; one that cannot run here has the reason in `missing`."""
         rows, works = {name: {"case": case.name, "by": name} for name in case.contestants}, {}
-        for name, work in case.contestants.items():
+        for name, work in shown(case.contestants, f"{case.name}, warm-up"):
             try:
                 got = work()  # which also warms it up
             except Exception as error:  # a peer may be missing, or refuse this shape, device or torch
@@ -101,11 +107,17 @@ class Machine:
                 before = torch.cuda.memory_allocated()
                 work()
                 rows[name]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        floor, times = max(case.flops / self.flops, case.bytes / self.bytes), self.medians(works, repeats)
-        for name, seconds in times.items():
-            rows[name] |= {"seconds": seconds, "times_ours": seconds / times["ours"]}
+        floor = max(case.flops / self.flops, case.bytes / self.bytes)
+        for name, times in (found := self.times(case.name, works, repeats)).items():
+            seconds, ours = (statistics.median(each) for each in (times, found["ours"]))
+            rows[name] |= {"seconds": seconds, "times_ours": seconds / ours, "repeats": len(times)}
             rows[name] |= {"tokens_per_second": case.tokens / seconds, "floor_share": floor / seconds}
         return [*rows.values()]
+
+
+def shown(works: dict[str, Callable], what: str) -> Iterator[tuple[str, Callable]]:
+    """The items of `works`, with a bar where they take longer than a second."""
+    return tqdm(works.items(), desc=what, delay=1, leave=False, disable=None)
 
 
 def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
@@ -225,12 +237,14 @@ def run(name: str, flags: dict, short: bool = False) -> dict:
     device, dtype = placement(Config(**what))
     if not shipped and device.type == "cuda":  # as one trains a pretrained model on a GPU
         what |= {"problems": 32, "group": 8, "max_new_tokens": 256, "temperature": 0.8}
+    elif not shipped:
+        what |= {"problems": 2}  # a step on a CPU takes half a minute then, and four times that elsewhere
     machine, repeats = Machine(device, dtype), 1 if short else 20 if name == "kernels" else 5
     cases = BENCHMARKS[name](Config(**what), short)
     return {
         "benchmark": name, "model": model, "device": machine.name, "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__, "flops_per_second": machine.flops, "bytes_per_second": machine.bytes,
-        "repeats": repeats, "rows": [row for case in cases for row in machine.compare(case, repeats)],
+        "rows": [row for case in cases for row in machine.compare(case, repeats)],
     }  # fmt: skip
 
 
@@ -240,6 +254,7 @@ COLUMNS = {  # of a row: title, width, form, factor
     "times_ours": ("x ours", 7, ".2f", 1),
     "floor_share": ("floor", 6, ".0%", 1),
     "apart": ("apart", 7, ".0e", 1),
+    "repeats": ("of", 3, "d", 1),
     "peak_mib": ("MiB", 8, ",.0f", 1),
 }
 
@@ -247,7 +262,7 @@ COLUMNS = {  # of a row: title, width, form, factor
 def table(result: dict) -> str:
     rates = f"{result['flops_per_second'] / 1e12:.3g} TFLOP/s, {result['bytes_per_second'] / 1e9:.3g} GB/s"
     lines = [
-        "{benchmark}, {model}, {dtype}, on {device}, median of {repeats}".format(**result),
+        "{benchmark}, {model}, {dtype}, on {device}".format(**result),
         f"{rates:39}" + "".join(f"{title:>{width}}" for title, width, *_ in COLUMNS.values()),
     ]
     for row in result["rows"]:
