@@ -63,10 +63,8 @@ class WordProblems(Task):
     def sample_problems(self, count: int, generator: Generator, held_out: bool = False) -> list[Problem]:
         """`count` different problems: training ones at random, or the first held-out ones."""
         if count > len(self.train) and not held_out or not self.held_out:
-            few = (
-                f"--problems or --shots {count}, but {self.path} has only {len(self.train)} to train on and "
-            )
-            raise UserError("; ".join([f"{few}{len(self.held_out)} held out", *self.notes]))
+            has = f"{self.path} has only {len(self.train)} to train on and {len(self.held_out)} held out"
+            raise UserError("; ".join([f"--problems or --shots {count}, but {has}", *self.notes]))
         if held_out:
             return self.held_out[:count]
         return [self.train[i] for i in generator.choice(len(self.train), count, replace=False)]
