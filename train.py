@@ -21,7 +21,7 @@ import torch
 
 from teamtr_min.config import Config, parse
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks, halving, join, lost
+from teamtr_min.engine.distributed import ALONE, Ranks, halving, join, lost, memory_is_full
 from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.files import UserError, users_line
@@ -93,7 +93,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
 
     The forward pass of each step also measures the weights that the step before it left. Where the next
     weights are expected to lie outside, no gradient is computed there. An error leaves the last accepted
-    weights in place.
+    weights in place. If memory runs out behind an accepted step, the update ends with it.
     """
     if not sum(batches.weight):  # a router may leave an agent out of every rollout that has weight
         return Update(lr=lr, beta=learner.beta)
@@ -122,9 +122,11 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
         if here.kl > config.radius:
             learner.restore(accepted)
             here, halvings = kept, HALVINGS + 1
-    except BaseException:
+    except BaseException as error:
         learner.restore(accepted)
-        raise
+        if spare is None or learner.ranks.size > 1 or not memory_is_full(error):
+            raise
+        here = attempted = kept  # once more from there would be from another pi_old
     finally:
         learner.offload()
     measured = first.stats, attempted.stats, here.stats, here.log_ratio

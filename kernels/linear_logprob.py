@@ -189,7 +189,7 @@ class _Logprob(torch.autograd.Function):
         lse, mean_z, *kept = strips(hidden, weight, targets, temperature, entropy, chosen)
         most = lse.amax(0)
         share = lse.sub_(most).exp_()
-        mass = share.cumsum(0)[-1]  # from part to part, in the same order for any N
+        mass = share.cumsum(0)[-1]  # from part to part, in the same order for any N > 1
         total = most + mass.log()
         ctx.save_for_backward(hidden, weight, targets, total, *kept)
         ctx.temperature, ctx.by_triton = temperature, by_triton

@@ -83,7 +83,7 @@ class Config:
     lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (with LoRA the default is 10 times as large)", least=0)
     lr_end: float = knob(None, "fraction of lr at which the decay ends", least=0)
     # Eq. 9
-    advantage_clip: float = knob(2.0, "bound on the normalised advantage, inert above sqrt(group - 1); inf for none", least=0)
+    advantage_clip: float = knob(2.0, "bound on the normalised advantage, without weights inert above sqrt(group - 1); inf for none", least=0)
     no_group_norm: bool = knob(False, "leave advantages in units of the return")
     # Eq. 10
     clip: float = knob(None, "epsilon of the ratio clip", least=0)
@@ -123,8 +123,9 @@ class Config:
         preset = PRESETS[kind] | (PRESETS.get(family, {}) if kind == "pretrained" else {})
         if self.demonstrations or self.demonstrate:
             preset["warm_start"] = preset["warm_start"] or 15
+        lora = self.lora_rank or all(os.path.isfile(f"{model}/adapter_config.json") for model in self.models)
         for name, value in preset.items():
-            default(name, value * LORA_LR if name in ("lr", "warm_start_lr") and self.lora_rank else value)
+            default(name, value * LORA_LR if name in ("lr", "warm_start_lr") and lora else value)
         default("occupancy", "fresh" if self.min_ess == 1 else "corrected")
         default("min_ess", {"fresh": 1.0, "corrected": 0.5}.get(self.occupancy, 0.0))
         default("date", time.strftime("%Y-%m-%d"))

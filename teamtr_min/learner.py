@@ -141,8 +141,8 @@ class Learner:
         """Let them wait on the host, where the memory plan says that the device cannot hold them."""
         if self.offloads:
             self._move("cpu")
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # before the host reads what comes
+            if (device := self.models[0].device).type == "cuda":
+                torch.cuda.synchronize(device)  # before the host reads what comes
 
     def adapt_beta(self, attempted: float, delta: float) -> None:
         """[ours] Follow the KL of the attempted update, within bounds; a beta of 0 stays 0."""

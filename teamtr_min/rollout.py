@@ -93,10 +93,10 @@ class AgentBatch:
     message: Tensor  # (N,) int64 in 0..M-1: message of each token
     sampled_logp: Tensor  # (N,) fp32, the sampler's
     advantage: Tensor  # (M,) fp32
-    weight: Tensor | None  # (M,) fp32, of its rollout; None: all 1
+    weight: Tensor  # (M,) fp32, of its rollout
     rollout: Tensor  # (M,) int64 in 0..R-1: the rollout that holds the message
-    turn: Tensor  # (M,) int64: the message's turn there
-    pulls: bool  # whether any advantage is not 0
+    turn: Tensor  # (M,) int64: the message's number there, among those of models
+    pulls: bool  # whether any advantage with weight is not 0
     total_weight: float  # sum of the messages' weights
     old_logp: Tensor | None = field(default=None, init=False)  # (N,) log pi_old, from an update's first pass
 
@@ -163,7 +163,8 @@ def _batch(
     pair, message, sampled_logp, rollout, turns = [], [], [], [], []
     pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
     for r, path in packed.paths.items():
-        own = [(turn, m) for turn, m in enumerate(rollouts.messages[r]) if m.agent == j]
+        spoken = [m for m in rollouts.messages[r] if m.tokens]  # without tools, which may be silent at a turn
+        own = [(turn, m) for turn, m in enumerate(spoken) if m.agent == j]
         for (start, stop), (turn, m) in zip(seen[r].spans, own):
             for t, token in zip(path[start - 1 : stop - 1], m.tokens):
                 pair.append(pairs.setdefault((t, token), len(pairs)))
@@ -173,15 +174,14 @@ def _batch(
             turns.append(turn)
     where, targets = zip(*pairs)
     advantage = advantages[rollout]
-    weight = None if rollouts.weights is None else rollouts.weights[rollout]
+    weight = torch.ones(len(rollout)) if rollouts.weights is None else rollouts.weights[rollout]
     tensor = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
         model, number, packed.tokens, packed.positions, packed.end,
         where=tensor(where), targets=tensor(targets), pair=tensor(pair), message=tensor(message),
         sampled_logp=tensor(sampled_logp), advantage=tensor(advantage),
-        weight=None if weight is None else tensor(weight),
-        rollout=tensor(rollout), turn=tensor(turns), pulls=bool(advantage.any()),
-        total_weight=float(len(rollout)) if weight is None else weight.double().sum().item(),
+        weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
+        pulls=bool((advantage * weight).any()), total_weight=weight.double().sum().item(),
     )  # fmt: skip
 
 

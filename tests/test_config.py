@@ -31,11 +31,13 @@ def test_presets_go_by_the_model_alike_from_python_and_from_the_shell(model):
         assert own == dataclasses.replace(config, **{name: value})
 
 
-def test_a_task_brings_its_model_and_its_own_preset():
+def test_a_task_brings_its_model_and_its_own_preset(tmp_path):
     models = [Config(task=task).model for task in ("relay", "convention", "gsm8k")]
     assert models == ["relay", "convention", "relay"]
     sums, lora = Config(model="m", task="sums"), Config(model="m", task="sums", lora_rank=8)
     assert (sums.delta, sums.group, sums.lr) == (0.05, 8, 2e-5) and lora.lr == pytest.approx(2e-4)
+    (tmp_path / "adapter_config.json").touch()
+    assert Config(model=str(tmp_path), task="sums").lr == lora.lr, "adapters to train on"
 
 
 def test_fresh_and_corrected_are_one_rule():

@@ -147,7 +147,7 @@ def test_a_run_trains_on_weighted_advantages_of_the_team_as_it_now_is(tmp_path, 
     def spy(learner, batches, config, lr):
         for batch in batches.own:
             torch.testing.assert_close(batch.advantage, seen[0][batch.rollout], rtol=1e-3, atol=1e-4)
-            own = torch.ones_like(batch.advantage) if batch.weight is None else batch.weight
+            own = batch.weight
             torch.testing.assert_close(own, seen[1][batch.rollout], rtol=1e-3, atol=1e-4)
             assert batch.total_weight == pytest.approx(own.sum().item(), rel=1e-6)
         assert not done or seen[1].std() > 0.01

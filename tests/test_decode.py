@@ -113,7 +113,7 @@ def test_recorded_steps_sample_what_plain_ones_do_and_outlive_a_collection(recor
     recorded.clear()
     assert collection(sampler) == plain and not recorded, "a step is recorded once"
     sampler.start(5)
-    sampler.generate([0], [random_tokens(model, 60).tolist()], [1], 3, 1.0, [])
+    sampler.generate([0], [random_tokens(model, 200).tolist()], [1], 3, 1.0, [])
     assert recorded, "the cache has grown, so graphs of the old one are gone"
 
 

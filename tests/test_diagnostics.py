@@ -11,7 +11,8 @@ from ready import Prepared
 from toy_runs import parity, run, same, timeless, weights
 
 from teamtr_min.extras.diagnostics import Diagnostics, bootstrap, message_logps, swapped
-from teamtr_min.tasks import Relay
+from teamtr_min.tasks import Relay, Role
+from teamtr_min.team import Agent
 
 ESTIMATES = {"surrogate", "gap", "occupancy_shift", "ess", "kl_held_out", "certificate", "penalty", "bound"}
 
@@ -65,13 +66,15 @@ def test_bounds_and_shifts_of_other_orders_turns_and_routers(tmp_path, monkeypat
         assert stage["certificate"] == updates[0]["certificate"] and "delta_stale" not in stage
 
 
-def test_a_diagnosis_compares_the_weights_of_before_and_after():
+@pytest.mark.parametrize("tools", [0, 1])
+def test_a_diagnosis_compares_the_weights_of_before_and_after(tools):
     """By hand, for the second update of a stage: agent 0 has moved, then agent 2 moves."""
     ready = Prepared(agents=3, group=4, problems=5)
-    team = ready.team
+    tool = Role("Tool", "", lambda problem, messages: "ok" * (messages[-1].text[:1] in "13579"))
+    team = dataclasses.replace(ready.team, agents=[*ready.team.agents, *[Agent(tool)] * tools], tools=tools)
     config = dataclasses.replace(ready.config, diagnostics=True)
     watch, rollouts = Diagnostics(config, team, 0), []
-    start = [[p.detach().clone() for p in agent.model.parameters()] for agent in team.agents]
+    start = [[p.detach().clone() for p in agent.model.parameters()] for agent in team.agents[:3]]
     g = torch.Generator().manual_seed(0)
     for i, j in enumerate((0, 2)):
         watch.before(i, [j])

@@ -21,6 +21,7 @@ from teamtr_min.engine.distributed import ALONE, Ranks, halving
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
 from teamtr_min.hf.weights import RELAY
+from teamtr_min.learner import Learner
 from teamtr_min.rollout import AgentBatch, collect
 from teamtr_min.run import memory
 from teamtr_min.run.loading import build_team
@@ -142,7 +143,7 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
 def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_twice(monkeypatch):
     monkeypatch.setattr(memory, "placement", lambda config: (torch.device("cuda"), torch.bfloat16))
     monkeypatch.setattr(memory, "free_memory", lambda device: 1 << 40)
-    sizes = [30.0, *torch.arange(12, 6, -0.5).tolist()]
+    sizes = [190.0, *torch.arange(176, 164, -0.5).tolist()]
     fit = plans(monkeypatch, sizes, problems=2, eval_problems=2, batch_rows=2)
     ways = [(plan.offload, plan.checkpointing) for plan in fit]
     assert ways == sorted(ways) and set(ways) == {(False, False), (True, False), (True, True)}
@@ -235,6 +236,26 @@ def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypat
     update, tokens = halving(climb, 4096)
     assert tokens < 512 and update.steps == whole.steps
     assert update.kept["kl"] == pytest.approx(whole.kept["kl"], rel=1e-3)
+
+
+def test_where_memory_runs_out_behind_an_accepted_step_the_update_ends_with_it(monkeypatch):
+    """A second attempt would measure another pi_old, and so leave the radius unseen."""
+    ready = Prepared(lr=3e-4, inner_steps=6)
+    aside, passes, backward = ready.batch(ready.rollouts), [], Learner.backward
+    ready.learner.measure(aside, ready.config)  # stores log pi_old
+
+    def lean(*given):
+        passes.append(given)
+        if len(passes) == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return backward(*given)
+
+    monkeypatch.setattr(Learner, "backward", lean)
+    update, tokens = halving(lambda tokens: ready.update(), 4096)
+    kept = ready.learner.measure(aside, ready.config)
+    assert tokens == 4096 and len(passes) == 3 and 0 < update.kept["kl"] <= ready.config.delta
+    assert update.kept["kl"] == pytest.approx(kept.kl, rel=1e-4)
+    torch.testing.assert_close(update.log_ratio, kept.log_ratio, atol=1e-5, rtol=0)
 
 
 def test_train_runs_as_a_program_and_its_planned_peak_is_near_the_measured_one(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from toy_runs import contents, parity, results, run
 
 import train
 from teamtr_min.config import Config
+from teamtr_min.engine import rng
 from teamtr_min.extras import replace
 from teamtr_min.extras.replace import align, mixture_weight
+from teamtr_min.extras.warm_start import as_rollouts
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.weights import RELAY, load_model
 from teamtr_min.learner import Diverged
-from teamtr_min.tasks import Relay
-from teamtr_min.team import Team
+from teamtr_min.rollout import collect
+from teamtr_min.tasks import Relay, Role
+from teamtr_min.team import Agent, Team
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,6 +195,21 @@ def test_a_newcomer_with_another_vocabulary_learns_from_text(stopped, tmp_path):
     assert not line["shared_vocabulary"] and line["align_loss_after"] < 0.8 * line["align_loss_before"]
     assert train.main(["--resume", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new/agents/0/tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+
+
+def test_a_newcomer_reads_each_message_of_a_tool_once(monkeypatch):
+    ready = Prepared(agents=2, group=2, problems=3)
+    tool = Role("Tool", "", lambda problem, messages: "ok" * (messages[-1].agent < 2))
+    team = dataclasses.replace(ready.team, agents=[*ready.team.agents, Agent(tool)], tools=1)
+    said = collect(team, ready.rollouts.problems[:3], 1, rng.RngPath(0, "probes"))
+    first, second, third = team.agents
+    other = SimpleNamespace(backend=SimpleNamespace(get_vocab=lambda **_: {}), hash="another")
+    new = dataclasses.replace(team, agents=[first, dataclasses.replace(second, tokenizer=other), third])
+    seen = []
+    monkeypatch.setattr(replace, "as_rollouts", lambda *given: seen.append(as_rollouts(*given)) or seen[0])
+    align(said, team, new, 1, ready.config, steps=1)
+    texts = [[[(m.agent, m.text) for m in row] for row in rollouts.messages] for rollouts in (said, seen[0])]
+    assert texts[0] == texts[1] and len(texts[0][0]) == 4
 
 
 @pytest.mark.parametrize("kind", [

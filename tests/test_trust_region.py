@@ -147,7 +147,7 @@ def test_bad_input_is_refused():
 def test_training_is_the_same_by_both_paths(launches, monkeypatch, tmp_path):
     """To 3e-5: Adam's first steps are nearly signs, so a rounding of a small gradient moves a weight far."""
     flags = "--stages 1 --agents 2 --problems 1 --group 4 --inner-steps 1 --eval-problems 1 --beta 0.01"
-    flags += f" --lr 2e-4 --seed 1 --device {DEVICE} --out "
+    flags += f" --lr 2e-4 --seed 1 --dtype fp32 --device {DEVICE} --out "
     found = []
     for mode in ("torch", "triton"):
         monkeypatch.setenv("TEAMTR_KERNELS", mode)

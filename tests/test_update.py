@@ -203,6 +203,11 @@ def test_without_any_advantage_or_turn_nothing_moves_not_even_by_momentum():
         update = ready.update()
         assert update.steps == 0 and not update.kept and update.log_ratio == 0.0
         assert same(before, ready.learner.masters)
+    heavy = dataclasses.replace(
+        ready.rollouts, log_weights=torch.tensor([0.0] + [-1e4] * 71)
+    )  # others pull alone
+    ready.batches = ready.batch(heavy, torch.tensor([0.0] + [1.0] * 71))
+    assert ready.update().steps == 0 and same(before, ready.learner.masters)
 
 
 def test_a_joint_update_has_one_radius_for_the_mean_over_all_messages_and_reports_each_agents_kl():

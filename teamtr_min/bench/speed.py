@@ -41,6 +41,7 @@ from teamtr_min.team import Rendered, Team
 
 PROMPT, NEW = 32, 64  # tokens of `sampling`
 SECONDS = 60  # of a case, after which no further repeat begins
+bar = functools.partial(tqdm, delay=1, leave=False, disable=None)
 
 
 class Case(NamedTuple):
@@ -79,7 +80,7 @@ class Machine:
         for i in range(repeats):
             if i and sum(map(sum, times.values())) > SECONDS:
                 break
-            for by, work in shown(works, f"{name}, {i + 1} of {repeats}"):
+            for by, work in bar(works.items(), f"{name}, {i + 1} of {repeats}"):
                 begin = self.now()
                 work()
                 times[by].append(self.now() - begin)
@@ -88,7 +89,7 @@ class Machine:
     def compare(self, case: Case, repeats: int) -> list[dict]:
         """A row for each contestant; one that cannot run here has the reason in `missing`."""
         rows, works = {name: {"case": case.name, "by": name} for name in case.contestants}, {}
-        for name, work in shown(case.contestants, f"{case.name}, warm-up"):
+        for name, work in bar(case.contestants.items(), f"{case.name}, warm-up"):
             try:
                 got = work()  # which also warms it up
             except Exception as error:  # a peer may be missing, or refuse this shape, device or torch
@@ -113,11 +114,6 @@ class Machine:
             rows[name] |= {"seconds": seconds, "times_ours": seconds / ours, "repeats": len(times)}
             rows[name] |= {"tokens_per_second": case.tokens / seconds, "floor_share": floor / seconds}
         return [*rows.values()]
-
-
-def shown(works: dict[str, Callable], what: str) -> Iterator[tuple[str, Callable]]:
-    """The items of `works`, with a bar where they take longer than a second."""
-    return tqdm(works.items(), desc=what, delay=1, leave=False, disable=None)
 
 
 def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
@@ -202,8 +198,7 @@ def whole_step(team: Team, learner: Learner, problems: list[Problem], config: Co
     rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
     advantages = torch.randn(len(rollouts.returns), generator=torch.Generator().manual_seed(0))  # (R,)
     batches = agent_batches(team, rollouts, learner.agents, advantages, BATCH_TOKENS)
-    learner.backward(batches, config)
-    learner.step(lr=0.0)
+    step(learner, batches, config)
     learner.measure(batches, config)
 
 
@@ -233,12 +228,11 @@ def run(name: str, flags: dict, short: bool = False) -> dict:
         raise UserError(f"--{wrong[0].replace('_', '-')} has no effect on {name}")
     model = flags.get("model", "relay")
     shipped = model in SHIPPED
-    what = flags | {"model": model, "task": model if shipped else "sums", "agents": 3 if shipped else 2}
+    what = {"task": model, "agents": 3} if shipped else {"task": "sums", "agents": 2, "problems": 2}
+    what |= flags | {"model": model}
     device, dtype = placement(Config(**what))
     if not shipped and device.type == "cuda":  # as one trains a pretrained model on a GPU
         what |= {"problems": 32, "group": 8, "max_new_tokens": 256, "temperature": 0.8}
-    elif not shipped:
-        what |= {"problems": 2}  # a step on a CPU takes half a minute then, and four times that elsewhere
     machine, repeats = Machine(device, dtype), 1 if short else 20 if name == "kernels" else 5
     cases = BENCHMARKS[name](Config(**what), short)
     return {

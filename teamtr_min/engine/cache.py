@@ -132,7 +132,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             if mask is not None:
                 scores = scores.view(B, Q, -1).add_(mask[:, 0]).view(scores.shape)
             return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, Q, 1, D)
-        if q.is_cuda and mask is not None:  # the only kernel that takes masks takes no groups
+        if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # their only kernel takes no groups
             k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, S, D)
         grouped = k.shape[1] != Q
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)

@@ -122,10 +122,11 @@ def add_product(x: Tensor, linear: nn.Module, y: Tensor) -> None:
         x.add_(linear(y))
 
 
-def record(step: Callable[[], tuple], pool) -> tuple[Callable[[], tuple], object]:
+def record(step: functools.partial, pool) -> tuple[Callable[[], tuple], object]:
     """Record the operations of step() without doing them. Returns a function that does them, with the same
     tensors for results, and the pool they lie in."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    here = torch.cuda.device(step.args[0].device)  # else the stream is one of the current GPU
+    with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = step()
     return lambda: graph.replay() or results, graph.pool()

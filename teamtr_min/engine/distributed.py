@@ -160,13 +160,16 @@ def halving(work: Callable[[int], Any], size: int, ranks: Ranks = ALONE) -> tupl
         try:
             return work(size), size
         except (RuntimeError, MemoryError) as error:
-            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-            if not full or size == 1 or ranks.size > 1:
+            if not memory_is_full(error) or size == 1 or ranks.size > 1:
                 raise
         size //= 2
         gc.collect()
         torch.cuda.empty_cache()
         print(f"memory is full: going on with batches of {size:,}", file=sys.stderr)
+
+
+def memory_is_full(error: BaseException) -> bool:
+    return bool(re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)))
 
 
 def local(x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def bootstrap(statistic: Callable, *tables: Tensor, group: int, seed: int) -> tu
 
 class Diagnostics:
     """In a run: diagnoses the updates of one stage, each on rollouts of the team just before it, and on
-    problems that are not trained on. Without `--diagnostics` it does nothing."""
+    rollouts that are not trained on. Without `--diagnostics` it does nothing."""
 
     def __init__(self, config: Config, team: Team, stage: int):
         self.config, self.team, self.stage = config, team, stage
@@ -114,9 +114,9 @@ class Diagnostics:
         if not self.config.diagnostics:
             return {}
         now, both = self.rollouts, (self.rollouts.messages, self.first.messages)
-        none = [False] * self.team.turns  # where a tool has said nothing
-        acts = [[([m.agent in self.agents for m in x] + none)[: len(none)] for x in rows] for rows in both]
-        writes, wrote = map(torch.tensor, acts)  # (R, turns)
+        none = [False] * self.team.turns  # tools take turns, but are no policies
+        acts = [[[m.agent in self.agents for m in x if m.tokens] + none for x in rows] for rows in both]
+        writes, wrote = (torch.tensor([row[: len(none)] for row in rows]) for rows in acts)  # (R, turns)
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
         cost = {"rollouts": now.count_sampled, "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
         return self.found[-1] | {f"{name}_diagnostics": value for name, value in cost.items()}

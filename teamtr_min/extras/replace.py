@@ -132,7 +132,8 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
         outside = torch.cat([lesson.weight for lesson in taught]).gt(0).float().mean().item()
     else:  # the texts are demonstrations
         rows = zip(rollouts.problems, rollouts.messages)
-        shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row])) for problem, row in rows]
+        shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row if m.agent < config.agents]))
+                 for problem, row in rows]  # fmt: skip
         none = torch.zeros_like(rollouts.returns)
         batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
     model, steps, losses = learner.models[0], steps if outside else 0, []

@@ -108,5 +108,5 @@ def placement(config: Config) -> tuple[torch.device, torch.dtype]:
         kernels.use_triton(torch.empty(0, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    auto = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    auto = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     return device, DTYPES[auto if config.dtype == "auto" else config.dtype]

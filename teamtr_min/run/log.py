@@ -112,7 +112,7 @@ def header(config: Config, team: Team, directory: Path) -> str:
     kinds = ", ".join(f"{a.role.name} {a.model.config.family if a.model else 'tool'}" for a in team.agents)
     sizes = {f"{sum(p.numel() for p in model.parameters()):,}": None for model in models}  # in order
     precision = "fp32" if models[0].dtype == torch.float32 else "bf16 over fp32 masters"
-    adapters = f" with adapters of rank {config.lora_rank}" if config.lora_rank else ""
+    adapters = "".join([f" with adapters of rank {a.adapter.rank}" for a in team.agents if a.adapter][:1])
     return f"""\
 team    {len(models)} agents ({kinds}), {" or ".join(sizes)} parameters each
 model   {config.model}{adapters}, {precision} on {models[0].device}

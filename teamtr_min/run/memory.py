@@ -2,13 +2,13 @@
 
     total = program + weights + optimizer + the larger of sampling and an update        (bytes of one process)
 
-Sampling grows with the rollouts that run at once, an update with the tokens of one forward pass. Both get
-their usual size, or what memory allows. If the longest transcript is too much, activations are computed
-twice. A run that cannot fit is refused. The estimates are 0.7 to 1.3 of measured peaks (docs/models.md).
+On CUDA it is both: caches stay for the graphs that know them. Sampling grows with the rollouts at once, an
+update with the tokens of one forward pass. Both get their usual size, or what memory allows. If the longest
+transcript is too much, activations are computed twice. A run that cannot fit is refused. The estimates are
+0.7 to 1.3 of measured peaks (docs/models.md).
 """
 
 import dataclasses
-import functools
 import os
 import re
 import shutil
@@ -35,6 +35,7 @@ from teamtr_min.team import Team
 
 LEFT_FREE = 0.1  # of what is free, for other programs
 PROGRAM = 40 << 20  # parts of torch that load late, and their buffers
+PROGRAM_CUDA = 160 << 20  # workspaces of the products, and the table of rounding.py
 BF16_ON_CPU = 60 << 20  # compiled products: next to nothing with AVX2, about 200 MiB with AMX
 FRAGMENTATION = 1.1  # freed blocks that the allocator cannot use again at once
 TOKENS, TOKENS_CUDA = 4096, 16384  # usual size of a training forward; of pretrained models on CUDA
@@ -64,7 +65,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.program + self.weights + self.optimizer + max(self.sampling, self.update)
+        both, parts = sum if self.device.type == "cuda" else max, (self.sampling, self.update)
+        return self.program + self.weights + self.optimizer + both(parts)
 
     def __str__(self) -> str:
         waits = " (one at a time; the others wait in host memory)" if self.offload else ""
@@ -101,15 +103,15 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     optimizers, usual = needs.optimizers(), TOKENS if needs.cpu or config.shipped else TOKENS_CUDA
 
     def plan(checkpointing: bool, offload: bool) -> Plan:
-        update = functools.partial(needs.update, checkpointing, most_tokens)
         held = max(optimizers) if offload else sum(optimizers)
         begun = dataclasses.replace(needs.start, optimizer=held, checkpointing=checkpointing, offload=offload)
-        tokens = fitting(config.batch_tokens, usual, update, begun, least=needs.longest)
-        return dataclasses.replace(needs.with_rows(begun, most_rows), tokens=tokens, update=update(tokens))
+        sizes = lambda n: {"tokens": n, "update": needs.update(checkpointing, most_tokens, n)}  # noqa: E731
+        return needs.with_rows(fitting(begun, config.batch_tokens, usual, sizes, needs.longest), most_rows)
 
     found = plan(checkpointing=False, offload=False)
     smaller = found.tokens < (config.batch_tokens or usual) or found.total > found.budget
-    if smaller and not needs.cpu and ranks.size == 1 and sum(optimizers) < free_memory(torch.device("cpu")):
+    pinned = 2 * sum(optimizers)  # at most: a pinned block has a power of two
+    if smaller and not needs.cpu and ranks.size == 1 and pinned < free_memory(torch.device("cpu")):
         found = plan(checkpointing=False, offload=True)
     if found.total > found.budget:
         found = plan(checkpointing=True, offload=found.offload)
@@ -134,12 +136,13 @@ def plan_evaluation(
     return dataclasses.replace(config, batch_rows=min(ranks.gather(plan.rows))), plan
 
 
-def fitting(asked: int, usual: int, bytes_of: Callable[[int], int], plan: Plan, least: int = 1) -> int:
-    """`asked` unless 0; else `usual`, halved until it fits beside what `plan` counts."""
-    room, count = plan.budget - plan.total, asked or max(usual, least)
-    while not asked and bytes_of(count) > room and count > least:
-        count = max(count // 2, least)
-    return count
+def fitting(plan: Plan, asked: int, usual: int, sizes: Callable[[int], dict], least: int = 1) -> Plan:
+    """`plan` with the sizes of `asked` things unless 0; else of `usual`, halved until it fits."""
+    count = asked or max(usual, least)
+    found = dataclasses.replace(plan, **sizes(count))
+    if asked or count == least or found.total <= plan.budget:
+        return found
+    return fitting(plan, 0, count // 2, sizes, least)
 
 
 class Needs:
@@ -156,7 +159,7 @@ class Needs:
         device, dtype = placement(config)
         self.width, self.copied, self.cpu = dtype.itemsize, dtype != torch.float32, device.type == "cpu"
         used, free = in_use(device), int(free_memory(device) * (1 - LEFT_FREE))
-        program = used + (PROGRAM + BF16_ON_CPU * self.copied) * self.cpu
+        program = used + (PROGRAM + BF16_ON_CPU * self.copied if self.cpu else PROGRAM_CUDA)
         budget = memory_limit() or used + free // (ranks.on_this_machine if self.cpu else 1)
         self.start = Plan(device, budget, program, self.weights(), longest=self.longest)
 
@@ -177,13 +180,16 @@ class Needs:
 
     def with_rows(self, plan: Plan, most: int) -> Plan:
         """`plan` with as many of at most `most` rollouts at once as fit."""
-        rows = fitting(self.config.batch_rows, Team.batch_rows, lambda n: self.sampling(min(n, most)), plan)
-        return dataclasses.replace(plan, rows=rows, sampling=self.sampling(min(rows, most)))
+        sizes = lambda n: {"rows": n, "sampling": self.sampling(min(n, most))}  # noqa: E731
+        return fitting(plan, self.config.batch_rows, Team.batch_rows, sizes)
 
     def sampling(self, rows: int) -> int:
         """KV caches, prefill and draw of `rows` rollouts at once."""
         configs = [m.config for m in self.models.values()]
-        caches = [rows * self.longest * m.kv_per_token * self.width for m in configs]
+        grows = (
+            1 if self.cpu or self.config.rounds == 1 else 2
+        )  # a cache, from turn to turn, by half at least
+        caches = [grows * rows * self.longest * m.kv_per_token * self.width for m in configs]
         # An agent that writes once frees its cache for the next; on CUDA recorded graphs keep it.
         once = self.config.router == "round-robin" and self.config.rounds == 1 and self.cpu
         prefill, mask = min(PREFILL_TOKENS, rows * self.longest), 5 * max(PREFILL_TREE, self.longest)
@@ -195,12 +201,13 @@ class Needs:
         """The largest update, with `tokens` padded tokens in one forward pass, of `most` in all."""
         config, width, work, tokens = self.config, self.width, {}, min(tokens, most)
         for j, m in ((j, model.config) for j, model in self.models.items()):
-            head = 0 if config.lora_rank else 2 * width  # its gradient, and the embedding's to add
+            lora = not self.models[j].head.requires_grad
+            head = 2 * width * (not lora)  # its gradient, and the embedding's to add
             head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies
             head += 4 * (self.ranks.size > 1)  # in fp32, to be summed
             chunk = CHUNK_COPIES * min(CHUNK_BYTES, tokens // 2 * m.vocab_size * 4)  # half are its own
             row = min(tokens, max(self.longest, min(LONGEST_TREE, config.group * self.longest)))  # of a mask
-            token = token_bytes(m, width, checkpointing, bool(config.lora_rank)) + row * (width + 3)
+            token = token_bytes(m, width, checkpointing, lora) + row * (width + 3)
             work[j] = int(FRAGMENTATION * (head * m.vocab_size * m.hidden_size + chunk + tokens * token))
         snapshots = 2 if config.inner_steps > 1 else 1  # masters and moments of accepted weights
         kept = [(4 + 12 * snapshots) * n // self.ranks.size + width * n * self.copied for n in self.trained]

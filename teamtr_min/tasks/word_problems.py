@@ -86,7 +86,7 @@ class WordProblems(Task):
         return float(is_correct(last_statement(messages), problem.answer))
 
     def answer(self, messages: list[Message]) -> str | None:
-        """The team's answer, such that equal ones are equal texts."""
+        """The team's answer, such that those are equal texts that are equal without algebra."""
         stated = extract_answer(last_statement(messages))
         return stated and canonical(stated)
 
