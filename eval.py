@@ -9,7 +9,6 @@ python eval.py mine.py --samples F      your task; every transcript and its retu
 python eval.py jsonl --model DIR --data FILE    your own word problems
 python eval.py ask "7+8*3-4"            a team answers; without a question at a prompt, with --web on a page
 python eval.py report --team runs/NAME  figures, and a page with the transcripts; RUN,RUN: side by side
-python eval.py export --team runs/NAME  its agents; LoRA adapters become whole checkpoints
 python eval.py kernels sampling training    how fast, beside other libraries and the machine's limits
 python eval.py gpu                      these three on a GPU
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
@@ -33,7 +32,7 @@ from teamtr_min.files import UserError, to_json, users_line
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import LISTED, TASKS
 
-OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report", "export")  # benchmarks that are no task
+OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report")  # benchmarks that are no task
 KNOWN = ", ".join([LISTED, *OTHERS])
 TEAM_FLAGS = """model agents rounds router roles tools fields drop_long show_prompts temperature
     max_new_tokens seed device dtype batch_rows""".split()
@@ -79,7 +78,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--short", action="store_true", help="speed and occupancy: toy sizes, for the form of the tables")
     add("--web", action="store_true", help="ask: on a page, http://127.0.0.1:PORT")
     add("--port", type=int, default=8000, help="ask --web: its port (default 8000; 0: any that is free)")
-    add("--out", help="report, export, occupancy: directory for what they write")
+    add("--out", help="report, occupancy: directory for what they write")
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
     args = parser.parse_intermixed_args(argv)
@@ -95,7 +94,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
     words, teams = args.benchmarks, [team for team in split_names(args.team) if team] or [None]
     if words[:1] == ["ask"]:
-        idle = [name for name in ("samples", "shots", "data", "csv") if getattr(args, name)]
+        idle = [name for name in "samples shots data csv problems out".split() if getattr(args, name)]
         if idle := idle + ["mode"] * (args.mode != "team") + ["seeds"] * (args.seeds > 1):
             raise UserError(f"--{idle[0]} has no effect on ask")
         if len(teams) > 1:
@@ -113,25 +112,22 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
             if name not in OTHERS:
                 exam = accuracy.find_team(team, flags, name)
                 exams.append(accuracy.prepare(exam, name, args.problems, args.data, args.shots))
-            elif ranks.first and (team == teams[0] or name == "export"):
-                others.append((name, team))
+            elif ranks.first and team == teams[0]:
+                others.append(name)
     table = accuracy.Table(several=len(exams) > 1)
     file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
     for exam in exams:
         result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks, args.seeds, file)
         yield result, table.add(result, rollouts)
-    for name, team in others:
-        yield from other(name, team, args, flags)
+    for name in others:
+        yield from other(name, args, flags)
 
 
-def other(name: str, team: str | None, args: Namespace, flags: dict) -> Results:
+def other(name: str, args: Namespace, flags: dict) -> Results:
     """A benchmark that is no task."""
     if name == "report":
         result = report.run(split_names(args.team), args.out, args.csv)
         yield result, f"{result['team']}: {result['state']}\n  {result['report']}"
-    elif name == "export":
-        result = accuracy.export(team, args.out)
-        yield result, "\n".join(result["agents"])
     elif name == "occupancy":
         result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
         yield result, occupancy.table(result)

@@ -19,7 +19,7 @@ import traceback
 
 import torch
 
-from teamtr_min.config import Config, parse
+from teamtr_min.config import Config, parse, runnable
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks, halving, join, lost, memory_is_full
 from teamtr_min.extras.diagnostics import Diagnostics
@@ -40,6 +40,7 @@ HALVINGS = 10
 
 def train(config: Config, ranks: Ranks = ALONE) -> dict:
     """Algorithm 1 [paper]. Fills the run's directory and returns its summary."""
+    config = runnable(config)
     if ranks.first:
         check_out(config)
     config = pinned(config)

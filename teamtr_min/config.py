@@ -105,7 +105,7 @@ class Config:
     eval_every: int = knob(0, "also evaluate every so many stages; 0 for never", least=0)
     checkpoint_every: int = knob(None, "stages between checkpoints", least=1)
     diagnostics: bool = knob(False, "estimate stale gap, occupancy shift and lower bounds of each update on rollouts of their own")
-    tensorboard: bool = knob(False, "also write every logged number for TensorBoard, into tensorboard/ of the run (pip install tensorboard)")
+    tensorboard: bool = knob(False, "also write the numbers of updates, stages and evaluations for TensorBoard, into tensorboard/ of the run (pip install tensorboard)")
     out: str = knob("", "directory for everything the run writes (default runs/TASK-AGENTSx-TIME)")
     resume: str = knob("", "directory of a run to continue from its newest checkpoint, to the same bits on a CPU")
     show_prompts: bool = knob(False, "print what each agent sees of the first held-out problem")
@@ -144,7 +144,9 @@ class Config:
             (self.min_ess != 1 and self.occupancy == "fresh", "--occupancy fresh means --min-ess 1"),
             (self.min_ess and self.occupancy in ("stale", "joint"), f"--min-ess is about --occupancy corrected; {self.occupancy} rollouts are collected once a stage"),
             (self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)), "--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to"),
-            (self.demonstrate and (self.demonstrations or not self.warm_start), "--demonstrate makes the demonstrations of a warm start: leave out --demonstrations, and give --warm-start steps"),
+            (self.demonstrate and self.demonstrations, "--demonstrate makes the demonstrations: leave out --demonstrations"),
+            ((self.demonstrate or self.demonstrations) and not self.warm_start, "demonstrations are for a warm start: give --warm-start steps"),
+            (self.fields.count(",") != 1, "--fields are two names, such as question,answer"),
             (len(self.models) not in (1, self.agents), f"--model names {len(self.models)} models for {self.agents} agents; give one, or one per agent"),
         ):
             if broken:
@@ -249,7 +251,14 @@ def parse(argv: list[str] | None, description: str) -> Config:
     parser = Parser(description)
     add_flags(parser, [f.name for f in dataclasses.fields(Config)])
     given = vars(parser.parse_args(argv))
-    config = resumed(given) if given.get("resume") else Config(**given)
+    return resumed(given) if given.get("resume") else Config(**given)
+
+
+def runnable(config: Config) -> Config:
+    """What train() runs: `config`, or the saved one that it resumes. Raises UserError for what cannot be."""
+    if config.resume:
+        usual = vars(Config(resume=config.resume))
+        config = resumed({"resume": config.resume} | {k: v for k, v in vars(config).items() if v != usual[k]})
     if config.temperature == 0:
         raise UserError("--temperature 0 draws the same rollout each time; a group has nothing to compare")
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -262,8 +271,8 @@ def resumed(given: dict) -> Config:
     own = {name: given.pop(name) for name in ("resume", "accept_changes", "show_prompts") if name in given}
     saved = Config.load(Path(own["resume"]) / "config.json", **own)
     for name in {"model", "data", "demonstrate"} & given.keys():  # saved with a commit, or as absolute paths
-        then, now = (re.sub("@[^:]*", "", text) for text in (getattr(saved, name), given[name]))
-        if then in (now, os.path.abspath(now)):
+        then, now = (re.sub("@[0-9a-f]{40}", "", text) for text in (getattr(saved, name), given[name]))
+        if then in (now, os.path.abspath(now), os.path.realpath(now)):
             del given[name]
     others = {name: value for name, value in given.items() if value != getattr(saved, name)}
     changed = [f"--{n.replace('_', '-')} {v} (the run has {getattr(saved, n)})" for n, v in others.items()]

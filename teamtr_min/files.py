@@ -70,6 +70,7 @@ def write_json(path: Path, value: dict) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file or a directory whole or not at all: the caller fills the path that it is given, which is
     then forced to disk and renamed to `path`. After an error nothing of it is left."""
+    path = path.resolve()  # a link stays one
     aside = path.with_name(f".{path.name}.part")
     remove(aside)
     umask = os.umask(0o077)  # there is no other way to read it

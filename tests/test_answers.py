@@ -47,6 +47,7 @@ def lines(file: str) -> list[dict]:
     (r"{ \boxed{\{1, 2\}} }", r"\{1, 2\}"),
     (r"\boxed{3} and \boxed{4", "3"), (r"\boxed{3}, then fill in \boxed{}", "3"),
     (r"\boxed{unbalanced", None),
+    ("The answer is:\n$$\n42\n$$", "42"), ("The answer is\n\\[\n42\n\\]", "42"),  # a line of maths
     # a line that begins with "Answer:"
     ("Late.\n**Answer:** the Treaty of Rome", "the Treaty of Rome"), ("Answer: right, as it is so", "right"),
     ("Answer: We add.\nThe answer is 7.", "7"), ("The answer is 5.\nAnswer: 6", "6"), ("Answer:\n7", None),

@@ -115,6 +115,10 @@ def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
     result = evaluate(capsys, *flags, "--drop-long", "--mode", "solo")
     assert result["benchmark"] == "jsonl" and result["problems"] == 29 and result["avg_at_k"] == 0
     assert 0.1 < result["avg_at_k_ci"][1] < 0.2, "0 of 29 is not 0 of all"
+    file = Path("p.jsonl").absolute()
+    exam = accuracy.Exam("a run", Config(task="jsonl", model="relay", data=str(file), fields="ask,gold"))
+    own, held_out = (accuracy.prepare(exam, "jsonl", None, data).problems for data in ("p.jsonl", None))
+    assert own == held_out and len(own) < 10, "not those that the run was trained on"
 
 
 def test_shots_are_training_problems_in_front_of_what_an_agent_sees(capsys):
@@ -221,6 +225,7 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "--team runs/a --agents 2": "leave out --agents",
         "--agents 2 --data nowhere.jsonl": "nowhere.jsonl",
         "jsonl --agents 2": "--task jsonl needs --data",
+        "relay --agents 2 --data .": "for relay it is a JSONL file",
         "relay --mode vote": "--k of at least 2",
         "mine.py --agents 2 --mode vote --k 2": "a method answer",
         "gsm8k --model nowhere": "no model 'nowhere'",

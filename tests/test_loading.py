@@ -63,7 +63,7 @@ def test_a_list_of_models_is_a_team_with_roles_that_are_given_or_of_word_problem
     file.write_text(json.dumps([{"name": role.name, "system": role.system} for role in roles]))
     assert [a.role for a in team_of(agents=2, roles=str(file))[1].agents] == roles
     assert "has 2 roles for 3 agents" in refusal(team_of, agents=3, roles=str(file))
-    for wrong in ('[{"nome": "X"}]', "[1]", '[{"name": "X", "system": 2}]'):
+    for wrong in ('[{"nome": "X"}]', '{"X": "Go."}', "[1]", '[{"name": "X", "system": 2}]'):
         file.write_text(wrong)
         assert "not a JSON list" in refusal(team_of, agents=1, roles=str(file))
 

@@ -19,7 +19,7 @@ import train
 from teamtr_min import load_model, load_tokenizer, save_model
 from teamtr_min.engine.model import checkpoint_tensors, split_fused
 from teamtr_min.hf.chat import ChatFormat
-from teamtr_min.hf.lora import TARGETS, Adapter, adapter_tensors, add_lora, load_models, merge, save_adapter
+from teamtr_min.hf.lora import TARGETS, Adapter, adapter_tensors, add_lora, load_models, save_adapter
 from teamtr_min.hf.weights import RELAY
 
 WEIGHTS = "adapter_model.safetensors"
@@ -52,8 +52,6 @@ def test_an_adapter_is_a_change_of_the_weights(family, tied, targets):
     expected = dense(base, model)(tokens)
     assert (expected - base(tokens)).abs().max() > 0.1
     close(model(tokens), expected, atol=1e-4, rtol=1e-4)
-    close(merge(model)(tokens), expected, atol=1e-4, rtol=1e-4)
-    close(model(tokens), expected, atol=1e-4, rtol=1e-4)  # the merged model shares nothing with it
     model(tokens).log_softmax(-1)[..., 1].sum().backward()
     for name, p in model.named_parameters():  # a part of a product without an adapter keeps its zeros
         for part, grad in split_fused(name, p.grad, base.config).items() if p.requires_grad else ():
@@ -252,15 +250,6 @@ def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trai
 def test_an_evaluation_does_not_hash_the_base(trained_run, capsys, monkeypatch):
     monkeypatch.setattr("teamtr_min.run.run.sha256", lambda path: pytest.fail("gigabytes, read for nothing"))
     assert evaluate(capsys, "relay", "--team", str(trained_run), "--problems", "4")["fingerprint"]
-
-
-def test_export_writes_whole_models_of_the_same_policy(trained_run, tmp_path, capsys):
-    flags = ["export", "--team", str(trained_run), "--out", str(tmp_path / "whole")]
-    whole, tokens = evaluate(capsys, *flags), random_tokens(load_model(RELAY), 3, 11)
-    for j, (model, _) in enumerate(loaded(*(trained_run / "agents" / str(j) for j in range(2)))):
-        with torch.no_grad():
-            close(load_model(whole["agents"][j])(tokens), model(tokens), atol=1e-4, rtol=1e-4)
-        assert load_tokenizer(whole["agents"][j]).hash == load_tokenizer(RELAY).hash
 
 
 def test_a_trained_adapter_is_itself_a_model_to_start_from(trained_run, tmp_path, capsys):

@@ -14,6 +14,8 @@ from conftest import SHARED
 from toy_runs import TOY, bits, contents, results, run
 
 import train
+from teamtr_min.config import Config
+from teamtr_min.files import UserError
 from teamtr_min.run import checkpoint
 
 
@@ -93,8 +95,15 @@ def test_a_resume_of_nothing_or_with_other_flags_names_what_is_wrong(stopped, tm
     sentence = refusal(capsys, train.main, "--resume", str(stopped), *flags)
     assert "--lr 0.1 (the run has 0.003), --order random (the run has fixed)" in sentence
     assert "--agents" not in sentence
+    with pytest.raises(UserError, match=r"--lr 0.1 \(the run has 0.003\)"):
+        train.train(Config(resume=str(stopped), lr=0.1))
     assert "nowhere" in refusal(capsys, train.main, "--resume", str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_resumes_from_python_with_the_settings_that_it_has(finished, copy):
+    train.train(Config(resume=str(copy)))
+    assert bits(copy) == bits(finished)
 
 
 TASK = """

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import hashlib
 import math
-import shutil
+import os
 import textwrap
 import time
 from collections.abc import Iterator
@@ -23,10 +23,9 @@ from torch import Tensor
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.files import UserError, read_json, replacing, to_json
+from teamtr_min.files import UserError, read_json, to_json
 from teamtr_min.hf.hub import hub_data
-from teamtr_min.hf.lora import WEIGHTS, load_models, merge
-from teamtr_min.hf.weights import ADAPTER_CONFIG, pinned, save_model
+from teamtr_min.hf.weights import pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, placement
 from teamtr_min.run.log import mean_interval, prompts_in_use
@@ -79,7 +78,11 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None, s
     front of each stand `shots` training problems with their answers. Raises UserError."""
     name = name or exam.config.task
     own = exam.config.data if exam.config.task == name else ""
+    if data and own and os.path.realpath(data) == os.path.realpath(own):  # the run has its held-out part
+        data = None
     generated = getattr(TASKS.get(name), "fields", None)  # such a task reads no data for itself
+    if generated and data and not os.path.isfile(data):
+        raise UserError(f"--data {data} is no file; for {name} it is a JSONL file of problems")
     config = dataclasses.replace(exam.config, task=name, data="" if generated else data or own)
     config = dataclasses.replace(config, data=(hub_data(config.data) or ("", config.data))[1])
     task = load_task(config)
@@ -197,7 +200,7 @@ class Table:
             lines += [f"  {what:14s}{value}" for what, value in found]
             return "\n".join([*lines, *transcripts(rollouts, result["roles"])])
         lines, self.above = [heading] if heading != self.above else [], heading
-        cells = "".join(f"{f'{value} {what}':31s} " for what, value in (found[0], found[-1]))
+        cells = "".join(f"{f'{value} {what}':31s} " for what, value in (found[result["partial"]], found[-1]))
         return "\n".join([*lines, f"{name:9s} {cells}{team}"])
 
 
@@ -236,24 +239,3 @@ def samples(team: Team, rollouts: Rollouts) -> Iterator[dict]:
         written = [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]
         about = {"sample": r % rollouts.group_size, **vars(problem), "messages": written, "prompts": prompts}
         yield about | {"team_answer": state(messages), "return": rollouts.returns[r].item()}
-
-
-def export(team: str | None, out: str | None) -> dict:
-    """Write the agents of a run, None for the newest, into a new directory; all of them or none. LoRA
-    adapters are merged into whole checkpoints, in fp32."""
-    exam = find_team(team, {})
-    if not exam.sources:
-        raise UserError("there is no trained team to export; train one, or name a run with --team")
-    directory = Path(out or Path(exam.team) / "export")
-    if directory.exists():
-        raise UserError(f"{directory} exists; give another --out, or remove it first")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    sources = [source for source in exam.sources if source.is_dir()]  # a tool has none
-    with replacing(directory) as aside:
-        shutil.copytree(Path(exam.team) / "agents", aside)
-        for source in (source for source in sources if (source / ADAPTER_CONFIG).is_file()):
-            model, _ = next(load_models([source], "cpu", torch.float32))
-            for file in (ADAPTER_CONFIG, WEIGHTS):
-                (aside / source.name / file).unlink()
-            save_model(merge(model), aside / source.name)
-    return {"benchmark": "export", "team": exam.team, "agents": [str(directory / s.name) for s in sources]}

@@ -39,7 +39,7 @@ from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
 from teamtr_min.run import checkpoint
 from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
-from teamtr_min.run.run import provenance
+from teamtr_min.run.run import provenance, unchanged
 from teamtr_min.tasks import load_task
 from teamtr_min.tasks.task import Demonstration
 from teamtr_min.team import Team
@@ -165,6 +165,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
 
     held_out = task.sample_problems(changed.eval_problems, rng.generator(0, "held-out"), held_out=True)
+    unchanged(run, provenance(changed, old, held_out[0]))
     path = rng.RngPath(changed.seed, "replace", stage)  # the same draws for each team, so that they pair
     line = {"kind": "replace", "stage": stage, "agent": j, "model": name}
     before = collect(old, held_out, 1, path).returns

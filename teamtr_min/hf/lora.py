@@ -74,21 +74,6 @@ def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
     return model
 
 
-@torch.no_grad()
-def merge(model: Transformer) -> Transformer:
-    """The same policy without adapters, in fp32: bf16 would round off part of what was trained."""
-    tensors = {name: p.detach().float() for name, p in model.named_parameters() if not p.requires_grad}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            pairs = zip(module.lora_B.float().split(module.outputs), module.lora_A.float().split(module.rank))
-            change = module.scaling * torch.cat([B @ A for B, A in pairs])
-            tensors[f"{name}.weight"] = module.weight.float() + change
-    with torch.device("meta"):
-        merged = Transformer(model.config)
-    merged.load_state_dict(tensors, assign=True)
-    return merged
-
-
 def adapter_tensors(model: Transformer, targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
     """The adapter's matrices as PEFT holds them: views of what is trained, for each of the `targets`."""
     parts = weights.parts_of(model, [(name, p) for name, p in model.named_parameters() if p.requires_grad])

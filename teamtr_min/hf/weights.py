@@ -57,7 +57,8 @@ def locate(name: str | os.PathLike) -> tuple[Path, str]:
 def pinned(config: Config) -> Config:
     """`config` with names of models and data that find the same ones from anywhere and at any time."""
     models = ",".join(locate(name)[1] for name in config.models)
-    names = {"model": models, "data": (hub_data(config.data) or ("", config.data))[1]}
+    data = (hub_data(config.data) or ("", config.data and os.path.abspath(config.data)))[1]
+    names = {"model": models, "data": data}
     if config.demonstrate and not config.resume:  # a resumed run has its demonstrations
         names["demonstrate"] = locate(config.demonstrate)[1]
     return dataclasses.replace(config, **names)
@@ -82,7 +83,7 @@ def load_model(
     UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN."""
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{directory} is an adapter; `eval.py export` makes a model of it")
+        raise UserError(f"{directory} is an adapter; PEFT's merge_and_unload makes a model of it")
     with torch.device("meta"):
         model = Transformer(read_config(directory))
     found = {directory / file: shapes(directory / file) for file in weight_files(directory)}

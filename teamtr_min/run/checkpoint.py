@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from teamtr_min.engine.distributed import like, whole
@@ -31,8 +31,11 @@ def save(directory: Path, done: int, learners: list[Learner], state: dict) -> No
         return
     with replacing(directory / "checkpoints" / f"{done:06d}") as aside:
         aside.mkdir(parents=True)
-        for j, learner in enumerate(learners):
-            save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
+        try:
+            for j, learner in enumerate(learners):
+                save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"no checkpoint: {error}") from None
         write_json(aside / "state.json", {"beta": [learner.beta for learner in learners], "run": state})
         write_json(aside / SUMS, {file.name: sha256(file) for file in sorted(aside.iterdir())})
     for old in _newest_first(directory)[KEPT:]:

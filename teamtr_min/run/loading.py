@@ -66,7 +66,8 @@ def roles_of(config: Config, task: Task) -> list[Role]:
         try:
             given = json.loads(Path(config.roles).read_text("utf-8"))
             roles = [as_role(j, role) for j, role in enumerate(given)]
-            if not all(isinstance(role, Role) and isinstance(role.name + role.system, str) for role in roles):
+            named = all(isinstance(r, Role) and isinstance(r.name + r.system, str) for r in roles)
+            if not isinstance(given, list) or not named:
                 raise TypeError("an entry has no name and system")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--roles {config.roles}: not a JSON list of roles: {error}") from None

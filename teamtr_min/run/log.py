@@ -4,6 +4,7 @@ docs/metrics.md explains every key. A line holds only what was measured: a key t
 """
 
 import math
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -213,5 +214,5 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
         lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{then}")
     lines.append(f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned")
     if (directory / "agents").is_dir():
-        lines.append(f"next: python eval.py {config.task} --team {directory} --k 4")
+        lines.append(f"next: python eval.py {config.task} --team {shlex.quote(str(directory))} --k 4")
     return "\n".join(lines)

@@ -154,13 +154,7 @@ class Run:
             self.config.save(path, **found, accept_changes=False, show_prompts=False)
             self.removable = True
             return
-        saved, now = read_json(path), found["fingerprint"]
-        then = saved.get("fingerprint", now)
-        changed = sorted(name for name in then | now if then.get(name) != now.get(name))
-        if changed and not self.config.accept_changes:
-            what = f"{self.directory} rests on other things now than when it began: {', '.join(changed)}"
-            raise UserError(f"{what}; put them back, or go on with --accept-changes")
-        write_json(path, saved | found)
+        write_json(path, unchanged(self.directory, found, self.config.accept_changes) | found)
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint: what was logged after it happens, and is logged, again."""
@@ -179,6 +173,7 @@ class Run:
             raise UserError(f"{short[0]} was cut short since its newest checkpoint")
         for name, file in self.files.items():
             file.truncate(lengths[name])
+            (self.directory / "summary.json").unlink(missing_ok=True)  # of how it ended before
         lines = log.read_log(self.directory / METRICS) if self.files else []
         self.updates, self.stages = ([x for x in lines if x["kind"] == kind] for kind in ("update", "stage"))
         self.bar.update(len(self.updates))
@@ -244,7 +239,7 @@ def unused_name(config: Config) -> Path:
 def check_out(config: Config) -> None:
     """Raises UserError if --out holds anything but what a run leaves that is killed as it begins."""
     if config.out and not config.resume and Path(config.out).exists():
-        found = [path for path in Path(config.out).iterdir() if path.suffix != ".part"]
+        found = [path for path in Path(config.out).iterdir() if path.name != ".config.json.part"]
         if any(path.name not in LOGS or path.stat().st_size for path in found):
             raise UserError(f"--out {config.out} exists and is not empty; give another, or remove it first")
 
@@ -275,6 +270,17 @@ def provenance(config: Config, team: Team, problem: Problem) -> dict:
             found[f"LoRA base {base}"] = hashlib.sha256("".join(sums).encode()).hexdigest()
     roles = [{"name": agent.role.name, "system": agent.role.system} for agent in team.agents]
     return {"fingerprint": found, "roles_in_use": roles}
+
+
+def unchanged(run: Path, found: dict, accept_changes: bool = False) -> dict:
+    """config.json of `run`. Raises UserError if its fingerprint is not the one that was `found` now."""
+    saved, now = read_json(run / "config.json"), found["fingerprint"]
+    then = saved.get("fingerprint", now)
+    changed = sorted(name for name in then | now if then.get(name) != now.get(name))
+    if changed and not accept_changes:
+        what = f"{run} rests on other things now than when it began: {', '.join(changed)}"
+        raise UserError(f"{what}; put them back, or go on with --accept-changes")
+    return saved
 
 
 def newest_run(marker: str, accept=lambda run: True) -> Path | None:

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from teamtr_min.tasks.equivalence import equivalent
 
-RULES = 7  # counts up when a verdict may change; part of a run's fingerprint
+RULES = 8  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
 BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 
@@ -22,7 +22,8 @@ _TAKES_BACK = re.compile(r"(?i)\b(?:no|not|wait|actually|instead|wrong|mistake|s
 _HASHES = re.compile(r"(?i)(?<!#)####(?!#)[ \t*]*+(?:(?:the )?(?:final )?answer(?: is)?\b[ :*]*)?([^\n]*+)")
 _LABEL = re.compile(r"(?im)^[ \t*_>]*+(?:(?:the |my |our )?final )?answer[ \t*_]*+:([^\n]*+)")
 _CLAUSE = r" (?:not\b|I\b|i\.e|e\.g|(?:an?|(?!(?:and|or)\b)[a-z']{2,}+) [a-z]{2})"  # behind a comma
-_SAYS = re.compile(rf"\b(?i:answer\s++is)\b\s*+:?\s*+((?:[^\n.,;]|\.(?=\d)|[,;](?!{_CLAUSE}))++)")
+_DISPLAY = r"(?:\$\$\s++|\\\[\s*+)?+"  # maths on a line of its own
+_SAYS = re.compile(rf"\b(?i:answer\s++is)\b\s*+:?\s*+{_DISPLAY}((?:[^\n.,;]|\.(?=\d)|[,;](?!{_CLAUSE}))++)")
 _MARKS = ' \t*_`"!,;:#'
 _CHOICE = re.compile(r"(?:yes|no|true|false)$|(?:pi|sqrt|sin|cos|tan|log|ln|exp|infinity)\b")
 _LEADS_UP = re.compile(
@@ -117,7 +118,8 @@ _REWRITES = [(re.compile(pattern), to) for pattern, to in [
 _UNIT = "cm|mm|km|in|ft|yd|mi|kg|mg|lbs?|oz|m[lL]|hrs?|mph|kph|[ap]m"
 _NO_UNIT = (
     "is|are|was|not|but|if|than|to|wrong|incorrect|plus|minus|times|over|divided|squared|cubed|sin|cos|tan|"
-    "log|mod|sqrt|theta|factorial|hundreds?|thousands?|[mbtr]+illions?|dozens?"
+    "log|mod|sqrt|theta|factorial|hundreds?|thousands?|[mbtr]+illions?|dozens?|halves|thirds|"
+    "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths"
 )
 _WORD = rf"(?!(?:{_NO_UNIT})\b)[^\W\d_]++(?:\^[23])?"
 _UNITS = re.compile(
@@ -130,16 +132,22 @@ _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
 def _equal(given: str, wanted: str) -> bool:
     if len(given) > LONGEST:
         return False
-    given, wanted = _plain(given), _plain(wanted)
+    units = {m[0].lower().strip(" .").removesuffix("s") for m in map(_unit, (given, wanted)) if m}
+    given, wanted = (_plain(text, len(units) < 2) for text in (given, wanted))  # 4 July is not 4 June
+    sides = [closed_form(side) for side in given.split("=")]
+    if "=" not in wanted and None not in sides and len({*sides}) == 1:  # 9*2=18
+        given = given.rpartition("=")[2]
     if ("=" in given) != ("=" in wanted):  # x = 2, x = 3 is 2, 3, though x = 5 is not y = 5
         given, wanted = (_NAMED.sub(r"\1", text) if len({m[2] for m in _NAMED.finditer(text)}) == 1 else text
                          for text in (given, wanted))  # fmt: skip
-    if _canonical(given) == _canonical(wanted):
+    one, other = _canonical(given), _canonical(wanted)
+    if one == other:
         return True
-    if closed_form(given) is not None and closed_form(wanted) is not None:
+    if closed_form(given) is not None and closed_form(wanted) is not None or one.lower() == other.lower():
         return False
+    same = "\\pm" in given + wanted or len(_items(given)) == len(_items(wanted))
     same_brackets = given.startswith(r"\{") == wanted.startswith(r"\{") or "(" not in (given[:1], wanted[:1])
-    return same_brackets and _is_maths(given) and _is_maths(wanted) and equivalent(given, wanted)
+    return same and same_brackets and _is_maths(given) and _is_maths(wanted) and equivalent(given, wanted)
 
 
 def canonical(answer: str) -> str:
@@ -147,11 +155,15 @@ def canonical(answer: str) -> str:
     return _canonical(_plain(answer)) if len(answer) <= LONGEST else answer
 
 
-def _plain(text: str) -> str:
-    """An answer without its unit and without what only LaTeX needs."""
+def _plain(text: str, unit: bool = True) -> str:
+    """An answer without what only LaTeX needs, and without its unit."""
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
-    return _UNITS.sub("", text)
+    return _UNITS.sub("", text) if unit else text
+
+
+def _unit(text: str) -> re.Match | None:
+    return _UNITS.search(_plain(text, unit=False))
 
 
 def _canonical(text: str) -> str:
@@ -163,7 +175,8 @@ def _canonical(text: str) -> str:
         return ", ".join(sorted(items) if all(re.search(r"[\d\\]", item) for item in items) else items)
     parts = re.split(r"([,;=&()\[\]]|\\[{}\\])", text)
     text = "".join(part if (value := closed_form(part)) is None else str(value) for part in parts)
-    return re.sub(r"(?<!\d) | (?!\d)", "", text).lower()  # "5 6" does not become 56
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)  # "5 6" does not become 56
+    return text if _is_maths(text) and re.search(r"[\\^=<>+*-]", text) else text.lower()  # R - r is not r - R
 
 
 def _items(text: str) -> list[str]:

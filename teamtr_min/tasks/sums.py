@@ -21,7 +21,7 @@ class Sums(Generated):
     held-out one, in any words."""
 
     name = split = "sums"
-    most_turns = 6
+    version, most_turns = 2, 6
     takes_tools = True
     first, change, largest = (2, 13), (2, 7), 15  # bounds of the numbers: from, below; the largest count
     fields = ("question", "answer")
@@ -61,7 +61,8 @@ class Sums(Generated):
 
     def answer(self, messages: list[Message]) -> str | None:
         """The number that the last message ends with."""
-        found = re.match(r"\W*(\d+-?)", messages[-1].text[::-1])  # a search for the end would be quadratic
+        text = messages[-1].text[::-1]  # a search for the end would be quadratic
+        found = re.match(r"\W*(\d++-?)(?![.,]\d)", text)
         return found and found[1][::-1]
 
 
