@@ -94,7 +94,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
     words, teams = args.benchmarks, [team for team in split_names(args.team) if team] or [None]
     if words[:1] == ["ask"]:
-        idle = [name for name in "samples shots data csv problems out".split() if getattr(args, name)]
+        idle = [name for name in "samples shots data csv out".split() if getattr(args, name)]
         if idle := idle + ["mode"] * (args.mode != "team") + ["seeds"] * (args.seeds > 1):
             raise UserError(f"--{idle[0]} has no effect on ask")
         if len(teams) > 1:

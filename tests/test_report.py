@@ -103,7 +103,7 @@ def test_hostile_text_stays_text(mine):
     record = before.data["transcripts"][0] | {"messages": [{"agent": 0, "text": HOSTILE}]}
     with (mine / "transcripts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record | {"text": HOSTILE, "answer": HOSTILE}, ensure_ascii=False) + "\n")
-    changes = {"fields": HOSTILE, "task": f"{HOSTILE}.py", "model": "relay"}
+    changes = {"fields": f"{HOSTILE},", "task": f"{HOSTILE}.py", "model": "relay"}
     dataclasses.replace(Config.load(mine / "config.json"), **changes).save(mine / "config.json")
     page = page_of(mine.rename(mine.with_name("<img src=x>")))
     assert page.tags == before.tags
