@@ -30,15 +30,15 @@ ARMS = {
     "joint": {"occupancy": "joint"},
 }
 RELAY = {"task": "relay", "problems": 24}
+WARM = RELAY | {"delta": 0.1, "warm_start": 8}  # without one larger teams start near chance, and stay
 CONVENTION = {"task": "convention", "problems": 64, "clip": 4, "inner_steps": 20, "delta": 0.3}
 SETTINGS = {  # name: flags, and the stages of the fresh arm
     "relay, 3 agents, radius 0.3": (RELAY | {"agents": 3, "delta": 0.3}, 20),
-    "relay, 6 agents, radius 0.1": (RELAY | {"agents": 6, "delta": 0.1}, 12),
+    "relay, 6 agents, warm start": (WARM | {"agents": 6}, 12),
     "convention, 2 agents, radius 0.3": (CONVENTION | {"agents": 2}, 16),
     "relay, 3 agents, radius 0.1": (RELAY | {"agents": 3, "delta": 0.1}, 20),
     "relay, 3 agents, radius 0.02": (RELAY | {"agents": 3, "delta": 0.02}, 20),
-    "relay, 6 agents, radius 0.02": (RELAY | {"agents": 6, "delta": 0.02}, 12),
-    "relay, 8 agents, radius 0.1": (RELAY | {"agents": 8, "delta": 0.1}, 9),
+    "relay, 8 agents, warm start": (WARM | {"agents": 8}, 9),
     "convention, 3 agents, radius 0.3": (CONVENTION | {"agents": 3}, 16),
     "convention, 4 agents, radius 0.3": (CONVENTION | {"agents": 4}, 16),
 }
