@@ -127,7 +127,8 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
         learner.restore(accepted)
         if spare is None or learner.ranks.size > 1 or not memory_is_full(error):
             raise
-        here = attempted = kept  # once more from there would be from another pi_old
+        print("memory is full: an update ends with its accepted steps", file=sys.stderr)
+        here = attempted = kept  # a new attempt would be from another pi_old
     finally:
         learner.offload()
     measured = first.stats, attempted.stats, here.stats, here.log_ratio

@@ -91,7 +91,7 @@ def is_correct(response: str, answer: str) -> bool:
         return given == wanted
     if _equal(given, wanted):
         return True
-    plain = _plain(wanted)
+    plain = _UNITS.sub("", _plain(wanted))
     is_list = "\\pm" in plain or closed_form(plain) is None and len(_items(plain)) > 1
     kept = list(filter(None, map(_boxes, _TAKES_BACK.split(response))))
     return is_list and bool(kept) and _equal(", ".join(dict.fromkeys(kept[-1])), wanted)
@@ -132,8 +132,10 @@ _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
 def _equal(given: str, wanted: str) -> bool:
     if len(given) > LONGEST:
         return False
-    units = {m[0].lower().strip(" .").removesuffix("s") for m in map(_unit, (given, wanted)) if m}
-    given, wanted = (_plain(text, len(units) < 2) for text in (given, wanted))  # 4 July is not 4 June
+    given, wanted = map(_plain, (given, wanted))
+    units = {m[0].lower().strip(" .").removesuffix("s") for m in map(_UNITS.search, (given, wanted)) if m}
+    if len(units) < 2:  # 4 July is not 4 June
+        given, wanted = (_UNITS.sub("", text) for text in (given, wanted))
     sides = [closed_form(side) for side in given.split("=")]
     if "=" not in wanted and None not in sides and len({*sides}) == 1:  # 9*2=18
         given = given.rpartition("=")[2]
@@ -152,18 +154,14 @@ def _equal(given: str, wanted: str) -> bool:
 
 def canonical(answer: str) -> str:
     """One text for all ways to write an answer that can be told without algebra."""
-    return _canonical(_plain(answer)) if len(answer) <= LONGEST else answer
+    return _canonical(_UNITS.sub("", _plain(answer))) if len(answer) <= LONGEST else answer
 
 
-def _plain(text: str, unit: bool = True) -> str:
-    """An answer without what only LaTeX needs, and without its unit."""
+def _plain(text: str) -> str:
+    """An answer without what only LaTeX needs."""
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
-    return _UNITS.sub("", text) if unit else text
-
-
-def _unit(text: str) -> re.Match | None:
-    return _UNITS.search(_plain(text, unit=False))
+    return text
 
 
 def _canonical(text: str) -> str:
