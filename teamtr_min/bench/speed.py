@@ -144,9 +144,10 @@ def kernel_cases(config: Config, short: bool) -> Iterator[Case]:
 
 
 def sampling_cases(config: Config, short: bool) -> Iterator[Case]:
-    """Random prompts of 32 tokens, 64 more of each; the floor is products, or reading weights and cache."""
+    """Random prompts of 32 tokens, 64 more of each, by a model that only speaks; the floor is products, or
+    reading weights and cache."""
     (agent, *_) = build_team(config, load_task(config)).agents
-    model, new = agent.model, 5 if short else NEW
+    model, new = agent.model.requires_grad_(False), 5 if short else NEW
     c, head, many = model.config, model.head.numel(), config.shipped or model.device.type == "cuda"
     layers = sum(p.numel() for p in model.model.layers.parameters())
     for B in [3] if short else [1, 16, 64, 256] if many else [16]:

@@ -12,6 +12,7 @@ from kernels import use_triton
 from kernels.decode import attend_cached, draw
 from kernels.layer import rotate_reference, swiglu, swiglu_reference
 from teamtr_min.engine.cache import KVCache, Step, attend
+from teamtr_min.engine.half import Product, in_fp16
 from teamtr_min.engine.model import RMSNorm, Transformer, rope_table
 
 Drawn = tuple[Tensor, Tensor]  # tokens (B,) int64 and their log-probs (B,) fp32
@@ -116,7 +117,7 @@ class Decode:
 
 def add_product(x: Tensor, linear: nn.Module, y: Tensor) -> None:
     """x += linear(y), (B, H); one operation where the layer has no adapter."""
-    if type(linear) is nn.Linear:
+    if type(linear) is Product and in_fp16(linear.weight) is None:
         x.addmm_(y, linear.weight.t())
     else:
         x.add_(linear(y))

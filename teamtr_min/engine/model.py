@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.layer import rms_norm, rotate, swiglu
 from teamtr_min.engine.cache import Step, attend
+from teamtr_min.engine.half import Product, in_fp16, product
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(config.outputs("qkv_proj")), bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Product(config.hidden_size, sum(config.outputs("qkv_proj")), bias=config.qkv_bias)
+        self.o_proj = Product(config.heads * config.head_dim, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -143,12 +144,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, sum(config.outputs("gate_up_proj")), bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Product(config.hidden_size, sum(config.outputs("gate_up_proj")), bias=False)
+        self.down_proj = Product(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up, down = self.gate_up_proj(x), self.down_proj  # (..., 2I)
-        return swiglu(gate_up, down.weight) if type(down) is nn.Linear else down(swiglu(gate_up))  # LoRA
+        plain = type(down) is Product and torch.is_grad_enabled()  # no adapter, and something is kept
+        return swiglu(gate_up, down.weight) if plain else down(swiglu(gate_up))
 
 
 class Block(nn.Module):
@@ -225,6 +227,8 @@ class Transformer(nn.Module):
         flat, V = hidden.flatten(0, -2), len(self.head)
         if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
             logits = torch.mm(flat, self.head.t(), out_dtype=torch.float32)
+        elif in_fp16(self.head) is not None:
+            logits = product(flat, self.head)
         elif torch.is_grad_enabled() or hidden.is_cuda or V <= 2 * HEAD_PIECE:
             logits = F.linear(flat.float(), self.head.float())
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.decode import draw
-from teamtr_min.engine import rng
+from teamtr_min.engine import half, rng
 from teamtr_min.engine.cache import KVCache, Step
 from teamtr_min.engine.decode import Decode
 from teamtr_min.engine.model import Transformer
@@ -57,6 +57,7 @@ class Sampler:
         self.row_at = self.held = torch.empty(0, dtype=torch.long)
 
     def start(self, rows: int) -> None:
+        half.prepare(self.model)
         if self.cache is None or len(self.cache.length) < rows:
             self.release()  # before more is asked for
             self.cache = KVCache(self.model, rows)

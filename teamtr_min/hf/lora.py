@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teamtr_min.engine import rng
+from teamtr_min.engine.half import product
 from teamtr_min.engine.model import FUSED, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError, read_json, write_json
 from teamtr_min.hf import weights
@@ -59,7 +60,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         low = (F.linear(x, self.lora_A) * self.scaling).split(self.rank, -1)  # (..., rank) of each part
         change = [F.linear(part, B) for part, B in zip(low, self.lora_B.split(self.outputs))]
-        return F.linear(x, self.weight, self.bias) + torch.cat(change, -1)  # (..., out)
+        return product(x, self.weight, self.bias) + torch.cat(change, -1)  # (..., out)
 
 
 def add_lora(base: Transformer, adapter: Adapter) -> Transformer:

@@ -194,6 +194,12 @@ def read_config(directory: Path) -> ModelConfig:
     )  # fmt: skip
 
 
+def has_16_bits(directory: Path) -> bool:
+    """Whether a model's checkpoint, or its base's, says that its weights have 16 bits."""
+    raw = read_json(find_base(directory)[0] / "config.json")
+    return (raw.get("dtype") or raw.get("torch_dtype")) in ("bfloat16", "float16")
+
+
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """ModelConfig -> config.json, in the dialect of transformers 4, which transformers 5 reads as well."""
     scaling = config.rope_scaling and {"rope_type": "llama3", **dict(zip(_SCALING, config.rope_scaling))}

@@ -77,7 +77,8 @@ def roles_of(config: Config, task: Task) -> list[Role]:
 
 
 def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None) -> Team:
-    """Load a model, or adapter, per agent; `sources` replace `config.model_of_each`. Raises UserError."""
+    """Load a model, or adapter, per agent; `sources` replace
+    `config.model_of_each` for a team that only speaks: its weights are frozen. Raises UserError."""
     if config.shipped and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # with models so small a second thread mostly waits: 1.4 times as long
     device, dtype = placement(config)
@@ -94,6 +95,8 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
             raise UserError(f"{name}: the tokenizer has {known} tokens, but the model only {embedded}")
         if ranks.size > 1:
             shard(model, ranks, device, dtype)
+        elif sources is not None:
+            model.requires_grad_(False)
         agents[j] = Agent(agents[j].role, model, chat.tokenizer, chat, adapter, Sampler(model))
     rows, router = config.batch_rows or Team.batch_rows, load_router(config.router)
     how = config.rounds, config.temperature, config.max_new_tokens, rows, ranks, len(agents) - config.agents

@@ -28,7 +28,7 @@ from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import adapter_in, add_lora
-from teamtr_min.hf.weights import find_base, find_model, read_config
+from teamtr_min.hf.weights import find_base, find_model, has_16_bits, read_config
 from teamtr_min.run.loading import placement, roles_of
 from teamtr_min.tasks import Problem, Task, tools
 from teamtr_min.team import Team
@@ -96,7 +96,7 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     for stage in range(min(config.stages, LOOKED_AT)):  # the first stages stand for problems without end
         drawn += task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
     drawn = task.all_problems() if hasattr(task, "all_problems") else drawn
-    needs = Needs(config, task, drawn, config.model_of_each, ranks)
+    needs = Needs(config, task, drawn, ranks)
     # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
     # have equal returns, so their batches leave nothing for a backward pass.
     most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2) // 2
@@ -130,7 +130,7 @@ def plan_evaluation(
     config: Config, task: Task, problems: list[Problem], k: int, sources: Sequence, ranks=ALONE
 ) -> tuple[Config, Plan]:
     """The same for k rollouts of each problem."""
-    needs = Needs(config, task, problems, sources, ranks)
+    needs = Needs(config, task, problems, ranks, sources)
     plan = needs.with_rows(needs.start, ranks.largest_share(len(problems)) * k)
     plan.check()
     return dataclasses.replace(config, batch_rows=min(ranks.gather(plan.rows))), plan
@@ -146,12 +146,17 @@ def fitting(plan: Plan, asked: int, usual: int, sizes: Callable[[int], dict], le
 
 
 class Needs:
-    """Bytes that a team takes, by purpose."""
+    """Bytes that a team takes, by purpose. As in `build_team`, a team from `sources` only speaks."""
 
-    def __init__(self, config: Config, task: Task, problems: list[Problem], sources: Sequence, ranks: Ranks):
+    def __init__(
+        self, config: Config, task: Task, problems: list, ranks: Ranks, sources: Sequence | None = None
+    ):
         self.config, self.ranks, self.roles = config, ranks, roles_of(config, task)
-        self.sources = {j: find_model(sources[j]) for j, role in enumerate(self.roles) if role.tool is None}
+        names = sources or config.model_of_each
+        self.sources = {j: find_model(names[j]) for j, role in enumerate(self.roles) if role.tool is None}
         self.models = meta_models(self.sources, config.lora_rank)
+        for model in self.models.values() if sources is not None and ranks.size == 1 else ():
+            model.requires_grad_(False)
         self.groups = [[*self.models]] if config.occupancy == "joint" else [[j] for j in self.models]
         own = {j: [p for p in m.parameters() if p.requires_grad] for j, m in self.models.items()}
         self.trained = [sum(p.numel() for j in group for p in own[j]) for group in self.groups]
@@ -164,14 +169,17 @@ class Needs:
         self.start = Plan(device, budget, program, self.weights(), longest=self.longest)
 
     def weights(self) -> int:
-        """Frozen bases once. Several processes have a part of what is trained, in fp32, and in whole the
-        agents at work. --diagnostics keeps the weights of the stage's start."""
+        """Frozen bases once, and what engine/half.py packs. Several processes have a part of what is trained,
+        in fp32, and in whole the agents at work. --diagnostics keeps the weights of the stage's start."""
         parameters = {id(p): p for m in self.models.values() for p in m.parameters()}.values()
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         trained, at_work = sum(self.trained), max(self.trained)
         kept = 2 * trained + at_work if self.config.diagnostics else trained
         if self.ranks.size == 1:
-            return self.width * (frozen + kept)
+            sixteen = [m for j, m in self.models.items() if has_16_bits(self.sources[j])]
+            packed = {id(p): p.numel() for m in sixteen for p in m.parameters() if not p.requires_grad}
+            packs = self.cpu and not self.copied
+            return self.width * (frozen + kept) + 2 * sum(packed.values()) * packs
         return self.width * (frozen + at_work) + 4 * kept // self.ranks.size
 
     def optimizers(self) -> list[int]:
