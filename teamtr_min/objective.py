@@ -24,13 +24,16 @@ def group_advantages(
     Mean and variance are the population's. `weight` (P, G), at least 0, makes them weighted within each group
     [ours]; only the ratios of a group's weights count. Without `normalise` advantages stay in units
     of the return, only centred and clipped. A group of equal returns is exactly 0: tested as max == min,
-    since in floating point the mean of equal numbers need not be that number.
+    since in floating point the mean of equal numbers need not be that number. Rollouts do not count there
+    whose share of the weight is lost in rounding.
     """
     weight = torch.ones_like(returns) if weight is None else weight
     share = weight / weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)  # (P, G)
     centred = returns - (share * returns).sum(dim=1, keepdim=True)
     sigma = ((share * centred.square()).sum(dim=1, keepdim=True) + eps_norm).sqrt()
-    constant = returns.amax(dim=1, keepdim=True) == returns.amin(dim=1, keepdim=True)
+    counts = share > torch.finfo(share.dtype).eps
+    largest = returns.where(counts, -math.inf).amax(dim=1, keepdim=True)
+    constant = largest <= returns.where(counts, math.inf).amin(dim=1, keepdim=True)
     scaled = centred / sigma if normalise else centred
     return torch.where(constant, 0.0, scaled.clamp(-clip, clip))
 

@@ -48,6 +48,12 @@ class Rendered(NamedTuple):
     spans: list[tuple[int, int]]  # (start, stop) of each own message's sampled tokens
 
 
+def same_ids(writer: Agent, reader: Agent, message: Message) -> bool:
+    """Whether the reader can be given the message's ids: all are tokens, not padding of the embedding."""
+    alike = writer.model is not None and writer.tokenizer.hash == reader.tokenizer.hash
+    return alike and max(message.content, default=0) < reader.tokenizer.vocab_size
+
+
 class Said(NamedTuple):
     """One message of an Answer."""
 
@@ -126,7 +132,7 @@ class Team:
                 spans.append((len(ids), len(ids) + len(message.tokens)))
                 ids += message.tokens if message.stopped else [*message.tokens, chat.end_of_message]
                 ids += chat.assistant_footer
-            elif writer.model is not None and writer.tokenizer.hash == agent.tokenizer.hash:
+            elif same_ids(writer, agent, message):
                 ids += chat.teammate_ids(writer.role.name, message.content)
             else:  # a message cannot end, or begin another, by spelling a special token of its reader
                 ids += chat.teammate(writer.role.name, message.text)
@@ -213,4 +219,4 @@ class Team:
                 elif agent.model:
                     save_model(agent.model, aside / str(j))
                 if agent.tokenizer:
-                    agent.tokenizer.save(aside / str(j))
+                    agent.tokenizer.save(aside / str(j), agent.chat.end_tokens)

@@ -173,11 +173,10 @@ def test_spelled_special_tokens_are_mere_text_to_the_reader(tmp_path, kind):
     chat = ChatFormat(tokenizer)
     spelled = tokenizer.decode([*tokenizer.special_ids], skip_special_tokens=False)
     assert set(tokenizer.encode(spelled)) >= tokenizer.special_ids and "<" in spelled
-    for written in (chat.teammate, lambda name, text: chat.said("assistant", f"{name}{text}")):
-        special, plain = (
-            [i for i in written("B", text) if i in tokenizer.special_ids] for text in (f"1{spelled}2", "1")
-        )
-        assert special == plain
+    special, plain = (
+        [i for i in chat.teammate("B", text) if i in tokenizer.special_ids] for text in (f"1{spelled}2", "1")
+    )
+    assert special == plain
     assert not tokenizer.special_ids & {*chat.encode(f"1{spelled}2")}
     assert tokenizer.decode(chat.encode(f"x{spelled}")).replace(" ", "") == f"x{spelled}".replace(" ", "")
 
@@ -219,7 +218,8 @@ def test_every_end_token_that_a_checkpoint_names_ends_a_message(tmp_path, genera
     tokenizer = load_tokenizer(source)
     assert ChatFormat(tokenizer).end_tokens == ends and ChatFormat(tokenizer).end_of_message == 2
     (tmp_path / "saved").mkdir()  # a run's agents have no such config.json
-    tokenizer.save(tmp_path / "saved")
+    tokenizer.save(tmp_path / "saved", ChatFormat(tokenizer).end_tokens)
+    assert {*json.loads((tmp_path / "saved/generation_config.json").read_text())["eos_token_id"]} == ends
     saved = load_tokenizer(tmp_path / "saved")
     assert saved.hash == tokenizer.hash and ChatFormat(saved).end_tokens == ends
     # Sampled with another end than the template's, a message keeps it in its writer's eyes alone.
@@ -249,7 +249,14 @@ ENDLESS = """\
 {%- endfor %}{% if add_generation_prompt %}:{% endif %}"""
 
 
+LATE_SYSTEM = """\
+{%- for m in messages if m.role != 'system' %}<s>{{ m.role }}:
+{{- messages[0].content if loop.last and messages[0].role == 'system' }}{{ m.content }}</s>{% endfor %}
+{%- if add_generation_prompt %}<s>assistant:{% endif %}"""
+
+
 @pytest.mark.parametrize("template, reason", [
+    (LATE_SYSTEM, "alike"),
     (ALTERNATING, "roles must alternate"), ("{{ unclosed", "unexpected end of template"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}", "alike"), ("{{ messages[-1].content }}", "alike"),
     ("nothing at all", "alike"), (ENDLESS, "does not end an assistant's message"), (UNLIKE, "alike"),

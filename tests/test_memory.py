@@ -107,7 +107,7 @@ def test_the_plan_counts_parameters_by_purpose():
     assert lora.weights == 4 * (N + 3 * adapter) and lora.optimizer == 3 * 8 * adapter
     config, task, _ = planned()
     problems = task.sample_problems(9, rng.generator(0))
-    needs = memory.Needs(config, task, problems, ["relay"] * 3, Ranks(0, 4))
+    needs = memory.Needs(config, task, problems, Ranks(0, 4))
     assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizers()[0] == 8 * N // 4
     config, plan = plan_evaluation(config, task, problems, 3, ["relay"] * 3)
     assert plan.optimizer == plan.update == 0 and plan.weights == 3 * 4 * N and config.batch_rows == plan.rows

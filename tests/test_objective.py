@@ -122,4 +122,6 @@ def test_weighted_advantages_equal_those_of_repeated_rollouts():
     repeated = group_advantages(returns[:1, [0, 0, 0, 1, 2, 2]])[0, [0, 3, 4]]
     weighted = group_advantages(returns, weight=weight * torch.tensor([[1e-3], [1.0]]))
     assert torch.allclose(weighted[0], repeated, atol=1e-12) and (weighted[1] == 0).all()
+    alone = torch.tensor([[0.7, 0.7, 0.7, 0.1]]), torch.tensor([[1.3, 0.4, 0.9, 0.0], [1.3, 0.4, 0.9, 1e-9]])
+    assert (group_advantages(alone[0].expand(2, 4), weight=alone[1])[:, :3] == 0).all()
     assert torch.equal(group_advantages(returns, weight=torch.ones_like(returns)), group_advantages(returns))

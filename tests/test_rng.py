@@ -2,6 +2,8 @@
 
 import itertools
 
+import numpy as np
+
 from teamtr_min.engine import rng
 
 
@@ -27,5 +29,6 @@ def test_paths_do_not_collide():
     keys = {rng.key(*path) for path in itertools.product(range(3), "ab", range(20), range(20))}
     assert len(keys) == 3 * 2 * 20 * 20
     assert rng.key(0, "a", 12) != rng.key(0, "a", 1, 2)
+    assert rng.key(np.int64(7), "a", np.int32(2)) == rng.key(7, "a", 2)
     path = rng.RngPath(0, "train", 1)
     assert len({path.key(kind, r, t) for kind in ("route", "rollout") for r in (0, 1) for t in (0, 1)}) == 8

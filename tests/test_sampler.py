@@ -141,6 +141,9 @@ def test_a_prompt_that_cannot_be_continued_and_weights_that_are_no_numbers_are_r
     (c,) = sampler.generate([0], [PROMPTS[0]], keys(1), 3, 1.0, [])
     with pytest.raises(ValueError, match="adds no token"):
         sampler.generate([0], [PROMPTS[0] + c.tokens[:-1]], keys(1), 3, 1.0, [])
+    for temperature, stop in ((-1.0, 0), (1.0, -1)):
+        with pytest.raises(ValueError, match="a temperature is at least 0"):
+            generate(relay, [[2]], 3, temperature, stop_ids=[stop])
     with pytest.raises(UserError, match="could reach 513 tokens; the model has 512"):
         generate(relay, [[2] * 510, [2]], 3)
     broken = copy.deepcopy(relay)

@@ -96,7 +96,7 @@ def test_what_is_saved_loads_here_and_in_transformers_and_the_other_way_round(tm
 FEATURES = {
     "architecture MixtralForCausalLM": {"architectures": ["MixtralForCausalLM"]},
     "quantization_config": {"quantization_config": {"bits": 4}},
-    "use_sliding_window": {"use_sliding_window": True},
+    "use_sliding_window": {"use_sliding_window": True}, "is_causal": {"is_causal": False},
     "original_max_position_embeddings outside": {"original_max_position_embeddings": 9},
     "{'chunked'}": {"layer_types": ["full_attention", "chunked"]}, "activation gelu": {"hidden_act": "gelu"},
     "attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": True},

@@ -6,6 +6,7 @@ the position as counter, so a message is the same alone, in any batch, on any de
 """
 
 import hashlib
+import operator
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ _LOW = 0xFFFFFFFF
 
 def key(seed: int, *words: int | str) -> int:
     """64 bits that name this rng path."""
-    name = repr((seed, *words)).encode()
+    words = [word if isinstance(word, str) else operator.index(word) for word in (seed, *words)]
+    name = repr(tuple(words)).encode()  # of Python's own integers: NumPy's are spelled otherwise
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 

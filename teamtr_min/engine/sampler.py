@@ -82,7 +82,11 @@ class Sampler:
     ) -> list[Completion]:  # fmt: skip
         """Continue `prompts[i]`, which row `rows[i]` has grown into, until a stop id or the length limit.
         `progress` is told how many more messages are written, `listen` each (row, token). Raises UserError
-        where a sequence is too long, ValueError where a prompt adds nothing, FloatingPointError for NaN."""
+        where a sequence is too long, ValueError for a prompt that adds nothing, a temperature below 0 or an
+        unknown stop id, FloatingPointError for NaN."""
+        vocabulary = range(self.model.config.vocab_size)
+        if not 0 <= temperature < math.inf or not all(i in vocabulary for i in stop_ids):
+            raise ValueError("a temperature is at least 0 and finite, a stop id is one of the vocabulary")
         if not len(rows) or max_new_tokens < 1:
             return [Completion([], [], False) for _ in rows]
         device, count, rows = self.model.device, len(rows), torch.tensor(rows)
@@ -97,7 +101,7 @@ class Sampler:
         message_of = torch.empty_like(self.row_at)
         message_of[rows] = torch.arange(count)
         live = message_of[self.row_at[:count]]  # place -> number of the message that is written there
-        is_stop = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=device)
+        is_stop = torch.zeros(len(vocabulary), dtype=torch.bool, device=device)
         is_stop[list(stop_ids)] = True
         uniforms = rng.uniforms(keys, max_new_tokens, device).t()  # (max_new_tokens, B)
         tokens = torch.zeros(max_new_tokens, count, dtype=torch.long, device=device)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
@@ -86,7 +87,7 @@ class Tokenizer:
 
     def mere(self, text: str) -> str:
         """`text` with a space inside each special token that it spells, so that it cannot end a message."""
-        return self._spelled.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+        return self._spelled.sub(lambda token: f"{token[0][:-1][:1]} {token[0][1:]}", text)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -102,14 +103,13 @@ class Tokenizer:
             why = str(error) or type(error).__name__
             raise UserError(f"the chat template of {self.directory} fails on a conversation: {why}") from None
 
-    def save(self, directory: Path) -> None:
-        """Copy the tokenizer's files; generation_config.json there names every end token."""
+    def save(self, directory: Path, end_tokens: Iterable[int] = ()) -> None:
+        """Copy the tokenizer's files; generation_config.json there names all end tokens, `end_tokens` too."""
         for name in TOKENIZER_FILES:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, directory / name)
-        if self.end_ids:
-            ends = {"eos_token_id": sorted(self.end_ids)}
-            write_json(directory / GENERATION, _read(directory / GENERATION) | ends)
+        if ends := sorted({*self.end_ids, *end_tokens}):
+            write_json(directory / GENERATION, _read(directory / GENERATION) | {"eos_token_id": ends})
 
     def _load(self, text: str, config: dict) -> tuple[Backend, dict[str, str]]:
         """The backend with every token that a file beside tokenizer.json declares, and special ones by name,
@@ -165,7 +165,8 @@ class ChatFormat:
             self.end_of_message, *self.assistant_footer = self._ending("x", closing)
             headers = header, user_header + "A:\n"
             ids, again = ([between("x" + end, h) for h in headers] for end in (footer, closing))
-            alike = header and gaps == [*parts, *parts[:2], parts[0]] and ids == again
+            told = self._render([("system", "x"), *turns], prompt=True).split(MARK)[1:]
+            alike = header and told == gaps == [*parts, *parts[:2], parts[0]] and ids == again
         except (ValueError, UserError):  # too few parts, or a token reaches across the end of one
             alike = False
         if not alike or self.end_of_message not in tokenizer.special_ids:  # else mere text could hold its end
@@ -243,8 +244,13 @@ def _as_transformers_reads(text: str, config: dict) -> str:
         return text
     scheme = "always" if config.get("legacy") else "first"
     spaces = {"type": "Metaspace", "replacement": "\u2581", "split": False}
-    spaces["prepend_scheme"] = "never" if config.get("add_prefix_space") is False else scheme
-    return json.dumps(json.loads(text) | {"normalizer": None, "pre_tokenizer": spaces})
+    parts = json.loads(text) | {"normalizer": None, "pre_tokenizer": spaces}
+    spaces["prepend_scheme"] = scheme
+    if config.get("add_prefix_space") is False:
+        spaces["prepend_scheme"] = "never"
+        steps = (parts["decoder"] or {}).get("decoders", [])  # of which one takes the added space away again
+        parts["decoder"] = {"type": "Sequence", "decoders": [s for s in steps if s["type"] != "Strip"]}
+    return json.dumps(parts)
 
 
 def _special(token: str | dict) -> AddedToken:

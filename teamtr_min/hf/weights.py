@@ -172,6 +172,7 @@ def read_config(directory: Path) -> ModelConfig:
         f"attention of the kinds {other_layers} (layer_types)": other_layers,
         f"activation {raw.get('hidden_act')}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": family != "qwen2" and raw.get("attention_bias"),
+        "attention to later tokens (is_causal)": raw.get("is_causal", True) is not True,
         f"rope scaling {kind} (supported are default and llama3)": kind not in ("default", "llama3"),
         "partial_rotary_factor": rope.get("partial_rotary_factor") not in (None, 1),
         f"{_SCALING[3]} outside of the scaling": kind == "llama3" and raw.get(_SCALING[3]),
@@ -209,4 +210,5 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
         **{key: getattr(config, ours) for key, ours in _SIZES.items()},
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": None, "eos_token_id": None,  # else transformers has defaults for them
     }  # fmt: skip
