@@ -97,61 +97,40 @@ def test_pefts_own_adapter_has_the_same_logits_here_and_again_in_peft(tmp_path, 
     assert (adapter.rank, adapter.alpha, adapter.base) == (2, 7.0, str(tmp_path / "base"))
 
 
-NOT_PLAIN = {
-    "init_lora_weights 'pissa'": {"init_lora_weights": "pissa"}, "peft_type 'IA3'": {"peft_type": "IA3"},
-    "use_dora True": {"use_dora": True}, "use_rslora True": {"use_rslora": True},
-    "bias 'all'": {"bias": "all"}, "rank_pattern {'q_proj': 1}": {"rank_pattern": {"q_proj": 1}},
-    "lora_bias True": {"lora_bias": True}, "alpha_pattern {'q_proj': 1}": {"alpha_pattern": {"q_proj": 1}},
-    "layers_to_transform [0]": {"layers_to_transform": [0]}, "peft_type None": {"peft_type": None},
-    "modules_to_save ['norm']": {"modules_to_save": ["norm"]},
-    "use_next_years_idea 0.5": {"use_next_years_idea": 0.5}, "another 0": {"another": 0},
-    "a_third 0.0": {"a_third": 0.0}, "init_lora_weights 1": {"init_lora_weights": 1},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("reason", NOT_PLAIN)
-def test_what_is_not_known_to_mean_plain_lora_is_refused_by_name(tmp_path, base, reason):
-    by_peft(base, tmp_path / "adapter")
-    file = tmp_path / "adapter/adapter_config.json"
-    raw = json.loads(file.read_text()) | {"an_idea_that_is_not_used": None, "another": [], "a_third": False}
-    file.write_text(json.dumps(raw))
-    assert len(loaded(file.parent)) == 1
-    file.write_text(json.dumps(raw | NOT_PLAIN[reason]))
-    assert refusal(loaded, file.parent) == f"{file}: not known to mean plain LoRA: {reason}"
-
-
 def edit(directory: Path, **fields):
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 V = "model.layers.0.self_attn.v_proj"
-DIFFER = {
-    "model.layers.0.mlp.down_proj, model.layers.0.self_attn.v_proj,": ["q_proj", "down_proj"],
-    "model.layers.1.self_attn.q_proj, model.layers.2.self_attn.q_proj": r".*\.(0\.self_attn\.q|v)_proj",
-    "lm_head": ["q_proj", "v_proj", "lm_head"], "model.layers.0.self_attn.q_proj,": None,
-    V: ["q_proj", *(V.replace("0", n) for n in "12")], ".mlp.gate_proj": "all-linear",
-}  # fmt: skip
+SIZE = "r must be a positive whole number and lora_alpha a number"
+REFUSED = [
+    *((f"not known to mean plain LoRA: {name} {value!r}", {name: value}) for name, value in (
+        ("init_lora_weights", "pissa"), ("peft_type", "IA3"), ("peft_type", None), ("use_dora", True),
+        ("use_rslora", True), ("bias", "all"), ("lora_bias", True), ("rank_pattern", {"q_proj": 1}),
+        ("alpha_pattern", {"q_proj": 1}), ("layers_to_transform", [0]), ("modules_to_save", ["norm"]),
+        ("use_next_years_idea", 0.5), ("another", 0), ("a_third", 0.0), ("init_lora_weights", 1),
+    )),
+    *((SIZE, {name: value}) for name, value in (
+        ("r", "2"), ("r", None), ("r", 0), ("lora_alpha", None), ("lora_alpha", "7"),
+    )),
+    *((f"target_modules and tensors differ in {names}", {"target_modules": modules}) for names, modules in (
+        ("model.layers.0.mlp.down_proj, model.layers.0.self_attn.v_proj,", ["q_proj", "down_proj"]),
+        ("model.layers.1.self_attn.q_proj, model.layers.2.self_attn.q_proj", r".*\.(0\.self_attn\.q|v)_proj"),
+        ("lm_head", ["q_proj", "v_proj", "lm_head"]), ("model.layers.0.self_attn.q_proj,", None),
+        (V, ["q_proj", *(V.replace("0", n) for n in "12")]), ("model.layers.0.mlp.down_proj", "all-linear"),
+    )),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("reason", DIFFER)
-def test_an_adapter_whose_tensors_are_others_than_its_target_modules_is_refused(tmp_path, base, reason):
+@pytest.mark.parametrize("reason, fields", REFUSED)
+def test_what_is_not_known_to_mean_plain_lora_is_refused_by_name(tmp_path, base, reason, fields):
     by_peft(base, tmp_path / "adapter")
+    edit(tmp_path / "adapter", an_idea_that_is_not_used=None, another=[], a_third=False)
     edit(tmp_path / "adapter", target_modules=["self_attn.q_proj", "v_proj", "absent"])
     assert len(loaded(tmp_path / "adapter")) == 1
-    edit(tmp_path / "adapter", target_modules=DIFFER[reason])
-    sentence = refusal(loaded, tmp_path / "adapter")
-    assert "target_modules and tensors differ in " in sentence and reason in sentence
-
-
-@pytest.mark.parametrize("fields", [
-    {"r": "2"}, {"r": None}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "7"},
-])  # fmt: skip
-def test_the_size_of_an_adapter_is_a_number(tmp_path, base, fields):
-    by_peft(base, tmp_path / "adapter")
     edit(tmp_path / "adapter", **fields)
-    sentence = refusal(loaded, tmp_path / "adapter")
-    assert "r must be a positive whole number and lora_alpha a number" in sentence
+    assert reason in refusal(loaded, tmp_path / "adapter")
 
 
 def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):
