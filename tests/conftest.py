@@ -96,5 +96,14 @@ def stopped(tmp_path_factory):
 
 
 @pytest.fixture
+def half_right(monkeypatch):
+    """Half of all rollouts are right: few groups of a toy run would have both outcomes otherwise."""
+    from teamtr_min.tasks import Relay, WordProblems
+
+    for task in (Relay, WordProblems):
+        monkeypatch.setattr(task, "grade", lambda task, problem, row: float(sum(row[-1].tokens) % 2))
+
+
+@pytest.fixture
 def copy(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "copy")

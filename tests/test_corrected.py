@@ -1,14 +1,13 @@
 """Reweighted rollouts: on enumerable teams their expectations are the intermediate team's, and the weights of
 training are those that a loop over messages finds."""
 
-import math
 from itertools import pairwise
 
 import pytest
 import torch
 from ready import Prepared
 from small_teams import assert_equal, random_stages
-from toy_runs import parity, run
+from toy_runs import run
 
 import train
 from teamtr_min import occupancy
@@ -20,8 +19,8 @@ from teamtr_min.rollout import Rollouts
 from teamtr_min.studies import exact
 from teamtr_min.studies.estimators import share, small_game
 from teamtr_min.studies.estimators import stage as climbed
-from teamtr_min.studies.exact import Game, Team, log_ratio
-from teamtr_min.tasks import Problem, Relay
+from teamtr_min.studies.exact import Team, log_ratio
+from teamtr_min.tasks import Problem
 
 
 def log_rho(teams: list[Team], order) -> torch.Tensor:
@@ -85,25 +84,6 @@ def test_rollouts_are_collected_again_when_their_share_falls_below_the_floor(mon
     assert rollouts.ess == pytest.approx((rho.sum() ** 2 / (512 * rho.square().sum())).item(), rel=1e-4)
 
 
-def rare_message(old: float, new: float) -> list[Team]:
-    """Agent 0 writes message 1, which alone is right, with these chances before and after its update."""
-    game = Game(1, 2, 1, lambda context: float(context[1] == 1))
-    return [Team(game, torch.tensor([[[math.log(1 - p), math.log(p)]]])) for p in (old, new)]
-
-
-@pytest.mark.parametrize("floor, seen", [(0.0, 0.0), (0.95, 0.0), (1.0, 0.3)])
-def test_no_floor_sees_a_message_that_no_rollout_holds_and_the_radius_bounds_it(monkeypatch, floor, seen):
-    """ESS reads 1 where it is 1e-8; but what is unseen is at most 1 - exp(-KL), 2% at the radius of 0.02."""
-    teams = rare_message(1e-9, 0.3)
-    rollouts, sampled, _ = play(monkeypatch, teams, floor)
-    assert len(sampled) == 1 + (floor == 1) and rollouts.ess == pytest.approx(1.0)
-    assert share(*(team.rollout_law for team in teams)) < 2e-8 and teams[1].J == pytest.approx(0.3)
-    assert rollouts.returns.mean().item() == pytest.approx(seen, abs=0.07)
-    for new in (1e-3, 0.02, 0.1, 0.3):
-        kl = exact.mean_message_kl(*rare_message(1e-9, new), 0).item()
-        assert new == pytest.approx(1 - math.exp(-kl), rel=1e-4)
-
-
 def moved(team, rollouts, agents: list[int], old: dict[int, list]) -> torch.Tensor:
     """(R, turns): what the agents' updates since `old` changed in the log-prob of each message."""
     table = torch.zeros(len(rollouts.messages), team.turns)
@@ -127,9 +107,8 @@ def test_an_updates_log_ratio_is_that_of_a_loop_over_the_agents_messages(updated
     assert (wanted.std() > 1e-3) == (outcome.halvings <= train.HALVINGS)
 
 
-def test_a_run_trains_on_weighted_advantages_of_the_team_as_it_now_is(tmp_path, monkeypatch):
+def test_a_run_trains_on_weighted_advantages_of_the_team_as_it_now_is(half_right, tmp_path, monkeypatch):
     """Weights multiply over agents in any order, and over all messages of each, before and after."""
-    monkeypatch.setattr(Relay, "grade", parity)
     done, start, seen, update, of_update = [], {}, [], train.update, RolloutSource.of_update
 
     def collected(source, i):

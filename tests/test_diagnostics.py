@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from ready import Prepared
-from toy_runs import parity, run, same, timeless, weights
+from toy_runs import run, same, timeless, weights
 
 from teamtr_min.extras.diagnostics import Diagnostics, bootstrap, message_logps, swapped
-from teamtr_min.tasks import Relay, Role
+from teamtr_min.tasks import Role
 from teamtr_min.team import Agent
 
+pytestmark = pytest.mark.usefixtures("half_right")
 ESTIMATES = {"surrogate", "gap", "occupancy_shift", "ess", "kl_held_out", "certificate", "penalty", "bound"}
-
-
-@pytest.fixture(autouse=True)
-def half_of_all_rollouts_are_right(monkeypatch):
-    monkeypatch.setattr(Relay, "grade", parity)
 
 
 def test_diagnostics_change_nothing_of_the_training_and_are_counted_apart(tmp_path, capsys):

@@ -14,7 +14,7 @@ from commands import refusal
 from ready import Prepared
 from safetensors.torch import load_file
 from tiny import random_model, write_checkpoint, write_relabelled_tokenizer
-from toy_runs import contents, parity, results, run
+from toy_runs import contents, results, run
 
 import train
 from teamtr_min.config import Config
@@ -26,7 +26,7 @@ from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.weights import RELAY, load_model
 from teamtr_min.learner import Diverged
 from teamtr_min.rollout import collect
-from teamtr_min.tasks import Relay, Role
+from teamtr_min.tasks import Role
 from teamtr_min.team import Agent, Team
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,8 +215,7 @@ def test_a_newcomer_reads_each_message_of_a_tool_once(monkeypatch):
 @pytest.mark.parametrize("kind", [
     "--lora-rank 2 --dtype bf16 --warm-start 3 --warm-start-lr 5e-2", "--occupancy joint"
 ])  # fmt: skip
-def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(Relay, "grade", parity)
+def test_adapters_joint_updates_and_rates_of_their_own_are_replaced_too(half_right, tmp_path, kind):
     flags = [*kind.split(), "--agents", "2", "--eval-problems", "16", "--delta", "0.02", "--kl", "fixed"]
     run(tmp_path / "old", *flags)
     newcomer = "--agent 1 --model relay --stages 3 --align 20".split()

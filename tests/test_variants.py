@@ -1,18 +1,12 @@
 """Every variant of the ablation does what its flag says: what is sampled when, and what bounds an update."""
 
 import pytest
-from toy_runs import parity, run
+from toy_runs import run
 
 import train
 from teamtr_min import occupancy
-from teamtr_min.tasks import Relay
 
-
-@pytest.fixture(autouse=True)
-def half_of_all_rollouts_are_right(monkeypatch):
-    monkeypatch.setattr(Relay, "grade", parity)
-
-
+pytestmark = pytest.mark.usefixtures("half_right")
 SAMPLED = {  # rollouts that each update of a stage samples anew
     "--occupancy fresh": [12, 12, 12], "--min-ess 0": [12, 0, 0], "--min-ess 0.99": [12, 12, 12],
     "--occupancy stale": [12, 0, 0], "--occupancy joint": [12],

@@ -13,11 +13,6 @@ TOY = ["--agents", "3", "--stages", "2", "--problems", "3", "--group", "4", "--i
        "--eval-problems", "8", "--lr", "3e-3", "--delta", "0.5", "--device", "cpu"]  # fmt: skip
 
 
-def parity(task, problem, messages) -> float:
-    """A grade that half of all rollouts get: few groups this small would have both outcomes otherwise."""
-    return float(sum(messages[-1].tokens) % 2)
-
-
 def run(out: Path, *flags: str) -> tuple[dict, list[dict], list[dict]]:
     """Train in this process; returns the summary, the updates and the stages."""
     assert train.main([*TOY, "--out", str(out), *flags]) == 0
