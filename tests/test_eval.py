@@ -104,13 +104,8 @@ def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
     lines = [{"ask": long.get(i, f"{i} + {i}?"), "gold": f"so #### {2 * i}"} for i in range(30)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     stories = str(shared("stories260K/hf_qwen2"))  # a model that reads English
-    flags = [
-        "jsonl",
-        "--model",
-        stories,
-        *PAIR,
-        *"--data p.jsonl --max-new-tokens 4 --fields ask,gold".split(),
-    ]
+    flags = ["jsonl", "--model", stories, *PAIR]
+    flags += "--data p.jsonl --max-new-tokens 4 --fields ask,gold".split()
     assert "p.jsonl, line 8 makes a prompt of" in refusal(capsys, evaluation.main, *flags)
     result = evaluate(capsys, *flags, "--drop-long", "--mode", "solo")
     assert result["benchmark"] == "jsonl" and result["problems"] == 29 and result["avg_at_k"] == 0
@@ -137,15 +132,11 @@ def test_shots_are_training_problems_in_front_of_what_an_agent_sees(capsys):
 
 
 def test_the_heading_names_all_that_a_result_rests_on(capsys):
-    flags = ["--problems", "8", "--k", "4", "--device", "cpu"]
-    text = printed(capsys, *flags)  # the team that ships
-    team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts the task's"
+    Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XYZ"]))
+    text = printed(capsys, *"--problems 8 --k 4 --device cpu --roles roles.json".split())
+    team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts roles.json"
     how = "max_new_tokens 16", "temperature 1.0,", "grader exact", "problems 8, k 4, seed 0", "pass@2"
     assert all(part in " ".join(text.split()) for part in (*team, *how, "avg@4")), text
-    assert text.count("(answer ") == 3 and text.count("\n  A: ") == 3
-    Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XYZ"]))
-    other = printed(capsys, *flags, "--roles", "roles.json")
-    assert "prompts roles.json" in other and "\n  X: " in other
 
 
 def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
@@ -194,7 +185,6 @@ def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
     rows = [line.split() for line in lines if not line.startswith("  ")]
     wanted = [(task, f"runs/{team}") for team in "ab" for task in ("relay", "mine.py")]
     assert [(row[0], row[-1]) for row in rows] == wanted
-    assert max(map(len, lines)) <= 90 and len({line.index("avg@2") for line in lines if "avg@2" in line}) == 1
     alone = evaluate(capsys, "mine.py", "--team", "runs/b", *small)
     low, high = alone["avg_at_k_ci"]
     assert f"{alone['avg_at_k']:.3f} [{low:.3f}, {high:.3f}] avg@2" in lines[-1]
@@ -233,6 +223,7 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "ask hi --k 300": "takes up to 256",
         "ask hi --team runs/a,runs/a": "takes one run",
         "relay --web": "--web is for ask",
+        "training --agents 5": "--agents has no effect on training",
     }.items():
         assert message in refusal(capsys, evaluation.main, *flags.split())
 
@@ -250,6 +241,3 @@ def test_a_team_can_be_asked(capsys, monkeypatch):
     for line, answer in zip(found, answers):
         assert [m["text"] for m in line["messages"]] == [m.text for m in answer.messages]
         assert line["answer"] == answer.answer
-    stories = str(shared("stories260K/hf_qwen2"))  # of its default task, no data are needed
-    text = printed(capsys, "ask", "Hi", "--model", stories, "--agents", "2", "--max-new-tokens", "4")
-    assert text.startswith("  Agent 1: ") and "\n  Agent 2: " in text and text.endswith("answer: None\n")

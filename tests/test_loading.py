@@ -115,9 +115,8 @@ def test_the_calculator_is_exact_and_hostile_texts_neither_last_nor_break_it(tex
 
 def test_tools_answer_after_turns_count_as_none_and_speak_for_themselves(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    teamtr_min.save_model(
-        random_model("llama", vocab_size=262, max_positions=2048), write_tokenizer(tmp_path)
-    )
+    model = random_model("llama", vocab_size=262, max_positions=2048)
+    teamtr_min.save_model(model, write_tokenizer(tmp_path))
     team = teamtr_min.load_team(["."] * 2, task="sums-99", tools="calculator", device="cpu")
     task = load_task(teamtr_min.Config(task="sums-99", agents=2, tools="calculator"))
     rollouts = as_rollouts(team, task.demonstrations(9, rng.generator(0)))
@@ -126,11 +125,9 @@ def test_tools_answer_after_turns_count_as_none_and_speak_for_themselves(monkeyp
         assert row[2].text.startswith(f"<<{row[1].text}") and not row[1].tokens
     even = Role("X", "", lambda problem, messages: "even" * (len(messages[-1].text) % 2 == 0))
     monkeypatch.setitem(tools.TOOLS, "calculator", even)
-    flags = (
-        "sums --model . --agents 2 --rounds 2 --tools calculator --max-new-tokens 5 --problems 8 --samples s"
-    )
+    flags = "sums --model . --agents 2 --rounds 2 --tools calculator --max-new-tokens 5 --problems 8"
     for mode, agents in (("team", [0, 1, 0, 1]), ("solo", [0, 0, 0, 0])):
-        evaluate(capsys, *flags.split(), "--mode", mode)
+        evaluate(capsys, *flags.split(), "--samples", "s", "--mode", mode)
         for row in (json.loads(line)["messages"] for line in Path("s").read_text().splitlines()):
             assert [m["agent"] for m in row if m["agent"] < 2] == agents
             for m, after in zip(row, [*row[1:], {"agent": 0}]):

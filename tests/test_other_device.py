@@ -113,9 +113,8 @@ def test_a_step_is_recorded_once_for_each_model_and_number_of_rows(elsewhere, mo
         return step, pool
 
     monkeypatch.setattr(engine_decode, "record", record)
-    monkeypatch.setattr(
-        engine_decode.Decode, "__init__", lambda self, *a: init(self, *a) or setattr(self, "records", True)
-    )
+    recording = lambda self, *a: init(self, *a) or setattr(self, "records", True)  # noqa: E731
+    monkeypatch.setattr(engine_decode.Decode, "__init__", recording)
     sizes = {"agents": 2, "stages": 2, "problems": 1, "group": 2, "inner_steps": 1, "eval_problems": 2}
     with Elsewhere():
         train.train(Config(device="meta", max_new_tokens=2, out=str(tmp_path / "run"), **sizes))

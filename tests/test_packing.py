@@ -1,6 +1,7 @@
 """Prefix trees change what a training step costs, and nothing else."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -71,7 +72,7 @@ def test_no_other_trees_and_batches_would_cost_less(seed, most, pairs_per_token,
 
 
 def plainly(ready: Prepared, agent: int, old):
-    """Loss (Eq. 10) of one agent and its number of messages: a padded row a rollout, nothing shared."""
+    """Eq. 10 and 11 of one agent, and its messages' weight: a padded row a rollout, nothing shared."""
     config, rollouts, model = ready.config, ready.rollouts, ready.team.agents[agent].model
     seen = [ready.team.render(agent, *pair, False) for pair in zip(rollouts.problems, rollouts.messages)]
     width = max(len(s.ids) for s in seen)
@@ -79,16 +80,15 @@ def plainly(ready: Prepared, agent: int, old):
     spans = [(r, start, stop) for r, s in enumerate(seen) for start, stop in s.spans]
     places = [(r, t, m) for m, (r, start, stop) in enumerate(spans) for t in range(start, stop)]
     row, at, message = torch.tensor(places).t()  # (N,) each
-    advantage = ready.advantages[[r for r, _, _ in spans]]
+    advantage, weight = (x[[r for r, _, _ in spans]] for x in (ready.advantages, rollouts.weights))
 
     def logps(model):
         z = model.hidden(tokens)[row, at - 1] @ model.head.t() / config.temperature  # (N, V)
         return z.log_softmax(-1).gather(1, tokens[row, at][:, None])[:, 0]
 
     options = {name: getattr(config, name) for name in ("ratio", "kl_unit", "clip")}
-    options["beta"] = ready.learner.beta
-    loss, _ = teamtr_loss(logps(model), logps(old).detach(), message, advantage, **options)
-    return loss, len(advantage)
+    options |= {"beta": ready.learner.beta, "weight": weight}
+    return *teamtr_loss(logps(model), logps(old).detach(), message, advantage, **options), weight.sum()
 
 
 @pytest.mark.parametrize("agents, knobs", [
@@ -98,21 +98,26 @@ def plainly(ready: Prepared, agent: int, old):
     ([0], {"ratio": "token", "kl_unit": "token", "clip": 0.01}),
     ([0, 1], {"rounds": 2, "unit": 16}),  # two that step together; rows of a few lengths, as on CUDA
 ])  # fmt: skip
-def test_loss_and_gradients_are_those_of_one_plain_row_per_rollout(agents, knobs, monkeypatch):
+def test_loss_gradients_and_monitor_are_those_of_one_plain_row_per_rollout(agents, knobs, monkeypatch):
     monkeypatch.setitem(cache.UNIT, "cpu", knobs.pop("unit", 1))
     ready = Prepared(agents, **{"problems": 6} | knobs)
     ready.learner.beta = 0.3
     old = copy.deepcopy(ready.learner.models)
-    shape = ready.advantages.shape
-    ready.advantages = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, len(ready.advantages), generator=torch.Generator().manual_seed(0))
+    ready.advantages = noise[0]
     ready.advantages[: ready.config.group] = 0  # the first problem's
+    ready.rollouts = dataclasses.replace(ready.rollouts, log_weights=noise[1])
     batches = ready.batch(ready.rollouts)
     assert len({batch.pulls for batch in batches.own}) == 2
     for _ in range(2):
-        found = ready.learner.backward(batches, ready.config).stats["loss"]
-        parts = [plainly(ready, j, o) for j, o in zip(agents, old)]
-        loss = sum(part * messages for part, messages in parts) / sum(messages for _, messages in parts)
-        assert found == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+        found = ready.learner.backward(batches, ready.config).stats
+        losses, stats, masses = zip(*(plainly(ready, j, o) for j, o in zip(agents, old)))
+        share = torch.stack(masses) / sum(masses)
+        loss = torch.stack(losses) @ share
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+        for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
+            wanted = torch.cat([own[name] for own in stats]) @ share
+            assert found[name] == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6), name
         gradients = torch.autograd.grad(loss, ready.learner.parameters)
         for name, master, wanted in zip(ready.learner.names, ready.learner.masters, gradients):
             assert (master.grad - wanted).norm() <= 1e-4 * wanted.norm() > 0, name

@@ -12,10 +12,6 @@ TWO_ROUNDS = {"group": 4, "agents": 2, "rounds": 2}
 CUT_TWICE = TWO_ROUNDS | {"max_new_tokens": 3}  # cut off, and seen again in the writer's own context
 
 
-def text_of(rollouts) -> list:
-    return [[(m.agent, m.tokens, m.stopped) for m in messages] for messages in rollouts.messages]
-
-
 def writers(rollouts) -> list[list[int]]:
     return [[m.agent for m in messages] for messages in rollouts.messages]
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from commands import evaluate, refusal
+from commands import evaluate
 
-import eval as evaluation
 from teamtr_min.bench import speed
 from teamtr_min.bench.speed import Case, Machine
 
@@ -54,13 +53,4 @@ def test_a_benchmark_is_one_object_and_one_table(name, capsys, monkeypatch):
     assert all(row["apart"] < 1e-5 for row in rows if "apart" in row)
     assert any("apart" in row for row in rows) == (name != "sampling")
     assert any(0 < row["floor_share"] < 1 for row in rows if row["by"] == "ours")
-    text = speed.table(result)
-    assert text.startswith(f"{name}, relay, float32, on ") and "x ours" in text
-    assert max(map(len, text.splitlines())) <= 90 and text.count("\n") == len(result["rows"]) + 1
-
-
-def test_what_cannot_be_measured_here_is_a_sentence(capsys):
-    refused = refusal(capsys, evaluation.main, "training", "--agents", "5")
-    assert "--agents has no effect on training" in refused
-    if not torch.cuda.is_available():
-        assert "torch sees none here" in refusal(capsys, evaluation.main, "gpu")
+    assert speed.table(result).count("\n") == len(result["rows"]) + 1

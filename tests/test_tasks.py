@@ -243,10 +243,6 @@ def test_a_return_is_the_share_of_right_cells_in_the_last_line_about_each_house(
     (file := tmp_path / "f").write_text(line := json.dumps({"id": 1, "puzzle": "Who?", "solution": grid}))
     exam = accuracy.prepare(accuracy.Exam("", Config(task="zebra", model="x")), None, None, str(file))
     assert exam.problems[0].answer == "House 1: Al, cat" and exam.task.is_held_out(exam.problems[0].text)
-    for old, new, fault in (
-        ("Al", "___", "blank"),
-        ("rows", "lines", "has no"),
-        ('"cat"', "3", "has no"),
-    ):
+    for old, new, fault in ("Al", "___", "blank"), ("rows", "lines", "has no"), ('"cat"', "3", "has no"):
         file.write_text(line.replace(old, new))
         assert fault in refusal(task, "zebra", 2, data=str(file))

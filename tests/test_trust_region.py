@@ -88,17 +88,6 @@ def test_weights(ratio, launches):
     assert got["loss"] == 0 and (got["gradient"] == 0).all()
 
 
-@each_ratio
-def test_every_side_of_the_clip(ratio, launches):
-    """Past either end, with either sign of the advantage; `clip_fraction` counts what the clip has cut."""
-    log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.05, 0.5], device=DEVICE)
-    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 0.0], device=DEVICE)
-    options = {"ratio": ratio, "agent": torch.arange(6, device=DEVICE), "n_agents": 6}
-    got = check([log_ratio, torch.zeros_like(log_ratio), options["agent"], advantage], options)
-    assert (got["gradient"] != 0).tolist() == [False, True, True, False, True, False]
-    assert got["clip_fraction"].tolist() == [1, 0, 0, 1, 0, 0]
-
-
 def test_layouts_small_ids_and_a_message_of_ignored_slots(launches):
     (*logps, message, advantage), options = batch([3, 4, 60], ignored=0.1)
     message[0] = message[3:7] = message[-1] = -1  # the whole of message 1

@@ -71,28 +71,6 @@ def test_the_first_pass_makes_the_old_log_probs_that_later_ones_are_measured_aga
     assert "entropy" not in later and "sampler_mismatch" not in later
 
 
-def test_weights_of_rollouts_reach_loss_gradient_and_monitor():
-    """Weights 0 and 2 on halves of the problems are the update on one half alone."""
-    ready = Prepared(batch_tokens=150, beta=0.5)
-    all_of_it, half = ready.rollouts, len(ready.rollouts.returns) // 2
-    log_weights = torch.full((2 * half,), -math.inf)
-    log_weights[:half] = 0.0
-    part = {name: getattr(all_of_it, name)[:half] for name in ("problems", "messages", "returns")}
-    weighted = ready.batch(dataclasses.replace(all_of_it, log_weights=log_weights))
-    alone = ready.batch(dataclasses.replace(all_of_it, **part), ready.advantages[:half])
-    before, stats, gradients = ready.learner.snapshot(), [], []
-    for batches in (weighted, alone):  # at weights 1% from those that wrote the rollouts
-        ready.learner.measure(batches, ready.config)
-        with torch.no_grad():
-            torch._foreach_mul_(ready.learner.masters, 1.01)
-        stats.append(ready.learner.backward(batches, ready.config).stats)
-        gradients.append([p.grad for p in ready.learner.masters])
-        ready.learner.restore(before)
-    for name in ("loss", "kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-        assert stats[0][name] == pytest.approx(stats[1][name], rel=1e-4, abs=1e-6), name
-    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-3) for a, b in zip(*gradients))
-
-
 FAULTS = {"gradient": "gradient is not finite", "advantage": "loss is nan", "weight": "kl_k1|loss is nan"}
 PLACES = ["after a step", "in the line search", "early in a snapshot", "late in a snapshot"]  # of a Ctrl-C
 
