@@ -83,8 +83,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory):
     """The same run, ended by Ctrl-C in its third stage: two checkpoints, and logs that are ahead of them."""
-    from commands import interrupt_at
-    from toy_runs import TOY
+    from toy_runs import TOY, interrupt_at
 
     import train
 

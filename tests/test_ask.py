@@ -4,14 +4,12 @@ import http.client
 import http.server
 import json
 import re
-import runpy
 import threading
-from pathlib import Path
 
 import pytest
-from commands import interrupt_at, printed, refusal
 from ready import team_of
 from tiny import write_tokenizer
+from toy_runs import interrupt_at, printed, refusal
 
 import eval as evaluation
 from teamtr_min import load_team
@@ -85,13 +83,3 @@ def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(c
     team_of(agents=2)[1].save(tmp_path / "agents")
     assert "\n  Agent 2: " in printed(capsys, "ask", "--team", str(tmp_path), "1+1")
     assert "maths" in load_team(tmp_path).agents[0].role.system, "as in training"
-
-
-def test_the_program_in_the_documentation_trains_a_team_that_answers(capsys, monkeypatch, tmp_path):
-    page = Path(__file__).parents[1] / "docs" / "python.md"
-    program = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    small = program[1].replace("stages=20", "stages=1, problems=4, eval_problems=16, device='cpu'")
-    Path("program.py").write_text(small)
-    runpy.run_path("program.py")
-    assert (out := capsys.readouterr().out).count("answer: ") == 3 and "\n5*3-4" in out

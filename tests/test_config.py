@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import refusal as sentence
+from toy_runs import refusal as sentence
 
 import train
 from teamtr_min.config import PRESETS, Config, parse

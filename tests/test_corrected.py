@@ -52,10 +52,10 @@ def test_law_surrogate_kl_and_eq_9_of_weighted_rollouts_are_the_intermediate_tea
             assert_equal(group_advantages(returns[None], weight=weight[None, :count])[0], wanted)
 
 
-def play(monkeypatch, teams: list[Team], min_ess: float) -> tuple[Rollouts, list[int], exact.Rollouts]:
-    """A stage's RolloutSource on 512 sampled rollouts of enumerable teams, all updates made: the rollouts of
-    one that would follow, the number of each team that was sampled, the latest sample."""
-    sampled, now = [], 0
+@pytest.mark.parametrize("floor, collections", [(0.0, 1), (0.6, 2), (0.999, 4), (1.0, 4)])
+def test_rollouts_are_collected_again_when_their_share_falls_below_the_floor(monkeypatch, floor, collections):
+    """A stage of enumerable teams, each sampled by 512 rollouts when the RolloutSource asks for them."""
+    teams, sampled, now = climbed(small_game(), 0, kl=0.05), [], 0
 
     def collect(*_) -> Rollouts:
         nonlocal drawn
@@ -65,19 +65,12 @@ def play(monkeypatch, teams: list[Team], min_ess: float) -> tuple[Rollouts, list
         return Rollouts([Problem("", "", "")] * 512, [], drawn.returns, 8)
 
     monkeypatch.setattr(occupancy, "collect", collect)
-    source, drawn = RolloutSource(Config(min_ess=min_ess), None, [], 0), None
+    source, drawn = RolloutSource(Config(min_ess=floor), None, [], 0), None
     for i, (old, new) in enumerate(pairwise(teams)):
         source.of_update(i)
         now = i + 1
         source.updated(log_ratio(drawn, new, old).sum(1))
-    return source.of_update(len(teams) - 1), sampled, drawn
-
-
-@pytest.mark.parametrize("floor, collections", [(0.0, 1), (0.6, 2), (0.999, 4), (1.0, 4)])
-def test_rollouts_are_collected_again_when_their_share_falls_below_the_floor(monkeypatch, floor, collections):
-    teams = climbed(small_game(), 0, kl=0.05)
-    rollouts, sampled, drawn = play(monkeypatch, teams, floor)
-    first = teams[sampled[-1]]
+    rollouts, first = source.of_update(now), teams[sampled[-1]]
     assert len(sampled) == collections and rollouts.ess >= floor
     assert rollouts.ess == pytest.approx(share(first.rollout_law, teams[-1].rollout_law).item(), rel=0.1)
     rho = log_ratio(drawn, teams[-1], first).sum(1).exp()

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import evaluate, interrupt_at, printed, refusal
 from tiny import random_model, shared, write_checkpoint, write_tokenizer
+from toy_runs import evaluate, interrupt_at, printed, refusal
 
 import eval as evaluation
 from teamtr_min import load_model, load_team, save_model

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import evaluate
 from ready import team_of
 from tiny import random_model, refusal, said, write_tokenizer
+from toy_runs import evaluate
 
 import teamtr_min
 import train
@@ -35,17 +35,13 @@ def run(tmp_path_factory):
     return directory
 
 
-def test_a_run_comes_back_as_the_team_that_it_was(run):
+def test_a_run_comes_back_as_the_team_that_it_was_and_solves_repeatably(run):
     team = teamtr_min.load_team(run)
     _, fresh = team_of(agents=2, rounds=2)
     assert (team.turns, team.temperature, [a.role.name for a in team.agents]) == (4, 0.9, ["A", "B"])
     weights = [agent.model.head for agent in team.agents]
     assert torch.equal(weights[0], fresh.agents[0].model.head)
     assert torch.equal(weights[1], 0.9 * fresh.agents[1].model.head)
-
-
-def test_solve_is_repeatable_and_says_who_said_what(run):
-    team = teamtr_min.load_team(run)
     answers = team.solve("7+8*3-4+1", samples=3, seed=1)
     assert answers == team.solve("7+8*3-4+1", samples=3, seed=1) != team.solve("7+8*3-4+1", samples=3, seed=2)
     assert [(m.agent, m.name) for m in answers[0].messages] == [(0, "A"), (1, "B")] * 2

@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
-from commands import refusal
 from ready import Prepared
 from tiny import each_model, random_model, random_tokens
 from tiny import refusal as sentence
-from toy_runs import TOY, run, same, weights
+from toy_runs import TOY, refusal, run, same, weights
 
 import train
 from teamtr_min.config import Config

@@ -33,21 +33,6 @@ def least(things: list, cost) -> float:
     return min(sums)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_tree_holds_every_prefix_once_and_every_sequence_whole(seed):
-    sequences = random_sequences(seed)
-    trees = trees_of(enumerate(sequences), most=10**6, pairs_per_token=1e9)
-    assert sum(map(len, trees)) == len({tuple(s[: t + 1]) for s in sequences for t in range(len(s))})
-    assert len(trees) == 3, "one for each first token"
-    for tree in trees:
-        for number, path in tree.paths.items():
-            assert [tree.tokens[k] for k in path] == sequences[number]
-            assert [tree.positions[k] for k in path] == list(range(len(path)))
-            for i in path:
-                assert [k for k in range(i + 1) if tree.end[k] > i] == path[: path.index(i) + 1]
-    assert sorted(number for tree in trees for number in tree.paths) == list(range(len(sequences)))
-
-
 @pytest.mark.parametrize("pairs_per_token, batch_cost", [(0.5, 1), (3.0, 5), (20.0, 40)])
 @pytest.mark.parametrize("seed, most", [*itertools.product(range(3), [1, 12, 100])])
 def test_no_other_trees_and_batches_would_cost_less(seed, most, pairs_per_token, batch_cost, monkeypatch):

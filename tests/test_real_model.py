@@ -4,9 +4,8 @@ import os
 import subprocess
 import sys
 
-from commands import evaluate
 from tiny import real_model
-from toy_runs import lines, results
+from toy_runs import evaluate, lines, results
 
 import train
 

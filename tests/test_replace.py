@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import refusal
 from ready import Prepared
 from safetensors.torch import load_file
 from tiny import random_model, write_checkpoint, write_relabelled_tokenizer
-from toy_runs import contents, results, run
+from toy_runs import contents, refusal, results, run
 
 import train
 from teamtr_min.config import Config

@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import evaluate, printed, refusal
-from toy_runs import results, run
+from toy_runs import evaluate, printed, refusal, results, run
 
 import eval as evaluation
 import train
@@ -58,9 +57,7 @@ def page_of(run: Path) -> Page:
 
 def test_what_is_drawn_and_printed_is_what_was_logged(mine, capsys):
     text, (summary, updates, stages) = printed(capsys, "report", "--team", str(mine)), results(mine)
-    low, high = summary["accuracy_final_ci"]
-    assert f"3 of 3 stages; held-out accuracy {summary['accuracy_start']:.3f} -> " in text
-    assert f"{summary['accuracy_final']:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert "{:.3f} [{:.3f}, {:.3f}]".format(summary["accuracy_final"], *summary["accuracy_final_ci"]) in text
     record, (left, right) = report.read(mine), (Figure(), Figure())
     report.learning(left, record)
     (axes,) = left.axes
@@ -111,14 +108,9 @@ def test_hostile_text_stays_text(mine):
     assert page.data["transcripts"][-1]["messages"][0]["text"] == HOSTILE
 
 
-def test_a_run_that_was_stopped_or_killed_has_a_report(stopped, mine):
-    result = report.run([str(shutil.copytree(stopped, mine.with_name("stopped")))])
+def test_a_run_that_was_stopped_has_a_report(copy):
+    result = report.run([str(copy)])
     assert result["state"] == "2 of 3 stages; not finished: interrupted"
-    *whole, last, _ = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)[:7]
-    (mine / "metrics.jsonl").write_text("".join(whole) + last[:50])
-    (mine / "summary.json").unlink()
-    state = report.run([str(mine)])["state"]
-    assert state == "1 of 3 stages; not finished: the run goes on, or was killed"
 
 
 def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(mine, capsys, monkeypatch):
@@ -132,9 +124,6 @@ def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(min
     assert report.run([])["team"] == "runs/newer"
     for inside in ("", "/deeper/page"):
         assert "--out mine/config.json" in refused("--out", f"mine/config.json{inside}")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "figures need matplotlib: pip install matplotlib" in refused("--team", str(mine))
-    assert not (mine / "report.html").exists()
     (mine / "metrics.jsonl").write_text("")
     assert "no update in its metrics.jsonl yet" in refused("--team", str(mine))
 

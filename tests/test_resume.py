@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from campaign import campaign, cut, flip_a_bit
-from commands import interrupt_at, refusal
 from conftest import SHARED
-from toy_runs import TOY, bits, contents, results, run
+from toy_runs import TOY, bits, contents, interrupt_at, refusal, results, run
 
 import train
 from teamtr_min.config import Config

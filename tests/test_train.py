@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import refusal
 from conftest import SHARED
-from toy_runs import TOY, bits, results, run, weights
+from toy_runs import TOY, bits, refusal, results, run, weights
 
 import train
 from teamtr_min.config import Config
@@ -110,12 +109,8 @@ def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     summary, _, stages = run(Path("run"), *"--task mine.py --eval-every 1 --eval-problems 32".split())
     start, final = summary["return_start"], summary["return_final"]
     assert summary["accuracy_start"] == summary["accuracy_final"] == 0 and 0.2 < min(start, final)
-    said = capsys.readouterr().out
-    stage = f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return "
-    course = f"held-out return {start:.3f} -> {final:.3f} [", "] (accuracy 0.000 -> 0.000), 32 problems"
-    course += ("next: python eval.py mine.py",)
-    for words in (f"start         held-out return {start:.3f} [", stage, "mean return by stage", *course):
-        assert words in said
+    said, stage = capsys.readouterr().out, f"return {stages[0]['return_mean']:.3f} (accuracy 0.000)"
+    assert stage in said and f"held-out return {start:.3f} -> {final:.3f} [" in said
 
 
 ROUTER = "calls = []\ndef router(turn, *others):\n    calls.append(turn)\n    "

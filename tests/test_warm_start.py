@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import interrupt_at, refusal
 from ready import Prepared
 from tiny import refusal as sentence
-from toy_runs import TOY, bits, lines, results, run
+from toy_runs import TOY, bits, interrupt_at, lines, refusal, results, run
 
 import train
 from teamtr_min.config import Config
@@ -106,8 +105,8 @@ def test_a_stopped_warm_start_resumes(warmed, tmp_path, monkeypatch, capsys, mom
     assert bits(tmp_path / "run") == bits(warmed)
 
 
-def write(path, text: str) -> str:
-    path.write_text(json.dumps({"text": text, "messages": [{"agent": 0, "text": "2"}]}))
+def write(path, text: str, more: str = "") -> str:
+    path.write_text(json.dumps({"text": text, "messages": [{"agent": 0, "text": "2"}]}) + more)
     return str(path)
 
 
@@ -128,23 +127,17 @@ def test_transcripts_of_a_run_are_demonstrations_but_for_held_out_problems(finis
     assert summary["tokens_warm_start"] > 0
 
 
-def test_what_is_no_transcript_or_longer_than_the_model_is_refused_before_any_training(tmp_path, capsys):
+def test_what_cannot_be_shown_is_refused_before_any_training(tmp_path, capsys):
     for line in (
         "{}", '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}',
         '{"text": "1+1", "messages": [{"agent": 3, "text": "2"}]}',
         '{"text": "1", "messages": [{"agent": 0, "text": 2}]}',
     ):  # fmt: skip
-        path = write(tmp_path / "bad.jsonl", "1+1+1+1")
-        with open(path, "a") as file:
-            file.write(f"\n\n{line}\n")
+        path = write(tmp_path / "bad.jsonl", "1+1+1+1", f"\n\n{line}\n")
         assert "bad.jsonl, line 3: not a transcript" in sentence(read, path)
     path = write(tmp_path / "long.jsonl", "1" + "+1" * 400)
     flags = [*TOY, "--warm-start", "1", "--demonstrations", path, "--out", str(tmp_path / "run")]
-    assert train.main(flags) == 2
-    assert "tokens for agent 0, whose model has 512 positions" in capsys.readouterr().err
-
-
-def test_what_cannot_be_shown_is_a_sentence(tmp_path):
+    assert "agent 0, whose model has 512 positions" in refusal(capsys, train.main, *flags)
     held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))
     assert "holds no transcripts of training problems" in sentence(read, write(tmp_path / "held", held_out))
     assert "cannot be read" in sentence(read, str(tmp_path / "none"))
