@@ -9,7 +9,7 @@ import threading
 import pytest
 from ready import team_of
 from tiny import write_tokenizer
-from toy_runs import interrupt_at, printed, refusal
+from toy_runs import interrupt_at, printed, refused
 
 import eval as evaluation
 from teamtr_min import load_team
@@ -79,7 +79,7 @@ def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(mon
 
 def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(capsys, tmp_path):
     Config(task="gsm8k", agents=2, max_new_tokens=8, device="cpu").save(tmp_path / "config.json")
-    assert "holds no agents" in refusal(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
+    assert "holds no agents" in refused(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
     team_of(agents=2)[1].save(tmp_path / "agents")
     assert "\n  Agent 2: " in printed(capsys, "ask", "--team", str(tmp_path), "1+1")
     assert "maths" in load_team(tmp_path).agents[0].role.system, "as in training"

@@ -11,8 +11,7 @@ import torch
 from ready import team_of
 from safetensors.torch import load_file, save_file
 from tiny import each_model, in_transformers, random_model, random_tokens, refusal, write_tokenizer
-from toy_runs import TOY, bits, evaluate, results, run
-from toy_runs import refusal as refused
+from toy_runs import TOY, bits, refused, results, run
 
 import train
 from teamtr_min import load_model, load_tokenizer, save_model
@@ -203,9 +202,6 @@ def test_a_run_leaves_its_base_and_writes_adapters_alone(trained_run):
         tensors = load_file(agent / WEIGHTS)
         assert not (agent / "model.safetensors").exists() and (agent / "tokenizer.json").is_file()
         assert any(tensors[name].any() for name in tensors if ".lora_B." in name)
-        facts = json.loads((agent / "adapter_config.json").read_text())
-        assert facts["base_model_name_or_path"] == str(base)
-        assert (facts["r"], facts["lora_alpha"]) == (3, 6.0)
 
 
 def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trained_run, tmp_path, capsys):
@@ -219,11 +215,6 @@ def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trai
     weights.write_bytes(right)
     assert train.main(["--resume", str(copy)]) == 0
     assert bits(copy) == bits(trained_run)
-
-
-def test_an_evaluation_does_not_hash_the_base(trained_run, capsys, monkeypatch):
-    monkeypatch.setattr("teamtr_min.run.run.sha256", lambda path: pytest.fail("gigabytes, read for nothing"))
-    assert evaluate(capsys, "relay", "--team", str(trained_run), "--problems", "4")["fingerprint"]
 
 
 def test_a_trained_adapter_is_itself_a_model_to_start_from(trained_run, tmp_path, capsys):

@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 from ready import Prepared
-from tiny import each_model, random_model, random_tokens
-from tiny import refusal as sentence
-from toy_runs import TOY, refusal, run, same, weights
+from tiny import each_model, random_model, random_tokens, refusal
+from toy_runs import TOY, refused, run, same, weights
 
 import train
 from teamtr_min.config import Config
@@ -136,7 +135,7 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
     assert fit[0].rows == 2048 and fit[0].tokens == 4096 and fit[-1].tokens >= fit[-1].longest
     assert "activations computed twice" in str(fit[-1])
     monkeypatch.setenv("TEAMTR_MEMORY", "8 parsecs")
-    assert "a size such as 8GiB" in sentence(planned)
+    assert "a size such as 8GiB" in refusal(planned)
 
 
 def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_twice(monkeypatch):
@@ -152,7 +151,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
     monkeypatch.setattr(train, "build_team", lambda *_: pytest.fail("loaded"))
     monkeypatch.setenv("TEAMTR_MEMORY", "40MiB")
     monkeypatch.chdir(tmp_path)
-    assert "40.0 MiB usable" in refusal(capsys, train.main, *TOY) and not [*tmp_path.iterdir()]
+    assert "40.0 MiB usable" in refused(capsys, train.main, *TOY) and not [*tmp_path.iterdir()]
 
 
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
@@ -183,7 +182,7 @@ def test_overlong_problems_are_found_among_all_or_dropped(tmp_path, capsys):
     data.write_text("\n".join(map(json.dumps, lines)))
     flags = ["--task", "jsonl", "--model", "relay", "--data", str(data), "--device", "cpu", "--agents", "2"]
     flags += "--stages 1 --problems 2 --group 2 --max-new-tokens 3 --eval-problems 1 --inner-steps 1".split()
-    sentence = refusal(capsys, train.main, *flags, "--out", str(tmp_path / "run"))
+    sentence = refused(capsys, train.main, *flags, "--out", str(tmp_path / "run"))
     assert "data.jsonl, line 18" in sentence and "the model has 512 positions" in sentence
     assert "(1 of 40 problems are too long): --drop-long" in sentence
     assert train.main([*flags, "--out", str(tmp_path / "run"), "--drop-long"]) == 0

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_runs import evaluate, printed, refusal, results, run
+from toy_runs import evaluate, printed, refused, results, run
 
 import eval as evaluation
 import train
@@ -115,17 +115,17 @@ def test_a_run_that_was_stopped_has_a_report(copy):
 
 def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(mine, capsys, monkeypatch):
     monkeypatch.chdir(mine.parent)
-    refused = functools.partial(refusal, capsys, evaluation.main, "report")
-    assert "no run under runs/" in refused()
-    assert "config.json" in refused("--team", str(mine.parent))
+    told = functools.partial(refused, capsys, evaluation.main, "report")
+    assert "no run under runs/" in told()
+    assert "config.json" in told("--team", str(mine.parent))
     for name in ("newer", "older"):
         shutil.copytree(mine, f"runs/{name}")
     os.utime("runs/older/metrics.jsonl", (0, 0))
     assert report.run([])["team"] == "runs/newer"
     for inside in ("", "/deeper/page"):
-        assert "--out mine/config.json" in refused("--out", f"mine/config.json{inside}")
+        assert "--out mine/config.json" in told("--out", f"mine/config.json{inside}")
     (mine / "metrics.jsonl").write_text("")
-    assert "no update in its metrics.jsonl yet" in refused("--team", str(mine))
+    assert "no update in its metrics.jsonl yet" in told("--team", str(mine))
 
 
 def drawn(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The warm start: supervised steps on demonstrations before stage 0."""
+"""Supervised steps: the warm start before stage 0, and the program that makes the shipped models."""
 
 import copy
 import json
@@ -7,16 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ready import Prepared
-from tiny import refusal as sentence
-from toy_runs import TOY, bits, interrupt_at, lines, refusal, results, run
+from tiny import refusal
+from toy_runs import TOY, bits, interrupt_at, lines, refused, results, run
 
 import train
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.extras import warm_start
 from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses, read_demonstrations
+from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.hf.weights import ASSETS
 from teamtr_min.learner import Diverged
 from teamtr_min.rollout import agent_batches
+from teamtr_min.studies import pretrain
 from teamtr_min.tasks import Relay, load_task
 
 FLAGS = ["--warm-start", "6", "--warm-start-lr", "4e-4", "--problems", "12", "--eval-problems", "64"]
@@ -134,14 +137,14 @@ def test_what_cannot_be_shown_is_refused_before_any_training(tmp_path, capsys):
         '{"text": "1", "messages": [{"agent": 0, "text": 2}]}',
     ):  # fmt: skip
         path = write(tmp_path / "bad.jsonl", "1+1+1+1", f"\n\n{line}\n")
-        assert "bad.jsonl, line 3: not a transcript" in sentence(read, path)
+        assert "bad.jsonl, line 3: not a transcript" in refusal(read, path)
     path = write(tmp_path / "long.jsonl", "1" + "+1" * 400)
     flags = [*TOY, "--warm-start", "1", "--demonstrations", path, "--out", str(tmp_path / "run")]
-    assert "agent 0, whose model has 512 positions" in refusal(capsys, train.main, *flags)
+    assert "agent 0, whose model has 512 positions" in refused(capsys, train.main, *flags)
     held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))
-    assert "holds no transcripts of training problems" in sentence(read, write(tmp_path / "held", held_out))
-    assert "cannot be read" in sentence(read, str(tmp_path / "none"))
-    said = sentence(read_demonstrations, Config(warm_start=1, device="cpu"), SimpleNamespace())
+    assert "holds no transcripts of training problems" in refusal(read, write(tmp_path / "held", held_out))
+    assert "cannot be read" in refusal(read, str(tmp_path / "none"))
+    said = refusal(read_demonstrations, Config(warm_start=1, device="cpu"), SimpleNamespace())
     assert "makes no demonstrations; give --demonstrations FILE" in said
 
 
@@ -161,7 +164,18 @@ def test_demonstrations_are_right_rollouts_on_training_problems_and_made_once(tm
         assert train.main(["--resume", flags[-1]]) == 0
     assert bits(tmp_path / "stopped") == bits(tmp_path / "run")
     flags[-1], finished = str(tmp_path / "none"), str(tmp_path / "run")
-    others = refusal(capsys, train.main, *flags, "--demonstrate", finished, "--agents", "2")
+    others = refused(capsys, train.main, *flags, "--demonstrate", finished, "--agents", "2")
     monkeypatch.setattr(Relay, "grade", lambda *_: 0.5)
-    nothing = refusal(capsys, train.main, *flags, "--demonstrate", finished)
+    nothing = refused(capsys, train.main, *flags, "--demonstrate", finished)
     assert "has 3 agents, this run has 2" in others and "none of 96 rollouts has a return of 1" in nothing
+
+
+@pytest.mark.parametrize("task", pretrain.COURSES)
+def test_pretraining_lowers_the_loss_to_the_same_bits(task, monkeypatch):
+    monkeypatch.setattr(pretrain, "ROWS", 16)
+    tokenizer, losses = load_tokenizer(ASSETS / task), []
+    for steps in (2, 24, 24):
+        torch.rand(3)  # the state of torch's generator has no part in it
+        model = pretrain.initial_model(tokenizer.vocab_size)
+        losses.append(pretrain.train(model, tokenizer, pretrain.COURSES[task]._replace(steps=steps)))
+    assert losses[1] == losses[2] < 0.9 * losses[0]

@@ -54,7 +54,7 @@ def bits(out: Path) -> tuple:
     return timeless([summary, *updates, *stages]), (out / "transcripts.jsonl").read_bytes(), held
 
 
-def refusal(capsys, main, *flags: str) -> str:
+def refused(capsys, main, *flags: str) -> str:
     """The one sentence with which a command refuses these flags."""
     capsys.readouterr()
     assert main([*flags]) == 2
