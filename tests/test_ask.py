@@ -46,7 +46,6 @@ def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, m
     assert len(texts) == 2 and all(f"  A: {text}\n{tool}answer: 5\n" in out for text in texts)
     assert out.count("  stopped\n") == 1 and f"\n    3 of 3  {'█' * 24}  5\n" in out and "\033" not in out
     assert re.findall("^error: (\\S+)", out, re.MULTILINE) == ["/samples", "/what", "the"]
-    assert "\n  A: You are one agent" in out and "(a tool)\n/retry " in out
 
 
 def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(monkeypatch):

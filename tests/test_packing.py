@@ -13,15 +13,6 @@ from teamtr_min.engine import cache, packing
 from teamtr_min.engine.packing import batches_of, trees_of
 from teamtr_min.objective import teamtr_loss
 
-CPU = torch.device("cpu")
-
-
-def random_sequences(seed: int, count: int = 40) -> list[list[int]]:
-    """Of three different tokens, 1 to 9 long, so that they branch everywhere, and some stand twice."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 10, (count,), generator=generator).tolist()
-    return [torch.randint(3, (n,), generator=generator).tolist() for n in lengths]
-
 
 def least(things: list, cost) -> float:
     """Of all ways to cut a row of things into runs."""
@@ -32,7 +23,9 @@ def least(things: list, cost) -> float:
 @pytest.mark.parametrize("seed, most", [*itertools.product(range(3), [1, 12, 100])])
 def test_no_other_trees_and_batches_would_cost_less(seed, most, pairs_per_token, batch_cost, monkeypatch):
     monkeypatch.setattr(packing, "BATCH_COST", batch_cost)
-    sequences = random_sequences(seed, 11)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (11,), generator=generator).tolist()
+    sequences = [torch.randint(3, (n,), generator=generator).tolist() for n in lengths]  # with branches
     trees = trees_of(enumerate(sequences), most, pairs_per_token)
 
     def of_tree(group) -> float:
@@ -47,7 +40,7 @@ def test_no_other_trees_and_batches_would_cost_less(seed, most, pairs_per_token,
 
     found = sum(of_tree({tuple(sequences[n]) for n in tree.paths}) for tree in trees)
     assert found == pytest.approx(least(sorted(set(map(tuple, sequences))), of_tree))
-    found = sum(map(of_batch, batches_of(trees, most, pairs_per_token, CPU)))
+    found = sum(map(of_batch, batches_of(trees, most, pairs_per_token, torch.device("cpu"))))
     assert found == pytest.approx(least(sorted(trees, key=len), of_batch))
 
 

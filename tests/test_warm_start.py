@@ -93,10 +93,9 @@ def test_a_run_measures_before_the_warm_start_and_after_it(warmed):
     assert summary["tokens_warm_start"] == sum(line["tokens"] for line in warm)
 
 
-STOPS = [((11, warm_start, "descend"), 2, 2), ((1, train, "update"), 10, 6)]
-
-
-@pytest.mark.parametrize("moment, most, done", STOPS)
+@pytest.mark.parametrize("moment, most, done", [
+    ((11, warm_start, "descend"), 2, 2), ((1, train, "update"), 10, 6)
+])  # fmt: skip
 def test_a_stopped_warm_start_resumes(warmed, tmp_path, monkeypatch, capsys, moment, most, done):
     """To the same bits. `most`: steps between checkpoints; `done`: steps of the last one."""
     monkeypatch.setattr("teamtr_min.run.run.WARM_STEPS_BETWEEN_CHECKPOINTS", most)
