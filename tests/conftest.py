@@ -83,8 +83,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory):
     """The same run, ended by Ctrl-C in its third stage: two checkpoints, and logs that are ahead of them."""
-    from commands import interrupt_at
-    from toy_runs import TOY
+    from toy_runs import TOY, interrupt_at
 
     import train
 
@@ -93,6 +92,15 @@ def stopped(tmp_path_factory):
         interrupt_at(8, patch, train, "group_advantages")
         assert train.main([*TOY, *SHARED, "--out", str(out)]) == 130
     return out
+
+
+@pytest.fixture
+def half_right(monkeypatch):
+    """Half of all rollouts are right: few groups of a toy run would have both outcomes otherwise."""
+    from teamtr_min.tasks import Relay, WordProblems
+
+    for task in (Relay, WordProblems):
+        monkeypatch.setattr(task, "grade", lambda task, problem, row: float(sum(row[-1].tokens) % 2))
 
 
 @pytest.fixture

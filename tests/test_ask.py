@@ -4,14 +4,12 @@ import http.client
 import http.server
 import json
 import re
-import runpy
 import threading
-from pathlib import Path
 
 import pytest
-from commands import interrupt_at, printed, refusal
 from ready import team_of
 from tiny import write_tokenizer
+from toy_runs import interrupt_at, printed, refused
 
 import eval as evaluation
 from teamtr_min import load_team
@@ -48,7 +46,6 @@ def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, m
     assert len(texts) == 2 and all(f"  A: {text}\n{tool}answer: 5\n" in out for text in texts)
     assert out.count("  stopped\n") == 1 and f"\n    3 of 3  {'█' * 24}  5\n" in out and "\033" not in out
     assert re.findall("^error: (\\S+)", out, re.MULTILINE) == ["/samples", "/what", "the"]
-    assert "\n  A: You are one agent" in out and "(a tool)\n/retry " in out
 
 
 def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(monkeypatch):
@@ -81,17 +78,7 @@ def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(mon
 
 def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(capsys, tmp_path):
     Config(task="gsm8k", agents=2, max_new_tokens=8, device="cpu").save(tmp_path / "config.json")
-    assert "holds no agents" in refusal(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
+    assert "holds no agents" in refused(capsys, evaluation.main, "ask", "--team", str(tmp_path), "1+1")
     team_of(agents=2)[1].save(tmp_path / "agents")
     assert "\n  Agent 2: " in printed(capsys, "ask", "--team", str(tmp_path), "1+1")
     assert "maths" in load_team(tmp_path).agents[0].role.system, "as in training"
-
-
-def test_the_program_in_the_documentation_trains_a_team_that_answers(capsys, monkeypatch, tmp_path):
-    page = Path(__file__).parents[1] / "docs" / "python.md"
-    program = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    small = program[1].replace("stages=20", "stages=1, problems=4, eval_problems=16, device='cpu'")
-    Path("program.py").write_text(small)
-    runpy.run_path("program.py")
-    assert (out := capsys.readouterr().out).count("answer: ") == 3 and "\n5*3-4" in out

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import refusal as sentence
+from toy_runs import refused
 
 import train
 from teamtr_min.config import PRESETS, Config, parse
@@ -85,9 +85,14 @@ def test_the_learning_rate_falls_as_half_a_cosine_to_its_end():
         ("--device cuda:77", "--device cuda:77 cannot be used here"),
         ("--date 26.07.2024", "--date 26.07.2024 is not a day such as 2026-11-30"),
         ("--task relay --model nonesuch", "no model 'nonesuch'"),
+        ("--task convention --agents 1", "convention takes 2 to 4 turns"),
+        ("--task sums --model relay --agents 4 --rounds 2", "sums takes 1 to 6 turns"),
+        ("--task floors --model relay --rounds 2", "floors takes one turn per agent"),
+        ("--task chess --model relay", "no task 'chess': give relay, convention, sums,"),
+        ("--data x.jsonl", "relay makes its own problems"),
     ],
 )  # fmt: skip
 def test_impossible_values_are_a_sentence_before_any_work(tmp_path, capsys, flags, message):
     out = tmp_path / "run"
     command = ["--device", "cpu", "--stages", "1", "--out", str(out), *flags.split()]
-    assert message in sentence(capsys, train.main, *command) and not out.exists()
+    assert message in refused(capsys, train.main, *command) and not out.exists()

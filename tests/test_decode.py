@@ -49,10 +49,8 @@ def test_a_decode_step_is_a_pass_of_the_model(path, monkeypatch, family, dtype, 
         with monkeypatch.context() as this_way:
             this_way.setenv("TEAMTR_KERNELS", path)
             got = decode.Decode(model, caches[0]).hidden(token, span, even)
-        plain, want = (
-            m.hidden(token[:, None], Step.after(cache, rows, 1, span))[:, 0]
-            for m, cache in zip((model, exact), caches[1:])
-        )
+        steps = [Step.after(cache, rows, 1, span) for cache in caches[1:]]
+        plain, want = (m.hidden(token[:, None], s)[:, 0] for m, s in zip((model, exact), steps))
         assert got.dtype == dtype and error(got, want) <= factor * error(plain, want) + 1e-6
         for cache in caches:
             cache.length[:live] += 1

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from by_rank import check_all, commands, together
-from commands import evaluate
 from safetensors.torch import load_file
-from toy_runs import results
+from toy_runs import evaluate, results
 
 import train
 

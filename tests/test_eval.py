@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import evaluate, interrupt_at, printed, refusal
 from tiny import random_model, shared, write_checkpoint, write_tokenizer
+from toy_runs import evaluate, interrupt_at, printed, refused
 
 import eval as evaluation
 from teamtr_min import load_model, load_team, save_model
@@ -104,14 +104,9 @@ def test_word_problems_of_a_file_are_all_evaluated_or_those_that_fit(capsys):
     lines = [{"ask": long.get(i, f"{i} + {i}?"), "gold": f"so #### {2 * i}"} for i in range(30)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     stories = str(shared("stories260K/hf_qwen2"))  # a model that reads English
-    flags = [
-        "jsonl",
-        "--model",
-        stories,
-        *PAIR,
-        *"--data p.jsonl --max-new-tokens 4 --fields ask,gold".split(),
-    ]
-    assert "p.jsonl, line 8 makes a prompt of" in refusal(capsys, evaluation.main, *flags)
+    flags = ["jsonl", "--model", stories, *PAIR]
+    flags += "--data p.jsonl --max-new-tokens 4 --fields ask,gold".split()
+    assert "p.jsonl, line 8 makes a prompt of" in refused(capsys, evaluation.main, *flags)
     result = evaluate(capsys, *flags, "--drop-long", "--mode", "solo")
     assert result["benchmark"] == "jsonl" and result["problems"] == 29 and result["avg_at_k"] == 0
     assert 0.1 < result["avg_at_k_ci"][1] < 0.2, "0 of 29 is not 0 of all"
@@ -133,19 +128,15 @@ def test_shots_are_training_problems_in_front_of_what_an_agent_sees(capsys):
     examples = re.findall(r"train (\d)\?\n *Answer: word\1\n", shown)
     assert result["shots"] == [f"train.jsonl, line {int(i) + 1}" for i in examples] and len(examples) == 3
     assert result["problems"] == 4 and shown.count("test") == 1 and "word" not in shown.split("test 0?")[1]
-    assert "--shots are training" in refusal(capsys, evaluation.main, *flags, "words/train.jsonl")
+    assert "--shots are training" in refused(capsys, evaluation.main, *flags, "words/train.jsonl")
 
 
 def test_the_heading_names_all_that_a_result_rests_on(capsys):
-    flags = ["--problems", "8", "--k", "4", "--device", "cpu"]
-    text = printed(capsys, *flags)  # the team that ships
-    team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts the task's"
+    Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XYZ"]))
+    text = printed(capsys, *"--problems 8 --k 4 --device cpu --roles roles.json".split())
+    team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts roles.json"
     how = "max_new_tokens 16", "temperature 1.0,", "grader exact", "problems 8, k 4, seed 0", "pass@2"
     assert all(part in " ".join(text.split()) for part in (*team, *how, "avg@4")), text
-    assert text.count("(answer ") == 3 and text.count("\n  A: ") == 3
-    Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XYZ"]))
-    other = printed(capsys, *flags, "--roles", "roles.json")
-    assert "prompts roles.json" in other and "\n  X: " in other
 
 
 def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
@@ -161,9 +152,7 @@ def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
     assert low < result["return_at_k"] < high and abs(result["return_at_k"] - sum(returns) / 60) < 1e-6
     best = sum(max(pair) for pair in zip(returns[::2], returns[1::2])) / 30
     assert result["best_at_k"] == pytest.approx(best, abs=1e-6)
-    text = printed(capsys, *flags)
-    shown = f"return@2      {result['return_at_k']:.3f} [", "avg@2         0.000 [0.000, 0.1", "; return 0."
-    assert all(part in text for part in (*shown, "grader length")) and "right" not in text
+    assert f"return@2      {result['return_at_k']:.3f} [" in printed(capsys, *flags)
 
 
 def test_samples_hold_what_each_agent_was_given_and_several_seeds_their_standard_error(capsys):
@@ -194,7 +183,6 @@ def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
     rows = [line.split() for line in lines if not line.startswith("  ")]
     wanted = [(task, f"runs/{team}") for team in "ab" for task in ("relay", "mine.py")]
     assert [(row[0], row[-1]) for row in rows] == wanted
-    assert max(map(len, lines)) <= 90 and len({line.index("avg@2") for line in lines if "avg@2" in line}) == 1
     alone = evaluate(capsys, "mine.py", "--team", "runs/b", *small)
     low, high = alone["avg_at_k_ci"]
     assert f"{alone['avg_at_k']:.3f} [{low:.3f}, {high:.3f}] avg@2" in lines[-1]
@@ -204,15 +192,12 @@ def test_several_benchmarks_and_teams_are_one_table(capsys, monkeypatch):
     assert "runs/a" in out and "runs/b" not in out and err == "interrupted\n"
 
 
-def test_damaged_weights_and_an_error_in_a_users_file_are_one_sentence(capsys):
+def test_damaged_weights_are_a_sentence_after_the_results_before_them(capsys):
     toy_teams("a", "b")
     Path("runs/b/agents/1/model.safetensors").write_bytes(b"no weights")
     assert evaluation.main("relay --team runs/a,runs/b --problems 8 --json".split()) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["team"] == "runs/a" and "error: " in err and "model.safetensors" in err
-    Path("mine.py").write_text(GRADED.replace("return sum", "return 1 / 0 + sum"))
-    assert evaluation.main("mine.py --team runs/a --problems 8".split()) == 2
-    assert "error: mine.py, line 6: `grade` failed: ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatch):
@@ -233,8 +218,9 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "ask hi --k 300": "takes up to 256",
         "ask hi --team runs/a,runs/a": "takes one run",
         "relay --web": "--web is for ask",
+        "training --agents 5": "--agents has no effect on training",
     }.items():
-        assert message in refusal(capsys, evaluation.main, *flags.split())
+        assert message in refused(capsys, evaluation.main, *flags.split())
 
 
 def test_a_team_can_be_asked(capsys, monkeypatch):
@@ -250,6 +236,3 @@ def test_a_team_can_be_asked(capsys, monkeypatch):
     for line, answer in zip(found, answers):
         assert [m["text"] for m in line["messages"]] == [m.text for m in answer.messages]
         assert line["answer"] == answer.answer
-    stories = str(shared("stories260K/hf_qwen2"))  # of its default task, no data are needed
-    text = printed(capsys, "ask", "Hi", "--model", stories, "--agents", "2", "--max-new-tokens", "4")
-    assert text.startswith("  Agent 1: ") and "\n  Agent 2: " in text and text.endswith("answer: None\n")

@@ -88,11 +88,7 @@ def test_a_row_has_the_same_bits_in_every_batch(path):
     whole, again = (both_ways(layer.rms_norm, [x[:, 0], weight], 1e-6) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
     for rows in (slice(3, 4), slice(31, 66)):
-        norm, turn = (
-            layer.rms_norm(x[rows, 0], weight, 1e-6),
-            layer.rotate(x[rows, None], cos[rows], sin[rows]),
-        )
-        assert torch.equal(norm, whole[0][rows]) and torch.equal(
-            turn, layer.rotate(x[:, None], cos, sin)[rows]
-        )
+        turned_rows = layer.rotate(x[rows, None], cos[rows], sin[rows])
+        assert torch.equal(layer.rms_norm(x[rows, 0], weight, 1e-6), whole[0][rows])
+        assert torch.equal(turned_rows, layer.rotate(x[:, None], cos, sin)[rows])
         assert torch.equal(layer.swiglu(x[rows, 0]), layer.swiglu(x[:, 0])[rows])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import evaluate
 from ready import team_of
 from tiny import random_model, refusal, said, write_tokenizer
+from toy_runs import evaluate
 
 import teamtr_min
 import train
@@ -35,17 +35,13 @@ def run(tmp_path_factory):
     return directory
 
 
-def test_a_run_comes_back_as_the_team_that_it_was(run):
+def test_a_run_comes_back_as_the_team_that_it_was_and_solves_repeatably(run):
     team = teamtr_min.load_team(run)
     _, fresh = team_of(agents=2, rounds=2)
     assert (team.turns, team.temperature, [a.role.name for a in team.agents]) == (4, 0.9, ["A", "B"])
     weights = [agent.model.head for agent in team.agents]
     assert torch.equal(weights[0], fresh.agents[0].model.head)
     assert torch.equal(weights[1], 0.9 * fresh.agents[1].model.head)
-
-
-def test_solve_is_repeatable_and_says_who_said_what(run):
-    team = teamtr_min.load_team(run)
     answers = team.solve("7+8*3-4+1", samples=3, seed=1)
     assert answers == team.solve("7+8*3-4+1", samples=3, seed=1) != team.solve("7+8*3-4+1", samples=3, seed=2)
     assert [(m.agent, m.name) for m in answers[0].messages] == [(0, "A"), (1, "B")] * 2
@@ -115,9 +111,8 @@ def test_the_calculator_is_exact_and_hostile_texts_neither_last_nor_break_it(tex
 
 def test_tools_answer_after_turns_count_as_none_and_speak_for_themselves(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    teamtr_min.save_model(
-        random_model("llama", vocab_size=262, max_positions=2048), write_tokenizer(tmp_path)
-    )
+    model = random_model("llama", vocab_size=262, max_positions=2048)
+    teamtr_min.save_model(model, write_tokenizer(tmp_path))
     team = teamtr_min.load_team(["."] * 2, task="sums-99", tools="calculator", device="cpu")
     task = load_task(teamtr_min.Config(task="sums-99", agents=2, tools="calculator"))
     rollouts = as_rollouts(team, task.demonstrations(9, rng.generator(0)))
@@ -126,11 +121,9 @@ def test_tools_answer_after_turns_count_as_none_and_speak_for_themselves(monkeyp
         assert row[2].text.startswith(f"<<{row[1].text}") and not row[1].tokens
     even = Role("X", "", lambda problem, messages: "even" * (len(messages[-1].text) % 2 == 0))
     monkeypatch.setitem(tools.TOOLS, "calculator", even)
-    flags = (
-        "sums --model . --agents 2 --rounds 2 --tools calculator --max-new-tokens 5 --problems 8 --samples s"
-    )
+    flags = "sums --model . --agents 2 --rounds 2 --tools calculator --max-new-tokens 5 --problems 8"
     for mode, agents in (("team", [0, 1, 0, 1]), ("solo", [0, 0, 0, 0])):
-        evaluate(capsys, *flags.split(), "--mode", mode)
+        evaluate(capsys, *flags.split(), "--samples", "s", "--mode", mode)
         for row in (json.loads(line)["messages"] for line in Path("s").read_text().splitlines()):
             assert [m["agent"] for m in row if m["agent"] < 2] == agents
             for m, after in zip(row, [*row[1:], {"agent": 0}]):

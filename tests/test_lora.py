@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import evaluate
-from commands import refusal as refused
 from ready import team_of
 from safetensors.torch import load_file, save_file
 from tiny import each_model, in_transformers, random_model, random_tokens, refusal, write_tokenizer
-from toy_runs import TOY, bits, results, run
+from toy_runs import TOY, bits, refused, results, run
 
 import train
 from teamtr_min import load_model, load_tokenizer, save_model
@@ -97,61 +95,40 @@ def test_pefts_own_adapter_has_the_same_logits_here_and_again_in_peft(tmp_path, 
     assert (adapter.rank, adapter.alpha, adapter.base) == (2, 7.0, str(tmp_path / "base"))
 
 
-NOT_PLAIN = {
-    "init_lora_weights 'pissa'": {"init_lora_weights": "pissa"}, "peft_type 'IA3'": {"peft_type": "IA3"},
-    "use_dora True": {"use_dora": True}, "use_rslora True": {"use_rslora": True},
-    "bias 'all'": {"bias": "all"}, "rank_pattern {'q_proj': 1}": {"rank_pattern": {"q_proj": 1}},
-    "lora_bias True": {"lora_bias": True}, "alpha_pattern {'q_proj': 1}": {"alpha_pattern": {"q_proj": 1}},
-    "layers_to_transform [0]": {"layers_to_transform": [0]}, "peft_type None": {"peft_type": None},
-    "modules_to_save ['norm']": {"modules_to_save": ["norm"]},
-    "use_next_years_idea 0.5": {"use_next_years_idea": 0.5}, "another 0": {"another": 0},
-    "a_third 0.0": {"a_third": 0.0}, "init_lora_weights 1": {"init_lora_weights": 1},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("reason", NOT_PLAIN)
-def test_what_is_not_known_to_mean_plain_lora_is_refused_by_name(tmp_path, base, reason):
-    by_peft(base, tmp_path / "adapter")
-    file = tmp_path / "adapter/adapter_config.json"
-    raw = json.loads(file.read_text()) | {"an_idea_that_is_not_used": None, "another": [], "a_third": False}
-    file.write_text(json.dumps(raw))
-    assert len(loaded(file.parent)) == 1
-    file.write_text(json.dumps(raw | NOT_PLAIN[reason]))
-    assert refusal(loaded, file.parent) == f"{file}: not known to mean plain LoRA: {reason}"
-
-
 def edit(directory: Path, **fields):
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 V = "model.layers.0.self_attn.v_proj"
-DIFFER = {
-    "model.layers.0.mlp.down_proj, model.layers.0.self_attn.v_proj,": ["q_proj", "down_proj"],
-    "model.layers.1.self_attn.q_proj, model.layers.2.self_attn.q_proj": r".*\.(0\.self_attn\.q|v)_proj",
-    "lm_head": ["q_proj", "v_proj", "lm_head"], "model.layers.0.self_attn.q_proj,": None,
-    V: ["q_proj", *(V.replace("0", n) for n in "12")], ".mlp.gate_proj": "all-linear",
-}  # fmt: skip
+SIZE = "r must be a positive whole number and lora_alpha a number"
+REFUSED = [
+    *((f"not known to mean plain LoRA: {name} {value!r}", {name: value}) for name, value in (
+        ("init_lora_weights", "pissa"), ("peft_type", "IA3"), ("peft_type", None), ("use_dora", True),
+        ("use_rslora", True), ("bias", "all"), ("lora_bias", True), ("rank_pattern", {"q_proj": 1}),
+        ("alpha_pattern", {"q_proj": 1}), ("layers_to_transform", [0]), ("modules_to_save", ["norm"]),
+        ("use_next_years_idea", 0.5), ("another", 0), ("a_third", 0.0), ("init_lora_weights", 1),
+    )),
+    *((SIZE, {name: value}) for name, value in (
+        ("r", "2"), ("r", None), ("r", 0), ("lora_alpha", None), ("lora_alpha", "7"),
+    )),
+    *((f"target_modules and tensors differ in {names}", {"target_modules": modules}) for names, modules in (
+        ("model.layers.0.mlp.down_proj, model.layers.0.self_attn.v_proj,", ["q_proj", "down_proj"]),
+        ("model.layers.1.self_attn.q_proj, model.layers.2.self_attn.q_proj", r".*\.(0\.self_attn\.q|v)_proj"),
+        ("lm_head", ["q_proj", "v_proj", "lm_head"]), ("model.layers.0.self_attn.q_proj,", None),
+        (V, ["q_proj", *(V.replace("0", n) for n in "12")]), ("model.layers.0.mlp.down_proj", "all-linear"),
+    )),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("reason", DIFFER)
-def test_an_adapter_whose_tensors_are_others_than_its_target_modules_is_refused(tmp_path, base, reason):
+@pytest.mark.parametrize("reason, fields", REFUSED)
+def test_what_is_not_known_to_mean_plain_lora_is_refused_by_name(tmp_path, base, reason, fields):
     by_peft(base, tmp_path / "adapter")
+    edit(tmp_path / "adapter", an_idea_that_is_not_used=None, another=[], a_third=False)
     edit(tmp_path / "adapter", target_modules=["self_attn.q_proj", "v_proj", "absent"])
     assert len(loaded(tmp_path / "adapter")) == 1
-    edit(tmp_path / "adapter", target_modules=DIFFER[reason])
-    sentence = refusal(loaded, tmp_path / "adapter")
-    assert "target_modules and tensors differ in " in sentence and reason in sentence
-
-
-@pytest.mark.parametrize("fields", [
-    {"r": "2"}, {"r": None}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "7"},
-])  # fmt: skip
-def test_the_size_of_an_adapter_is_a_number(tmp_path, base, fields):
-    by_peft(base, tmp_path / "adapter")
     edit(tmp_path / "adapter", **fields)
-    sentence = refusal(loaded, tmp_path / "adapter")
-    assert "r must be a positive whole number and lora_alpha a number" in sentence
+    assert reason in refusal(loaded, tmp_path / "adapter")
 
 
 def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):
@@ -166,17 +143,13 @@ def test_adapters_that_cannot_be_read_get_one_short_sentence(tmp_path, base):
     }
     for reason, tensors in spoilt.items():
         save_file(tensors, file)
-        sentence = refusal(loaded, file.parent)
-        assert reason in sentence and len(sentence) < 650
+        assert reason in refusal(loaded, file.parent)
     file.write_bytes(b"short")
     assert f"no weights in {file}, a safetensors file" in refusal(loaded, file.parent)
-    file.unlink()
-    assert "No such file" in refusal(loaded, file.parent)
     assert "is an adapter" in refusal(load_model, file.parent)
-    shutil.rmtree(tmp_path / "base")
     save_file(whole, file)
-    sentence = refusal(loaded, file.parent)
-    assert sentence.startswith(f"{file.parent} adapts {tmp_path}/base, so put that back: no model")
+    shutil.rmtree(tmp_path / "base")
+    assert f"adapts {tmp_path}/base, so put that back" in refusal(loaded, file.parent)
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path, base):
@@ -229,9 +202,6 @@ def test_a_run_leaves_its_base_and_writes_adapters_alone(trained_run):
         tensors = load_file(agent / WEIGHTS)
         assert not (agent / "model.safetensors").exists() and (agent / "tokenizer.json").is_file()
         assert any(tensors[name].any() for name in tensors if ".lora_B." in name)
-        facts = json.loads((agent / "adapter_config.json").read_text())
-        assert facts["base_model_name_or_path"] == str(base)
-        assert (facts["r"], facts["lora_alpha"]) == (3, 6.0)
 
 
 def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trained_run, tmp_path, capsys):
@@ -245,11 +215,6 @@ def test_a_stopped_run_resumes_to_the_same_bits_unless_its_base_has_changed(trai
     weights.write_bytes(right)
     assert train.main(["--resume", str(copy)]) == 0
     assert bits(copy) == bits(trained_run)
-
-
-def test_an_evaluation_does_not_hash_the_base(trained_run, capsys, monkeypatch):
-    monkeypatch.setattr("teamtr_min.run.run.sha256", lambda path: pytest.fail("gigabytes, read for nothing"))
-    assert evaluate(capsys, "relay", "--team", str(trained_run), "--problems", "4")["fingerprint"]
 
 
 def test_a_trained_adapter_is_itself_a_model_to_start_from(trained_run, tmp_path, capsys):

@@ -8,11 +8,9 @@ import sys
 
 import pytest
 import torch
-from commands import refusal
 from ready import Prepared
-from tiny import each_model, random_model, random_tokens
-from tiny import refusal as sentence
-from toy_runs import TOY, run, same, weights
+from tiny import each_model, random_model, random_tokens, refusal
+from toy_runs import TOY, refused, run, same, weights
 
 import train
 from teamtr_min.config import Config
@@ -31,7 +29,7 @@ from teamtr_min.tasks import Relay
 N = 91264  # parameters of the relay model
 
 
-@pytest.mark.parametrize("full, version", [*itertools.product(["job", "", "job/step"], [1, 2])])
+@pytest.mark.parametrize("full, version", [*itertools.product([None, "job", "", "job/step"], [1, 2])])
 def test_every_level_of_control_groups_counts(tmp_path, version, full):
     """The level that leaves least decides. Pages of files, which can be given up, do not count as used."""
     limit, used, cache = {
@@ -40,19 +38,15 @@ def test_every_level_of_control_groups_counts(tmp_path, version, full):
     }[version]
     files = {"proc/meminfo": "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  8000 kB\n"}
     files["proc/self/cgroup"] = {1: "5:cpu:/other\n4:memory:/job/step\n0::/\n", 2: "0::/job/step\n"}[version]
-
-    def found() -> int:
-        for name, text in files.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-        return free_memory(torch.device("cpu"), tmp_path)
-
-    assert found() == 8000 * 1024
     for level in ("", "job", "job/step"):
         here = f"sys/fs/cgroup/{'memory/' if version == 1 else ''}{level}".rstrip("/")
         files |= {f"{here}/{limit}": "1000000\n" if level == full else "max\n", f"{here}/{used}": "700000\n"}
         files |= {f"{here}/memory.stat": f"anon 1\n{cache} 50000\nactive_file 9\n"}
-    assert found() == 1000000 - 700000 + 50000
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    left = 8000 * 1024 if full is None else 1000000 - 700000 + 50000
+    assert free_memory(torch.device("cpu"), tmp_path) == left
 
 
 @each_model
@@ -137,7 +131,7 @@ def test_less_memory_means_smaller_batches_then_activations_twice_then_a_refusal
     assert fit[0].rows == 2048 and fit[0].tokens == 4096 and fit[-1].tokens >= fit[-1].longest
     assert "activations computed twice" in str(fit[-1])
     monkeypatch.setenv("TEAMTR_MEMORY", "8 parsecs")
-    assert "a size such as 8GiB" in sentence(planned)
+    assert "a size such as 8GiB" in refusal(planned)
 
 
 def test_on_a_gpu_optimizers_wait_on_the_host_before_activations_are_computed_twice(monkeypatch):
@@ -153,7 +147,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
     monkeypatch.setattr(train, "build_team", lambda *_: pytest.fail("loaded"))
     monkeypatch.setenv("TEAMTR_MEMORY", "40MiB")
     monkeypatch.chdir(tmp_path)
-    assert "40.0 MiB usable" in refusal(capsys, train.main, *TOY) and not [*tmp_path.iterdir()]
+    assert "40.0 MiB usable" in refused(capsys, train.main, *TOY) and not [*tmp_path.iterdir()]
 
 
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
@@ -184,7 +178,7 @@ def test_overlong_problems_are_found_among_all_or_dropped(tmp_path, capsys):
     data.write_text("\n".join(map(json.dumps, lines)))
     flags = ["--task", "jsonl", "--model", "relay", "--data", str(data), "--device", "cpu", "--agents", "2"]
     flags += "--stages 1 --problems 2 --group 2 --max-new-tokens 3 --eval-problems 1 --inner-steps 1".split()
-    sentence = refusal(capsys, train.main, *flags, "--out", str(tmp_path / "run"))
+    sentence = refused(capsys, train.main, *flags, "--out", str(tmp_path / "run"))
     assert "data.jsonl, line 18" in sentence and "the model has 512 positions" in sentence
     assert "(1 of 40 problems are too long): --drop-long" in sentence
     assert train.main([*flags, "--out", str(tmp_path / "run"), "--drop-long"]) == 0

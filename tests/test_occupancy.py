@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import refusal
 from toy_runs import bits
 
 import train
@@ -65,17 +64,6 @@ def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_fi
     made.clear()
     occupancy.run(tmp_path, True, jobs=1)
     assert made == [["--resume", str(out)]] and bits(out) == before
-
-
-def test_a_run_that_really_diverged_has_ended_and_one_that_failed_is_named(made, tmp_path):
-    """By the field `reason`. A step of lr 1e18 makes a loss that is no number."""
-    flags = {"agents": 2, "stages": 1, "device": "cpu", "kl": "none", "lr": 1e18}
-    occupancy.train(flags, tmp_path / "run")
-    assert occupancy.summary(tmp_path / "run")["reason"] == "diverged"
-    row = occupancy.row(occupancy.Arm("relay", "no radius", flags, [tmp_path / "run"]))
-    assert row["return_final"] == [None] and len(row["curve"][0]) == 1
-    occupancy.at_equal_cost([row])
-    assert "failed: error: relay" in refusal(occupancy.train, {"agents": 99}, tmp_path / "broken")
 
 
 def test_curves_are_read_at_the_fewest_rollouts_and_seconds_of_a_finished_run():

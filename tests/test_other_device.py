@@ -22,6 +22,8 @@ from teamtr_min.engine.sampler import Sampler
 from teamtr_min.tasks import Relay
 
 aten = torch.ops.aten
+SIZES = {"device": "meta", "agents": 2, "stages": 1, "problems": 1, "group": 2, "inner_steps": 1}
+SIZES |= {"eval_problems": 2, "max_new_tokens": 2}
 MODULES = ("kernels.linear_logprob", "teamtr_min.engine.decode")  # which have the name of a function beside
 
 
@@ -83,8 +85,7 @@ def elsewhere(request, monkeypatch):
     (0.0, {"dtype": "bf16", "lora_rank": 2, "warm_start": 1, "occupancy": "joint"}),
 ])  # fmt: skip
 def test_a_run_mixes_no_tensors_of_host_and_device(value, flags, elsewhere, tmp_path):
-    sizes = {"agents": 2, "stages": 1, "problems": 1, "group": 2, "inner_steps": 1, "eval_problems": 2}
-    config = Config(device="meta", max_new_tokens=2, out=str(tmp_path / "run"), **sizes | flags)
+    config = Config(out=str(tmp_path / "run"), **SIZES | flags)
     with Elsewhere(value) as mode:
         summary = train.train(config)
     assert summary["return_final"] is not None and (summary["tokens_trained"] > 0) == (value == 0)
@@ -113,10 +114,8 @@ def test_a_step_is_recorded_once_for_each_model_and_number_of_rows(elsewhere, mo
         return step, pool
 
     monkeypatch.setattr(engine_decode, "record", record)
-    monkeypatch.setattr(
-        engine_decode.Decode, "__init__", lambda self, *a: init(self, *a) or setattr(self, "records", True)
-    )
-    sizes = {"agents": 2, "stages": 2, "problems": 1, "group": 2, "inner_steps": 1, "eval_problems": 2}
+    recording = lambda self, *a: init(self, *a) or setattr(self, "records", True)  # noqa: E731
+    monkeypatch.setattr(engine_decode.Decode, "__init__", recording)
     with Elsewhere():
-        train.train(Config(device="meta", max_new_tokens=2, out=str(tmp_path / "run"), **sizes))
+        train.train(Config(out=str(tmp_path / "run"), **SIZES | {"stages": 2}))
     assert len(made) == 2 and set(made.values()) == {1}, "two models, always two rows"

@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import evaluate, printed, refusal
-from toy_runs import results, run
+from toy_runs import evaluate, printed, refused, results, run
 
 import eval as evaluation
 import train
@@ -58,9 +57,7 @@ def page_of(run: Path) -> Page:
 
 def test_what_is_drawn_and_printed_is_what_was_logged(mine, capsys):
     text, (summary, updates, stages) = printed(capsys, "report", "--team", str(mine)), results(mine)
-    low, high = summary["accuracy_final_ci"]
-    assert f"3 of 3 stages; held-out accuracy {summary['accuracy_start']:.3f} -> " in text
-    assert f"{summary['accuracy_final']:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert "{:.3f} [{:.3f}, {:.3f}]".format(summary["accuracy_final"], *summary["accuracy_final_ci"]) in text
     record, (left, right) = report.read(mine), (Figure(), Figure())
     report.learning(left, record)
     (axes,) = left.axes
@@ -92,9 +89,8 @@ def test_the_page_stands_alone_holds_every_transcript_and_shows_what_was_asked_f
     assert [role["name"] for role in page.data["roles"]] == ["A", "B", "C"]
     toy = set("stages problems group inner_steps eval_problems eval_every lr delta device out".split())
     assert page.knobs == toy
-    dataclasses.replace(Config(lora_rank=16, agents=5, occupancy="fresh"), batch_rows=7).save(
-        mine / "config.json"
-    )
+    own = dataclasses.replace(Config(lora_rank=16, agents=5, occupancy="fresh"), batch_rows=7)
+    own.save(mine / "config.json")
     assert page_of(mine).knobs == {"occupancy", "min_ess"}, "a preset of its kind has ten times the rate"
 
 
@@ -112,32 +108,24 @@ def test_hostile_text_stays_text(mine):
     assert page.data["transcripts"][-1]["messages"][0]["text"] == HOSTILE
 
 
-def test_a_run_that_was_stopped_or_killed_has_a_report(stopped, mine):
-    result = report.run([str(shutil.copytree(stopped, mine.with_name("stopped")))])
+def test_a_run_that_was_stopped_has_a_report(copy):
+    result = report.run([str(copy)])
     assert result["state"] == "2 of 3 stages; not finished: interrupted"
-    *whole, last, _ = (mine / "metrics.jsonl").read_text().splitlines(keepends=True)[:7]
-    (mine / "metrics.jsonl").write_text("".join(whole) + last[:50])
-    (mine / "summary.json").unlink()
-    state = report.run([str(mine)])["state"]
-    assert state == "1 of 3 stages; not finished: the run goes on, or was killed"
 
 
 def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(mine, capsys, monkeypatch):
     monkeypatch.chdir(mine.parent)
-    refused = functools.partial(refusal, capsys, evaluation.main, "report")
-    assert "no run under runs/" in refused()
-    assert "config.json" in refused("--team", str(mine.parent))
+    told = functools.partial(refused, capsys, evaluation.main, "report")
+    assert "no run under runs/" in told()
+    assert "config.json" in told("--team", str(mine.parent))
     for name in ("newer", "older"):
         shutil.copytree(mine, f"runs/{name}")
     os.utime("runs/older/metrics.jsonl", (0, 0))
     assert report.run([])["team"] == "runs/newer"
     for inside in ("", "/deeper/page"):
-        assert "--out mine/config.json" in refused("--out", f"mine/config.json{inside}")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "figures need matplotlib: pip install matplotlib" in refused("--team", str(mine))
-    assert not (mine / "report.html").exists()
+        assert "--out mine/config.json" in told("--out", f"mine/config.json{inside}")
     (mine / "metrics.jsonl").write_text("")
-    assert "no update in its metrics.jsonl yet" in refused("--team", str(mine))
+    assert "no update in its metrics.jsonl yet" in told("--team", str(mine))
 
 
 def drawn(path: Path) -> str:
@@ -198,9 +186,7 @@ def test_runs_side_by_side_are_grouped_by_all_but_their_seed(mine, capsys):
     assert f'<a href="{mine.name}/report.html">' in page and page.count("<a ") == 1
 
 
-def test_a_run_ends_with_a_picture_and_no_run_fails_for_want_of_one(
-    tmp_path, capsys, monkeypatch, save_summary
-):
+def test_a_run_ends_with_a_picture_unless_there_is_none(tmp_path, capsys, monkeypatch, save_summary):
     monkeypatch.setattr(figures, "save_summary", save_summary)
     run(tmp_path / "one", "--stages", "1")
     assert (tmp_path / "one/summary.png").read_bytes().startswith(b"\x89PNG")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from campaign import campaign, cut, flip_a_bit
-from commands import interrupt_at, refusal
 from conftest import SHARED
-from toy_runs import TOY, bits, contents, results, run
+from toy_runs import TOY, bits, contents, interrupt_at, refused, results, run
 
 import train
 from teamtr_min.config import Config
@@ -86,18 +85,18 @@ def test_where_nothing_can_be_resumed_nothing_is_touched(copy, capsys, files, se
     for path in copy.glob(files):
         shutil.rmtree(path) if path.is_dir() else cut(path)
     before = contents(copy)
-    assert sentence in refusal(capsys, train.main, "--resume", str(copy))
+    assert sentence in refused(capsys, train.main, "--resume", str(copy))
     assert contents(copy) == before
 
 
 def test_a_resume_of_nothing_or_with_other_flags_names_what_is_wrong(stopped, tmp_path, capsys):
     flags = "--lr 0.1 --agents 3 --order random".split()
-    sentence = refusal(capsys, train.main, "--resume", str(stopped), *flags)
+    sentence = refused(capsys, train.main, "--resume", str(stopped), *flags)
     assert "--lr 0.1 (the run has 0.003), --order random (the run has fixed)" in sentence
     assert "--agents" not in sentence
     with pytest.raises(UserError, match=r"--lr 0.1 \(the run has 0.003\)"):
         train.train(Config(resume=str(stopped), lr=0.1))
-    assert "nowhere" in refusal(capsys, train.main, "--resume", str(tmp_path / "nowhere"))
+    assert "nowhere" in refused(capsys, train.main, "--resume", str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -122,13 +121,13 @@ def test_a_resume_names_what_has_changed_and_goes_on_only_if_told_to(tmp_path, c
     assert train.main(["--resume", "run"]) == 0
     Path("mine.py").write_text(TASK.replace("0.5", "0.9"))
     before = contents(Path("run"))
-    sentence = refusal(capsys, train.main, "--resume", "run")
+    sentence = refused(capsys, train.main, "--resume", "run")
     assert "now than when it began: task file; put them back" in sentence
     assert "--accept-changes" in sentence and contents(Path("run")) == before
     assert train.main(["--resume", "run", "--accept-changes"]) == 0
     assert train.main(["--resume", "run"]) == 0, "what was accepted is what the run rests on from then on"
     Path("roles.json").write_text(json.dumps([*roles[:2], {"name": "D", "system": ""}]))
-    sentence = refusal(capsys, train.main, "--resume", "run")
+    sentence = refused(capsys, train.main, "--resume", "run")
     prompts = [f"prompts of agent {j} (tokenizer, template, roles, date)" for j in range(2)]
     assert f"began: {', '.join(prompts)}, roles file; put" in sentence  # C does not read its own name
 
@@ -141,7 +140,7 @@ def test_a_run_has_one_writer(finished, copy, tmp_path, capsys, new):
     with (out / "metrics.jsonl").open("a") as other:
         before = contents(out)
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert "is being written by another process" in refusal(capsys, train.main, *flags, str(out))
+        assert "is being written by another process" in refused(capsys, train.main, *flags, str(out))
         assert contents(out) == before
     assert train.main([*flags, str(out)]) == 0
     assert bits(out) == bits(finished)
@@ -156,7 +155,7 @@ def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(finished, copy, c
     with monkeypatch.context() as patch:
         for module in modules:
             patch.setattr(f"teamtr_min.{module}.save_file", refuse)
-        assert "No space left on device" in refusal(capsys, train.main, "--resume", str(copy))
+        assert "No space left on device" in refused(capsys, train.main, "--resume", str(copy))
     assert sorted(p.name for p in (copy / "checkpoints").iterdir())[0] in ("000001", "000002")
     assert not list(copy.rglob("*.part"))
     resume(copy, finished)

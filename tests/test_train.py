@@ -1,24 +1,27 @@
-"""A run at toy size: what it writes, that it repeats, what ends it; and the README's commands."""
+"""A run at toy size: what it writes, that it repeats, what flags do, what ends it; the README's commands."""
 
 import importlib.util
 import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from commands import refusal
 from conftest import SHARED
-from toy_runs import TOY, bits, results, run, weights
+from tiny import real_model
+from toy_runs import TOY, bits, evaluate, lines, refused, results, run, weights
 
 import train
+from teamtr_min import occupancy
 from teamtr_min.config import Config
 from teamtr_min.tasks import Relay, WordProblems
 
@@ -86,6 +89,37 @@ def test_every_choice_runs_and_no_metrics_line_holds_a_null(tmp_path, monkeypatc
         assert ["kl_after" in u for u in updates] == [True, False, True] * 2
 
 
+SAMPLED = {  # rollouts that each update of a stage samples anew
+    "--occupancy fresh": [12, 12, 12], "--min-ess 0": [12, 0, 0], "--min-ess 0.99": [12, 12, 12],
+    "--occupancy stale": [12, 0, 0], "--occupancy joint": [12],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", SAMPLED)
+def test_rollouts_are_sampled_and_counted_when_the_flag_says(half_right, tmp_path, monkeypatch, flags):
+    collected, collect = [], occupancy.collect
+    monkeypatch.setattr(occupancy, "collect", lambda *a: collected.append(a[-1].words) or collect(*a))
+    summary, updates, _ = run(tmp_path / "run", *flags.split())
+    new = SAMPLED[flags]
+    assert [u["rollouts"] for u in updates] == new * 2
+    assert collected == [("train", stage, i) for stage in range(2) for i, count in enumerate(new) if count]
+    for u in updates:
+        assert (u["tokens_sampled"] > 0) == (u["seconds_sampling"] > 0) == (u["rollouts"] > 0)
+    assert summary["rollouts"] == 2 * sum(new) and summary["rollouts_evaluation"] == 2 * 8
+    assert summary["tokens_sampled"] == sum(u["tokens_sampled"] for u in updates)
+
+
+@pytest.mark.parametrize("kl", ["hard", "adaptive", "fixed", "none"])
+def test_the_kl_flag_says_what_holds_an_update_back(half_right, tmp_path, kl):
+    summary, updates, _ = run(tmp_path / "run", "--kl", kl, "--delta", "0.002", "--beta", "0.1")
+    assert all(u["delta"] == 0.002 and u["steps"] for u in updates) and summary["violation_rate_before"] > 0.5
+    assert (max(u["kl_after"] for u in updates) <= 0.002) == (kl == "hard")
+    assert any(u["halvings"] for u in updates) == (kl == "hard")
+    assert (summary["violation_rate_after"] == 0) == (kl == "hard")
+    betas = {u["beta"] for u in updates if u["stage"] == 1}
+    assert (betas != {0.0 if kl == "none" else 0.1}) == (kl in ("hard", "adaptive"))
+
+
 def test_every_metrics_key_is_explained(tmp_path):
     flags = "--task convention --diagnostics --eval-every 1 --stages 2".split()
     summary, updates, stages = run(tmp_path / "run", *flags)
@@ -100,6 +134,25 @@ def test_a_team_learns(tmp_path):
     assert summary["accuracy_final"] > summary["accuracy_start"] + 0.25
 
 
+REAL = "--agents 2 --task sums --device cpu --warm-start 4 --problems 2 --stages 1 --group 4 --inner-steps 1"
+
+
+def test_a_real_team_starts_warm_trains_inside_its_radius_and_is_evaluated(tmp_path, capsys):
+    """Of 135 million parameters."""
+    flags = ["--model", str(real_model()), *REAL.split(), "--eval-problems", "2", "--max-new-tokens", "12"]
+    all_threads = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
+    words = [sys.executable, train.__file__, *flags, "--out", "run"]
+    subprocess.run(words, check=True, cwd=tmp_path, env=all_threads)
+    out = tmp_path / "run"
+    (summary, updates, _), warm = results(out), lines(out, "warm_start")
+    assert len(warm) == 8 and warm[-1]["loss"] < 0.5 * warm[0]["loss"]
+    assert len(updates) == 2 and summary["accuracy_final"] is not None
+    assert all(u["kl_after"] <= u["delta"] and u["sampler_mismatch_max"] < 1e-2 for u in updates)
+    assert 0.7 < summary["memory_planned"] / summary["memory_peak"] < 1.3
+    found = evaluate(capsys, "sums", "--team", str(out), "--problems", "2")
+    assert found["problems"] == 2 and found["benchmark"] == "sums"
+
+
 OWN = "from teamtr_min.tasks import Relay\nclass task(Relay):\n    def "
 
 
@@ -110,12 +163,8 @@ def test_partial_credit_is_seen_everywhere(tmp_path, monkeypatch, capsys):
     summary, _, stages = run(Path("run"), *"--task mine.py --eval-every 1 --eval-problems 32".split())
     start, final = summary["return_start"], summary["return_final"]
     assert summary["accuracy_start"] == summary["accuracy_final"] == 0 and 0.2 < min(start, final)
-    said = capsys.readouterr().out
-    stage = f"stage   1/2  return {stages[0]['return_mean']:.3f} (accuracy 0.000)  held-out return "
-    course = f"held-out return {start:.3f} -> {final:.3f} [", "] (accuracy 0.000 -> 0.000), 32 problems"
-    course += ("next: python eval.py mine.py",)
-    for words in (f"start         held-out return {start:.3f} [", stage, "mean return by stage", *course):
-        assert words in said
+    said, stage = capsys.readouterr().out, f"return {stages[0]['return_mean']:.3f} (accuracy 0.000)"
+    assert stage in said and f"held-out return {start:.3f} -> {final:.3f} [" in said
 
 
 ROUTER = "calls = []\ndef router(turn, *others):\n    calls.append(turn)\n    "
@@ -160,7 +209,7 @@ def test_what_a_tasks_measure_returns_is_checked(tmp_path, monkeypatch, capsys):
     faults = {'{"x": [1.0, float("nan")]}': "JSON cannot hold", '{"lr": 1}': "lr, which are logged"}
     for out, (returned, words) in zip(("run", "other"), faults.items()):
         Path("mine.py").write_text(f"{OWN}measure(self, problems, messages): return {returned}")
-        assert words in refusal(capsys, train.main, *flags, out)
+        assert words in refused(capsys, train.main, *flags, out)
 
 
 def test_an_existing_output_directory_is_refused_first_and_never_written_into(tmp_path, capsys):
@@ -168,7 +217,7 @@ def test_an_existing_output_directory_is_refused_first_and_never_written_into(tm
     for text in ("years of work", ""):
         thesis.write_text(text)
         for out, sentence in ((tmp_path, used), (thesis, "Not a directory")):
-            assert sentence in refusal(capsys, train.main, *TOY, "--out", str(out), "--model", "nonesuch")
+            assert sentence in refused(capsys, train.main, *TOY, "--out", str(out), "--model", "nonesuch")
         assert [*tmp_path.iterdir()] == [thesis] and thesis.read_text() == text
 
 

@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 from tiny import random_model, write_checkpoint, write_relabelled_tokenizer
-from toy_runs import bits, parity, run
+from toy_runs import bits, run
 
 import train
-from teamtr_min.tasks import Relay
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +17,11 @@ def pair(tmp_path_factory) -> str:
     return f"relay,{write_relabelled_tokenizer(directory)}"
 
 
-@pytest.fixture(autouse=True)
-def grade(monkeypatch):
-    monkeypatch.setattr(Relay, "grade", parity)
-
-
-FLAGS = ["--agents", "2", "--task", "relay", "--max-new-tokens", "7"]
-
-
 @pytest.mark.parametrize("more", [
     "--rounds 2 --diagnostics --min-ess 0", "--dtype bf16 --occupancy joint --router random",
 ])  # fmt: skip
-def test_a_team_of_two_kinds_trains_and_resumes_to_the_same_bits(pair, tmp_path, more):
-    flags = [*FLAGS, "--model", pair, *more.split()]
+def test_a_team_of_two_kinds_trains_and_resumes_to_the_same_bits(pair, half_right, tmp_path, more):
+    flags = [*"--agents 2 --task relay --max-new-tokens 7 --model".split(), pair, *more.split()]
     _, updates, _ = run(tmp_path / "whole", *flags)
     assert any(u["kl_after"] != 0 for u in updates if "kl_after" in u)
     assert all(u["sampler_mismatch_max"] < (1e-4 if "bf16" not in more else 0.5) for u in updates)

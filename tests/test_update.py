@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 from audit_radius import audit, kl_by_loop
-from commands import interrupt_at
 from ready import Prepared
-from toy_runs import TOY, results
+from toy_runs import TOY, interrupt_at, results
 
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.learner import Diverged
@@ -56,41 +55,6 @@ def test_backtracking_restores_the_optimizer_with_the_weights():
         assert state["step"] == update.steps - 1 and same(state.values(), accepted.state[i].values())
         assert torch.allclose(p, accepted.masters[i].lerp(outside[i], fraction), atol=1e-7)
         assert p.grad is None
-
-
-def test_the_first_pass_makes_the_old_log_probs_that_later_ones_are_measured_against():
-    ready = Prepared([1], batch_tokens=150, temperature=0.7, rounds=2, max_new_tokens=4)  # cuts some off
-    learner, batches, config = ready.learner, ready.batches, ready.config
-    first = learner.backward(batches, config).stats
-    assert first["ratio_mean"] == pytest.approx(1, abs=1e-6) and first["ratio_max"] == 1
-    assert first["kl"] == first["kl_k1"] == first["kl_k3"] == first["clip_fraction"] == 0
-    assert 0 <= first["sampler_mismatch"] < 1e-6 and first["entropy"] > 0
-    learner.step(2e-3)
-    later, again = (learner.measure(batches, config).stats for _ in range(2))
-    assert later == again and later["kl"] > 1e-3, "it does not move what is measured against"
-    assert "entropy" not in later and "sampler_mismatch" not in later
-
-
-def test_weights_of_rollouts_reach_loss_gradient_and_monitor():
-    """Weights 0 and 2 on halves of the problems are the update on one half alone."""
-    ready = Prepared(batch_tokens=150, beta=0.5)
-    all_of_it, half = ready.rollouts, len(ready.rollouts.returns) // 2
-    log_weights = torch.full((2 * half,), -math.inf)
-    log_weights[:half] = 0.0
-    part = {name: getattr(all_of_it, name)[:half] for name in ("problems", "messages", "returns")}
-    weighted = ready.batch(dataclasses.replace(all_of_it, log_weights=log_weights))
-    alone = ready.batch(dataclasses.replace(all_of_it, **part), ready.advantages[:half])
-    before, stats, gradients = ready.learner.snapshot(), [], []
-    for batches in (weighted, alone):  # at weights 1% from those that wrote the rollouts
-        ready.learner.measure(batches, ready.config)
-        with torch.no_grad():
-            torch._foreach_mul_(ready.learner.masters, 1.01)
-        stats.append(ready.learner.backward(batches, ready.config).stats)
-        gradients.append([p.grad for p in ready.learner.masters])
-        ready.learner.restore(before)
-    for name in ("loss", "kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-        assert stats[0][name] == pytest.approx(stats[1][name], rel=1e-4, abs=1e-6), name
-    assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-3) for a, b in zip(*gradients))
 
 
 FAULTS = {"gradient": "gradient is not finite", "advantage": "loss is nan", "weight": "kl_k1|loss is nan"}
@@ -161,7 +125,7 @@ def test_beta_follows_the_attempted_overshoot_within_its_bounds():
     assert update.attempted["kl"] > 1.5 * ready.config.delta > update.kept["kl"]
     assert update.beta == 0.01 and learner.beta == pytest.approx(0.015)
     for beta, attempted, adapted in (
-        *((0.01, 0.031, 0.015), (0.01, 0.029, 0.01), (0.015, 0.013, 0.01)),
+        *((0.01, 0.031, 0.015), (0.01, 0.029, 0.01), (0.01, 0.014, 0.01), (0.015, 0.013, 0.01)),
         *((0.9, 9.0, 1.0), (1.2e-4, 0.0, 1e-4), (0.0, 9.0, 0.0)),  # the bounds
     ):
         learner.beta = beta

@@ -1,4 +1,4 @@
-"""The warm start: supervised steps on demonstrations before stage 0."""
+"""Supervised steps: the warm start before stage 0, and the program that makes the shipped models."""
 
 import copy
 import json
@@ -6,18 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import interrupt_at, refusal
 from ready import Prepared
-from tiny import refusal as sentence
-from toy_runs import TOY, bits, lines, results, run
+from tiny import refusal
+from toy_runs import TOY, bits, interrupt_at, lines, refused, results, run
 
 import train
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.extras import warm_start
 from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses, read_demonstrations
+from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.hf.weights import ASSETS
 from teamtr_min.learner import Diverged
 from teamtr_min.rollout import agent_batches
+from teamtr_min.studies import pretrain
 from teamtr_min.tasks import Relay, load_task
 
 FLAGS = ["--warm-start", "6", "--warm-start-lr", "4e-4", "--problems", "12", "--eval-problems", "64"]
@@ -91,10 +93,9 @@ def test_a_run_measures_before_the_warm_start_and_after_it(warmed):
     assert summary["tokens_warm_start"] == sum(line["tokens"] for line in warm)
 
 
-STOPS = [((11, warm_start, "descend"), 2, 2), ((1, train, "update"), 10, 6)]
-
-
-@pytest.mark.parametrize("moment, most, done", STOPS)
+@pytest.mark.parametrize("moment, most, done", [
+    ((11, warm_start, "descend"), 2, 2), ((1, train, "update"), 10, 6)
+])  # fmt: skip
 def test_a_stopped_warm_start_resumes(warmed, tmp_path, monkeypatch, capsys, moment, most, done):
     """To the same bits. `most`: steps between checkpoints; `done`: steps of the last one."""
     monkeypatch.setattr("teamtr_min.run.run.WARM_STEPS_BETWEEN_CHECKPOINTS", most)
@@ -106,8 +107,8 @@ def test_a_stopped_warm_start_resumes(warmed, tmp_path, monkeypatch, capsys, mom
     assert bits(tmp_path / "run") == bits(warmed)
 
 
-def write(path, text: str) -> str:
-    path.write_text(json.dumps({"text": text, "messages": [{"agent": 0, "text": "2"}]}))
+def write(path, text: str, more: str = "") -> str:
+    path.write_text(json.dumps({"text": text, "messages": [{"agent": 0, "text": "2"}]}) + more)
     return str(path)
 
 
@@ -128,27 +129,21 @@ def test_transcripts_of_a_run_are_demonstrations_but_for_held_out_problems(finis
     assert summary["tokens_warm_start"] > 0
 
 
-def test_what_is_no_transcript_or_longer_than_the_model_is_refused_before_any_training(tmp_path, capsys):
+def test_what_cannot_be_shown_is_refused_before_any_training(tmp_path, capsys):
     for line in (
         "{}", '{"text": "1+1", "messages": []}', '{"text": 1, "messages": [{}]}',
         '{"text": "1+1", "messages": [{"agent": 3, "text": "2"}]}',
         '{"text": "1", "messages": [{"agent": 0, "text": 2}]}',
     ):  # fmt: skip
-        path = write(tmp_path / "bad.jsonl", "1+1+1+1")
-        with open(path, "a") as file:
-            file.write(f"\n\n{line}\n")
-        assert "bad.jsonl, line 3: not a transcript" in sentence(read, path)
+        path = write(tmp_path / "bad.jsonl", "1+1+1+1", f"\n\n{line}\n")
+        assert "bad.jsonl, line 3: not a transcript" in refusal(read, path)
     path = write(tmp_path / "long.jsonl", "1" + "+1" * 400)
     flags = [*TOY, "--warm-start", "1", "--demonstrations", path, "--out", str(tmp_path / "run")]
-    assert train.main(flags) == 2
-    assert "tokens for agent 0, whose model has 512 positions" in capsys.readouterr().err
-
-
-def test_what_cannot_be_shown_is_a_sentence(tmp_path):
+    assert "agent 0, whose model has 512 positions" in refused(capsys, train.main, *flags)
     held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))
-    assert "holds no transcripts of training problems" in sentence(read, write(tmp_path / "held", held_out))
-    assert "cannot be read" in sentence(read, str(tmp_path / "none"))
-    said = sentence(read_demonstrations, Config(warm_start=1, device="cpu"), SimpleNamespace())
+    assert "holds no transcripts of training problems" in refusal(read, write(tmp_path / "held", held_out))
+    assert "cannot be read" in refusal(read, str(tmp_path / "none"))
+    said = refusal(read_demonstrations, Config(warm_start=1, device="cpu"), SimpleNamespace())
     assert "makes no demonstrations; give --demonstrations FILE" in said
 
 
@@ -168,7 +163,18 @@ def test_demonstrations_are_right_rollouts_on_training_problems_and_made_once(tm
         assert train.main(["--resume", flags[-1]]) == 0
     assert bits(tmp_path / "stopped") == bits(tmp_path / "run")
     flags[-1], finished = str(tmp_path / "none"), str(tmp_path / "run")
-    others = refusal(capsys, train.main, *flags, "--demonstrate", finished, "--agents", "2")
+    others = refused(capsys, train.main, *flags, "--demonstrate", finished, "--agents", "2")
     monkeypatch.setattr(Relay, "grade", lambda *_: 0.5)
-    nothing = refusal(capsys, train.main, *flags, "--demonstrate", finished)
+    nothing = refused(capsys, train.main, *flags, "--demonstrate", finished)
     assert "has 3 agents, this run has 2" in others and "none of 96 rollouts has a return of 1" in nothing
+
+
+@pytest.mark.parametrize("task", pretrain.COURSES)
+def test_pretraining_lowers_the_loss_to_the_same_bits(task, monkeypatch):
+    monkeypatch.setattr(pretrain, "ROWS", 16)
+    tokenizer, losses = load_tokenizer(ASSETS / task), []
+    for steps in (2, 24, 24):
+        torch.rand(3)  # the state of torch's generator has no part in it
+        model = pretrain.initial_model(tokenizer.vocab_size)
+        losses.append(pretrain.train(model, tokenizer, pretrain.COURSES[task]._replace(steps=steps)))
+    assert losses[1] == losses[2] < 0.9 * losses[0]

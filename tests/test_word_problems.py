@@ -49,8 +49,6 @@ def test_a_fault_in_a_problem_file_is_located(tmp_path, line, fault):
     (tmp_path / "p.jsonl").write_text(('{"q": "7+8", "a": "5"}\n' if line else "\n") + line + "\n")
     with pytest.raises(UserError, match=fault):
         read_problems(tmp_path / "p.jsonl", "q", "a")
-    with pytest.raises(UserError, match="jsonl needs --data"):
-        load_task(Config(task="jsonl"))
 
 
 def test_problems_are_split_and_sampled_without_repetition(task):

@@ -40,25 +40,13 @@ def computed(given: dict[str, list[float]]) -> dict[str, list[float]]:
     return found | {"step_kept": [0.5**halvings], "kl_kept": [full_step * 0.25**halvings]}
 
 
-def check(page: str) -> None:
+def test_every_number_on_the_page_is_right():
     """What has six decimals is rounded, and what has fewer is exact."""
-    lines = [line.split(" = ") for line in "".join(BLOCK.findall(page)).splitlines() if line]
+    lines = [line.split(" = ") for line in "".join(BLOCK.findall(PAGE)).splitlines() if line]
     printed = {name: values.split(", ") for name, values in lines}
-    assert len(printed) == len(lines), "a name stands twice"
+    assert len(printed) == len(lines) > 20, "a name stands twice"
     derived = computed({name: [float(value) for value in values] for name, values in printed.items()})
     for name in printed.keys() - set(INPUTS):
         for text, value in zip(printed[name], derived[name], strict=True):
             rounding = 0.51e-6 if len(text.partition(".")[2]) == 6 else 1e-9
             assert float(text) == pytest.approx(value, rel=0, abs=rounding), name
-
-
-def test_every_number_is_right_and_a_changed_one_is_noticed():
-    check(PAGE)
-    changed = 0
-    for block in BLOCK.finditer(PAGE):
-        for digit in re.finditer(r"\d(?=,|$)", block[0], re.MULTILINE):
-            at = block.start() + digit.start()
-            with pytest.raises(AssertionError):
-                check(PAGE[:at] + str((int(digit[0]) + 1) % 10) + PAGE[at + 1 :])
-            changed += 1
-    assert changed > 50

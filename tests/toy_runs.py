@@ -1,21 +1,18 @@
-"""Runs of the whole program small enough for a test, in this process."""
+"""train.py and eval.py called in this process, at toy size, and what a run leaves behind."""
 
+import itertools
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+import eval as evaluation
 import train
 
 # 3 agents, 2 stages, 12 rollouts per collection; steps large enough that every agent changes its messages.
 TOY = ["--agents", "3", "--stages", "2", "--problems", "3", "--group", "4", "--inner-steps", "2",
        "--eval-problems", "8", "--lr", "3e-3", "--delta", "0.5", "--device", "cpu"]  # fmt: skip
-
-
-def parity(task, problem, messages) -> float:
-    """A grade that half of all rollouts get: few groups this small would have both outcomes otherwise."""
-    return float(sum(messages[-1].tokens) % 2)
 
 
 def run(out: Path, *flags: str) -> tuple[dict, list[dict], list[dict]]:
@@ -55,3 +52,36 @@ def bits(out: Path) -> tuple:
     files = [*out.glob("agents/*/*"), *sorted(out.glob("checkpoints/*"))[-1].glob("*.safetensors")]
     held = {str(file.relative_to(out)): file.read_bytes() for file in files}
     return timeless([summary, *updates, *stages]), (out / "transcripts.jsonl").read_bytes(), held
+
+
+def refused(capsys, main, *flags: str) -> str:
+    """The one sentence with which a command refuses these flags."""
+    capsys.readouterr()
+    assert main([*flags]) == 2
+    plan = "memory  ", " " * 8  # how its lines begin
+    said = capsys.readouterr().err.splitlines(keepends=True)
+    sentence = "".join(line for line in said if not line.startswith(plan))
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1, said
+    return sentence
+
+
+def printed(capsys, *flags: str) -> str:
+    capsys.readouterr()
+    assert evaluation.main([*flags]) == 0
+    return capsys.readouterr().out
+
+
+def evaluate(capsys, *flags: str) -> dict:
+    return json.loads(printed(capsys, *flags, "--json"))
+
+
+def interrupt_at(call: int, monkeypatch, owner, name: str) -> None:
+    """Ctrl-C instead of the `call`-th call, from 1, of a function of this module."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*arguments, **named):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, interrupted)
