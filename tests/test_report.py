@@ -132,7 +132,7 @@ def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(min
     os.utime("runs/older/metrics.jsonl", (0, 0))
     assert report.run([])["team"] == "runs/newer"
     for inside in ("", "/deeper/page"):
-        assert "--out mine/config.json" in refused("--out", f"mine/config.json{inside}")
+        assert "mine/config.json" in refused("--out", f"mine/config.json{inside}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "figures need matplotlib: pip install matplotlib" in refused("--team", str(mine))
     assert not (mine / "report.html").exists()

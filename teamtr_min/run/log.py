@@ -6,14 +6,16 @@ docs/metrics.md explains every key. A line holds only what was measured: a key t
 import math
 import shlex
 import textwrap
+import traceback
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
-from teamtr_min.files import read_jsonl
-from teamtr_min.learner import Learner, Update
+from teamtr_min.engine.distributed import Ranks, lost
+from teamtr_min.files import UserError, read_jsonl, users_line
+from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.memory import size
 from teamtr_min.tasks.task import Problem
@@ -105,6 +107,23 @@ def say(text: str) -> None:
     if text:
         with tqdm.external_write_mode():
             print(text, flush=True)
+
+
+def say_end(error: BaseException, ranks: Ranks) -> int:
+    """Say in a sentence why a program ends; returns its exit code. A traceback is for faults of the code, and
+    of a user's file."""
+    if isinstance(error, KeyboardInterrupt):
+        ranks.say("interrupted")
+        return 130
+    if isinstance(error, Diverged | FloatingPointError | torch.OutOfMemoryError):
+        ranks.say(f"stopped: {str(error).splitlines()[0]}")
+        return 1
+    of_user = None if isinstance(error, UserError) else users_line(error)
+    known = of_user or lost(ranks, error)
+    if of_user or not (known or isinstance(error, UserError | OSError)):
+        traceback.print_exception(error)
+    ranks.say(f"error: {known or error}")
+    return 2
 
 
 def header(config: Config, team: Team, directory: Path) -> str:
