@@ -1,7 +1,6 @@
-"""Files: strict JSON, written whole or not at all, one writer, functions of a user's file; and UserError."""
+"""Files: strict JSON, written whole or not at all, functions of a user's file; and UserError."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -91,14 +90,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def lock(file) -> None:
-    """Lock an open file until it is closed. Raises UserError if another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{file.name} is being written by another process; wait until it ends") from None
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """A run around the loop of train.py: its directory, logs, evaluations, checkpoints, resume and summary."""
 
 import collections
+import fcntl
 import hashlib
 import os
 import shutil
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.files import UserError, lock, read_json, sha256, to_json, users_line, write_json
+from teamtr_min.files import UserError, read_json, sha256, to_json, users_line, write_json
 from teamtr_min.hf.hub import weight_files
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
@@ -146,7 +147,11 @@ class Run:
         """Lock the directory before anything is written; then write, or on resume compare, config.json."""
         self.directory.mkdir(parents=True, exist_ok=bool(self.config.resume or self.config.out))
         self.files[METRICS] = (self.directory / METRICS).open("a", encoding="utf-8")
-        lock(self.files[METRICS])
+        try:
+            fcntl.flock(self.files[METRICS], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            busy = f"{self.directory} is being written by another process; wait until it ends"
+            raise UserError(busy) from None
         check_out(self.config)  # another run may have begun, and ended, meanwhile
         self.files[TRANSCRIPTS] = (self.directory / TRANSCRIPTS).open("a", encoding="utf-8")
         path, found = self.directory / "config.json", provenance(self.config, self.team, self.held_out[0])
