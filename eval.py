@@ -102,11 +102,7 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     for team, name in itertools.product(teams, [name for name in words or [None] if name not in OTHERS]):
         exam = accuracy.find_team(team, flags, name)
         exams.append(accuracy.prepare(exam, name, args.problems, args.data, args.shots))
-    table = accuracy.Table(several=len(exams) > 1)
-    file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
-    for exam in exams:
-        result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks, args.seeds, file)
-        yield result, table.add(result, rollouts)
+    yield from accuracy.run(exams, args, ranks)
     for name in words if ranks.first else ():
         if name in OTHERS:
             yield from other(name, args, flags)
