@@ -28,15 +28,16 @@ from torch import Tensor
 
 from teamtr_min.config import Config, Parser
 from teamtr_min.engine import rng
+from teamtr_min.engine.distributed import ALONE
 from teamtr_min.engine.model import Transformer
 from teamtr_min.extras.diagnostics import bootstrap
 from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses
 from teamtr_min.files import UserError, replacing, to_json
 from teamtr_min.hf.weights import pinned
-from teamtr_min.learner import Diverged, Learner
+from teamtr_min.learner import Learner
 from teamtr_min.occupancy import update_groups
 from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
-from teamtr_min.run import checkpoint
+from teamtr_min.run import checkpoint, log
 from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import provenance, unchanged
@@ -218,9 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         models[args.agent] = args.model
         changes = {"model": ",".join(models), "stages": args.stages or config.stages}
         line = replace(args.resume, args.agent, pinned(dataclasses.replace(config, **changes)), args.align)
-    except (UserError, OSError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        return log.say_end(error, ALONE)
     for when in ("replaced", "aligned"):
         shock, (low, high) = line[f"shock_{when}"], line[f"shock_{when}_ci"]
         print(f"agent {args.agent} {when}: held-out return {line['return_before']:.3f} -> "
