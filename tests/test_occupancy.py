@@ -38,9 +38,9 @@ def made(monkeypatch):
 def test_arms_make_equal_rollouts_unless_they_collect_by_need(short, tmp_path):
     budgets = {}
     for arm in occupancy.arms(tmp_path, short):
-        config = parse(occupancy.words(arm.flags), "")
+        config = parse(occupancy.words(arm["flags"]), "")
         per_stage = config.agents if config.min_ess == 1 else 1
-        budgets.setdefault(arm.setting, set()).add(config.stages * per_stage * config.problems)
+        budgets.setdefault(arm["setting"], set()).add(config.stages * per_stage * config.problems)
     assert len(budgets) > 2 and all(len(budget) == 1 for budget in budgets.values())
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_really_diverged_has_ended_and_one_that_failed_is_named(made,
     flags = {"agents": 2, "stages": 1, "device": "cpu", "kl": "none", "lr": 1e18}
     occupancy.train(flags, tmp_path / "run")
     assert occupancy.summary(tmp_path / "run")["reason"] == "diverged"
-    row = occupancy.row(occupancy.Arm("relay", "no radius", flags, [tmp_path / "run"]))
+    row = occupancy.row({"setting": "relay", "flags": flags, "runs": [tmp_path / "run"]})
     assert row["return_final"] == [None] and len(row["curve"][0]) == 1
     occupancy.at_equal_cost([row])
     assert "failed: error: relay" in refusal(occupancy.train, {"agents": 99}, tmp_path / "broken")

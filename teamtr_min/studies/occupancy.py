@@ -9,12 +9,10 @@ are compared at the fewest rollouts that one of their runs took, and at the fewe
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from teamtr_min.bench import report
 from teamtr_min.files import UserError, read_json, write_json
@@ -47,14 +45,8 @@ STUDENT = {2: 12.706, 3: 4.303}  # seeds: 97.5% quantile
 ROLLOUTS, SECONDS, RETURN = 0, 1, 2  # places in a point of a curve
 
 
-class Arm(NamedTuple):  # a row of the table
-    setting: str
-    name: str
-    flags: dict
-    runs: list[Path]  # one directory per seed
-
-
-def arms(root: Path, short: bool) -> list[Arm]:
+def arms(root: Path, short: bool) -> list[dict]:
+    """The rows of the table, before anything is run; `runs` are directories, one per seed."""
     found = []
     for setting in SHOWN if short else SETTINGS:
         flags, stages = SETTINGS[setting]
@@ -62,8 +54,8 @@ def arms(root: Path, short: bool) -> list[Arm]:
             count = (2 if short else stages) * (1 if name == "fresh" else flags["agents"])
             sizes = {"stages": count, "eval_every": max(1, count // 10), "device": "cpu"}
             sizes |= {"problems": 4, "eval_problems": 64} if short else {"eval_problems": 1024}
-            runs = [root / setting / name / f"seed {seed}" for seed in range(2 if short else 3)]
-            found.append(Arm(setting, name, flags | rollouts | sizes, runs))
+            runs = [str(root / setting / name / f"seed {seed}") for seed in range(2 if short else 3)]
+            found.append({"setting": setting, "name": name, "flags": flags | rollouts | sizes, "runs": runs})
     return found
 
 
@@ -72,10 +64,9 @@ def run(root: Path, short: bool, jobs: int) -> dict:
     figures.require_matplotlib()
     root = root / "short" if short else root
     wanted = arms(root, short)
-    todo = [(arm.flags | {"seed": seed}, path) for arm in wanted for seed, path in enumerate(arm.runs)]
+    todo = [(arm["flags"] | {"seed": i}, Path(path)) for arm in wanted for i, path in enumerate(arm["runs"])]
     todo = [job for job in todo if summary(job[1]) is None]
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        list(tqdm(pool.map(lambda job: train(*job), todo), total=len(todo), unit="run", disable=None))
+    thread_map(lambda job: train(*job), todo, max_workers=max(1, jobs), unit="run", disable=None)
     rows, figure = at_equal_cost([row(arm) for arm in wanted]), root / "occupancy.png"
     figure.write_bytes(figures.render(rows, draw))
     found = {"benchmark": "occupancy", "rows": rows, "figure": str(figure)}
@@ -104,12 +95,11 @@ def summary(path: Path) -> dict | None:
     return found if found["return_final"] is not None or found["reason"] == "diverged" else None
 
 
-def row(arm: Arm) -> dict:
-    """What an arm's runs came to: lists over seeds."""
-    runs = [of_run(path, arm.flags["agents"] - 1) for path in arm.runs]
+def row(arm: dict) -> dict:
+    """The arm with what its runs came to: lists over seeds."""
+    runs = [of_run(Path(path), arm["flags"]["agents"] - 1) for path in arm["runs"]]
     keys = [key for key, _ in COLUMNS.values()] + ["return_final", "curve"]
-    found = {key: [run.get(key) for run in runs] for key in keys}
-    return {"setting": arm.setting, "name": arm.name, "flags": arm.flags, **found}
+    return arm | {key: [run.get(key) for run in runs] for key in keys}
 
 
 def of_run(path: Path, last: int) -> dict:
@@ -125,8 +115,7 @@ def of_run(path: Path, last: int) -> dict:
 
 
 def at_equal_cost(rows: list[dict]) -> list[dict]:
-    """The rows with returns at the fewest rollouts, and the fewest seconds, of a finished run of their
-    setting; None for a seed that diverged before."""
+    """The rows with returns at the fewest rollouts and seconds of runs of their setting; None: diverged."""
     for row in rows:
         peers = [r for r in rows if r["setting"] == row["setting"]]
         ends = [c[-1] for r in peers for c, final in zip(r["curve"], r["return_final"]) if final is not None]
