@@ -23,7 +23,7 @@ from torch import Tensor
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks
+from teamtr_min.engine.distributed import Ranks
 from teamtr_min.files import UserError, read_json, to_json
 from teamtr_min.hf.hub import hub_data
 from teamtr_min.hf.weights import pinned
@@ -102,7 +102,7 @@ def run(exams: list[Exam], args: Namespace, ranks: Ranks) -> Iterator[tuple[dict
     """Each result, and its text: of a single one with transcripts, of several lines of a table."""
     file, above = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None, ""
     for exam in exams:
-        result, rollouts = evaluate(exam, args.mode, args.k, ranks, args.seeds, file)
+        result, rollouts = evaluate(exam, args, ranks, file)
         facts = result | {"shots": len(result["shots"])}
         heading = textwrap.fill(", ".join(f"{name} {facts[name]}" for name in HEADING), 88)
         heading = textwrap.indent(heading, "  ")  # what the result rests on
@@ -119,11 +119,10 @@ def run(exams: list[Exam], args: Namespace, ranks: Ranks) -> Iterator[tuple[dict
         yield result, "\n".join(lines)
 
 
-def evaluate(
-    exam: Exam, mode: str, k: int, ranks: Ranks = ALONE, seeds: int = 1, file: IO | None = None
-) -> tuple[dict, Rollouts]:
+def evaluate(exam: Exam, args: Namespace, ranks: Ranks, file: IO | None) -> tuple[dict, Rollouts]:
     """What `--json` prints, and the first seed's rollouts; `file` gets all samples. Raises UserError."""
     begin, config, task = time.perf_counter(), exam.config, exam.task
+    mode, k, seeds = args.mode, args.k, args.seeds
     if mode == "vote" and not callable(getattr(task, "answer", None)):
         raise UserError("to vote, a task needs a method answer(messages) -> str | None")
     gc.collect()  # the memory of the team before

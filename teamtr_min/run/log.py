@@ -48,10 +48,13 @@ def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
     return mean, [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def violation_rate(updates: list[dict], kl: str) -> float | None:
-    """Share of updates whose KL exceeded delta. Those without either do not count; None if none does."""
-    outside = [u[kl] > u["delta"] for u in updates if kl in u and "delta" in u]
-    return sum(outside) / len(outside) if outside else None
+def totals(updates: list[dict]) -> dict:
+    """Costs of updates, and the share whose KL, attempted and kept, exceeded delta; None if none has both."""
+    found = {key: sum(u.get(key, 0) for u in updates) for key in COSTS}
+    for when in ("before", "after"):
+        outside = [u[f"kl_{when}"] > u["delta"] for u in updates if f"kl_{when}" in u and "delta" in u]
+        found[f"violation_rate_{when}"] = sum(outside) / len(outside) if outside else None
+    return found
 
 
 def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update) -> dict:
@@ -92,8 +95,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_scalars(writer, lines: list[dict], names: list[str]) -> None:
-    """The numbers of metrics.jsonl's lines, by stage, as `KEY/AGENT` of updates (`kl_after/0 A`), `stage/KEY`
-    and `evaluation/KEY`."""
+    """The numbers in lines of metrics.jsonl, by stage: `kl_after/0 A`, `stage/KEY`, `evaluation/KEY`."""
     for line in (line for line in lines if "stage" in line):
         agent = f"{line['agent']} {names[line['agent']]}" if "agent" in line else "team"
         for key in line.keys() - {"stage", "update", "agent"}:
@@ -110,8 +112,7 @@ def say(text: str) -> None:
 
 
 def say_end(error: BaseException, ranks: Ranks) -> int:
-    """Say in a sentence why a program ends; returns its exit code. A traceback is for faults of the code, and
-    of a user's file."""
+    """Say why a program ends; returns its exit code. Faults of code, a user's too, show their traceback."""
     if isinstance(error, KeyboardInterrupt):
         ranks.say("interrupted")
         return 130
