@@ -27,7 +27,7 @@ import torch
 
 from teamtr_min.bench import accuracy, ask, report, speed
 from teamtr_min.config import Parser, add_flags, split_names
-from teamtr_min.engine.distributed import ALONE, Ranks, join
+from teamtr_min.engine.distributed import Ranks
 from teamtr_min.files import UserError, to_json
 from teamtr_min.run import log
 from teamtr_min.studies import occupancy
@@ -41,16 +41,13 @@ Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for peo
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks, code = ALONE, 0
-    try:
+    def work(ranks: Ranks) -> None:
         args, flags = parse(argv)
-        ranks = join()
         for result, text in results(args, flags, ranks):
             if ranks.first:
                 print(to_json(result) if args.json else text, flush=True)
-    except (Exception, KeyboardInterrupt) as error:
-        code = log.say_end(error, ranks)
-    return ranks.leave(code)
+
+    return log.program(work)
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, dict]:

@@ -18,7 +18,7 @@ import time
 
 from teamtr_min.config import Config, parse, runnable
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks, halving, join, memory_is_full
+from teamtr_min.engine.distributed import ALONE, Ranks, halving, memory_is_full
 from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.extras.warm_start import warm_start
 from teamtr_min.hf.weights import pinned
@@ -136,13 +136,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks, code = ALONE, 0
-    try:
-        ranks = join()
-        train(parse(argv, __doc__), ranks)
-    except (Exception, KeyboardInterrupt) as error:
-        code = log.say_end(error, ranks)
-    return ranks.leave(code)
+    return log.program(lambda ranks: train(parse(argv, __doc__), ranks))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import math
 import shlex
 import textwrap
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
-from teamtr_min.engine.distributed import Ranks, lost
+from teamtr_min.engine.distributed import ALONE, Ranks, join, lost
 from teamtr_min.files import UserError, read_jsonl, users_line
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts
@@ -111,20 +112,27 @@ def say(text: str) -> None:
             print(text, flush=True)
 
 
-def say_end(error: BaseException, ranks: Ranks) -> int:
-    """Say why a program ends; returns its exit code. Faults of code, a user's too, show their traceback."""
-    if isinstance(error, KeyboardInterrupt):
+def program(work: Callable[[Ranks], None]) -> int:
+    """Do `work` in the processes that torchrun has started, or in this one, and say why it ended early; the
+    exit code. Errors in code, a user's too, show their traceback."""
+    ranks, code = ALONE, 0
+    try:
+        ranks = join()
+        work(ranks)
+    except KeyboardInterrupt:
         ranks.say("interrupted")
-        return 130
-    if isinstance(error, Diverged | FloatingPointError | torch.OutOfMemoryError):
+        code = 130
+    except (Diverged, FloatingPointError, torch.OutOfMemoryError) as error:
         ranks.say(f"stopped: {str(error).splitlines()[0]}")
-        return 1
-    of_user = None if isinstance(error, UserError) else users_line(error)
-    known = of_user or lost(ranks, error)
-    if of_user or not (known or isinstance(error, UserError | OSError)):
-        traceback.print_exception(error)
-    ranks.say(f"error: {known or error}")
-    return 2
+        code = 1
+    except Exception as error:
+        of_user = None if isinstance(error, UserError) else users_line(error)
+        known = of_user or lost(ranks, error)
+        if of_user or not (known or isinstance(error, UserError | OSError)):
+            traceback.print_exc()
+        ranks.say(f"error: {known or error}")
+        code = 2
+    return ranks.leave(code)
 
 
 def header(config: Config, team: Team, directory: Path) -> str:
