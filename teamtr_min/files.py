@@ -99,8 +99,6 @@ def sha256(path: Path) -> str:
 
 def function_from_file(path: str, name: str) -> Callable:
     """The function `name` of a user's Python file. Raises UserError if there is none, or what it raises."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist")
     # The module is named by its path as the user typed it: by this users_line() knows it.
     spec = importlib.util.spec_from_file_location(path, path)
     module = sys.modules[path] = importlib.util.module_from_spec(spec)

@@ -79,7 +79,8 @@ def test_a_users_file_is_named_with_the_line_in_which_it_failed_or_what_it_lacks
         len(3)
     assert users_line(caught.value) is None
     path = tmp_path / "none.py"
-    assert "none.py does not exist" in refusal(function_from_file, str(path), "grade")
+    with pytest.raises(FileNotFoundError, match="none.py"):
+        function_from_file(str(path), "grade")
     for text in ("x = 1", "grade = 1"):
         path.write_text(text)
         assert "none.py defines no function `grade`" in refusal(function_from_file, str(path), "grade")
