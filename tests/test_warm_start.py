@@ -147,7 +147,8 @@ def test_what_is_no_transcript_or_longer_than_the_model_is_refused_before_any_tr
 def test_what_cannot_be_shown_is_a_sentence(tmp_path):
     held_out = next(text for text in map("1+{}+1+1".format, range(100)) if Relay(Config()).is_held_out(text))
     assert "holds no transcripts of training problems" in sentence(read, write(tmp_path / "held", held_out))
-    assert "cannot be read" in sentence(read, str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="none"):
+        read(str(tmp_path / "none"))
     said = sentence(read_demonstrations, Config(warm_start=1, device="cpu"), SimpleNamespace())
     assert "makes no demonstrations; give --demonstrations FILE" in said
 

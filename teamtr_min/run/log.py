@@ -126,11 +126,10 @@ def program(work: Callable[[Ranks], None]) -> int:
         ranks.say(f"stopped: {str(error).splitlines()[0]}")
         code = 1
     except Exception as error:
-        of_user = None if isinstance(error, UserError) else users_line(error)
-        known = of_user or lost(ranks, error)
-        if of_user or not (known or isinstance(error, UserError | OSError)):
+        known = str(error) if isinstance(error, UserError | OSError) else lost(ranks, error)
+        if not known:
             traceback.print_exc()
-        ranks.say(f"error: {known or error}")
+        ranks.say(f"error: {known or users_line(error) or error}")
         code = 2
     return ranks.leave(code)
 
