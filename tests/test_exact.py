@@ -86,10 +86,11 @@ def test_the_trainer_s_loss_over_all_rollouts_is_the_exact_objective():
     """teamtr_loss of every message, weighted by how often it is written: surrogate and k3 penalty both."""
     game = random_game(1, 2, 3, length=2, gamma=0.9)
     old, new, _ = stage(game, (0, 1), seed=2, step=0.3)
-    x, y = exact.rollouts(old), exact.rollouts(new)
+    x = exact.rollouts(old)
     own, weight = x.agent == 0, (old.rollout_law[:, None] * (x.agent == 0))[x.agent == 0]
     message = torch.arange(len(weight)).repeat_interleave(2)
-    logp, old_logp = (team.token_logp[own].flatten() for team in (y, x))
+    places = x.state[own][:, None], game.prefix[x.message[own]], game.tokens[x.message[own]]  # (R, U)
+    logp, old_logp = (team.token_logp[places].flatten() for team in (new, old))
     advantage = old.advantage[x.state, x.message][own]
     loss, stats = teamtr_loss(logp, old_logp, message, advantage, weight=weight, clip=0.2, beta=0.3)
     assert_equal(-loss, objective(old, new, 0, clip=0.2, beta=0.3))

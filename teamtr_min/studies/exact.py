@@ -143,7 +143,6 @@ class Rollouts(NamedTuple):  # R of a game's rollouts, with the log-probs of the
     state: Tensor  # (R, turns) numbers in 0..S-1
     agent: Tensor  # (R, turns)
     message: Tensor  # (R, turns) numbers in 0..M-1
-    token_logp: Tensor  # (R, turns, U)
     logp: Tensor  # (R, turns) of whole messages
     returns: Tensor  # (R,)
 
@@ -153,9 +152,8 @@ def rollouts(team: Team, number: Tensor | None = None) -> Rollouts:
     game = team.game
     number = torch.arange(len(game.reward)) if number is None else number
     state, message = game.state[number], game.message[number]
-    token_logp = team.token_logp[state[..., None], game.prefix[message], game.tokens[message]]
-    logp, returns = token_logp.sum(-1), game.reward[number]
-    return Rollouts(number, state, game.actor[state], message, token_logp, logp, returns)
+    logp, returns = team.logp[state, message], game.reward[number]
+    return Rollouts(number, state, game.actor[state], message, logp, returns)
 
 
 def sample_rollouts(team: Team, problem: Tensor, generator: torch.Generator) -> Rollouts:
