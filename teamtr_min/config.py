@@ -262,7 +262,7 @@ def runnable(config: Config) -> Config:
 
 
 def resumable(given: dict) -> dict:
-    """The same flags. Raises UserError for a --resume beside flags that would make another run."""
+    """`given` again. Raises UserError if it holds a run to resume, and flags that would make another run."""
     others = given.keys() - {"resume", "accept_changes", "show_prompts"}
     if given.get("resume") and others:
         flags = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in others))

@@ -113,8 +113,8 @@ def say(text: str) -> None:
 
 
 def program(work: Callable[[Ranks], None]) -> int:
-    """Do `work` in the processes that torchrun has started, or in this one, and say why it ended early; the
-    exit code. Errors in code, a user's too, show their traceback."""
+    """Do `work` in the processes that torchrun has started, or in this one. If it fails, say why in a
+    sentence; an error in code, a user's too, also shows its traceback. Returns the exit code."""
     ranks, code = ALONE, 0
     try:
         ranks = join()

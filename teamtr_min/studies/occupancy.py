@@ -115,7 +115,7 @@ def of_run(path: Path, last: int) -> dict:
 
 
 def at_equal_cost(rows: list[dict]) -> list[dict]:
-    """The rows with returns at the fewest rollouts and seconds of runs of their setting; None: diverged."""
+    """Adds returns at the fewest rollouts and seconds of a finished run of the setting; None: diverged."""
     for row in rows:
         peers = [r for r in rows if r["setting"] == row["setting"]]
         ends = [c[-1] for r in peers for c, final in zip(r["curve"], r["return_final"]) if final is not None]
