@@ -16,9 +16,9 @@ torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eigh
 """
 
 import gc
+import itertools
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +27,9 @@ import torch
 
 from teamtr_min.bench import accuracy, ask, report, speed
 from teamtr_min.config import Parser, add_flags, split_names
-from teamtr_min.engine.distributed import ALONE, Ranks, join
-from teamtr_min.files import UserError, to_json, users_line
+from teamtr_min.engine.distributed import Ranks
+from teamtr_min.files import UserError, to_json
+from teamtr_min.run import log
 from teamtr_min.studies import occupancy
 from teamtr_min.tasks import LISTED, TASKS
 
@@ -40,22 +41,13 @@ Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for peo
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks, code = ALONE, 0
-    try:
+    def work(ranks: Ranks) -> None:
         args, flags = parse(argv)
-        ranks = join()
         for result, text in results(args, flags, ranks):
             if ranks.first:
                 print(to_json(result) if args.json else text, flush=True)
-    except KeyboardInterrupt:
-        ranks.say("interrupted")
-        code = 130
-    except Exception as error:
-        if not isinstance(error, ask.TOLD):
-            traceback.print_exc()  # it has no cause at a door
-        ranks.say(f"error: {users_line(error) or error}")
-        code = 2
-    return ranks.leave(code)
+
+    return log.program(work)
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
@@ -84,9 +76,6 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     args = parser.parse_intermixed_args(argv)
     if min(args.k, args.seeds, args.shots + 1, 1 if args.problems is None else args.problems) < 1:
         raise UserError("--k, --seeds and --problems must be at least 1, --shots at least 0")
-    out = Path(args.out or "")
-    if any(path.is_file() for path in (out, *out.parents)):
-        raise UserError(f"--out {args.out} must be a directory, but it is, or lies in, a file")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
 
 
@@ -106,21 +95,14 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
         raise UserError(f"no benchmark {unknown[0]}: give {KNOWN}, ask, or FILE.py with a task")
     if args.mode in ("best_of", "vote") and args.k < 2:
         raise UserError(f"--mode {args.mode} chooses among rollouts; give --k of at least 2")
-    exams, others = [], []
-    for team in teams:
-        for name in words or [None]:
-            if name not in OTHERS:
-                exam = accuracy.find_team(team, flags, name)
-                exams.append(accuracy.prepare(exam, name, args.problems, args.data, args.shots))
-            elif ranks.first and team == teams[0]:
-                others.append(name)
-    table = accuracy.Table(several=len(exams) > 1)
-    file = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None
-    for exam in exams:
-        result, rollouts = accuracy.evaluate(exam, args.mode, args.k, ranks, args.seeds, file)
-        yield result, table.add(result, rollouts)
-    for name in others:
-        yield from other(name, args, flags)
+    exams = []
+    for team, name in itertools.product(teams, [name for name in words or [None] if name not in OTHERS]):
+        exam = accuracy.find_team(team, flags, name)
+        exams.append(accuracy.prepare(exam, name, args.problems, args.data, args.shots))
+    yield from accuracy.run(exams, args, ranks)
+    for name in words if ranks.first else ():
+        if name in OTHERS:
+            yield from other(name, args, flags)
 
 
 def other(name: str, args: Namespace, flags: dict) -> Results:

@@ -15,21 +15,18 @@ An update climbs Eq. 10 for a few steps, no farther than `--delta` nats of KL pe
 import gc
 import sys
 import time
-import traceback
-
-import torch
 
 from teamtr_min.config import Config, parse, runnable
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks, halving, join, lost, memory_is_full
+from teamtr_min.engine.distributed import ALONE, Ranks, halving, memory_is_full
 from teamtr_min.extras.diagnostics import Diagnostics
 from teamtr_min.extras.warm_start import warm_start
-from teamtr_min.files import UserError, users_line
 from teamtr_min.hf.weights import pinned
-from teamtr_min.learner import Diverged, Learner, Update
+from teamtr_min.learner import Learner, Update
 from teamtr_min.objective import group_advantages
 from teamtr_min.occupancy import RolloutSource, learning_rate, update_groups, update_order
 from teamtr_min.rollout import Batches, agent_batches
+from teamtr_min.run import log
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import Run, check_out
@@ -139,26 +136,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
 
 
 def main(argv: list[str] | None = None) -> int:
-    ranks, code = ALONE, 0
-    try:
-        ranks = join()
-        train(parse(argv, __doc__), ranks)
-    except UserError as error:
-        ranks.say(f"error: {error}")
-        code = 2
-    except (Diverged, FloatingPointError, torch.OutOfMemoryError) as error:
-        ranks.say(f"stopped: {str(error).splitlines()[0]}")
-        code = 1
-    except KeyboardInterrupt:
-        ranks.say("interrupted")
-        code = 130
-    except Exception as error:
-        line = users_line(error) or lost(ranks, error)  # of the user's task or router
-        if users_line(error) or not line and not isinstance(error, OSError):
-            traceback.print_exc()
-        ranks.say(f"error: {line or error}")
-        code = 2
-    return ranks.leave(code)
+    return log.program(lambda ranks: train(parse(argv, __doc__), ranks))
 
 
 if __name__ == "__main__":

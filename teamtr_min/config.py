@@ -10,7 +10,6 @@ import difflib
 import importlib.util
 import math
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ PRESETS["zebra"] = PRESETS["sums"] | {"max_new_tokens": 48}
 
 
 def knob(default, help: str, *choices: str, least: float = -math.inf, most: float = 2**63 - 1):
-    """A field with its help line, its choices and its bounds (`most` bounds whole numbers)."""
+    """A field with its help line, its choices and its bounds."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
@@ -77,13 +76,13 @@ class Config:
     # Algorithm 1
     stages: int = knob(None, "stages; each updates every agent once", least=1)
     occupancy: str = knob(None, "rollouts an update trains on. fresh: collected before each update; corrected: reweighted to the team as it now is (see --min-ess); stale: those of the stage's start; joint: the same, for one update of all agents (default corrected)", "fresh", "corrected", "stale", "joint")
-    min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts would fall below this; 1: before every update, the paper's Algorithm 1; 0: once a stage (default 0.5)", least=0)
+    min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts would fall below this; 1: before every update, the paper's Algorithm 1; 0: once a stage (default 0.5)", least=0, most=1)
     order: str = knob("fixed", "update order within a stage; random draws one per stage", "fixed", "reversed", "random")
     inner_steps: int = knob(None, "most optimizer steps in one update", least=1)
     lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (with LoRA the default is 10 times as large)", least=0)
-    lr_end: float = knob(None, "fraction of lr at which the decay ends", least=0)
+    lr_end: float = knob(None, "fraction of lr at which the decay ends", least=0, most=1)
     # Eq. 9
-    advantage_clip: float = knob(2.0, "bound on the normalised advantage, without weights inert above sqrt(group - 1); inf for none", least=0)
+    advantage_clip: float = knob(2.0, "bound on the normalised advantage, without weights inert above sqrt(group - 1); inf for none", least=0, most=math.inf)
     no_group_norm: bool = knob(False, "leave advantages in units of the return")
     # Eq. 10
     clip: float = knob(None, "epsilon of the ratio clip", least=0)
@@ -91,7 +90,7 @@ class Config:
     beta: float = knob(1e-3, "weight of the KL penalty, at first, or with --kl fixed always; 0 for none", least=0)
     # Eq. 11
     kl: str = knob("hard", "hard: enforce the radius, with an adapted penalty; adaptive, fixed: the penalty alone; none: neither", "hard", "adaptive", "fixed", "none")
-    delta: float = knob(None, "radius: most KL of one update, in nats per --kl-unit; inf for none", least=0)
+    delta: float = knob(None, "radius: most KL of one update, in nats per --kl-unit; inf for none", least=0, most=math.inf)
     kl_estimator: str = knob("k3", "estimator that the radius is enforced on; both are logged", "k1", "k3")
     kl_unit: str = knob("message", "KL is a sum over a message's tokens, or their mean", "message", "token")
     # the run
@@ -138,9 +137,7 @@ class Config:
         # fmt: off
         for broken, why in (
             (self.beta and not 1e-4 <= self.beta <= 1, "--beta lies between 1e-4 and 1, or is 0 for no penalty"),
-            (self.lr_end > 1, "--lr-end is a fraction of --lr, from 0 to 1"),
             (self.delta == 0, "--delta 0 allows no change at all; give a positive radius, or inf for none"),
-            (self.min_ess > 1, "--min-ess is a share, from 0 to 1"),
             (self.min_ess != 1 and self.occupancy == "fresh", "--occupancy fresh means --min-ess 1"),
             (self.min_ess and self.occupancy in ("stale", "joint"), f"--min-ess is about --occupancy corrected; {self.occupancy} rollouts are collected once a stage"),
             (self.kl == "adaptive" and (self.beta == 0 or math.isinf(self.delta)), "--kl adaptive needs a --beta above 0 and a finite --delta to adapt it to"),
@@ -200,10 +197,8 @@ def check(f: dataclasses.Field, value) -> None:
         raise UserError(f"{flag} is {value!r}; it must be of type {f.type.__name__}")
     if f.type in (int, float) and not value >= rule["least"]:  # also catches NaN
         raise UserError(f"{flag} is {value}; the least possible value is {rule['least']:g}")
-    if f.type is int and value > rule["most"]:
-        raise UserError(f"{flag} is {value}; the largest possible value is {rule['most']}")
-    if f.type is float and math.isinf(value) and f.name not in ("delta", "advantage_clip"):
-        raise UserError(f"{flag} must be finite")
+    if f.type in (int, float) and value > rule["most"]:
+        raise UserError(f"{flag} is {value}; the largest possible value is {rule['most']:g}")
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{flag} {value!r} is not one of: {', '.join(rule['choices'])}")
 
@@ -250,15 +245,15 @@ def parse(argv: list[str] | None, description: str) -> Config:
     """The configuration that train.py's flags describe. Raises UserError for flags that cannot be."""
     parser = Parser(description)
     add_flags(parser, [f.name for f in dataclasses.fields(Config)])
-    given = vars(parser.parse_args(argv))
-    return resumed(given) if given.get("resume") else Config(**given)
+    return Config(**resumable(vars(parser.parse_args(argv))))
 
 
 def runnable(config: Config) -> Config:
     """What train() runs: `config`, or the saved one that it resumes. Raises UserError for what cannot be."""
     if config.resume:
-        usual = vars(Config(resume=config.resume))
-        config = resumed({"resume": config.resume} | {k: v for k, v in vars(config).items() if v != usual[k]})
+        usual = vars(Config())
+        own = resumable({name: value for name, value in vars(config).items() if value != usual[name]})
+        config = Config.load(Path(config.resume) / "config.json", **own)
     if config.temperature == 0:
         raise UserError("--temperature 0 draws the same rollout each time; a group has nothing to compare")
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -266,16 +261,10 @@ def runnable(config: Config) -> Config:
     return config
 
 
-def resumed(given: dict) -> Config:
-    """The saved configuration of the run to resume; flags may repeat it but not change it."""
-    own = {name: given.pop(name) for name in ("resume", "accept_changes", "show_prompts") if name in given}
-    saved = Config.load(Path(own["resume"]) / "config.json", **own)
-    for name in {"model", "data", "demonstrate"} & given.keys():  # saved with a commit, or as absolute paths
-        then, now = (re.sub("@[0-9a-f]{40}", "", text) for text in (getattr(saved, name), given[name]))
-        if then in (now, os.path.abspath(now), os.path.realpath(now)):
-            del given[name]
-    others = {name: value for name, value in given.items() if value != getattr(saved, name)}
-    changed = [f"--{n.replace('_', '-')} {v} (the run has {getattr(saved, n)})" for n, v in others.items()]
-    if changed:
-        raise UserError(f"--resume continues a run as it was started, not with {', '.join(changed)}")
-    return saved
+def resumable(given: dict) -> dict:
+    """`given` again. Raises UserError if it holds a run to resume, and flags that would make another run."""
+    others = given.keys() - {"resume", "accept_changes", "show_prompts"}
+    if given.get("resume") and others:
+        flags = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in others))
+        raise UserError(f"--resume continues a run as it was started: leave out {flags}")
+    return given

@@ -1,7 +1,6 @@
-"""Files: strict JSON, written whole or not at all, one writer, functions of a user's file; and UserError."""
+"""Files: strict JSON, written whole or not at all, functions of a user's file; and UserError."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -45,10 +44,7 @@ def read_json(path: Path) -> dict:
 def read_jsonl(path: str | Path, whole: bool = False) -> Iterator[tuple[int, dict]]:
     """Line number and object of each line that is not blank; with `whole` only of lines that end with a
     newline, as all do that a kill did not cut off. Raises UserError, which names file and line."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")  # not splitlines(): a text may hold other separators
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    lines = Path(path).read_bytes().split(b"\n")  # not splitlines(): a text may hold other separators
     for number, line in enumerate(lines[:-1] if whole else lines, start=1):
         if line.strip():
             try:
@@ -93,14 +89,6 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def lock(file) -> None:
-    """Lock an open file until it is closed. Raises UserError if another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{file.name} is being written by another process; wait until it ends") from None
-
-
 def sha256(path: Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -108,8 +96,6 @@ def sha256(path: Path) -> str:
 
 def function_from_file(path: str, name: str) -> Callable:
     """The function `name` of a user's Python file. Raises UserError if there is none, or what it raises."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist")
     # The module is named by its path as the user typed it: by this users_line() knows it.
     spec = importlib.util.spec_from_file_location(path, path)
     module = sys.modules[path] = importlib.util.module_from_spec(spec)

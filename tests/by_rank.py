@@ -16,6 +16,7 @@ from teamtr_min.config import Config, parse
 from teamtr_min.engine.distributed import Ranks, join, like, local, offset, shard, unsharded, whole
 from teamtr_min.engine.model import Transformer
 from teamtr_min.learner import Learner, keep_company
+from teamtr_min.run import log
 from teamtr_min.run.loading import build_team
 from teamtr_min.tasks import Relay
 
@@ -61,7 +62,7 @@ def commands(ranks: Ranks, *lines: list[str]) -> None:
         if program == "train":
             train.train(parse(flags, ""), ranks)
         else:
-            evaluation.join = lambda: ranks
+            log.join = lambda: ranks
             Ranks.leave = lambda self, code: code
             assert evaluation.main(flags) == 0
 

@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from teamtr_min.studies.exact import Game, Team
+from teamtr_min.studies.exact import Game, Team, mean_message_kl, rollouts
 
 ROUND_OFF = 1e-12
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=ROUND_OFF)
@@ -25,6 +25,22 @@ def random_game(seed: int, agents: int, turns: int, gamma: float = 0.5, **option
         reward = (reward > 0.5).double()  # a verifier's right or wrong
     options = {"vocabulary": 2, "start": start / start.sum(), **options}
     return Game(agents, turns=turns, reward=reward, gamma=gamma, **options)
+
+
+def occupancy(team: Team) -> torch.Tensor:
+    """d^pi (S,) [paper] for gamma < 1; its sum is 1 - gamma^turns, the rest is in the absorbing state."""
+    return (1 - team.game.gamma) * team.visits
+
+
+def objective(old: Team, new: Team, agent: int, clip: float = 0.2, beta: float = 0.0) -> torch.Tensor:
+    """Eq. 10 [paper] in expectation over the agent's messages in rollouts of `old`, to be maximised: (). It
+    has the exact A(s, m), and the KL, which is the expectation of k3. Log-ratios are not clamped."""
+    every = rollouts(old)
+    advantage = old.advantage[every.state, every.message]  # (X, turns)
+    weight = old.rollout_law[:, None] * (every.agent == agent)  # (X, turns)
+    w = (new.logp - old.logp)[every.state, every.message].exp()
+    clipped = torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
+    return (weight * clipped).sum() / weight.sum() - beta * mean_message_kl(old, new, agent)
 
 
 def stage(game: Game, order, seed: int, scale: float = 1.0, step: float = 0.5) -> list[Team]:

@@ -5,7 +5,16 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from small_teams import ROUND_OFF, assert_equal, by_transcript, orders, random_game, random_stages, stage
+from small_teams import (
+    ROUND_OFF,
+    assert_equal,
+    by_transcript,
+    occupancy,
+    orders,
+    random_game,
+    random_stages,
+    stage,
+)
 
 from teamtr_min.extras.diagnostics import penalty_constant
 from teamtr_min.studies import exact
@@ -26,9 +35,9 @@ class Stage:
         self.c = penalty_constant(first.game.gamma, largest)
         self.seq = [surrogate(old, new) for old, new in pairs]
         self.stale = [surrogate(old, new, states=first) for old, new in pairs]
-        self.roots = [root(old.occupancy @ message_kl(old, new)) for old, new in pairs]  # of delta_i
+        self.roots = [root(occupancy(old) @ message_kl(old, new)) for old, new in pairs]  # of delta_i
         # The same updates' KL under d^{team^0}: what a stale run can measure.
-        self.stale_delta = torch.stack([first.occupancy @ message_kl(old, new) for old, new in pairs])
+        self.stale_delta = torch.stack([occupancy(first) @ message_kl(old, new) for old, new in pairs])
 
 
 # The statements, as (what is lost, what the statement allows to be lost): loss <= allowance.
@@ -103,7 +112,7 @@ def test_an_update_s_gain_is_its_advantages_where_the_new_team_goes():
         for old, new in pairwise(stage(game, range(agents), seed)):
             assert_equal(new.J - old.J, surrogate(old, new, states=new))
         if gamma < 1:
-            assert old.occupancy.sum().item() == pytest.approx(1 - gamma**4, abs=ROUND_OFF)
+            assert occupancy(old).sum().item() == pytest.approx(1 - gamma**4, abs=ROUND_OFF)
 
 
 @pytest.mark.parametrize("statement", [prop_33, thm_34, thm_36, thm_37, stale_ours])
@@ -142,7 +151,7 @@ def test_the_monitor_dominates_delta_and_bounds_the_gain_of_a_finite_horizon():
     exceeded = 0
     for teams, order in random_stages() + random_stages(gamma=1.0):
         for j, (old, new) in zip(order, pairwise(teams)):
-            delta, monitor = old.occupancy @ message_kl(old, new), exact.mean_message_kl(old, new, j)
+            delta, monitor = occupancy(old) @ message_kl(old, new), exact.mean_message_kl(old, new, j)
             count, gamma = old.messages_per_rollout(j), old.game.gamma
             assert delta <= (1 - gamma) * count * monitor + ROUND_OFF
             exceeded += bool(delta > monitor)

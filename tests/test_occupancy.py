@@ -37,9 +37,9 @@ def made(monkeypatch):
 def test_arms_make_equal_rollouts_unless_they_collect_by_need(short, tmp_path):
     budgets = {}
     for arm in occupancy.arms(tmp_path, short):
-        config = parse(occupancy.words(arm.flags), "")
+        config = parse(occupancy.words(arm["flags"]), "")
         per_stage = config.agents if config.min_ess == 1 else 1
-        budgets.setdefault(arm.setting, set()).add(config.stages * per_stage * config.problems)
+        budgets.setdefault(arm["setting"], set()).add(config.stages * per_stage * config.problems)
     assert len(budgets) > 2 and all(len(budget) == 1 for budget in budgets.values())
 
 
@@ -52,11 +52,11 @@ def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_fi
     assert collections == {"fresh": [3, 3], "--min-ess 0": [1, 1], "stale": [1, 1], "joint": [1, 1]}
     assert rows["stale"]["ess_last"] == [1, 1] and max(rows["--min-ess 0"]["ess_last"]) < 1
     out = Path(made[0][made[0].index("--out") + 1])
-    summary, first = json.loads((out / "summary.json").read_text()), rows["fresh"]
+    (summary, _, stages), first = results(out), rows["fresh"]
     assert first["return_final"][0] == summary["return_final"] and len(first["curve"][0]) == 3
-    seconds = summary["seconds"] - summary["seconds_evaluation"]
-    assert first["curve"][0][0] == [0, summary["return_start"], 0]
-    assert first["curve"][0][-1] == [summary["rollouts"], summary["return_final"], seconds]
+    seconds = stages[-1]["seconds"] - stages[-1]["seconds_evaluation"]
+    assert first["curve"][0][0] == (0, 0, summary["return_start"])
+    assert first["curve"][0][-1] == (summary["rollouts"], seconds, summary["return_final"])
     assert "| relay, 3 agents, radius 0.3 | stale |" in occupancy.table(found)
 
     before, cut = bits(out), summary | {"return_final": None, "reason": "interrupted"}
@@ -67,9 +67,9 @@ def test_runs_are_made_once_resumed_where_they_were_cut_off_and_told_as_their_fi
 
 
 def test_curves_are_read_at_the_fewest_rollouts_and_seconds_of_a_finished_run():
-    first = [0, 0.1, 0]
-    slow = {"setting": "x", "curve": [[first, [100, 0.3, 4], [300, 0.7, 8]]], "return_final": [0.7]}
-    fast = {"setting": "x", "curve": [[first, [200, 0.5, 20]], [first]], "return_final": [0.5, None]}
+    first = [0, 0, 0.1]
+    slow = {"setting": "x", "curve": [[first, [100, 4, 0.3], [300, 8, 0.7]]], "return_final": [0.7]}
+    fast = {"setting": "x", "curve": [[first, [200, 20, 0.5]], [first]], "return_final": [0.5, None]}
     one, other = occupancy.at_equal_cost([slow, fast])
     assert one["at"] == 200 and one["return_at"] == pytest.approx([0.5])
     assert other["return_at"] == [0.5, None] and occupancy.interval([0.5, None]) == "diverged"

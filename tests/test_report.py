@@ -123,7 +123,7 @@ def test_what_is_no_run_is_a_sentence_and_without_a_name_the_newest_is_taken(min
     os.utime("runs/older/metrics.jsonl", (0, 0))
     assert report.run([])["team"] == "runs/newer"
     for inside in ("", "/deeper/page"):
-        assert "--out mine/config.json" in told("--out", f"mine/config.json{inside}")
+        assert "mine/config.json" in told("--out", f"mine/config.json{inside}")
     (mine / "metrics.jsonl").write_text("")
     assert "no update in its metrics.jsonl yet" in told("--team", str(mine))
 

@@ -13,6 +13,7 @@ import math
 import os
 import textwrap
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.engine.distributed import ALONE, Ranks
+from teamtr_min.engine.distributed import Ranks
 from teamtr_min.files import UserError, read_json, to_json
 from teamtr_min.hf.hub import hub_data
 from teamtr_min.hf.weights import pinned
@@ -81,12 +82,11 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None, s
     if data and own and os.path.realpath(data) == os.path.realpath(own):  # the run has its held-out part
         data = None
     generated = getattr(TASKS.get(name), "fields", None)  # such a task reads no data for itself
-    if generated and data and not os.path.isfile(data):
-        raise UserError(f"--data {data} is no file; for {name} it is a JSONL file of problems")
-    config = dataclasses.replace(exam.config, task=name, data="" if generated else data or own)
-    config = dataclasses.replace(config, data=(hub_data(config.data) or ("", config.data))[1])
+    read = "" if generated else data or own
+    config = dataclasses.replace(exam.config, task=name, data=(hub_data(read) or ("", read))[1])
     task = load_task(config)
-    if data and getattr(task, "fields", None) and not Path(data).is_dir() and not hub_data(data):
+    readable = data and getattr(task, "fields", None)
+    if readable and (generated or not (Path(data).is_dir() or hub_data(data))):
         problems = read_problems(data, *task.fields)[:count]
     else:
         problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
@@ -98,11 +98,31 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None, s
     return exam._replace(config=config, task=task, problems=problems)
 
 
-def evaluate(
-    exam: Exam, mode: str, k: int, ranks: Ranks = ALONE, seeds: int = 1, file: IO | None = None
-) -> tuple[dict, Rollouts]:
+def run(exams: list[Exam], args: Namespace, ranks: Ranks) -> Iterator[tuple[dict, str]]:
+    """Each result, and its text: of a single one with transcripts, of several lines of a table."""
+    file, above = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None, ""
+    for exam in exams:
+        result, rollouts = evaluate(exam, args, ranks, file)
+        facts = result | {"shots": len(result["shots"])}
+        heading = textwrap.fill(", ".join(f"{name} {facts[name]}" for name in HEADING), 88)
+        heading = textwrap.indent(heading, "  ")  # what the result rests on
+        name, team, found = result["benchmark"], result["team"], [*rows(result)]
+        if len(exams) == 1:
+            lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]
+            lines += [result["prompts_in_use"]] if "prompts_in_use" in result else []
+            lines += [f"  {what:14s}{value}" for what, value in found]
+            lines += transcripts(rollouts, result["roles"])
+        else:
+            cells = [f"{f'{value} {what}':31s} " for what, value in (found[result["partial"]], found[-1])]
+            lines = [heading] * (heading != above) + [f"{name:9s} {''.join(cells)}{team}"]
+        above = heading
+        yield result, "\n".join(lines)
+
+
+def evaluate(exam: Exam, args: Namespace, ranks: Ranks, file: IO | None) -> tuple[dict, Rollouts]:
     """What `--json` prints, and the first seed's rollouts; `file` gets all samples. Raises UserError."""
     begin, config, task = time.perf_counter(), exam.config, exam.task
+    mode, k, seeds = args.mode, args.k, args.seeds
     if mode == "vote" and not callable(getattr(task, "answer", None)):
         raise UserError("to vote, a task needs a method answer(messages) -> str | None")
     gc.collect()  # the memory of the team before
@@ -181,27 +201,6 @@ def pick(rollouts: Rollouts, mode: str, task: Task) -> Tensor:
             means = [sum(values) / max(len(values), 1) for values in logprobs]
             chosen.append(means.index(max(means)))
     return rollouts.grouped_returns.gather(1, torch.tensor(chosen)[:, None])
-
-
-class Table:
-    """Results as they come: a single one with transcripts, or several as lines of a table."""
-
-    def __init__(self, several: bool):
-        self.several, self.above = several, ""
-
-    def add(self, result: dict, rollouts: Rollouts) -> str:
-        facts = result | {"shots": len(result["shots"])}
-        heading = textwrap.fill(", ".join(f"{name} {facts[name]}" for name in HEADING), 88)
-        heading = textwrap.indent(heading, "  ")  # what the result rests on
-        name, team, found = result["benchmark"], result["team"], [*rows(result)]
-        if not self.several:
-            lines = [f"{name}: {team}, {result['seconds']:.1f} s", heading]
-            lines += [result["prompts_in_use"]] if "prompts_in_use" in result else []
-            lines += [f"  {what:14s}{value}" for what, value in found]
-            return "\n".join([*lines, *transcripts(rollouts, result["roles"])])
-        lines, self.above = [heading] if heading != self.above else [], heading
-        cells = "".join(f"{f'{value} {what}':31s} " for what, value in (found[result["partial"]], found[-1]))
-        return "\n".join([*lines, f"{name:9s} {cells}{team}"])
 
 
 def rows(result: dict) -> Iterator[tuple[str, str]]:

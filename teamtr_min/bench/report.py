@@ -20,7 +20,7 @@ import numpy as np
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, to_json
 from teamtr_min.run.figures import COLOURS, Record, finish, learning, read, render, trust_region
-from teamtr_min.run.log import COSTS, measured, occupancy, read_log, region, violation_rate
+from teamtr_min.run.log import measured, occupancy, read_log, region, totals
 from teamtr_min.run.run import newest_run
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -127,9 +127,7 @@ def row(record: Record, held_out: bool) -> dict:
     curve = {i: (*end, value) for i, (end, value) in enumerate(zip(ends, returns)) if value is not None}
     line = {"run": str(record.directory), "seed": record.config.seed, "state": record.state, "curve": curve}
     line |= {key: value for key, value in summary.items() if key.startswith(("accuracy_", "return_"))}
-    line |= {key: sum(u.get(key, 0) for u in updates) for key in COSTS[:3]} | {"seconds": ends[-1][1]}
-    rates = {f"violation_rate_{when}": violation_rate(updates, f"kl_{when}") for when in ("before", "after")}
-    return measured(line | rates)
+    return measured(line | totals(updates) | {"seconds": ends[-1][1]})
 
 
 def curves(figure, what: tuple[list[dict], int]) -> None:

@@ -33,10 +33,10 @@ from teamtr_min.extras.diagnostics import bootstrap
 from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses
 from teamtr_min.files import UserError, replacing, to_json
 from teamtr_min.hf.weights import pinned
-from teamtr_min.learner import Diverged, Learner
+from teamtr_min.learner import Learner
 from teamtr_min.occupancy import update_groups
 from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
-from teamtr_min.run import checkpoint
+from teamtr_min.run import checkpoint, log
 from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import provenance, unchanged
@@ -197,7 +197,7 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     return line
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str] | None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--resume", type=Path, required=True, metavar="RUN", help="directory of the run")
@@ -206,27 +206,26 @@ def main(argv: list[str] | None = None) -> int:
     add("--align", type=int, default=50, metavar="STEPS", help="steps of alignment (default 50)")
     add("--out", help="directory of the new run (default RUN-replaced)")
     add("--stages", type=int, help="stages of the new run, RUN's included (default RUN's)")
-    try:
-        args = parser.parse_args(argv)
-        out = args.out or f"{args.resume}-replaced"
-        config = Config.load(args.resume / "config.json", batch_tokens=0, batch_rows=0, out=out)
-        if not 0 <= args.agent < config.agents or args.align < 0:
-            raise UserError(f"--agent is a number from 0 to {config.agents - 1}, --align is 0 or more")
-        if Path(out).exists():
-            raise UserError(f"--out {out} exists; give another, or remove it first")
-        models = config.model_of_each
-        models[args.agent] = args.model
-        changes = {"model": ",".join(models), "stages": args.stages or config.stages}
-        line = replace(args.resume, args.agent, pinned(dataclasses.replace(config, **changes)), args.align)
-    except (UserError, OSError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    out = args.out or f"{args.resume}-replaced"
+    config = Config.load(args.resume / "config.json", batch_tokens=0, batch_rows=0, out=out)
+    if not 0 <= args.agent < config.agents or args.align < 0:
+        raise UserError(f"--agent is a number from 0 to {config.agents - 1}, --align is 0 or more")
+    if Path(out).exists():
+        raise UserError(f"--out {out} exists; give another, or remove it first")
+    models = config.model_of_each
+    models[args.agent] = args.model
+    changes = {"model": ",".join(models), "stages": args.stages or config.stages}
+    line = replace(args.resume, args.agent, pinned(dataclasses.replace(config, **changes)), args.align)
     for when in ("replaced", "aligned"):
         shock, (low, high) = line[f"shock_{when}"], line[f"shock_{when}_ci"]
         print(f"agent {args.agent} {when}: held-out return {line['return_before']:.3f} -> "
               f"{line[f'return_{when}']:.3f}, swap shock {shock:+.3f} [{low:+.3f}, {high:+.3f}]")  # fmt: skip
     print(f"next: python train.py --resume {out}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return log.program(lambda ranks: command(argv))
 
 
 if __name__ == "__main__":

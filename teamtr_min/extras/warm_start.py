@@ -148,7 +148,7 @@ def play(team: Team, config: Config, task: Task, problems: list[Problem]) -> Rol
 def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
     """The lines of --demonstrations, as in transcripts.jsonl, without those of held-out problems; none if the
     task makes demonstrations itself. Raises UserError."""
-    path, found, held_out = config.demonstrations, [], 0
+    path, found = config.demonstrations, []
     if not path and not hasattr(task, "demonstrations"):
         raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
     for number, record in read_jsonl(path) if path else ():
@@ -161,15 +161,13 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
         except (ValueError, KeyError, TypeError):
             form = f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
             raise UserError(f"{path}, line {number}: not a transcript, which is {form}") from None
-        if hasattr(task, "is_held_out") and task.is_held_out(problem.text):
-            held_out += 1
-        else:
-            found.append(Demonstration(problem, list(texts), list(agents)))
-    if held_out:
-        print(f"{path}: {held_out} transcripts of held-out problems are left out", flush=True)
-    if path and not found:
+        found.append(Demonstration(problem, list(texts), list(agents)))
+    kept = [shown for shown in found if not task.is_held_out(shown.problem.text)]
+    if len(kept) < len(found):
+        print(f"{path}: {len(found) - len(kept)} transcripts of held-out problems are left out", flush=True)
+    if path and not kept:
         raise UserError(f"{path} holds no transcripts of training problems")
-    return found
+    return kept
 
 
 def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:

@@ -6,14 +6,17 @@ docs/metrics.md explains every key. A line holds only what was measured: a key t
 import math
 import shlex
 import textwrap
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
-from teamtr_min.files import read_jsonl
-from teamtr_min.learner import Learner, Update
+from teamtr_min.engine.distributed import ALONE, Ranks, join, lost
+from teamtr_min.files import UserError, read_jsonl, users_line
+from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.memory import size
 from teamtr_min.tasks.task import Problem
@@ -46,10 +49,13 @@ def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
     return mean, [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def violation_rate(updates: list[dict], kl: str) -> float | None:
-    """Share of updates whose KL exceeded delta. Those without either do not count; None if none does."""
-    outside = [u[kl] > u["delta"] for u in updates if kl in u and "delta" in u]
-    return sum(outside) / len(outside) if outside else None
+def totals(updates: list[dict]) -> dict:
+    """Costs of updates, and the share whose KL, attempted and kept, exceeded delta; None if none has both."""
+    found = {key: sum(u.get(key, 0) for u in updates) for key in COSTS}
+    for when in ("before", "after"):
+        outside = [u[f"kl_{when}"] > u["delta"] for u in updates if f"kl_{when}" in u and "delta" in u]
+        found[f"violation_rate_{when}"] = sum(outside) / len(outside) if outside else None
+    return found
 
 
 def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update) -> dict:
@@ -90,8 +96,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_scalars(writer, lines: list[dict], names: list[str]) -> None:
-    """The numbers of metrics.jsonl's lines, by stage, as `KEY/AGENT` of updates (`kl_after/0 A`), `stage/KEY`
-    and `evaluation/KEY`."""
+    """The numbers in lines of metrics.jsonl, by stage: `kl_after/0 A`, `stage/KEY`, `evaluation/KEY`."""
     for line in (line for line in lines if "stage" in line):
         agent = f"{line['agent']} {names[line['agent']]}" if "agent" in line else "team"
         for key in line.keys() - {"stage", "update", "agent"}:
@@ -105,6 +110,28 @@ def say(text: str) -> None:
     if text:
         with tqdm.external_write_mode():
             print(text, flush=True)
+
+
+def program(work: Callable[[Ranks], None]) -> int:
+    """Do `work` in the processes that torchrun has started, or in this one. If it fails, say why in a
+    sentence; an error in code, a user's too, also shows its traceback. Returns the exit code."""
+    ranks, code = ALONE, 0
+    try:
+        ranks = join()
+        work(ranks)
+    except KeyboardInterrupt:
+        ranks.say("interrupted")
+        code = 130
+    except (Diverged, FloatingPointError, torch.OutOfMemoryError) as error:
+        ranks.say(f"stopped: {str(error).splitlines()[0]}")
+        code = 1
+    except Exception as error:
+        known = str(error) if isinstance(error, UserError | OSError) else lost(ranks, error)
+        if not known:
+            traceback.print_exc()
+        ranks.say(f"error: {known or users_line(error) or error}")
+        code = 2
+    return ranks.leave(code)
 
 
 def header(config: Config, team: Team, directory: Path) -> str:

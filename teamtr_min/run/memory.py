@@ -194,9 +194,7 @@ class Needs:
     def sampling(self, rows: int) -> int:
         """KV caches, prefill and draw of `rows` rollouts at once."""
         configs = [m.config for m in self.models.values()]
-        grows = (
-            1 if self.cpu or self.config.rounds == 1 else 2
-        )  # a cache, from turn to turn, by half at least
+        grows = 1 if self.cpu or self.config.rounds == 1 else 2  # a cache, from turn to turn; by half or more
         caches = [grows * rows * self.longest * m.kv_per_token * self.width for m in configs]
         # An agent that writes once frees its cache for the next; on CUDA recorded graphs keep it.
         once = self.config.router == "round-robin" and self.config.rounds == 1 and self.cpu

@@ -1,6 +1,7 @@
 """A run around the loop of train.py: its directory, logs, evaluations, checkpoints, resume and summary."""
 
 import collections
+import fcntl
 import hashlib
 import os
 import shutil
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
-from teamtr_min.files import UserError, lock, read_json, sha256, to_json, users_line, write_json
+from teamtr_min.files import UserError, read_json, sha256, to_json, users_line, write_json
 from teamtr_min.hf.hub import weight_files
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
@@ -27,8 +28,7 @@ WARM_STEPS_BETWEEN_CHECKPOINTS = 10
 class Run:
     """A context. However the block ends, the agents as they are then are saved, with a summary; by several
     processes only without an error. A new run that ends before its first evaluation removes its directory.
-    Each process of a run has a Run and calls it alike, because evaluations and checkpoints are shared work.
-    Only the first has files open."""
+    Each process calls its Run alike, as evaluations and checkpoints are shared; only the first has files."""
 
     def __init__(self, config: Config, task, team: Team, learners: list[Learner], plan: Plan):
         self.config, self.task, self.team, self.learners, self.plan = config, task, team, learners, plan
@@ -146,7 +146,11 @@ class Run:
         """Lock the directory before anything is written; then write, or on resume compare, config.json."""
         self.directory.mkdir(parents=True, exist_ok=bool(self.config.resume or self.config.out))
         self.files[METRICS] = (self.directory / METRICS).open("a", encoding="utf-8")
-        lock(self.files[METRICS])
+        try:
+            fcntl.flock(self.files[METRICS], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            busy = f"{self.directory} is being written by another process; wait until it ends"
+            raise UserError(busy) from None
         check_out(self.config)  # another run may have begun, and ended, meanwhile
         self.files[TRANSCRIPTS] = (self.directory / TRANSCRIPTS).open("a", encoding="utf-8")
         path, found = self.directory / "config.json", provenance(self.config, self.team, self.held_out[0])
@@ -211,13 +215,10 @@ class Run:
         """Save the agents and summary.json, whose `reason` and `stopped` say why the run ended early."""
         reasons = {KeyboardInterrupt: "interrupted", Diverged: "diverged", FloatingPointError: "diverged"}
         reason = reasons.get(type(error), "error") if error else None
-        costs = {key: sum(u.get(key, 0) for u in self.updates) for key in log.COSTS}
         self.summary = {
             "accuracy_start": None, "accuracy_final": None, "return_start": None, "return_final": None,
-            **self.results, **costs, **self.costs,
+            **self.results, **log.totals(self.updates), **self.costs,
             "problems_held_out": len(self.held_out), "seconds": self._seconds(), "stages": self.stages_done,
-            "violation_rate_before": log.violation_rate(self.updates, "kl_before"),
-            "violation_rate_after": log.violation_rate(self.updates, "kl_after"),
             "memory_peak": in_use(self.plan.device, most=True), "memory_planned": self.plan.total,
             "reason": reason, "stopped": error and (users_line(error) or str(error) or reason),
         }  # fmt: skip
@@ -246,7 +247,7 @@ def check_out(config: Config) -> None:
 
 def fingerprint(config: Config, team: Team, problem: Problem) -> dict[str, str]:
     """Hashes of what results rest on besides flags and weights: problems, grader, files, prompts."""
-    found = dict(team.task.fingerprint()) if hasattr(team.task, "fingerprint") else {}
+    found = dict(team.task.fingerprint())
     for name in ("task", "router", "roles", "demonstrations"):
         if Path(path := getattr(config, name)).is_file():
             found[f"{name} file"] = sha256(path)

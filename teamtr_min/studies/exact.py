@@ -102,11 +102,6 @@ class Team:
         self.advantage = self.action_value - self.value[:, None]
         self.J = game.start @ values[-1]
 
-    @property
-    def occupancy(self) -> Tensor:
-        """d^pi (S,) [paper] for gamma < 1; its sum is 1 - gamma^turns, the rest is in the absorbing state."""
-        return (1 - self.game.gamma) * self.visits
-
     def replace(self, agent: int, theta: Tensor) -> "Team":
         """The team with one agent's parameters (rows, V) replaced; differentiable in them."""
         chosen = (torch.arange(self.game.agents) == agent)[:, None, None]
@@ -148,7 +143,6 @@ class Rollouts(NamedTuple):  # R of a game's rollouts, with the log-probs of the
     state: Tensor  # (R, turns) numbers in 0..S-1
     agent: Tensor  # (R, turns)
     message: Tensor  # (R, turns) numbers in 0..M-1
-    token_logp: Tensor  # (R, turns, U)
     logp: Tensor  # (R, turns) of whole messages
     returns: Tensor  # (R,)
 
@@ -158,9 +152,8 @@ def rollouts(team: Team, number: Tensor | None = None) -> Rollouts:
     game = team.game
     number = torch.arange(len(game.reward)) if number is None else number
     state, message = game.state[number], game.message[number]
-    token_logp = team.token_logp[state[..., None], game.prefix[message], game.tokens[message]]
-    logp, returns = token_logp.sum(-1), game.reward[number]
-    return Rollouts(number, state, game.actor[state], message, token_logp, logp, returns)
+    logp, returns = team.logp[state, message], game.reward[number]
+    return Rollouts(number, state, game.actor[state], message, logp, returns)
 
 
 def sample_rollouts(team: Team, problem: Tensor, generator: torch.Generator) -> Rollouts:
@@ -175,21 +168,3 @@ def sample_rollouts(team: Team, problem: Tensor, generator: torch.Generator) -> 
 def log_ratio(x: Rollouts, new: Team, old: Team) -> Tensor:
     """log new(m | s) - log old(m | s) (R, turns) of each message of these rollouts."""
     return rollouts(new, x.number).logp - rollouts(old, x.number).logp
-
-
-def objective(old: Team, new: Team, agent: int, clip: float = 0.2, beta: float = 0.0) -> Tensor:
-    """Eq. 10 [paper] in expectation over the agent's messages in rollouts of `old`, to be maximised: (). It
-    has the exact A(s, m), and the KL, which is the expectation of k3. Log-ratios are not clamped."""
-    every = rollouts(old)
-    advantage = old.advantage[every.state, every.message]  # (X, turns)
-    weight = old.rollout_law[:, None] * (every.agent == agent)  # (X, turns)
-    w = (new.logp - old.logp)[every.state, every.message].exp()
-    clipped = torch.minimum(w * advantage, w.clamp(1 - clip, 1 + clip) * advantage)
-    return (weight * clipped).sum() / weight.sum() - beta * mean_message_kl(old, new, agent)
-
-
-def objective_gradient(old: Team, new: Team, agent: int, **options) -> Tensor:
-    """The exact gradient (rows, V) of `objective` in the agent's parameters, at those of `new`."""
-    theta = new.theta[agent].detach().clone().requires_grad_()
-    value = objective(old, new.replace(agent, theta), agent, **options)
-    return torch.autograd.grad(value, theta)[0]

@@ -9,16 +9,14 @@ are compared at the fewest rollouts that one of their runs took, and at the fewe
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
+from teamtr_min.bench import report
 from teamtr_min.files import UserError, read_json, write_json
-from teamtr_min.run.figures import COLOURS, render, require_matplotlib
-from teamtr_min.run.log import read_log
+from teamtr_min.run import figures
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 ARMS = {
@@ -44,17 +42,11 @@ SETTINGS = {  # name: flags, and the stages of the fresh arm
 }
 SHOWN = list(SETTINGS)[:3]  # in the figure; --short runs only these
 STUDENT = {2: 12.706, 3: 4.303}  # seeds: 97.5% quantile
-ROLLOUTS, SECONDS = 0, 2  # places in a point of a curve
+ROLLOUTS, SECONDS, RETURN = 0, 1, 2  # places in a point of a curve
 
 
-class Arm(NamedTuple):  # a row of the table
-    setting: str
-    name: str
-    flags: dict
-    runs: list[Path]  # one directory per seed
-
-
-def arms(root: Path, short: bool) -> list[Arm]:
+def arms(root: Path, short: bool) -> list[dict]:
+    """The rows of the table, before anything is run; `runs` are directories, one per seed."""
     found = []
     for setting in SHOWN if short else SETTINGS:
         flags, stages = SETTINGS[setting]
@@ -62,22 +54,21 @@ def arms(root: Path, short: bool) -> list[Arm]:
             count = (2 if short else stages) * (1 if name == "fresh" else flags["agents"])
             sizes = {"stages": count, "eval_every": max(1, count // 10), "device": "cpu"}
             sizes |= {"problems": 4, "eval_problems": 64} if short else {"eval_problems": 1024}
-            runs = [root / setting / name / f"seed {seed}" for seed in range(2 if short else 3)]
-            found.append(Arm(setting, name, flags | rollouts | sizes, runs))
+            runs = [str(root / setting / name / f"seed {seed}") for seed in range(2 if short else 3)]
+            found.append({"setting": setting, "name": name, "flags": flags | rollouts | sizes, "runs": runs})
     return found
 
 
 def run(root: Path, short: bool, jobs: int) -> dict:
     """Make the missing runs, `jobs` at once; draw the figure; returns the content of occupancy.json."""
-    require_matplotlib()
+    figures.require_matplotlib()
     root = root / "short" if short else root
     wanted = arms(root, short)
-    todo = [(arm.flags | {"seed": seed}, path) for arm in wanted for seed, path in enumerate(arm.runs)]
+    todo = [(arm["flags"] | {"seed": i}, Path(path)) for arm in wanted for i, path in enumerate(arm["runs"])]
     todo = [job for job in todo if summary(job[1]) is None]
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        list(tqdm(pool.map(lambda job: train(*job), todo), total=len(todo), unit="run", disable=None))
+    thread_map(lambda job: train(*job), todo, max_workers=max(1, jobs), unit="run", disable=None)
     rows, figure = at_equal_cost([row(arm) for arm in wanted]), root / "occupancy.png"
-    figure.write_bytes(render(rows, draw))
+    figure.write_bytes(figures.render(rows, draw))
     found = {"benchmark": "occupancy", "rows": rows, "figure": str(figure)}
     write_json(root / "occupancy.json", found)
     return found
@@ -104,34 +95,27 @@ def summary(path: Path) -> dict | None:
     return found if found["return_final"] is not None or found["reason"] == "diverged" else None
 
 
-def row(arm: Arm) -> dict:
-    """What an arm's runs came to: lists over seeds."""
-    runs = [of_run(path, arm.flags["agents"] - 1) for path in arm.runs]
+def row(arm: dict) -> dict:
+    """The arm with what its runs came to: lists over seeds."""
+    runs = [of_run(Path(path), arm["flags"]["agents"] - 1) for path in arm["runs"]]
     keys = [key for key, _ in COLUMNS.values()] + ["return_final", "curve"]
-    found = {key: [run[key] for run in runs] for key in keys}
-    return {"setting": arm.setting, "name": arm.name, "flags": arm.flags, **found}
+    return arm | {key: [run.get(key) for run in runs] for key in keys}
 
 
 def of_run(path: Path, last: int) -> dict:
-    """Its summary; collections a stage; the mean ESS of update `last`; a curve of [rollouts, held-out return,
-    seconds]."""
-    log, found = read_log(path / "metrics.jsonl"), summary(path)
-    stages, updates = ([line for line in log if line["kind"] == kind] for kind in ("stage", "update"))
+    """Its row in a comparison of runs, with collections a stage and the mean ESS of update `last`."""
+    record = figures.read(path)
+    found, updates = report.row(record, held_out=True), record.updates
     ess = [u.get("ess_weights", 1.0) for u in updates if u["update"] == last]
-    end = found | {"rollouts_so_far": found["rollouts"], "return_held_out": found["return_final"]}
-    curve = [[0, found["return_start"], 0.0]]
-    for line in [*stages, end]:
-        if line.get("return_held_out") is not None:
-            seconds = line["seconds"] - line["seconds_evaluation"]
-            curve.append([line["rollouts_so_far"], line["return_held_out"], seconds])
-    collections = sum(u["rollouts"] > 0 for u in updates) / max(1, len(stages))
-    mean = sum(ess) / len(ess) if ess else None  # a joint stage has one update
-    return found | {"collections": collections, "ess_last": mean, "curve": curve}
+    return found | {
+        "curve": [*found["curve"].values()],  # of (rollouts, seconds, held-out return)
+        "collections": sum(u["rollouts"] > 0 for u in updates) / max(1, len(record.stages)),
+        "ess_last": sum(ess) / len(ess) if ess else None,  # a joint stage has one update
+    }
 
 
 def at_equal_cost(rows: list[dict]) -> list[dict]:
-    """The rows with returns at the fewest rollouts, and the fewest seconds, of a finished run of their
-    setting; None for a seed that diverged before."""
+    """Adds returns at the fewest rollouts and seconds of a finished run of the setting; None: diverged."""
     for row in rows:
         peers = [r for r in rows if r["setting"] == row["setting"]]
         ends = [c[-1] for r in peers for c, final in zip(r["curve"], r["return_final"]) if final is not None]
@@ -145,7 +129,7 @@ def at_equal_cost(rows: list[dict]) -> list[dict]:
 def read(curve: list[list[float]], at, cost: int = ROLLOUTS) -> np.ndarray:
     """The return of a curve at some cost, or at several."""
     points = np.transpose(curve)
-    return np.interp(at, points[cost], points[1])
+    return np.interp(at, points[cost], points[RETURN])
 
 
 def interval(values: list[float | None]) -> str:
@@ -160,7 +144,7 @@ def draw(figure, rows: list[dict]) -> None:
     """Held-out return over rollouts; bands from the lowest seed to the highest."""
     figure.set_size_inches(3.2 * len(SHOWN), 3.4)
     for axes, setting in zip(figure.subplots(1, len(SHOWN), sharey=True, squeeze=False)[0], SHOWN):
-        for colour, row in zip(COLOURS, [row for row in rows if row["setting"] == setting]):
+        for colour, row in zip(figures.COLOURS, [row for row in rows if row["setting"] == setting]):
             x = np.linspace(0, row["at"])
             seeds = np.array([read(curve, x) for curve in row["curve"]])  # (seeds, len(x))
             axes.fill_between(x, seeds.min(0), seeds.max(0), color=colour, alpha=0.15, lw=0)
