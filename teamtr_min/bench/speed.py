@@ -12,6 +12,7 @@ process: ours first, then what others would write. They take turns; medians coun
 With one thread (OMP_NUM_THREADS=1) a CPU's clock is that thread's: other work on the machine does not count.
 """
 
+import dataclasses
 import functools
 import importlib
 import statistics
@@ -26,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 import kernels
-from teamtr_min.bench.peers import BATCH_TOKENS, plain_sample, plain_step
+from teamtr_min.bench.peers import BATCH_TOKENS, plain_sample, plain_step, trl_step
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.model import Transformer
@@ -35,8 +36,8 @@ from teamtr_min.files import UserError
 from teamtr_min.learner import Learner
 from teamtr_min.rollout import Batches, agent_batches, collect
 from teamtr_min.run.loading import build_team, placement
-from teamtr_min.tasks import load_task
-from teamtr_min.team import Rendered
+from teamtr_min.tasks import Problem, load_task
+from teamtr_min.team import Rendered, Team
 
 PROMPT, NEW = 32, 64  # tokens of `sampling`
 SECONDS = 60  # of a case, after which no further repeat begins
@@ -183,6 +184,23 @@ def training_cases(config: Config, short: bool) -> Iterator[Case]:
         both["transformers"] = functools.partial(plain_step, agent.model, *inputs)
         pairs = sum(len(batch.targets) for batch in batches.own)
         yield Case(f"agent {j}", both, batches.tokens, step_flops(agent.model, seen, pairs))
+    for rank in () if config.shipped else (0, 16):
+        alone = dataclasses.replace(config, agents=1, lora_rank=rank)
+        team = build_team(alone, load_task(alone))
+        both = {"ours": functools.partial(whole_step, team, Learner(team, [0], beta=0.0), problems, alone)}
+        both["TRL's GRPOTrainer"] = functools.partial(trl_step, team, tuple(problems), alone)
+        tokens = len(problems) * config.group * config.max_new_tokens
+        flops = 8 * sum(p.numel() for p in team.agents[0].model.parameters()) * tokens  # of messages alone
+        yield Case(f"whole step, LoRA {rank}" if rank else "whole step", both, tokens, flops)
+
+
+def whole_step(team: Team, learner: Learner, problems: list[Problem], config: Config) -> None:
+    """Sample, grade and make one step, at a rate of 0; with the pass that measures the KL."""
+    rollouts = collect(team, problems, config.group, rng.RngPath(0, "bench"))
+    advantages = torch.randn(len(rollouts.returns), generator=torch.Generator().manual_seed(0))  # (R,)
+    batches = agent_batches(team, rollouts, learner.agents, advantages, BATCH_TOKENS)
+    step(learner, batches, config)
+    learner.measure(batches, config)
 
 
 def step(learner: Learner, batches: Batches, config: Config) -> tuple[Tensor]:
