@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,15 +246,15 @@ def parse(argv: list[str] | None, description: str) -> Config:
     """The configuration that train.py's flags describe. Raises UserError for flags that cannot be."""
     parser = Parser(description)
     add_flags(parser, [f.name for f in dataclasses.fields(Config)])
-    return Config(**resumable(vars(parser.parse_args(argv))))
+    given = vars(parser.parse_args(argv))
+    return resumed(given) if given.get("resume") else Config(**given)
 
 
 def runnable(config: Config) -> Config:
     """What train() runs: `config`, or the saved one that it resumes. Raises UserError for what cannot be."""
     if config.resume:
-        usual = vars(Config())
-        own = resumable({name: value for name, value in vars(config).items() if value != usual[name]})
-        config = Config.load(Path(config.resume) / "config.json", **own)
+        usual = vars(Config(resume=config.resume))
+        config = resumed({"resume": config.resume} | {k: v for k, v in vars(config).items() if v != usual[k]})
     if config.temperature == 0:
         raise UserError("--temperature 0 draws the same rollout each time; a group has nothing to compare")
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -261,10 +262,16 @@ def runnable(config: Config) -> Config:
     return config
 
 
-def resumable(given: dict) -> dict:
-    """`given` again. Raises UserError if it holds a run to resume, and flags that would make another run."""
-    others = given.keys() - {"resume", "accept_changes", "show_prompts"}
-    if given.get("resume") and others:
-        flags = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in others))
-        raise UserError(f"--resume continues a run as it was started: leave out {flags}")
-    return given
+def resumed(given: dict) -> Config:
+    """The saved configuration of the run to resume; flags may repeat it but not change it."""
+    own = {name: given.pop(name) for name in ("resume", "accept_changes", "show_prompts") if name in given}
+    saved = Config.load(Path(own["resume"]) / "config.json", **own)
+    for name in {"model", "data", "demonstrate"} & given.keys():  # saved with a commit, or as absolute paths
+        then, now = (re.sub("@[0-9a-f]{40}", "", text) for text in (getattr(saved, name), given[name]))
+        if then in (now, os.path.abspath(now), os.path.realpath(now)):
+            del given[name]
+    others = {name: value for name, value in given.items() if value != getattr(saved, name)}
+    changed = [f"--{n.replace('_', '-')} {v} (the run has {getattr(saved, n)})" for n, v in others.items()]
+    if changed:
+        raise UserError(f"--resume continues a run as it was started, not with {', '.join(changed)}")
+    return saved

@@ -29,6 +29,6 @@ def test_a_team_of_two_kinds_trains_and_resumes_to_the_same_bits(pair, half_righ
     cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(cut / "checkpoints" / "000002")
     shutil.rmtree(cut / "agents")
-    assert train.main(["--resume", str(cut)]) == 0
+    assert train.main(["--resume", str(cut), "--model", pair]) == 0
     assert bits(cut) == bits(tmp_path / "whole")
     assert (cut / "agents/1/tokenizer.json").read_bytes() != (cut / "agents/0/tokenizer.json").read_bytes()
