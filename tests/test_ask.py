@@ -49,7 +49,7 @@ def test_at_the_prompt_all_commands_answer_and_ctrl_c_stops_one_answer(capsys, m
 
 
 def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(monkeypatch):
-    (_, team), serve, got = team_of(agents=2), http.server.HTTPServer.serve_forever, []
+    (_, team), serve, got = team_of(agents=2), http.server.ThreadingHTTPServer.serve_forever, []
     ask_for, closed = "/ask?question={}&samples=3&seed=5".format, "/ask?question=1%2B1*3&samples=200&seed=0"
     requests = [("/?q=1", {}), ("/", {"Host": "evil"}), (ask_for("1"), {"Sec-Fetch-Site": "cross-site"})]
     requests += [(ask_for("1" * 70000), {}), (ask_for("hello"), {}), (closed, {}), (ask_for("7%2B8*3"), {})]
@@ -65,7 +65,7 @@ def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(mon
         server.shutdown()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(http.server.HTTPServer, "serve_forever", visit)
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", visit)
     ask.serve(team, "</script>", 5, 0)
     assert [status for status, _ in got] == [200, 403, 403, 414, 200, 200]
     assert "\\u003c/script>" in got[0][1] and "has no tokens" in got[4][1]

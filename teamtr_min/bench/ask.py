@@ -2,11 +2,11 @@
 
 import collections
 import contextlib
-import functools
 import http.server
 import os
 import re
 import sys
+import threading
 import urllib.parse
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -139,23 +139,28 @@ def serve(team: Team, name: str, seed: int, port: int) -> None:
     agents = [{"name": a.role.name, "system": a.role.system, "tool": a.model is None} for a in team.agents]
     data = {"team": name, "agents": agents, "seed": seed, "most": MOST_SAMPLES}
     page = filled("ask.html", data, connect="connect-src 'self'; ").encode()
+    busy, address = threading.Lock(), ("127.0.0.1", port)
     try:
-        server = http.server.HTTPServer(("127.0.0.1", port), functools.partial(Handler, team, page))
+        server = http.server.ThreadingHTTPServer(address, lambda *r: Handler(team, page, busy, *r))
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port} cannot be had: {error}") from None
-    with server, contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_port} is the page; Ctrl-C ends it", flush=True)
         server.serve_forever()
+    server.server_close()
+    busy.acquire()  # no thread computes any more
+    for thread in threading.enumerate()[1:]:
+        thread.join(0.3)  # it may have the last reference to the team; an idle one has to wait for nothing
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The page; at /ask?question=&samples=&seed= an answer, as server-sent events. One request at a time."""
+    """The page; at /ask?question=&samples=&seed= an answer, as server-sent events."""
 
-    timeout = 1  # seconds: a browser opens connections that it may never use
+    timeout = 60  # seconds that a browser may let us wait
     log_message = lambda *what: None  # noqa: E731
 
-    def __init__(self, team: Team, page: bytes, *request):
-        self.team, self.page = team, page
+    def __init__(self, team: Team, page: bytes, busy: threading.Lock, *request):
+        self.team, self.page, self.busy = team, page, busy  # one answer at a time
         with contextlib.suppress(OSError):  # a browser may go away at any time
             super().__init__(*request)
 
@@ -171,10 +176,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.wfile.writelines([self.page])
         how = urllib.parse.unquote_plus(asked[1]), min(int(asked[2]), MOST_SAMPLES), None, int(asked[3])
         try:
-            answers = self.team.solve(*how, pieces(self.team, lambda *piece: self.tell(piece=piece)))
+            with self.busy:
+                answers = self.team.solve(*how, pieces(self.team, lambda *piece: self.tell(piece=piece)))
             self.tell(votes=votes(self.team, answers))
         except TOLD as error:
             self.tell(error=str(error))
 
     def tell(self, **event) -> None:
+        self.server.socket.getsockname()  # OSError: the server is closed
         self.wfile.write(f"data: {to_json(event)}\n\n".encode())
