@@ -44,7 +44,10 @@ def read_json(path: Path) -> dict:
 def read_jsonl(path: str | Path, whole: bool = False) -> Iterator[tuple[int, dict]]:
     """Line number and object of each line that is not blank; with `whole` only of lines that end with a
     newline, as all do that a kill did not cut off. Raises UserError, which names file and line."""
-    lines = Path(path).read_bytes().split(b"\n")  # not splitlines(): a text may hold other separators
+    try:
+        lines = Path(path).read_bytes().split(b"\n")  # not splitlines(): a text may hold other separators
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines[:-1] if whole else lines, start=1):
         if line.strip():
             try:

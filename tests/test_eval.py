@@ -210,7 +210,7 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "--team runs/a --agents 2": "leave out --agents",
         "--agents 2 --data nowhere.jsonl": "nowhere.jsonl",
         "jsonl --agents 2": "--task jsonl needs --data",
-        "relay --agents 2 --data .": "Is a directory: '.'",
+        "relay --agents 2 --data .": ". cannot be read: Is a directory",
         "relay --mode vote": "--k of at least 2",
         "mine.py --agents 2 --mode vote --k 2": "a method answer",
         "gsm8k --model nowhere": "no model 'nowhere'",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from toy_runs import bits
+from toy_runs import bits, results
 
 import train
 from teamtr_min.config import parse

@@ -126,10 +126,11 @@ def program(work: Callable[[Ranks], None]) -> int:
         ranks.say(f"stopped: {str(error).splitlines()[0]}")
         code = 1
     except Exception as error:
-        known = str(error) if isinstance(error, UserError | OSError) else lost(ranks, error)
-        if not known:
+        of_user = None if isinstance(error, UserError) else users_line(error)
+        known = of_user or lost(ranks, error)
+        if of_user or not (known or isinstance(error, UserError | OSError)):
             traceback.print_exc()
-        ranks.say(f"error: {known or users_line(error) or error}")
+        ranks.say(f"error: {known or error}")
         code = 2
     return ranks.leave(code)
 
