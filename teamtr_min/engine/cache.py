@@ -83,12 +83,11 @@ class Step:
         if not even or T > 1:
             seen = torch.arange(span, device=new.device) <= step.positions[:, None, :, None]
             step.mask = additive(seen, cache.keys.dtype)
-        if even and isinstance(rows, slice):
+        if even:
             step.start = span - T
         else:
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=new.device)
-            step.keep(cache, rows.repeat_interleave(T), step.positions.expand(len(rows), T).flatten())
+            rows = torch.arange(len(cache.length), device=new.device)[rows]
+            step.keep(cache, rows.repeat_interleave(T), step.positions.flatten())
         return step
 
     def keep(self, cache: KVCache, rows: Tensor, positions: Tensor, source: Tensor | None = None) -> None:

@@ -22,9 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from teamtr_min.engine.model import Transformer
+from torch import Tensor, nn
 
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
 
@@ -47,14 +45,13 @@ class Ranks:
         """The value of each rank, at all ranks. It goes through JSON, which keeps floats exactly."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(own)]))
-        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
-        return [json.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths)]
+        text = json.dumps(value)  # ASCII; the shorter ones end with spaces
+        longest = torch.tensor(len(text))
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        own = torch.frombuffer(bytearray(text.ljust(longest).encode()), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return [json.loads(part.numpy().tobytes()) for part in parts]
 
     def total(self, number: float) -> float:
         return sum(self.gather(number))
@@ -116,7 +113,7 @@ def lost(ranks: Ranks, error: Exception) -> str | None:
     return None
 
 
-def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
+def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices: they become
     fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen ones, such as the base
     of LoRA adapters, stay whole, in `dtype`; agents may share them."""
@@ -138,7 +135,7 @@ def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.d
 
 
 @contextlib.contextmanager
-def unsharded(*models: Transformer) -> Iterator[None]:
+def unsharded(*models: nn.Module) -> Iterator[None]:
     """Whole weights within, gathered once, on entering; without effect where models are not sharded. All
     ranks must enter, and make equally many backward passes, which sum gradients over the ranks. Sampling and
     forward passes involve no other rank."""

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.layer import rms_norm, rotate, swiglu
 from teamtr_min.engine.cache import Step, attend
+from teamtr_min.engine.distributed import whole
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,17 @@ def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Ten
     return {name.replace(module, part): view for part, view in zip(parts, tensor.split(rows))}
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under the names of a checkpoint: views, so that writing to them fills the model."""
-    named = model.named_parameters()
-    return {part: x for name, p in named for part, x in split_fused(name, p.detach(), model.config).items()}
+def checkpoint_tensors(model: nn.Module, trained: bool = False) -> dict[str, Tensor]:
+    """Every parameter, or those that are `trained`, under the names of a checkpoint, in the model's dtype.
+    They are views, so that writing to them fills the model; of a sharded one they are whole copies."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad or not trained:
+            found |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
+    return found
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 

@@ -4,7 +4,6 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.engine.distributed import whole
-from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors, split_fused
+from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError, read_json, replacing, write_json
 from teamtr_min.hf.hub import ALIASES, SINGLE, hub_data, snapshot, weight_files
 
@@ -104,16 +102,8 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     """Write config.json and model.safetensors as transformers reads them, in the model's dtype."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(parts_of(model, model.named_parameters()), directory / SINGLE)
+    save_tensors(checkpoint_tensors(model), directory / SINGLE)
     write_json(directory / "config.json", config_json(model.config, model.dtype))
-
-
-def parts_of(model: Transformer, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Parameters of `model` under their names in a checkpoint, unsharded, in the model's dtype."""
-    parts = {}
-    for name, p in parameters:
-        parts |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
-    return parts
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
