@@ -16,13 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
+from kernels.launch import UPCAST, jit, start, tl, triton, use_triton
 from kernels.layer import turned
 
 SPLIT = 128  # positions that one program of decode_attend reads
 TILE = tl.constexpr(64)  # of these at a time
 STRIP = 4096  # logits that decode_draw reads at a time
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
 
 
 @jit

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
+from kernels.launch import INTERPRETED, UPCAST, jit, start, tl, triton, use_triton
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
 GROUP = tl.constexpr(16)  # row blocks that share a tile of the weight while it is in L2
 NEVER = tl.constexpr(-1e30)  # the logit of a column past V; finite, so that 0 probability times it is 0
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
 
 
 def strips_reference(hidden, weight, targets, temperature, entropy, chosen):

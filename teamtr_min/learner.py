@@ -229,9 +229,9 @@ class Learner:
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """x on another device; copies between a GPU and pinned host memory do not wait for one another."""
-    pinned = x.is_cuda and device == "cpu"
-    target = torch.empty_like(x, device="cpu", pin_memory=True) if pinned else x.to(device, non_blocking=True)
-    return target.copy_(x, non_blocking=True) if pinned else target
+    if x.is_cuda and device == "cpu":
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    return x.to(device, non_blocking=True)
 
 
 def keep_company(model: Transformer) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.trust_region import LOG_RATIO_LIMIT
+from kernels.trust_region import KL_UNITS, LOG_RATIO_LIMIT, RATIOS
 
 
 def group_advantages(
@@ -56,6 +56,8 @@ def teamtr_loss(
     terms whose gradient the clip cuts: A > 0 and w > 1 + eps, or A < 0 and w < 1 - eps), `ratio_mean`.
     Without weights: `ratio_max`, and `messages`, their number.
     """
+    if ratio not in RATIOS or kl_unit not in KL_UNITS:
+        raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)
     agent = torch.zeros(M, dtype=torch.long, device=logp.device) if agent is None else agent
     weight = logp.new_ones(M) if weight is None else weight.to(logp.dtype)
@@ -73,16 +75,12 @@ def teamtr_loss(
         surrogate, cut = _clipped(w, F.pad(advantage, (0, 1))[owner], clip)  # (N,)
         surrogate, cut, mean_w = (per_message(x) / length for x in (surrogate, cut, w))  # (M,)
         max_w = w.new_zeros(M + 1).scatter_reduce(0, owner, w, "amax")[:M]
-    elif ratio in ("message", "mean"):
+    else:
         total = per_message(log_ratio)  # (M,)
         total = total / length if ratio == "mean" else total
         w = total.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (M,)
         surrogate, cut = _clipped(w, advantage, clip)
         mean_w, max_w = w, w
-    else:
-        raise ValueError(f"ratio is {ratio!r}; it must be message, mean or token")
-    if kl_unit not in ("message", "token"):
-        raise ValueError(f"kl_unit is {kl_unit!r}; it must be message or token")
 
     unit = length if kl_unit == "token" else torch.ones_like(length)
     bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
