@@ -54,9 +54,7 @@ class Update(NamedTuple):
     tokens: int = 0  # trainable tokens times steps
 
 
-class Snapshot(NamedTuple):
-    """Masters and optimizer state at one moment."""
-
+class Snapshot(NamedTuple):  # of one moment
     masters: list[Tensor]
     state: list[dict[str, Tensor]]
 
@@ -178,7 +176,6 @@ class Learner:
                 objective = kernels.trust_region_loss if kernels.use_triton(hidden) else teamtr_loss
                 loss, stats = objective(
                     logp, batch.old_logp, batch.message, batch.advantage, weight=batch.weight,
-                    agent=torch.full_like(batch.rollout, batch.agent), n_agents=len(self.agents),
                     clip=config.clip, beta=self.beta, ratio=config.ratio, kl_unit=config.kl_unit,
                 )  # fmt: skip
                 share = batch.total_weight / total  # Eq. 10 and 11 are means over all messages
@@ -187,11 +184,11 @@ class Learner:
                     self.add_gradients()
             sums["loss"] += loss.detach() * share
             for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-                sums[name] += stats[name].sum() * share  # (A,), 0 but for the batch's agent
+                sums[name] += stats[name][0] * share  # (1,), as a batch has one agent
             if together:
-                own = batch.total_weight / batches.weight[batch.agent]
-                sums[f"kl_agent_{self.agents[batch.agent]}"] += stats[estimate][batch.agent] * own
-            largest["ratio_max"].append(stats["ratio_max"].max())
+                own = batch.total_weight / batches.weight[self.agents.index(batch.agent)]
+                sums[f"kl_agent_{batch.agent}"] += stats[estimate][0] * own
+            largest["ratio_max"].append(stats["ratio_max"][0])
             log_ratio.index_add_(0, batch.rollout, batch.per_message(logp.detach() - batch.old_logp))
         sums |= {name: torch.stack(values).max() for name, values in largest.items()}
         stats = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}  # one device sync

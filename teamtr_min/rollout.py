@@ -83,7 +83,7 @@ class AgentBatch:
     """
 
     model: Transformer  # the agent's
-    agent: int  # its number among those that step together
+    agent: int
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, in the rollout
     end: Tensor | None  # (B, T) int64: where the descendants of a token end; None if no row branches
@@ -134,7 +134,7 @@ def agent_batches(
     share = ranks.share(len(rollouts.messages) // size)
     pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
     own, weights = [], []
-    for number, j in enumerate(agents):
+    for j in agents:
         model, batches, rows = team.agents[j].model, [], range(share.start * size, share.stop * size)
         seen = {r: team.render(j, rollouts.problems[r], rollouts.messages[r], False) for r in rows}
         cost = model.config.pairs_per_token
@@ -143,7 +143,7 @@ def agent_batches(
             sequences = [(r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling]
             trees = trees_of(sequences, batch_tokens, cost)
             for some in batches_of(trees, batch_tokens, cost, model.device):
-                batches.append(_batch(model, (number, j), rollouts, some, seen, advantages))
+                batches.append(_batch(model, j, rollouts, some, seen, advantages))
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
         passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
         own += batches + [model] * (passes - len(batches))
@@ -154,11 +154,9 @@ def agent_batches(
 
 
 def _batch(
-    model: Transformer, agent: tuple[int, int], rollouts: Rollouts, rows: list[Tree], seen: dict,
-    advantages: Tensor,
-) -> AgentBatch:  # fmt: skip
-    """One batch of the trees `rows`; `seen`: rollout -> Rendered, advantages (R,)."""
-    number, j = agent
+    model: Transformer, j: int, rollouts: Rollouts, rows: list[Tree], seen: dict, advantages: Tensor
+) -> AgentBatch:
+    """One batch of agent j, of the trees `rows`; `seen`: rollout -> Rendered, advantages (R,)."""
     packed = pack(rows, model.device)
     pair, message, sampled_logp, rollout, turns = [], [], [], [], []
     pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
@@ -177,7 +175,7 @@ def _batch(
     weight = torch.ones(len(rollout)) if rollouts.weights is None else rollouts.weights[rollout]
     tensor = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
-        model, number, packed.tokens, packed.positions, packed.end,
+        model, j, packed.tokens, packed.positions, packed.end,
         where=tensor(where), targets=tensor(targets), pair=tensor(pair), message=tensor(message),
         sampled_logp=tensor(sampled_logp), advantage=tensor(advantage),
         weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),

@@ -41,16 +41,12 @@ class Agent:
     sampler: Sampler | None = None
 
 
-class Rendered(NamedTuple):
-    """Token ids of a transcript in one agent's eyes, and where its own messages stand in them."""
-
+class Rendered(NamedTuple):  # a transcript in one agent's eyes
     ids: list[int]
     spans: list[tuple[int, int]]  # (start, stop) of each own message's sampled tokens
 
 
-class Said(NamedTuple):
-    """One message of an Answer."""
-
+class Said(NamedTuple):  # one message of an Answer
     agent: int
     name: str
     text: str
@@ -117,8 +113,8 @@ class Team:
         ids = list(chat.opening(agent.role.system, view(problem, j) if view else problem.text))
         spans = []
         if not add_generation_prompt:
-            own = [t for t, message in enumerate(messages) if message.agent == j]
-            messages = messages[: own[-1] + 1] if own else []
+            last = max((t for t, message in enumerate(messages) if message.agent == j), default=-1)
+            messages = messages[: last + 1]
         for message in messages:
             writer = self.agents[message.agent]
             if message.agent == j:
@@ -127,7 +123,8 @@ class Team:
                 ids += message.tokens if message.stopped else [*message.tokens, chat.end_of_message]
                 ids += chat.assistant_footer
             elif writer.model is not None and writer.tokenizer.hash == agent.tokenizer.hash:
-                ids += chat.teammate_ids(writer.role.name, message.content)
+                own = message.tokens[:-1] if message.stopped else message.tokens  # without its end token
+                ids += chat.teammate_ids(writer.role.name, own)
             else:  # a message cannot end, or begin another, by spelling a special token of its reader
                 ids += chat.teammate(writer.role.name, message.text)
         if add_generation_prompt:
