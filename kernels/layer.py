@@ -162,8 +162,8 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 @jit
 def swiglu_kernel(gate_up, h, grad, out, size, I, BLOCK: tl.constexpr):
-    """gate_up (N, 2I) -> h = silu(gate) * up (N, I), `size` numbers, unless h is None; then the gradient `out`
-    (N, 2I) from `grad` (N, I), unless that is None."""
+    """gate_up (N, 2I) -> h = silu(gate) * up (N, I), `size` numbers, unless h is None. `grad` (N, I) -> the
+    gradient `out` (N, 2I), unless `grad` is None."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = i // I * 2 * I + i % I
     g = tl.load(gate_up + gate, mask=i < size, other=0.0).to(tl.float32)

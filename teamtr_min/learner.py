@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 import kernels
 from teamtr_min.config import Config
-from teamtr_min.engine.distributed import local, offset, unsharded, whole
+from teamtr_min.engine.distributed import local, unsharded, whole
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.objective import teamtr_loss
@@ -215,7 +215,7 @@ class Learner:
     def _round(self) -> None:
         if self.copied:
             for p, master in zip(self.parameters, self.masters):
-                round_into(local(p), local(master), offset(p))
+                round_into(local(p), local(master))
 
     def _move(self, device: torch.device | str) -> None:
         for p in self.masters if self.copied else ():

@@ -12,7 +12,7 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.cache import Step
 from teamtr_min.engine.distributed import halving
 from teamtr_min.engine.model import Transformer
-from teamtr_min.engine.packing import Tree, batches_of, pack, trees_of
+from teamtr_min.engine.packing import Packed, Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
@@ -84,9 +84,7 @@ class AgentBatch:
 
     model: Transformer  # the agent's
     agent: int
-    tokens: Tensor  # (B, T) int64
-    positions: Tensor  # (B, T) int64, in the rollout
-    end: Tensor | None  # (B, T) int64: where the descendants of a token end; None if no row branches
+    rows: Packed  # (B, T)
     where: Tensor  # (pairs,) int64: position in the flattened (B * T) whose hidden state predicts the token
     targets: Tensor  # (pairs,) int64: the token
     pair: Tensor  # (N,) int64: pair of each sampled token
@@ -102,8 +100,8 @@ class AgentBatch:
 
     def hidden(self, model: Transformer) -> Tensor:
         """(pairs, H): hidden states of `model` that predict the pairs' tokens."""
-        step = Step.trees(self.positions, self.end, model.dtype)
-        return model.hidden(self.tokens, step, self.where)
+        step = Step.trees(self.rows.positions, self.rows.end, model.dtype)
+        return model.hidden(self.rows.tokens, step, self.where)
 
     def per_message(self, x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""
@@ -154,13 +152,13 @@ def agent_batches(
 
 
 def _batch(
-    model: Transformer, j: int, rollouts: Rollouts, rows: list[Tree], seen: dict, advantages: Tensor
+    model: Transformer, j: int, rollouts: Rollouts, trees: list[Tree], seen: dict, advantages: Tensor
 ) -> AgentBatch:
-    """One batch of agent j, of the trees `rows`; `seen`: rollout -> Rendered, advantages (R,)."""
-    packed = pack(rows, model.device)
+    """One batch of agent j, of these trees; `seen`: rollout -> Rendered, advantages (R,)."""
+    rows = pack(trees, model.device)
     pair, message, sampled_logp, rollout, turns = [], [], [], [], []
     pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
-    for r, path in packed.paths.items():
+    for r, path in rows.paths.items():
         spoken = [m for m in rollouts.messages[r] if m.tokens]  # without tools, which may be silent at a turn
         own = [(turn, m) for turn, m in enumerate(spoken) if m.agent == j]
         for (start, stop), (turn, m) in zip(seen[r].spans, own):
@@ -175,10 +173,8 @@ def _batch(
     weight = torch.ones(len(rollout)) if rollouts.weights is None else rollouts.weights[rollout]
     tensor = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
-        model, j, packed.tokens, packed.positions, packed.end,
-        where=tensor(where), targets=tensor(targets), pair=tensor(pair), message=tensor(message),
-        sampled_logp=tensor(sampled_logp), advantage=tensor(advantage),
-        weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
+        model, j, rows, tensor(where), tensor(targets), tensor(pair), tensor(message), tensor(sampled_logp),
+        advantage=tensor(advantage), weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
         pulls=bool((advantage * weight).any()), total_weight=weight.double().sum().item(),
     )  # fmt: skip
 

@@ -216,7 +216,7 @@ def test_work_that_fills_memory_goes_on_in_halves(error):
 def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypatch):
     plenty, lean = Prepared(), Prepared()
     whole, start, hidden = plenty.update(), Sampler.start, AgentBatch.hidden
-    limit = max(batch.tokens.numel() for batch in lean.batches.own) // 2
+    limit = max(batch.rows.tokens.numel() for batch in lean.batches.own) // 2
 
     def full(size: int, most: int) -> None:
         if size > most:

@@ -22,11 +22,12 @@ def writers(rollouts) -> list[list[int]]:
 
 def context(b, where: int) -> list[int]:
     """The tokens that position `where` of the flattened rows sees."""
-    row, i = divmod(where, b.tokens.shape[1])
-    end = torch.full_like(b.tokens, i + 1) if b.end is None else b.end
+    tokens, positions, end, _ = b.rows
+    row, i = divmod(where, tokens.shape[1])
+    end = torch.full_like(tokens, i + 1) if end is None else end
     seen = [k for k in range(i + 1) if end[row, k] > i]
-    assert b.positions[row, seen].tolist() == list(range(len(seen)))
-    return b.tokens[row, seen].tolist()
+    assert positions[row, seen].tolist() == list(range(len(seen)))
+    return tokens[row, seen].tolist()
 
 
 @pytest.mark.parametrize("knobs", [CUT_OFF, TWO_ROUNDS, CUT_TWICE, {"group": 4, "router": "random"}])
@@ -38,7 +39,7 @@ def test_every_sampled_token_is_trained_on_once_and_nothing_else(knobs):
         places = [(r, t) for r, row in enumerate(writers(rollouts)) for t, k in enumerate(row) if k == j]
         trained = []
         for b in agent_batches(team, rollouts, [j], advantages, batch_tokens=60).own:
-            B, T = b.tokens.shape
+            B, T = b.rows.tokens.shape
             assert B * T <= 60 or B == 1
             assert b.message.tolist() == sorted(b.message.tolist())
             assert torch.equal(b.advantage, advantages[b.rollout])

@@ -186,11 +186,3 @@ def like(x: Tensor, p: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def offset(p: Tensor) -> int:
-    """Number of the first element of this rank's part, in the whole of p."""
-    if not hasattr(p, "device_mesh"):
-        return 0
-    rows = -(-p.shape[0] // p.device_mesh.size())  # of each part but the last ones
-    return min(p.device_mesh.get_local_rank() * rows, p.shape[0]) * p.shape[1:].numel()

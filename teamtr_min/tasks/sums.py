@@ -66,8 +66,6 @@ class Sums(Generated):
         return found and found[1][::-1]
 
 
-class LargeSums(Sums):
-    """Sums with numbers to 99."""
-
+class LargeSums(Sums):  # with numbers to 99
     name = split = "sums-99"
     first, change, largest = (10, 90), (10, 60), 99
