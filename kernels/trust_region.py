@@ -7,9 +7,8 @@ and k3 = sum (e^x - 1 - x); per agent the means, weighted by the messages' weigh
 
 for ratio "message"; "mean" divides the first term by the message's length, "token" has a w at every token.
 teamtr_min.objective.teamtr_loss is the reference, in plain torch, and documents arguments and results.
-N tokens, M messages, A agents. One program per message walks its tokens, and again for their gradients; then
-one per agent walks all messages. No atomics: the same bits in every run. One launch costs more than all bytes
-of 16,384 tokens.
+N tokens, M messages, A agents. One program per message walks its tokens twice, then one per agent all
+messages. No atomics: the same bits in every run. One launch costs more than all bytes of 16,384 tokens.
 """
 
 import torch
@@ -166,9 +165,8 @@ def trust_region_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """teamtr_min.objective.teamtr_loss in fp32 by the kernels, on CUDA or in Triton's interpreter.
 
-    logp (N,) carries the gradient. The ids in `message` (N,) must ascend; slots to ignore, -1, may stand
-    anywhere. What does not fit raises ValueError, but wrong ids make the loss NaN: looking would stall the
-    stream."""
+    logp (N,) carries the gradient. The ids in `message` (N,) must ascend; -1, to ignore, may stand anywhere.
+    What does not fit raises ValueError, but wrong ids make the loss NaN: looking would stall the stream."""
     if ratio not in RATIOS or kl_unit not in KL_UNITS:
         raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)

@@ -86,8 +86,7 @@ class Learner:
     def measure(self, batches: Batches, config: Config) -> Measured:
         """Eq. 10 and 11 at the weights as they are, by a forward pass over all batches. The first pass over a
         batch stores log pi_old in it (`AgentBatch.old_logp`), so every ratio is then exactly 1; it also
-        measures the entropy, and how far the sampler's log-probs are from the trainer's. Raises Diverged if a
-        measured number is not finite."""
+        measures entropy, and how far the sampler's log-probs are from the trainer's. Raises Diverged."""
         with torch.no_grad(), unsharded(*self.models):
             return self._forward(batches, config, backward=False)
 

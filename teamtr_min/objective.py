@@ -1,9 +1,8 @@
 """Eq. 9, 10 and 11 in plain torch: the definition that the fused kernel must match.
 
 The trainable tokens of M messages are one flat list of N tokens; `message[t]` in 0..M-1 says whose token t
-is, and -1 marks a slot to ignore, whatever it holds. Log-probs are at the sampling temperature, of the token
-that was sampled: `logp` under the policy being trained (pi_new), `old_logp` under the one that wrote the
-messages (pi_old).
+is, and -1 marks a slot to ignore, whatever it holds. Log-probs are at the sampling temperature: `logp` under
+the policy being trained (pi_new), `old_logp` under the one that wrote the messages (pi_old).
 """
 
 import math

@@ -145,10 +145,9 @@ def agent_batches(
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
         passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
         own += batches + [model] * (passes - len(batches))
-    real = [batch for batch in own if isinstance(batch, AgentBatch)]
-    messages, tokens = sum(len(b.advantage) for b in real), sum(len(b.pair) for b in real)
-    pulled = any(ranks.gather(any(batch.pulls for batch in real)))
-    return Batches(own, len(rollouts.messages), weights, ranks.total(messages), ranks.total(tokens), pulled)
+    pulled = any(ranks.gather(any(batch.pulls for batch in own if isinstance(batch, AgentBatch))))
+    tokens = [len(message.tokens) for message in rollouts.by(agents)]
+    return Batches(own, len(rollouts.messages), weights, len(tokens), sum(tokens), pulled)
 
 
 def _batch(
@@ -184,8 +183,7 @@ def collect(
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade the results. A draw is a
     function of the rng path, the rollout, the turn and the position alone, so batching changes no law and, to
-    rounding, no token. Several processes work on a share of the problems each; then all have all rollouts.
-    `label` names the phase on the terminal."""
+    rounding, no token. Processes share the problems; then all have all rollouts. `label` is the bar's."""
     begin = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
     share = team.ranks.share(len(problems))

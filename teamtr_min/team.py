@@ -2,8 +2,7 @@
 
 A transcript is the problem and every message so far. Agent j sees its own system prompt, the problem as
 `user`, then each message: as `assistant` if j wrote it, else as `user` with the writer's name in front. This
-view only grows at its end, so a KV cache stays valid from turn to turn, and sampled ids are never encoded
-again.
+view only grows at its end, so a KV cache stays valid, and sampled ids are never encoded again.
 """
 
 import dataclasses

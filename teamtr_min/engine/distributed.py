@@ -136,9 +136,8 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dty
 
 @contextlib.contextmanager
 def unsharded(*models: nn.Module) -> Iterator[None]:
-    """Whole weights within, gathered once, on entering; without effect where models are not sharded. All
-    ranks must enter, and make equally many backward passes, which sum gradients over the ranks. Sampling and
-    forward passes involve no other rank."""
+    """Whole weights within, gathered once; without effect where models are not sharded. All ranks must enter,
+    and make equally many backward passes, which sum gradients. Forward passes involve no other rank."""
     parts = [part for model in models for part in model.modules() if hasattr(part, "unshard")]
     with torch.inference_mode(False), torch.no_grad():
         for part in parts:

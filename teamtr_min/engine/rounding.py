@@ -3,8 +3,7 @@
 A step of 1e-6 moves most bf16 weights by less than half of their last bit. Rounded to the nearest, a policy
 would hardly change then, while its masters drift away unseen (docs/results.md). So weight i is rounded up, in
 magnitude, where what bf16 cuts off exceeds threshold i, and thresholds are spread evenly: of many weights
-that all move by a tenth of the gap between bf16 numbers, a tenth jumps. Nothing is random, and a master that
-bf16 can hold stays as it is.
+that all move by a tenth of the gap between bf16 numbers, a tenth jumps. What bf16 can hold stays.
 """
 
 import functools

@@ -45,8 +45,7 @@ def generate(
 
 class Sampler:
     """`start` begins a collection of some rows, a sequence each; `generate` lets some of them grow; `finish`
-    ends it. Rows that are being written have the first places of the cache: one that ends trades places with
-    the last one."""
+    ends it. Rows that grow have the first places of the cache: one that ends swaps places with the last."""
 
     def __init__(self, model: Transformer):
         self.model, self.prefill_tokens = model, PREFILL_TOKENS

@@ -112,8 +112,7 @@ class Tokenizer:
             write_json(directory / GENERATION, _read(directory / GENERATION) | ends)
 
     def _load(self, text: str, config: dict) -> tuple[Backend, dict[str, str]]:
-        """The backend with every token that tokenizer_config.json declares, and special ones by name, as
-        transformers reads them."""
+        """The backend with tokenizer_config.json's tokens as in transformers, and special ones by name."""
         backend = Backend.from_str(text)
         backend.no_truncation()
         backend.no_padding()

@@ -53,8 +53,7 @@ class Convention(Relay):
     `1+1` or `2+1`, and a reader may take either for 1 or for 2. The problem and the last message are plain.
     The return is the share of handovers whose writer and reader use the same code; where all do, the team
     reaches the answer. Every digit is as likely in either code, so a message shows its code only to a reader
-    who also works out the problem. Of the digits handed on, all but the last are odd: an even one would hide
-    the code."""
+    who also works out the problem. Of digits handed on all but the last are odd: even ones hide the code."""
 
     name = "convention"
     least_turns, most_turns = 2, 4  # a writer and a reader at least
