@@ -174,10 +174,9 @@ def trust_region_loss(
     agent = message.new_zeros(M) if agent is None else agent
     beta = (beta if isinstance(beta, Tensor) else logp.new_full((), beta)).expand(n_agents)
     given = logp, old_logp, message, advantage, weight, agent
-    same = all(x.shape == logp.shape for x in given[:3]) and all(x.shape == (M,) for x in given[3:])
-    ids = not (message.is_floating_point() or agent.is_floating_point())
-    flat = logp.dim() == 1 and logp.dtype == torch.float32
-    if not (same and ids and flat and len({x.device for x in given}) == 1):
+    flat = [x.shape for x in given] == [(logp.numel(),)] * 3 + [(M,)] * 3
+    kinds = logp.dtype == torch.float32 and not (message.is_floating_point() or agent.is_floating_point())
+    if not (flat and kinds and len({x.device for x in given}) == 1):
         shown = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in given)
         wanted = "float32 logp, old_logp and ids message, (N,); advantage, weight and ids agent, (M,)"
         raise ValueError(f"it takes {wanted}, on one device, not {shown}")

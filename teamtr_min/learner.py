@@ -1,7 +1,4 @@
-"""The trainable side of an agent: fp32 masters, AdamW, snapshots, and Eq. 10 and 11 over its batches.
-
-train.py decides how far an update goes, and when it goes back.
-"""
+"""The trainable side of an agent: fp32 masters, AdamW, snapshots, and Eq. 10 and 11 over its batches."""
 
 import collections
 import math

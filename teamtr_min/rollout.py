@@ -125,9 +125,8 @@ def agent_batches(
     team: Team, rollouts: Rollouts, agents: list[int], advantages: Tensor, batch_tokens: int
 ) -> Batches:
     """The batches on which `agents` train, given one advantage per rollout (R,). A batch has at most
-    `batch_tokens` tokens, padding included, or one rollout. Problems without any advantage have batches of
-    their own: most of these need no gradient. Rollouts in which the agent took no turn are left out. Each
-    process gets the batches of its own share of the problems."""
+    `batch_tokens` padded tokens, or one rollout. Problems without any advantage have batches of their own:
+    most need no gradient. Rollouts without a turn of the agent are left out; processes share the rest."""
     ranks, size = team.ranks, rollouts.group_size
     share = ranks.share(len(rollouts.messages) // size)
     pulls = advantages.view(-1, size).any(1).tolist()  # (P,)

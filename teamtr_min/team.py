@@ -197,9 +197,8 @@ class Team:
         """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole. The
         first process writes; where weights are sharded, all must call this."""
         if not self.ranks.first:
-            for agent in self.agents:
-                for p in agent.model.parameters() if agent.model else ():
-                    whole(p)
+            for p in (p for agent in self.agents if agent.model for p in agent.model.parameters()):
+                whole(p)
             return
         with replacing(directory) as aside:
             aside.mkdir()  # not its parents: a run's directory that is gone is not made again

@@ -4,9 +4,8 @@
 
 Each process, a rank, samples the rollouts of its share of the problems and computes their gradients. Numbers
 that decide what happens next are gathered first. The first rank writes all files and prints. torch's FSDP2
-shards what is trained: a rank keeps a part of each parameter, gradient and moment, as fp32 DTensors. It
-gathers the weights of one model for a turn of sampling or for a pass over its batches (`unsharded`). When a
-process dies, connections break, or torchrun ends the others: `lost`.
+shards what is trained: a rank keeps a part of each parameter, gradient and moment, as fp32 DTensors. The
+weights of a model are gathered for a turn of sampling, or for a pass over its batches (`unsharded`).
 """
 
 import contextlib

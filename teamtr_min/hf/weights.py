@@ -36,8 +36,7 @@ def find_model(name: str | os.PathLike) -> Path:
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, str]:
-    """The directory of a model, and a name that finds the same model from anywhere and at any time: an
-    absolute path, or a hub id with its commit."""
+    """A model's directory, and its name from anywhere at any time: absolute path, or hub id with commit."""
     name = str(name)
     path, (alias, _, revision) = os.path.expanduser(name), name.partition("@")
     if name in SHIPPED:

@@ -16,7 +16,6 @@ DATASETS = {  # name -> the file to train on, or None; the held-out file; the fi
     "math": ("math-train", "math500", "problem"),  # 12,000 and 500 problems of MATH
     **{name: (None, name, "problem") for name in ("math500", "aime24", "aime25", "amc23")},  # to evaluate on
 }
-
 SIDES = ("train", "test", "validation", "dev")  # names in the paths of a data set of the hub
 
 GITHUB = "https://raw.githubusercontent.com"
