@@ -10,9 +10,8 @@ from teamtr_min.tasks.task import Message, Problem
 
 
 class Relay(Generated):
-    """A chain such as `7+8*3-4`, worked out from left to right, modulo 10. With n turns it has n operations.
-    Each message carries out the first one and writes the rest: `5*3-4`, `5-4`, `1`. The return is 1 if the
-    last message is the answer, else 0."""
+    """A chain such as `7+8*3-4`, worked out from left to right, modulo 10; with n turns it has n operations.
+    Each message does the first and writes the rest: `5*3-4`, `5-4`, `1`. The return is 1 for the answer."""
 
     name = split = "relay"
     agent_names = "ABCDEFGH"
