@@ -64,8 +64,7 @@ class Learner:
     the monitor then measures the weights that the sampler will use. With LoRA only adapters are trained.
 
     With several processes every tensor here is a DTensor, sharded over them (engine/distributed.py). With
-    `offload` Adam's moments and bf16 masters wait in host memory between updates.
-    """
+    `offload` Adam's moments and bf16 masters wait in host memory between updates."""
 
     def __init__(self, team: Team, agents: list[int], beta: float, offload: bool = False):
         self.agents, self.beta, self.ranks, self.offloads = agents, beta, team.ranks, offload

@@ -23,8 +23,7 @@ def group_advantages(
     Mean and variance are the population's. `weight` (P, G), at least 0, makes them weighted within each group
     [ours]; only the ratios of a group's weights count. Without `normalise` advantages stay in units
     of the return, only centred and clipped. A group of equal returns is exactly 0: tested as max == min,
-    since in floating point the mean of equal numbers need not be that number.
-    """
+    since in floating point the mean of equal numbers need not be that number."""
     weight = torch.ones_like(returns) if weight is None else weight
     share = weight / weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)  # (P, G)
     centred = returns - (share * returns).sum(dim=1, keepdim=True)
@@ -53,8 +52,7 @@ def teamtr_loss(
     Returns (loss, stats); stats are (A,) tensors without gradient. Means over an agent's messages, weighted
     by v (0 where the weights sum to 0): `kl_k1` and `kl_k3` (nats per kl_unit), `clip_fraction` (share of
     terms whose gradient the clip cuts: A > 0 and w > 1 + eps, or A < 0 and w < 1 - eps), `ratio_mean`.
-    Without weights: `ratio_max`, and `messages`, their number.
-    """
+    Without weights: `ratio_max`, and `messages`, their number."""
     if ratio not in RATIOS or kl_unit not in KL_UNITS:
         raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)

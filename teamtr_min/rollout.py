@@ -79,8 +79,7 @@ class AgentBatch:
     A row holds a prefix tree of rollouts (packing.py), padded on the right. What rollouts share, such as the
     problem, stands in it once. So does a token that several rollouts sampled in the same context: it is one
     of the batch's `pairs` of context and token. The trainable tokens are one flat list of N, ascending in
-    `message`: the agent's sampled tokens, without contexts, padding, and end tokens of cut-off messages.
-    """
+    `message`: the agent's sampled tokens, without contexts, padding, and end tokens of cut-off messages."""
 
     model: Transformer  # the agent's
     agent: int

@@ -51,11 +51,9 @@ class Said(NamedTuple):  # one message of an Answer
     text: str
 
 
-class Answer(NamedTuple):
-    """One rollout of a team: what was said, and the team's answer (None: no message states one)."""
-
+class Answer(NamedTuple):  # one rollout of a team
     messages: list[Said]
-    answer: str | None
+    answer: str | None  # the team's; None: no message states one
 
 
 def round_robin(turn: int, messages: list[Message], agents: int, uniform: float) -> int:

@@ -26,6 +26,10 @@ from kernels.layer import rms_norm, rotate, swiglu
 from teamtr_min.engine.cache import Step, attend
 from teamtr_min.engine.distributed import whole
 
+# One product here -> the layers that checkpoints hold apart. Their outputs stand in its rows in this order.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+HEAD_PIECE = 2048  # rows of the output head in one product: on a CPU a third faster than one large product
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -66,10 +70,6 @@ class ModelConfig:
     @property
     def kv_per_token(self) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim  # numbers in the KV cache
-
-
-# One product here -> the layers that checkpoints hold apart. Their outputs stand in its rows in this order.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
@@ -172,9 +172,6 @@ class Decoder(nn.Module):  # everything below the output head
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-
-HEAD_PIECE = 2048  # rows of the output head in one product: on a CPU a third faster than one large product
 
 
 class Transformer(nn.Module):

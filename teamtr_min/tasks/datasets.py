@@ -1,7 +1,5 @@
-"""Files of problems: those of `--data`, and data sets that go by name, which are downloaded once.
-
-A URL names a commit, and a file is checked by its sha256 when it is fetched, not when it is read again.
-"""
+"""Files of problems: those of `--data`, and data sets that go by name, downloaded once. A URL names a commit,
+and a file is checked by its sha256 when it is fetched, not when it is read again."""
 
 import collections
 import os

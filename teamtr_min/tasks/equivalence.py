@@ -1,6 +1,5 @@
 """Algebra on answers, by the package math-verify where it is installed. It may compute for ever on one. So
-this file, run as a program, is a worker that forks for each question; the system ends a fork that takes long.
-"""
+this file, run as a program, is a worker that forks for each question; the system ends a fork that is slow."""
 
 import functools
 import importlib.metadata
