@@ -25,9 +25,7 @@ class Diverged(Exception):
     """A loss, gradient or weight is not finite. A step that meets one leaves the weights of before."""
 
 
-class Measured(NamedTuple):
-    """Eq. 10 and 11 over all batches, at the weights of one moment."""
-
+class Measured(NamedTuple):  # Eq. 10 and 11 over all batches, at the weights of one moment
     stats: dict[str, float]  # means over messages; "kl" is the estimate that the radius is enforced on
     log_ratio: Tensor  # (R,) fp32: sum of log pi_now - log pi_old over the agents' tokens in each rollout
 

@@ -120,8 +120,7 @@ class Team:
                 ids += message.tokens if message.stopped else [*message.tokens, chat.end_of_message]
                 ids += chat.assistant_footer
             elif writer.model is not None and writer.tokenizer.hash == agent.tokenizer.hash:
-                own = message.tokens[:-1] if message.stopped else message.tokens  # without its end token
-                ids += chat.teammate_ids(writer.role.name, own)
+                ids += chat.teammate_ids(writer.role.name, message.content)
             else:  # a message cannot end, or begin another, by spelling a special token of its reader
                 ids += chat.teammate(writer.role.name, message.text)
         if add_generation_prompt:

@@ -188,7 +188,7 @@ def test_a_transcript_grows_at_its_end_alone(tmp_path, agents):
             j, stopped = draw.randrange(agents), draw.random() < 0.6
             ids = [draw.randrange(250) for _ in range(draw.randrange(0 if stopped else 1, 6))]
             messages.append(say(team, j, tokenizers[j % 2].decode(ids), stopped, ids))
-        closed = [say(team, m.agent, m.text, ids=m.tokens[: len(m.tokens) - m.stopped]) for m in messages]
+        closed = [say(team, m.agent, m.text, ids=m.content) for m in messages]
         for j, agent in enumerate(team.agents):
             final, trained = seen(team, j, messages), seen(team, j, messages, prompt=False)
             own = [(t, message) for t, message in enumerate(messages) if message.agent == j]

@@ -106,10 +106,9 @@ def join() -> Ranks:
 
 def lost(ranks: Ranks, error: Exception) -> str | None:
     """A sentence for an error that says that another process is gone; else None."""
+    sentence = "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
     found = re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE)
-    if ranks.size > 1 and isinstance(error, RuntimeError) and found:
-        return "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
-    return None
+    return sentence if ranks.size > 1 and isinstance(error, RuntimeError) and found else None
 
 
 def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:

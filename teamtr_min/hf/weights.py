@@ -86,10 +86,9 @@ def load_model(
     found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
     files = {name: file for file, names in found.items() for name in names}
     held = {name: shape for names in found.values() for name, shape in names.items()}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    both = model.config.tied and {head, embedding} <= held.keys()
-    if both and read(files[head], head).equal(read(files[embedding], embedding)):
-        del held[head]  # a repetition
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    if model.config.tied and held.keys() >= {*both} and torch.equal(*(read(files[n], n) for n in both)):
+        del held[both[0]]  # a repetition
     check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():

@@ -12,6 +12,10 @@ class Message:
     logprobs: list[float]  # the sampler's own
     stopped: bool  # False: cut off at the length limit
 
+    @property
+    def content(self) -> list[int]:
+        return self.tokens[:-1] if self.stopped else self.tokens[:]  # without the end-of-message token
+
 
 @dataclass(frozen=True)
 class Problem:
