@@ -73,8 +73,11 @@ def write_gpt2(directory):
 # How each kind of tokenizer is made: its directory, given an empty one.
 KINDS = {f"{scheme}, Zephyr": lambda d, s=scheme: write_sentencepiece(d, s) for scheme in SCHEMES}
 KINDS |= {f"{scheme}, no template": lambda d, s=scheme: write_sentencepiece(d, s, None) for scheme in SCHEMES}
+LLAMA, OLD = {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}
 KINDS |= {
     "BOS in the template": lambda d: write_sentencepiece(d, "normalizer", "{{ bos_token }}" + ZEPHYR),
+    "read as Llama's": lambda d: write_sentencepiece(d, "normalizer", **LLAMA),
+    "read as Llama's of old": lambda d: write_sentencepiece(d, "never", **OLD),
     "first, an end token is added": lambda d: write_sentencepiece(d, "first", None, add_eos=True),
     "bytes, Llama 3": lambda d: write_bytes(d, LLAMA3_STYLE, bos=True),
     "bytes, no template": lambda d: write_bytes(d, bos=True),
@@ -120,7 +123,9 @@ def seen(team: Team, j: int, messages: list[Message], problem: str = "2+2?", pro
 @functools.cache
 def in_transformers(directory):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    llama = "LlamaTokenizer" in (directory / "tokenizer_config.json").read_text()
+    kind = transformers.LlamaTokenizerFast if llama else transformers.PreTrainedTokenizerFast
+    return kind.from_pretrained(directory)
 
 
 def by_transformers(team: Team, j: int, messages: list[tuple[int, str]], problem: str = "2+2?") -> list[int]:

@@ -44,7 +44,7 @@ class Tokenizer:
         config = _read(self.directory / "tokenizer_config.json")
         jinja = self.directory / "chat_template.jinja"
         try:
-            text = (self.directory / "tokenizer.json").read_text("utf-8")
+            text = _as_transformers_reads((self.directory / "tokenizer.json").read_text("utf-8"), config)
             self.backend, self.special = self._load(text, config)
             self.template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
             if isinstance(self.template, list):  # several, by name
@@ -227,6 +227,17 @@ class ChatFormat:
 
 def _read(file: Path) -> dict:
     return read_json(file) if file.is_file() else {}
+
+
+def _as_transformers_reads(text: str, config: dict) -> str:
+    """tokenizer.json, of which transformers 5 takes only vocabulary and merges where the class is Llama's."""
+    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if not llama or '"ByteLevel"' in text:
+        return text
+    scheme = "always" if config.get("legacy") else "first"
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+    spaces["prepend_scheme"] = "never" if config.get("add_prefix_space") is False else scheme
+    return json.dumps(json.loads(text) | {"normalizer": None, "pre_tokenizer": spaces})
 
 
 def _special(token: str | dict) -> AddedToken:
