@@ -125,6 +125,25 @@ def edit(directory: Path, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+V = "model.layers.0.self_attn.v_proj"
+DIFFER = {
+    "model.layers.0.mlp.down_proj, model.layers.0.self_attn.v_proj,": ["q_proj", "down_proj"],
+    "model.layers.1.self_attn.q_proj, model.layers.2.self_attn.q_proj": r".*\.(0\.self_attn\.q|v)_proj",
+    "lm_head": ["q_proj", "v_proj", "lm_head"], "model.layers.0.self_attn.q_proj,": None,
+    V: ["q_proj", *(V.replace("0", n) for n in "12")], ".mlp.gate_proj": "all-linear",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", DIFFER)
+def test_an_adapter_whose_tensors_are_others_than_its_target_modules_is_refused(tmp_path, base, reason):
+    by_peft(base, tmp_path / "adapter")
+    edit(tmp_path / "adapter", target_modules=["self_attn.q_proj", "v_proj", "absent"])
+    assert len(loaded(tmp_path / "adapter")) == 1
+    edit(tmp_path / "adapter", target_modules=DIFFER[reason])
+    sentence = refusal(loaded, tmp_path / "adapter")
+    assert "target_modules and tensors differ in " in sentence and reason in sentence
+
+
 @pytest.mark.parametrize("fields", [
     {"r": "2"}, {"r": None}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "7"},
 ])  # fmt: skip

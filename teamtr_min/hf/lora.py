@@ -11,6 +11,7 @@ gradients; masters, Adam, snapshots and checkpoints follow from that. On disk an
 import copy
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,14 @@ def load_models(
         if base != directory:
             fault = f"{file} does not hold the adapter of its {weights.ADAPTER_CONFIG}"
             weights.check_shapes(weights.shapes(file), {_NAME(name): p for name, p in parts.items()}, fault)
+            modules = read_json(directory / weights.ADAPTER_CONFIG).get("target_modules") or []
+            modules = [*TARGETS] if modules == "all-linear" else modules
+            if isinstance(modules, list):  # of ends of names; else it is a pattern
+                modules = rf"(.*\.)?({'|'.join(re.escape(str(name)) for name in modules)})"
+            layers = {name.rpartition(".")[0] for name in checkpoint_tensors(bases[base])} | {"lm_head"}
+            asked = {layer for layer in layers if re.fullmatch(modules, layer)}
+            if odd := sorted(asked ^ {name.rpartition(".")[0] for name in parts}):
+                raise UserError(f"{fault}: target_modules and tensors differ in {weights.listing(odd)}")
         for name, p in parts.items():
             if base != directory:
                 p.copy_(weights.read(file, _NAME(name)))
