@@ -77,6 +77,11 @@ DECLARED = {  # beside a tokenizer.json that knows <|im_start|>, <|im_end|>, <s>
     "by a name, which tokenizer.json denies": {"tokenizer": False, "eos_token": "<|im_end|>"},
     "in a list": {"extra_special_tokens": ["<new>", "<newer>"]},
     "in a list of old": {"additional_special_tokens": ["<new>", {"content": "</s>", "__type": "AddedToken"}]},
+    "in added_tokens.json": {"added_tokens.json": {"<new>": 263, "<tool>": 262, "</s>": 261}},
+    "in both old files": {
+        "added_tokens.json": {"<new>": 262, "<tool>": 263},
+        "special_tokens_map.json": {"eos_token": NEW, "extra_special_tokens": ["<tool>"]},
+    },
     "in old files that no longer count": {
         "added_tokens_decoder": {}, "added_tokens.json": {"<new>": 262},
         "special_tokens_map.json": {"eos_token": "<tool>"},

@@ -112,19 +112,26 @@ class Tokenizer:
             write_json(directory / GENERATION, _read(directory / GENERATION) | ends)
 
     def _load(self, text: str, config: dict) -> tuple[Backend, dict[str, str]]:
-        """The backend with tokenizer_config.json's tokens as in transformers, and special ones by name."""
+        """The backend with every token that a file beside tokenizer.json declares, and special ones by name,
+        as transformers reads them: without `added_tokens_decoder` the older files count."""
         backend = Backend.from_str(text)
         backend.no_truncation()
         backend.no_padding()
+        listed, older = config.get("added_tokens_decoder"), {}
+        if listed is None:
+            config = config | _read(self.directory / "special_tokens_map.json")
+            older = _read(self.directory / "added_tokens.json")
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         named |= extra if isinstance(extra, dict) else dict(enumerate(extra))
         named = {name: _special(token) for name, token in named.items() if isinstance(token, str | dict)}
         known = {t.content: t for t in [*named.values(), *backend.get_added_tokens_decoder().values()]}
-        listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+        listed = sorted((listed or {}).items(), key=lambda item: int(item[0]))
         new = {fields["content"]: AddedToken(**fields) for _, fields in listed}
+        for content in [*sorted(older, key=older.get), *(token.content for token in named.values())]:
+            new.setdefault(content, known.get(content) or AddedToken(content))
         for token in named.values():
-            new.setdefault(token.content, known[token.content]).special = True
+            new[token.content].special = True
         backend.add_tokens([*new.values()])
         return backend, {name: token.content for name, token in named.items() if isinstance(name, str)}
 

@@ -15,7 +15,8 @@ ALIASES = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DATA_FILES = (".jsonl", ".parquet")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", *TOKENIZER_CONFIGS, "chat_template.jinja", "generation_config.json")
 
 
 def weight_files(directory: Path) -> list[str]:
