@@ -166,9 +166,11 @@ class Learner:
                     sums["entropy"] += entropy[batch.pair].sum() / batches.tokens
                     sums["sampler_mismatch"] += mismatch.sum() / batches.tokens
                     largest["sampler_mismatch_max"].append(mismatch.max())
+                place = self.agents.index(batch.agent)
                 objective = kernels.trust_region_loss if kernels.use_triton(hidden) else teamtr_loss
                 loss, stats = objective(
                     logp, batch.old_logp, batch.message, batch.advantage, weight=batch.weight,
+                    agent=torch.full_like(batch.rollout, place), n_agents=len(self.agents),
                     clip=config.clip, beta=self.beta, ratio=config.ratio, kl_unit=config.kl_unit,
                 )  # fmt: skip
                 share = batch.total_weight / total  # Eq. 10 and 11 are means over all messages
@@ -177,11 +179,11 @@ class Learner:
                     self.add_gradients()
             sums["loss"] += loss.detach() * share
             for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
-                sums[name] += stats[name][0] * share  # (1,), as a batch has one agent
+                sums[name] += stats[name].sum() * share  # (A,), 0 but for the batch's agent
             if together:
-                own = batch.total_weight / batches.weight[self.agents.index(batch.agent)]
-                sums[f"kl_agent_{batch.agent}"] += stats[estimate][0] * own
-            largest["ratio_max"].append(stats["ratio_max"][0])
+                own = batch.total_weight / batches.weight[place]
+                sums[f"kl_agent_{batch.agent}"] += stats[estimate][place] * own
+            largest["ratio_max"].append(stats["ratio_max"].max())
             log_ratio.index_add_(0, batch.rollout, batch.per_message(logp.detach() - batch.old_logp))
         sums |= {name: torch.stack(values).max() for name, values in largest.items()}
         stats = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}  # one device sync
