@@ -16,13 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
+from kernels.launch import UPCAST, jit, start, tl, triton, use_triton
 from kernels.layer import turned
 
 SPLIT = 128  # positions that one program of decode_attend reads
 TILE = tl.constexpr(64)  # of these at a time
 STRIP = 4096  # logits that decode_draw reads at a time
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
 
 
 @jit
@@ -100,11 +99,10 @@ def attend_cached(
     qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor, keys: Tensor, values: Tensor,
     norms: tuple[Tensor, ...] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """One new token a row goes into the cache and attends to positions 0..at of its row -> (B, Q * D).
-    qkv (B, (Q + 2K) * D), what a layer's projection gives; cos and sin (positions, 1, D) as model.rope_table
-    has them; keys and values (rows, K, capacity, D), of which the first B rows are written at `at` (B,)
-    int64; norms: weights of the queries' and the keys' norm, (D,) each, with `eps`. engine/decode.py's
-    `Decode._attend` is the reference."""
+    """One new token a row goes into the cache and attends to positions 0..at of its row -> (B, Q * D), as by
+    engine/decode.py's `Decode._attend`. qkv (B, (Q + 2K) * D), what a layer's projection gives; cos and sin
+    (positions, 1, D) as model.rope_table has them; keys and values (rows, K, capacity, D), of which the first
+    B rows are written at `at` (B,) int64; norms: weights (D,) of the queries' and the keys', with `eps`."""
     (B, width), (_, K, capacity, D) = qkv.shape, keys.shape
     heads, splits = width // D - 2 * K, triton.cdiv(capacity, SPLIT)
     partial = qkv.new_empty(B * heads * splits, D, dtype=torch.float32)

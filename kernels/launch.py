@@ -18,6 +18,7 @@ except ModuleNotFoundError:  # Triton is built for Linux alone; elsewhere only t
 # Triton reads TRITON_INTERPRET=1, which makes every kernel a Python function on CPU tensors, when a kernel is
 # defined: it has to be set before this package is imported.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+UPCAST = tl.constexpr(INTERPRETED)  # whether products take fp32: the interpreter's in bf16 are wrong
 launches: Counter[str] = Counter()  # kernel name -> times started in this process
 
 

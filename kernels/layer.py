@@ -161,28 +161,20 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 @jit
-def swiglu_forward(gate_up, out, size, I, BLOCK: tl.constexpr):
-    """silu(gate) * up of (N, 2I) -> (N, I), `size` numbers."""
+def swiglu_kernel(gate_up, h, grad, out, size, I, BLOCK: tl.constexpr):
+    """gate_up (N, 2I) -> h = silu(gate) * up (N, I), `size` numbers, unless h is None. `grad` (N, I) -> the
+    gradient `out` (N, 2I), unless `grad` is None."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = i // I * 2 * I + i % I
     g = tl.load(gate_up + gate, mask=i < size, other=0.0).to(tl.float32)
     u = tl.load(gate_up + gate + I, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(out + i, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=i < size)
-
-
-@jit
-def swiglu_backward(gate_up, grad, out, again, size, I, BLOCK: tl.constexpr):
-    """The gradient (N, 2I), and forward's result once more where there is room for it."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = i // I * 2 * I + i % I
-    g = tl.load(gate_up + gate, mask=i < size, other=0.0).to(tl.float32)
-    u = tl.load(gate_up + gate + I, mask=i < size, other=0.0).to(tl.float32)
-    d = tl.load(grad + i, mask=i < size, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(out + gate, (d * u * s * (1.0 + g * (1.0 - s))).to(out.dtype.element_ty), mask=i < size)
-    tl.store(out + gate + I, (d * g * s).to(out.dtype.element_ty), mask=i < size)
-    if again is not None:
-        tl.store(again + i, (g * s * u).to(again.dtype.element_ty), mask=i < size)
+    if h is not None:
+        tl.store(h + i, (g * s * u).to(h.dtype.element_ty), mask=i < size)
+    if grad is not None:
+        d = tl.load(grad + i, mask=i < size, other=0.0).to(tl.float32)
+        tl.store(out + gate, (d * u * s * (1.0 + g * (1.0 - s))).to(out.dtype.element_ty), mask=i < size)
+        tl.store(out + gate + I, (d * g * s).to(out.dtype.element_ty), mask=i < size)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -193,7 +185,8 @@ class _SwiGLU(torch.autograd.Function):
         if by_triton:
             gate_up, I = gate_up.contiguous(), gate_up.shape[-1] // 2
             h = gate_up.new_empty(*gate_up.shape[:-1], I)
-            start(swiglu_forward, triton.cdiv(h.numel(), BLOCK), gate_up, h, h.numel(), I, BLOCK=BLOCK)
+            programs, sizes = triton.cdiv(h.numel(), BLOCK), (h.numel(), I)
+            start(swiglu_kernel, programs, gate_up, h, None, None, *sizes, BLOCK=BLOCK)
         else:
             h = swiglu_reference(gate_up)
         return h if weight is None else F.linear(h, weight)
@@ -206,7 +199,7 @@ class _SwiGLU(torch.autograd.Function):
         out, h = torch.empty_like(gate_up), torch.empty_like(dh) if ctx.needs_input_grad[1] else None
         if ctx.by_triton:
             programs, sizes = triton.cdiv(dh.numel(), BLOCK), (dh.numel(), dh.shape[-1])
-            start(swiglu_backward, programs, gate_up, dh, out, h, *sizes, BLOCK=BLOCK)
+            start(swiglu_kernel, programs, gate_up, h, dh, out, *sizes, BLOCK=BLOCK)
         else:
             (gate, up), (dgate, dup) = gate_up.chunk(2, -1), out.chunk(2, -1)
             silu = F.silu(gate)

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import INTERPRETED, jit, start, tl, triton, use_triton
+from kernels.launch import INTERPRETED, UPCAST, jit, start, tl, triton, use_triton
 
 CHUNK_BYTES = 112 * 2**20  # most of dZ, and of the reference's logits, at one time
 STRIP = 2048  # vocabulary per forward program: 75 partial results a row at V = 151,936
 GROUP = tl.constexpr(16)  # row blocks that share a tile of the weight while it is in L2
 NEVER = tl.constexpr(-1e30)  # the logit of a column past V; finite, so that 0 probability times it is 0
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 product is wrong
 
 
 def strips_reference(hidden, weight, targets, temperature, entropy, chosen):
@@ -219,8 +218,8 @@ class _Logprob(torch.autograd.Function):
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """hidden (N, H), weight (V, H), targets (N,) integers -> log-probs (N,) fp32 at `temperature`.
 
-    hidden and weight are both bf16 or both fp32. What does not fit raises ValueError, but on CUDA, where
-    looking would stall the stream, a target outside 0..V-1 has log-prob NaN."""
+    hidden and weight are both bf16 or both fp32. What does not fit raises ValueError, but a target outside
+    0..V-1 has log-prob NaN: looking would stall the stream."""
     return linear_logprob_stats(hidden, weight, targets, temperature)[0]
 
 
@@ -236,8 +235,5 @@ def linear_logprob_stats(
         given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (hidden, weight, targets))
         wanted = "hidden (N, H) and weight (V, H), bfloat16 or float32, and targets (N,), integers"
         raise ValueError(f"it takes {wanted}, on one device, not {given} at temperature {temperature}")
-    targets = targets.long().contiguous()
-    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
-        raise ValueError(f"a target is outside 0..{len(weight) - 1}")
-    by_triton = len(hidden) > 0 and use_triton(hidden)
+    targets, by_triton = targets.long().contiguous(), len(hidden) > 0 and use_triton(hidden)
     return _Logprob.apply(hidden, weight, targets, float(temperature), entropy, by_triton)

@@ -7,7 +7,7 @@ and k3 = sum (e^x - 1 - x); per agent the means, weighted by the messages' weigh
 
 for ratio "message"; "mean" divides the first term by the message's length, "token" has a w at every token.
 teamtr_min.objective.teamtr_loss is the reference, in plain torch, and documents arguments and results.
-N tokens, M messages, A agents. Forward: one program per message walks its tokens, then one per agent all
+N tokens, M messages, A agents. One program per message walks its tokens twice, then one per agent all
 messages. No atomics: the same bits in every run. One launch costs more than all bytes of 16,384 tokens.
 """
 
@@ -42,7 +42,7 @@ def _k3(x):
 def trust_messages(
     logp, old_logp, message, bounds,  # (N,) fp32, (N,) fp32, (N,) int64, (M + 1,) int64
     advantage, weight, agent, beta,  # (M,) fp32, (M,) fp32, (M,) int64, (A,) fp32
-    terms, pull,  # out: (8, M) and (2, M) fp32, see the stores
+    terms, gradient,  # out: (8, M) fp32, see the stores; (N,) fp32 or None: dL/dlogp times the sum of weights
     M, A, clip, RATIO: tl.constexpr, KL_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One message. Its tokens lie in bounds[m]..bounds[m + 1], ignored slots among them."""
@@ -91,8 +91,18 @@ def trust_messages(
     tl.store(terms + 5 * M + m, 1.0)
     tl.store(terms + 6 * M + m, v)
     tl.store(terms + 7 * M + m, v * (surrogate - penalty * k3))
-    tl.store(pull + m, v * rise)  # slope of the surrogate in a token's log-prob ("token": in its ratio)
-    tl.store(pull + M + m, v * penalty / (n if KL_UNIT == "token" else 1.0))  # factor of e^x - 1
+    if gradient is not None:
+        rise *= v  # slope of the surrogate in a token's log-prob ("token": in its ratio)
+        drag = v * penalty / (n if KL_UNIT == "token" else 1.0)  # factor of e^x - 1
+        for first in range(lo, hi, BLOCK):
+            t = first + tl.arange(0, BLOCK)
+            valid = tl.load(message + t, mask=t < hi, other=-1) >= 0
+            x = tl.load(logp + t, mask=valid, other=0.0) - tl.load(old_logp + t, mask=valid, other=0.0)
+            moves, w, up = tl.abs(x) <= LIMIT, tl.exp(_clamp(x, -LIMIT, LIMIT)), rise
+            if RATIO == "token":
+                free, held = w * rise, _clamp(w, 1.0 - clip, 1.0 + clip) * rise
+                up = tl.where((free <= held) & moves, free, 0.0)
+            tl.store(gradient + t, drag * tl.where(moves, w - 1.0, 0.0) - up, mask=valid)
 
 
 @jit
@@ -123,28 +133,6 @@ def trust_agents(
         tl.store(mass, tl.where(n > 0.0, n, 1.0))
 
 
-@jit
-def trust_gradient(
-    logp, old_logp, message, pull, mass,  # as above
-    upstream, gradient,  # () fp32; out: (N,) fp32
-    N, M, clip, RATIO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dL/dlogp of a block of tokens; 0 in ignored slots."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    owner = tl.load(message + t, mask=t < N, other=-1)
-    valid = (owner >= 0) & (owner < M)
-    x = tl.load(logp + t, mask=valid, other=0.0) - tl.load(old_logp + t, mask=valid, other=0.0)
-    moves = tl.abs(x) <= LIMIT
-    w = tl.exp(_clamp(x, -LIMIT, LIMIT))
-    rise = tl.load(pull + owner, mask=valid, other=0.0)
-    if RATIO == "token":
-        free, held = w * rise, _clamp(w, 1.0 - clip, 1.0 + clip) * rise
-        rise = tl.where((free <= held) & moves, free, 0.0)
-    fall = tl.load(pull + M + owner, mask=valid, other=0.0) * tl.where(moves, w - 1.0, 0.0)
-    scale = tl.load(upstream) / tl.load(mass)
-    tl.store(gradient + t, tl.where(valid, (fall - rise) * scale, 0.0), mask=t < N)
-
-
 class _TrustRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, old_logp, advantage, weight, beta, message, agent, clip, ratio, kl_unit):
@@ -152,27 +140,22 @@ class _TrustRegion(torch.autograd.Function):
         # An ignored slot takes the id before it, so ids ascend and a message is one stretch of slots.
         ids = message.cummax(0).values if N else message
         bounds = torch.searchsorted(ids, torch.arange(M + 1, device=ids.device))
-        terms, pull, stats, loss, mass = map(logp.new_empty, ((8, M), (2, M), (6, A), (), ()))
+        terms, stats, loss, mass = map(logp.new_empty, ((8, M), (6, A), (), ()))
+        gradient = torch.zeros_like(logp) if ctx.needs_input_grad[0] else None
         start(
             trust_messages, M, logp, old_logp, message, bounds, advantage, weight, agent, beta,
-            terms, pull, M, A, clip, RATIO=ratio, KL_UNIT=kl_unit, BLOCK=BLOCK,
+            terms, gradient, M, A, clip, RATIO=ratio, KL_UNIT=kl_unit, BLOCK=BLOCK,
         )  # fmt: skip
         start(trust_agents, A, terms, agent, bounds, stats, loss, mass, M, A, N, BLOCK=BLOCK)
-        ctx.save_for_backward(logp, old_logp, message, pull, mass)
-        ctx.clip, ctx.ratio = clip, ratio
+        ctx.save_for_backward(gradient, mass)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        logp, *_, pull, _ = ctx.saved_tensors
-        N, gradient = len(logp), torch.empty_like(logp)
-        start(
-            trust_gradient, -(-N // BLOCK), *ctx.saved_tensors, upstream, gradient,
-            N, pull.shape[1], ctx.clip, RATIO=ctx.ratio, BLOCK=BLOCK,
-        )  # fmt: skip
-        return gradient, *[None] * 9
+        gradient, mass = ctx.saved_tensors
+        return gradient * (upstream / mass), *[None] * 9
 
 
 def trust_region_loss(
@@ -182,9 +165,8 @@ def trust_region_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """teamtr_min.objective.teamtr_loss in fp32 by the kernels, on CUDA or in Triton's interpreter.
 
-    logp (N,) carries the gradient. The ids in `message` (N,) must ascend; slots to ignore, -1, may stand
-    anywhere. What does not fit raises ValueError, but wrong ids make the loss NaN: looking would stall the
-    stream."""
+    logp (N,) carries the gradient. The ids in `message` (N,) must ascend; -1, to ignore, may stand anywhere.
+    What does not fit raises ValueError, but wrong ids make the loss NaN: looking would stall the stream."""
     if ratio not in RATIOS or kl_unit not in KL_UNITS:
         raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)
@@ -192,10 +174,9 @@ def trust_region_loss(
     agent = message.new_zeros(M) if agent is None else agent
     beta = (beta if isinstance(beta, Tensor) else logp.new_full((), beta)).expand(n_agents)
     given = logp, old_logp, message, advantage, weight, agent
-    same = all(x.shape == logp.shape for x in given[:3]) and all(x.shape == (M,) for x in given[3:])
-    ids = not (message.is_floating_point() or agent.is_floating_point())
-    flat = logp.dim() == 1 and logp.dtype == torch.float32
-    if not (same and ids and flat and len({x.device for x in given}) == 1):
+    flat = [x.shape for x in given] == [(logp.numel(),)] * 3 + [(M,)] * 3
+    kinds = logp.dtype == torch.float32 and not (message.is_floating_point() or agent.is_floating_point())
+    if not (flat and kinds and len({x.device for x in given}) == 1):
         shown = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in given)
         wanted = "float32 logp, old_logp and ids message, (N,); advantage, weight and ids agent, (M,)"
         raise ValueError(f"it takes {wanted}, on one device, not {shown}")

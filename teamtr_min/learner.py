@@ -1,7 +1,4 @@
-"""The trainable side of an agent: fp32 masters, AdamW, snapshots, and Eq. 10 and 11 over its batches.
-
-train.py decides how far an update goes, and when it goes back.
-"""
+"""The trainable side of an agent: fp32 masters, AdamW, snapshots, and Eq. 10 and 11 over its batches."""
 
 import collections
 import math
@@ -13,7 +10,7 @@ from tqdm.auto import tqdm
 
 import kernels
 from teamtr_min.config import Config
-from teamtr_min.engine.distributed import local, offset, unsharded, whole
+from teamtr_min.engine.distributed import local, unsharded, whole
 from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.objective import teamtr_loss
@@ -28,9 +25,7 @@ class Diverged(Exception):
     """A loss, gradient or weight is not finite. A step that meets one leaves the weights of before."""
 
 
-class Measured(NamedTuple):
-    """Eq. 10 and 11 over all batches, at the weights of one moment."""
-
+class Measured(NamedTuple):  # Eq. 10 and 11 over all batches, at the weights of one moment
     stats: dict[str, float]  # means over messages; "kl" is the estimate that the radius is enforced on
     log_ratio: Tensor  # (R,) fp32: sum of log pi_now - log pi_old over the agents' tokens in each rollout
 
@@ -54,9 +49,7 @@ class Update(NamedTuple):
     tokens: int = 0  # trainable tokens times steps
 
 
-class Snapshot(NamedTuple):
-    """Masters and optimizer state at one moment."""
-
+class Snapshot(NamedTuple):  # of one moment
     masters: list[Tensor]
     state: list[dict[str, Tensor]]
 
@@ -69,8 +62,7 @@ class Learner:
     the monitor then measures the weights that the sampler will use. With LoRA only adapters are trained.
 
     With several processes every tensor here is a DTensor, sharded over them (engine/distributed.py). With
-    `offload` Adam's moments and bf16 masters wait in host memory between updates.
-    """
+    `offload` Adam's moments and bf16 masters wait in host memory between updates."""
 
     def __init__(self, team: Team, agents: list[int], beta: float, offload: bool = False):
         self.agents, self.beta, self.ranks, self.offloads = agents, beta, team.ranks, offload
@@ -88,8 +80,7 @@ class Learner:
     def measure(self, batches: Batches, config: Config) -> Measured:
         """Eq. 10 and 11 at the weights as they are, by a forward pass over all batches. The first pass over a
         batch stores log pi_old in it (`AgentBatch.old_logp`), so every ratio is then exactly 1; it also
-        measures the entropy, and how far the sampler's log-probs are from the trainer's. Raises Diverged if a
-        measured number is not finite."""
+        measures entropy, and how far the sampler's log-probs are from the trainer's. Raises Diverged."""
         with torch.no_grad(), unsharded(*self.models):
             return self._forward(batches, config, backward=False)
 
@@ -175,10 +166,11 @@ class Learner:
                     sums["entropy"] += entropy[batch.pair].sum() / batches.tokens
                     sums["sampler_mismatch"] += mismatch.sum() / batches.tokens
                     largest["sampler_mismatch_max"].append(mismatch.max())
+                place = self.agents.index(batch.agent)
                 objective = kernels.trust_region_loss if kernels.use_triton(hidden) else teamtr_loss
                 loss, stats = objective(
                     logp, batch.old_logp, batch.message, batch.advantage, weight=batch.weight,
-                    agent=torch.full_like(batch.rollout, batch.agent), n_agents=len(self.agents),
+                    agent=torch.full_like(batch.rollout, place), n_agents=len(self.agents),
                     clip=config.clip, beta=self.beta, ratio=config.ratio, kl_unit=config.kl_unit,
                 )  # fmt: skip
                 share = batch.total_weight / total  # Eq. 10 and 11 are means over all messages
@@ -189,8 +181,8 @@ class Learner:
             for name in ("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"):
                 sums[name] += stats[name].sum() * share  # (A,), 0 but for the batch's agent
             if together:
-                own = batch.total_weight / batches.weight[batch.agent]
-                sums[f"kl_agent_{self.agents[batch.agent]}"] += stats[estimate][batch.agent] * own
+                own = batch.total_weight / batches.weight[place]
+                sums[f"kl_agent_{batch.agent}"] += stats[estimate][place] * own
             largest["ratio_max"].append(stats["ratio_max"].max())
             log_ratio.index_add_(0, batch.rollout, batch.per_message(logp.detach() - batch.old_logp))
         sums |= {name: torch.stack(values).max() for name, values in largest.items()}
@@ -218,7 +210,7 @@ class Learner:
     def _round(self) -> None:
         if self.copied:
             for p, master in zip(self.parameters, self.masters):
-                round_into(local(p), local(master), offset(p))
+                round_into(local(p), local(master))
 
     def _move(self, device: torch.device | str) -> None:
         for p in self.masters if self.copied else ():
@@ -229,9 +221,9 @@ class Learner:
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """x on another device; copies between a GPU and pinned host memory do not wait for one another."""
-    pinned = x.is_cuda and device == "cpu"
-    target = torch.empty_like(x, device="cpu", pin_memory=True) if pinned else x.to(device, non_blocking=True)
-    return target.copy_(x, non_blocking=True) if pinned else target
+    if x.is_cuda and device == "cpu":
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    return x.to(device, non_blocking=True)
 
 
 def keep_company(model: Transformer) -> None:

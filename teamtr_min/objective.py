@@ -1,9 +1,8 @@
 """Eq. 9, 10 and 11 in plain torch: the definition that the fused kernel must match.
 
 The trainable tokens of M messages are one flat list of N tokens; `message[t]` in 0..M-1 says whose token t
-is, and -1 marks a slot to ignore, whatever it holds. Log-probs are at the sampling temperature, of the token
-that was sampled: `logp` under the policy being trained (pi_new), `old_logp` under the one that wrote the
-messages (pi_old).
+is, and -1 marks a slot to ignore, whatever it holds. Log-probs are at the sampling temperature: `logp` under
+the policy being trained (pi_new), `old_logp` under the one that wrote the messages (pi_old).
 """
 
 import math
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.trust_region import LOG_RATIO_LIMIT
+from kernels.trust_region import KL_UNITS, LOG_RATIO_LIMIT, RATIOS
 
 
 def group_advantages(
@@ -25,8 +24,7 @@ def group_advantages(
     [ours]; only the ratios of a group's weights count. Without `normalise` advantages stay in units
     of the return, only centred and clipped. A group of equal returns is exactly 0: tested as max == min,
     since in floating point the mean of equal numbers need not be that number. Rollouts do not count there
-    whose share of the weight is lost in rounding.
-    """
+    whose share of the weight is lost in rounding."""
     weight = torch.ones_like(returns) if weight is None else weight
     share = weight / weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)  # (P, G)
     centred = returns - (share * returns).sum(dim=1, keepdim=True)
@@ -57,8 +55,9 @@ def teamtr_loss(
     Returns (loss, stats); stats are (A,) tensors without gradient. Means over an agent's messages, weighted
     by v (0 where the weights sum to 0): `kl_k1` and `kl_k3` (nats per kl_unit), `clip_fraction` (share of
     terms whose gradient the clip cuts: A > 0 and w > 1 + eps, or A < 0 and w < 1 - eps), `ratio_mean`.
-    Without weights: `ratio_max`, and `messages`, their number.
-    """
+    Without weights: `ratio_max`, and `messages`, their number."""
+    if ratio not in RATIOS or kl_unit not in KL_UNITS:
+        raise ValueError(f"ratio is {ratio!r}, kl_unit {kl_unit!r}; must be of {RATIOS} and {KL_UNITS}")
     M = len(advantage)
     agent = torch.zeros(M, dtype=torch.long, device=logp.device) if agent is None else agent
     weight = logp.new_ones(M) if weight is None else weight.to(logp.dtype)
@@ -76,16 +75,12 @@ def teamtr_loss(
         surrogate, cut = _clipped(w, F.pad(advantage, (0, 1))[owner], clip)  # (N,)
         surrogate, cut, mean_w = (per_message(x) / length for x in (surrogate, cut, w))  # (M,)
         max_w = w.new_zeros(M + 1).scatter_reduce(0, owner, w, "amax")[:M]
-    elif ratio in ("message", "mean"):
+    else:
         total = per_message(log_ratio)  # (M,)
         total = total / length if ratio == "mean" else total
         w = total.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (M,)
         surrogate, cut = _clipped(w, advantage, clip)
         mean_w, max_w = w, w
-    else:
-        raise ValueError(f"ratio is {ratio!r}; it must be message, mean or token")
-    if kl_unit not in ("message", "token"):
-        raise ValueError(f"kl_unit is {kl_unit!r}; it must be message or token")
 
     unit = length if kl_unit == "token" else torch.ones_like(length)
     bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

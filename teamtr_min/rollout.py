@@ -12,7 +12,7 @@ from teamtr_min.engine import rng
 from teamtr_min.engine.cache import Step
 from teamtr_min.engine.distributed import halving
 from teamtr_min.engine.model import Transformer
-from teamtr_min.engine.packing import Tree, batches_of, pack, trees_of
+from teamtr_min.engine.packing import Packed, Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
@@ -79,14 +79,11 @@ class AgentBatch:
     A row holds a prefix tree of rollouts (packing.py), padded on the right. What rollouts share, such as the
     problem, stands in it once. So does a token that several rollouts sampled in the same context: it is one
     of the batch's `pairs` of context and token. The trainable tokens are one flat list of N, ascending in
-    `message`: the agent's sampled tokens, without contexts, padding, and end tokens of cut-off messages.
-    """
+    `message`: the agent's sampled tokens, without contexts, padding, and end tokens of cut-off messages."""
 
     model: Transformer  # the agent's
-    agent: int  # its number among those that step together
-    tokens: Tensor  # (B, T) int64
-    positions: Tensor  # (B, T) int64, in the rollout
-    end: Tensor | None  # (B, T) int64: where the descendants of a token end; None if no row branches
+    agent: int
+    rows: Packed  # (B, T)
     where: Tensor  # (pairs,) int64: position in the flattened (B * T) whose hidden state predicts the token
     targets: Tensor  # (pairs,) int64: the token
     pair: Tensor  # (N,) int64: pair of each sampled token
@@ -102,8 +99,8 @@ class AgentBatch:
 
     def hidden(self, model: Transformer) -> Tensor:
         """(pairs, H): hidden states of `model` that predict the pairs' tokens."""
-        step = Step.trees(self.positions, self.end, model.dtype)
-        return model.hidden(self.tokens, step, self.where)
+        step = Step.trees(self.rows.positions, self.rows.end, model.dtype)
+        return model.hidden(self.rows.tokens, step, self.where)
 
     def per_message(self, x: Tensor) -> Tensor:
         """Sum tokens (N,) into their messages (M,)."""
@@ -127,14 +124,13 @@ def agent_batches(
     team: Team, rollouts: Rollouts, agents: list[int], advantages: Tensor, batch_tokens: int
 ) -> Batches:
     """The batches on which `agents` train, given one advantage per rollout (R,). A batch has at most
-    `batch_tokens` tokens, padding included, or one rollout. Problems without any advantage have batches of
-    their own: most of these need no gradient. Rollouts in which the agent took no turn are left out. Each
-    process gets the batches of its own share of the problems."""
+    `batch_tokens` padded tokens, or one rollout. Problems without any advantage have batches of their own:
+    most need no gradient. Rollouts without a turn of the agent are left out; processes share the rest."""
     ranks, size = team.ranks, rollouts.group_size
     share = ranks.share(len(rollouts.messages) // size)
     pulls = advantages.view(-1, size).any(1).tolist()  # (P,)
     own, weights = [], []
-    for number, j in enumerate(agents):
+    for j in agents:
         model, batches, rows = team.agents[j].model, [], range(share.start * size, share.stop * size)
         seen = {r: team.render(j, rollouts.problems[r], rollouts.messages[r], False) for r in rows}
         cost = model.config.pairs_per_token
@@ -143,26 +139,23 @@ def agent_batches(
             sequences = [(r, s.ids[:-1]) for r, s in seen.items() if s.spans and pulls[r // size] == pulling]
             trees = trees_of(sequences, batch_tokens, cost)
             for some in batches_of(trees, batch_tokens, cost, model.device):
-                batches.append(_batch(model, (number, j), rollouts, some, seen, advantages))
+                batches.append(_batch(model, j, rollouts, some, seen, advantages))
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
         passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
         own += batches + [model] * (passes - len(batches))
-    real = [batch for batch in own if isinstance(batch, AgentBatch)]
-    messages, tokens = sum(len(b.advantage) for b in real), sum(len(b.pair) for b in real)
-    pulled = any(ranks.gather(any(batch.pulls for batch in real)))
-    return Batches(own, len(rollouts.messages), weights, ranks.total(messages), ranks.total(tokens), pulled)
+    pulled = any(ranks.gather(any(batch.pulls for batch in own if isinstance(batch, AgentBatch))))
+    tokens = [len(message.tokens) for message in rollouts.by(agents)]
+    return Batches(own, len(rollouts.messages), weights, len(tokens), sum(tokens), pulled)
 
 
 def _batch(
-    model: Transformer, agent: tuple[int, int], rollouts: Rollouts, rows: list[Tree], seen: dict,
-    advantages: Tensor,
-) -> AgentBatch:  # fmt: skip
-    """One batch of the trees `rows`; `seen`: rollout -> Rendered, advantages (R,)."""
-    number, j = agent
-    packed = pack(rows, model.device)
+    model: Transformer, j: int, rollouts: Rollouts, trees: list[Tree], seen: dict, advantages: Tensor
+) -> AgentBatch:
+    """One batch of agent j, of these trees; `seen`: rollout -> Rendered, advantages (R,)."""
+    rows = pack(trees, model.device)
     pair, message, sampled_logp, rollout, turns = [], [], [], [], []
     pairs: dict[tuple[int, int], int] = {}  # (position in the flattened rows, token) -> number
-    for r, path in packed.paths.items():
+    for r, path in rows.paths.items():
         spoken = [m for m in rollouts.messages[r] if m.tokens]  # without tools, which may be silent at a turn
         own = [(turn, m) for turn, m in enumerate(spoken) if m.agent == j]
         for (start, stop), (turn, m) in zip(seen[r].spans, own):
@@ -177,10 +170,8 @@ def _batch(
     weight = torch.ones(len(rollout)) if rollouts.weights is None else rollouts.weights[rollout]
     tensor = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
-        model, number, packed.tokens, packed.positions, packed.end,
-        where=tensor(where), targets=tensor(targets), pair=tensor(pair), message=tensor(message),
-        sampled_logp=tensor(sampled_logp), advantage=tensor(advantage),
-        weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
+        model, j, rows, tensor(where), tensor(targets), tensor(pair), tensor(message), tensor(sampled_logp),
+        advantage=tensor(advantage), weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
         pulls=bool((advantage * weight).any()), total_weight=weight.double().sum().item(),
     )  # fmt: skip
 
@@ -190,8 +181,7 @@ def collect(
 ) -> Rollouts:
     """Let the team as it now is work `group` times on every problem, and grade the results. A draw is a
     function of the rng path, the rollout, the turn and the position alone, so batching changes no law and, to
-    rounding, no token. Several processes work on a share of the problems each; then all have all rollouts.
-    `label` names the phase on the terminal."""
+    rounding, no token. Processes share the problems; then all have all rollouts. `label` is the bar's."""
     begin = time.perf_counter()
     repeated = [problem for problem in problems for _ in range(group)]  # (R,)
     share = team.ranks.share(len(problems))

@@ -2,8 +2,7 @@
 
 A transcript is the problem and every message so far. Agent j sees its own system prompt, the problem as
 `user`, then each message: as `assistant` if j wrote it, else as `user` with the writer's name in front. This
-view only grows at its end, so a KV cache stays valid from turn to turn, and sampled ids are never encoded
-again.
+view only grows at its end, so a KV cache stays valid, and sampled ids are never encoded again.
 """
 
 import dataclasses
@@ -41,9 +40,7 @@ class Agent:
     sampler: Sampler | None = None
 
 
-class Rendered(NamedTuple):
-    """Token ids of a transcript in one agent's eyes, and where its own messages stand in them."""
-
+class Rendered(NamedTuple):  # a transcript in one agent's eyes
     ids: list[int]
     spans: list[tuple[int, int]]  # (start, stop) of each own message's sampled tokens
 
@@ -54,19 +51,15 @@ def same_ids(writer: Agent, reader: Agent, message: Message) -> bool:
     return alike and max(message.content, default=0) < reader.tokenizer.vocab_size
 
 
-class Said(NamedTuple):
-    """One message of an Answer."""
-
+class Said(NamedTuple):  # one message of an Answer
     agent: int
     name: str
     text: str
 
 
-class Answer(NamedTuple):
-    """One rollout of a team: what was said, and the team's answer (None: no message states one)."""
-
+class Answer(NamedTuple):  # one rollout of a team
     messages: list[Said]
-    answer: str | None
+    answer: str | None  # the team's; None: no message states one
 
 
 def round_robin(turn: int, messages: list[Message], agents: int, uniform: float) -> int:
@@ -123,8 +116,8 @@ class Team:
         ids = list(chat.opening(agent.role.system, view(problem, j) if view else problem.text))
         spans = []
         if not add_generation_prompt:
-            own = [t for t, message in enumerate(messages) if message.agent == j]
-            messages = messages[: own[-1] + 1] if own else []
+            last = max((t for t, message in enumerate(messages) if message.agent == j), default=-1)
+            messages = messages[: last + 1]
         for message in messages:
             writer = self.agents[message.agent]
             if message.agent == j:
@@ -207,9 +200,8 @@ class Team:
         """agents/0..n-1 in Hugging Face layout, or PEFT's, in the compute dtype; replaced as a whole. The
         first process writes; where weights are sharded, all must call this."""
         if not self.ranks.first:
-            for agent in self.agents:
-                for p in agent.model.parameters() if agent.model else ():
-                    whole(p)
+            for p in (p for agent in self.agents if agent.model for p in agent.model.parameters()):
+                whole(p)
             return
         with replacing(directory) as aside:
             aside.mkdir()  # not its parents: a run's directory that is gone is not made again

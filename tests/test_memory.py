@@ -210,7 +210,7 @@ def test_work_that_fills_memory_goes_on_in_halves(error):
 def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypatch):
     plenty, lean = Prepared(), Prepared()
     whole, start, hidden = plenty.update(), Sampler.start, AgentBatch.hidden
-    limit = max(batch.tokens.numel() for batch in lean.batches.own) // 2
+    limit = max(batch.rows.tokens.numel() for batch in lean.batches.own) // 2
 
     def full(size: int, most: int) -> None:
         if size > most:
@@ -226,7 +226,9 @@ def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypat
     for one, other in zip(again.messages, lean.rollouts.messages, strict=True):
         assert [m.tokens for m in one] == [m.tokens for m in other]
     assert lean.team.batch_rows == 16
-    monkeypatch.setattr(AgentBatch, "hidden", lambda b, *m: full(b.tokens.numel(), limit) or hidden(b, *m))
+    monkeypatch.setattr(
+        AgentBatch, "hidden", lambda b, *m: full(b.rows.tokens.numel(), limit) or hidden(b, *m)
+    )
     update, tokens = halving(climb, 4096)
     assert tokens < 512 and update.steps == whole.steps
     assert update.kept["kl"] == pytest.approx(whole.kept["kl"], rel=1e-3)

@@ -22,9 +22,9 @@ class KVCache:
     """Keys and values (layers, rows, K, capacity, D) of many sequences; row b holds its first `length[b]`
     positions. Entries past them are leftovers, which no query sees."""
 
-    def __init__(self, model, rows: int, capacity: int = 0):
+    def __init__(self, model, rows: int):
         c, device = model.config, model.device
-        shape = (c.layers, rows, c.kv_heads, capacity, c.head_dim)
+        shape = (c.layers, rows, c.kv_heads, 0, c.head_dim)  # `reserve` makes room
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=model.dtype) for _ in "kv")
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
 
@@ -53,10 +53,10 @@ class Step:
     """One forward pass over tokens (B, T). Rows begin at position 0, or they are prefix trees (`Step.trees`),
     or each continues a row of the cache (`Step.after`)."""
 
-    def __init__(self, positions: Tensor, span: int, mask: Tensor | None = None):
+    def __init__(self, positions: Tensor, span: int):
         self.positions = positions  # (B or 1, T) int64, of each token in its sequence
         self.span = span  # they are all smaller than this; the S of a cached pass
-        self.mask = mask  # (B or 1, 1, T, S), added to the scores; None: causal, and the last token sees all
+        self.mask: Tensor | None = None  # (B or 1, 1, T, S), added to scores; None: causal, the last sees all
         self.cache: KVCache | None = None  # gets the new keys and values
         self.seen: slice | Tensor | None = None  # its rows to attend to; None: the new tokens of a row alone
         self.start: int | None = None  # where the new entries of all `seen` rows begin, if it is the same
@@ -83,12 +83,11 @@ class Step:
         if not even or T > 1:
             seen = torch.arange(span, device=new.device) <= step.positions[:, None, :, None]
             step.mask = additive(seen, cache.keys.dtype)
-        if even and isinstance(rows, slice):
+        if even:
             step.start = span - T
         else:
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=new.device)
-            step.keep(cache, rows.repeat_interleave(T), step.positions.expand(len(rows), T).flatten())
+            rows = torch.arange(len(cache.length), device=new.device)[rows]
+            step.keep(cache, rows.repeat_interleave(T), step.positions.flatten())
         return step
 
     def keep(self, cache: KVCache, rows: Tensor, positions: Tensor, source: Tensor | None = None) -> None:

@@ -1,6 +1,5 @@
 """One new token for each of the first rows of a cache: what `Transformer.hidden` computes for T = 1, faster.
-On CUDA five kernels do what a layer has beside its products, and a whole step, draw included, is one CUDA
-graph. Letters as in model.py."""
+On CUDA kernels do what a layer has beside products, and a whole step is a graph. Letters as in model.py."""
 
 import functools
 from collections.abc import Callable

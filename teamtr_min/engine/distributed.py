@@ -4,9 +4,8 @@
 
 Each process, a rank, samples the rollouts of its share of the problems and computes their gradients. Numbers
 that decide what happens next are gathered first. The first rank writes all files and prints. torch's FSDP2
-shards what is trained: a rank keeps a part of each parameter, gradient and moment, as fp32 DTensors. It
-gathers the weights of one model for a turn of sampling or for a pass over its batches (`unsharded`). When a
-process dies, connections break, or torchrun ends the others: `lost`.
+shards what is trained: a rank keeps a part of each parameter, gradient and moment, as fp32 DTensors. The
+weights of a model are gathered for a turn of sampling, or for a pass over its batches (`unsharded`).
 """
 
 import contextlib
@@ -22,9 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from teamtr_min.engine.model import Transformer
+from torch import Tensor, nn
 
 TIMEOUT_MINUTES = 60  # longest wait for another rank, which may sample longer messages or write a checkpoint
 
@@ -47,14 +44,13 @@ class Ranks:
         """The value of each rank, at all ranks. It goes through JSON, which keeps floats exactly."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(own)]))
-        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
-        return [json.loads(part[:length].numpy().tobytes()) for part, length in zip(parts, lengths)]
+        text = json.dumps(value)  # ASCII; the shorter ones end with spaces
+        longest = torch.tensor(len(text))
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        own = torch.frombuffer(bytearray(text.ljust(longest).encode()), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return [json.loads(part.numpy().tobytes()) for part in parts]
 
     def total(self, number: float) -> float:
         return sum(self.gather(number))
@@ -110,13 +106,12 @@ def join() -> Ranks:
 
 def lost(ranks: Ranks, error: Exception) -> str | None:
     """A sentence for an error that says that another process is gone; else None."""
+    sentence = "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
     found = re.search("connection|peer|timed out|nccl", str(error), re.IGNORECASE)
-    if ranks.size > 1 and isinstance(error, RuntimeError) and found:
-        return "a process of this run has ended, and so do all; --resume continues from the last checkpoint"
-    return None
+    return sentence if ranks.size > 1 and isinstance(error, RuntimeError) and found else None
 
 
-def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
+def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the trainable parameters of a model, which lies on the host, over the ranks' devices: they become
     fp32 DTensors, and the model computes in `dtype`, within `unsharded` alone. Frozen ones, such as the base
     of LoRA adapters, stay whole, in `dtype`; agents may share them."""
@@ -138,10 +133,9 @@ def shard(model: Transformer, ranks: Ranks, device: torch.device, dtype: torch.d
 
 
 @contextlib.contextmanager
-def unsharded(*models: Transformer) -> Iterator[None]:
-    """Whole weights within, gathered once, on entering; without effect where models are not sharded. All
-    ranks must enter, and make equally many backward passes, which sum gradients over the ranks. Sampling and
-    forward passes involve no other rank."""
+def unsharded(*models: nn.Module) -> Iterator[None]:
+    """Whole weights within, gathered once; without effect where models are not sharded. All ranks must enter,
+    and make equally many backward passes, which sum gradients. Forward passes involve no other rank."""
     parts = [part for model in models for part in model.modules() if hasattr(part, "unshard")]
     with torch.inference_mode(False), torch.no_grad():
         for part in parts:
@@ -189,11 +183,3 @@ def like(x: Tensor, p: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def offset(p: Tensor) -> int:
-    """Number of the first element of this rank's part, in the whole of p."""
-    if not hasattr(p, "device_mesh"):
-        return 0
-    rows = -(-p.shape[0] // p.device_mesh.size())  # of each part but the last ones
-    return min(p.device_mesh.get_local_rank() * rows, p.shape[0]) * p.shape[1:].numel()

@@ -24,7 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.layer import rms_norm, rotate, swiglu
 from teamtr_min.engine.cache import Step, attend
+from teamtr_min.engine.distributed import whole
 from teamtr_min.engine.half import Product, in_fp16, product
+
+# One product here -> the layers that checkpoints hold apart. Their outputs stand in its rows in this order.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+HEAD_PIECE = 2048  # rows of the output head in one product: on a CPU a third faster than one large product
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,6 @@ class ModelConfig:
         return 2 * self.layers * self.kv_heads * self.head_dim  # numbers in the KV cache
 
 
-# One product here -> the layers that checkpoints hold apart. Their outputs stand in its rows in this order.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
 def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
     """A parameter of ours as a checkpoint holds it: its names -> views of the rows. LoRA's A has as many rows
     for each part, all else has rows as the product has outputs."""
@@ -83,18 +84,17 @@ def split_fused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Ten
     return {name.replace(module, part): view for part, view in zip(parts, tensor.split(rows))}
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under the names of a checkpoint: views, so that writing to them fills the model."""
-    named = model.named_parameters()
-    return {part: x for name, p in named for part, x in split_fused(name, p.detach(), model.config).items()}
+def checkpoint_tensors(model: nn.Module, trained: bool = False) -> dict[str, Tensor]:
+    """Every parameter, or those that are `trained`, under the names of a checkpoint, in the model's dtype.
+    They are views, so that writing to them fills the model; of a sharded one they are whole copies."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad or not trained:
+            found |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
+    return found
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
@@ -168,17 +168,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Everything below the output head."""
-
+class Decoder(nn.Module):  # everything below the output head
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-
-HEAD_PIECE = 2048  # rows of the output head in one product: on a CPU a third faster than one large product
 
 
 class Transformer(nn.Module):

@@ -64,8 +64,7 @@ def trees_of(sequences: Iterable[tuple[int, list[int]]], most: int, pairs_per_to
 
 
 def batches_of(trees: list[Tree], most: int, pairs_per_token: float, device) -> list[list[Tree]]:
-    """Trees as batches of at most `most` padded tokens, or of one tree. The longest come first: memory peaks
-    at once or never."""
+    """Batches of at most `most` padded tokens, or of one tree; the longest first, so memory peaks at once."""
     trees = sorted(trees, key=len, reverse=True)
     width = np.array([aligned(len(tree), device) for tree in trees], dtype=float)
 

@@ -2,8 +2,9 @@
 computes what its cache does not hold yet. Each token takes one uniform that is a function of the row's key
 and the position alone (rng.py), so a message does not depend on the rest of its batch."""
 
+import itertools
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -35,10 +36,8 @@ def generate(
 ) -> list[Completion]:  # fmt: skip
     """Continue every prompt; temperature 0 is greedy. A completion depends on the model, the seed, its prompt
     and how often that prompt stood in the list before, not on the rest of the batch."""
-    seen, keys = Counter(), []
-    for prompt in map(tuple, prompts):
-        keys.append(rng.key(seed, "generate", seen[prompt], *prompt))
-        seen[prompt] += 1
+    times = defaultdict(itertools.count)  # that a prompt stood before
+    keys = [rng.key(seed, "generate", next(times[tuple(ids)]), *ids) for ids in prompts]
     sampler = Sampler(model)
     sampler.start(len(prompts))
     return sampler.generate(range(len(prompts)), prompts, keys, max_new_tokens, temperature, stop_ids)
@@ -46,15 +45,13 @@ def generate(
 
 class Sampler:
     """`start` begins a collection of some rows, a sequence each; `generate` lets some of them grow; `finish`
-    ends it. Rows that are being written have the first places of the cache: one that ends trades places with
-    the last one."""
+    ends it. Rows that grow have the first places of the cache: one that ends swaps places with the last."""
 
     def __init__(self, model: Transformer):
         self.model, self.prefill_tokens = model, PREFILL_TOKENS
         self.check_every = 16 if model.device.type == "cuda" else 1  # steps until the host waits for results
         self.cache: KVCache | None = None
         self.decode: Decode | None = None
-        self.row_at = self.held = torch.empty(0, dtype=torch.long)
 
     def start(self, rows: int) -> None:
         half.prepare(self.model)
@@ -93,10 +90,11 @@ class Sampler:
         lengths = torch.tensor([len(ids) for ids in prompts])  # (B,)
         if not (lengths > self.held[rows]).all():
             raise ValueError("a prompt adds no token to what the cache holds of its row")
-        longest, most = int(lengths.max()) + max_new_tokens, self.model.config.max_positions
-        if longest > most:
-            raise UserError(f"a transcript could reach {longest} tokens; the model has {most} positions")
-        self.cache.reserve(max(longest, int(self.held.max()) + 1))  # at once: graphs find it in its place
+        shortest, longest = map(int, lengths.aminmax())
+        reach, most = longest + max_new_tokens, self.model.config.max_positions
+        if reach > most:
+            raise UserError(f"a transcript could reach {reach} tokens; the model has {most} positions")
+        self.cache.reserve(max(reach, int(self.held.max()) + 1))  # at once: graphs find it in its place
         self._to_front(torch.isin(self.row_at, rows))
         message_of = torch.empty_like(self.row_at)
         message_of[rows] = torch.arange(count)
@@ -110,13 +108,13 @@ class Sampler:
         # 1. Prefill: what the cache lacks of each prompt.
         hidden = self._prefill([prompts[i] for i in live.tolist()])  # (B, H)
         index, ended = live.to(device), torch.zeros(count, dtype=torch.bool, device=device)
-        longest, even = _longest(lengths)
         for t in range(max_new_tokens):
             uniform = uniforms[t].index_select(0, index)
             if t == 0:  # 2. The first token of each message.
                 token, logprob = draw(self.model.logits(hidden), uniform, temperature)
             else:  # 3. Decode: feed the last token, draw the next.
-                token, logprob = self.decode.next(token, uniform, temperature, longest + t, even)
+                span, even = longest + t, shortest == longest
+                token, logprob = self.decode.next(token, uniform, temperature, span, even)
             tokens[t].index_copy_(0, index, token)
             logprobs[t].index_copy_(0, index, logprob)
             for drawn in zip(self.row_at.tolist(), token.tolist()) if listen else ():
@@ -130,7 +128,7 @@ class Sampler:
                 token, ended = token[order.to(device)], ended[order.to(device)]
                 if not len(live):
                     break
-                longest, even = _longest(lengths[live])
+                shortest, longest = map(int, lengths[live].aminmax())
         progress(len(live))
 
         # 5. Cut each message behind its first stop id.
@@ -189,9 +187,3 @@ class Sampler:
             last[rows] = model.hidden(torch.tensor(padded, device=device), step, ends)
         cache.length[: len(prompts)] = torch.tensor([len(ids) for ids in prompts], device=device)
         return last
-
-
-def _longest(lengths: Tensor) -> tuple[int, bool]:
-    """The largest, and whether all are equal."""
-    least, most = lengths.aminmax()
-    return int(most), bool(least == most)

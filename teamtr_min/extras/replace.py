@@ -33,10 +33,10 @@ from teamtr_min.extras.diagnostics import bootstrap
 from teamtr_min.extras.warm_start import as_rollouts, descend, next_token_losses
 from teamtr_min.files import UserError, replacing, to_json
 from teamtr_min.hf.weights import pinned
-from teamtr_min.learner import Diverged, Learner
+from teamtr_min.learner import Learner
 from teamtr_min.occupancy import update_groups
 from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
-from teamtr_min.run import checkpoint
+from teamtr_min.run import checkpoint, log
 from teamtr_min.run.loading import Questions, build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import provenance, unchanged

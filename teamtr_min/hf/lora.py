@@ -77,7 +77,7 @@ def add_lora(base: Transformer, adapter: Adapter) -> Transformer:
 
 def adapter_tensors(model: Transformer, targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
     """The adapter's matrices as PEFT holds them: views of what is trained, for each of the `targets`."""
-    parts = weights.parts_of(model, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    parts = checkpoint_tensors(model, trained=True)
     return {name: part for name, part in parts.items() if name.split(".")[-2] in targets}
 
 

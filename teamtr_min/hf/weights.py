@@ -4,7 +4,6 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teamtr_min.config import SHIPPED, Config
-from teamtr_min.engine.distributed import whole
-from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors, split_fused
+from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError, read_json, replacing, write_json
 from teamtr_min.hf.hub import ALIASES, SINGLE, hub_data, snapshot, weight_files
 
@@ -38,8 +36,7 @@ def find_model(name: str | os.PathLike) -> Path:
 
 
 def locate(name: str | os.PathLike) -> tuple[Path, str]:
-    """The directory of a model, and a name that finds the same model from anywhere and at any time: an
-    absolute path, or a hub id with its commit."""
+    """A model's directory, and its name from anywhere at any time: absolute path, or hub id with commit."""
     name = str(name)
     path, (alias, _, revision) = os.path.expanduser(name), name.partition("@")
     if name in SHIPPED:
@@ -89,10 +86,9 @@ def load_model(
     found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
     files = {name: file for file, names in found.items() for name in names}
     held = {name: shape for names in found.values() for name, shape in names.items()}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    both = model.config.tied and {head, embedding} <= held.keys()
-    if both and read(files[head], head).equal(read(files[embedding], embedding)):
-        del held[head]  # a repetition
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    if model.config.tied and held.keys() >= {*both} and torch.equal(*(read(files[n], n) for n in both)):
+        del held[both[0]]  # a repetition
     check_shapes(held, checkpoint_tensors(model), f"{directory} does not hold the model of its config.json")
     model = model.to(dtype).to_empty(device=device)
     for name, part in checkpoint_tensors(model).items():
@@ -104,16 +100,8 @@ def save_model(model: Transformer, directory: str | os.PathLike) -> None:
     """Write config.json and model.safetensors as transformers reads them, in the model's dtype."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(parts_of(model, model.named_parameters()), directory / SINGLE)
+    save_tensors(checkpoint_tensors(model), directory / SINGLE)
     write_json(directory / "config.json", config_json(model.config, model.dtype))
-
-
-def parts_of(model: Transformer, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Parameters of `model` under their names in a checkpoint, unsharded, in the model's dtype."""
-    parts = {}
-    for name, p in parameters:
-        parts |= split_fused(name, whole(p.detach()).to(model.dtype), model.config)
-    return parts
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,7 +1,5 @@
-"""Files of problems: those of `--data`, and data sets that go by name, which are downloaded once.
-
-A URL names a commit, and a file is checked by its sha256 when it is fetched, not when it is read again.
-"""
+"""Files of problems: those of `--data`, and data sets that go by name, downloaded once. A URL names a commit,
+and a file is checked by its sha256 when it is fetched, not when it is read again."""
 
 import collections
 import os
@@ -16,7 +14,6 @@ DATASETS = {  # name -> the file to train on, or None; the held-out file; the fi
     "math": ("math-train", "math500", "problem"),  # 12,000 and 500 problems of MATH
     **{name: (None, name, "problem") for name in ("math500", "aime24", "aime25", "amc23")},  # to evaluate on
 }
-
 SIDES = ("train", "test", "validation", "dev")  # names in the paths of a data set of the hub
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -39,9 +36,11 @@ def problem_files(task: str, data: str) -> tuple[Path, list[Path], list[Path]]:
     """Of `--data`, else of the data set `task`: the directory; files to train on; files held out, none where
     a part of the others is to be. Raises UserError."""
     path, found = Path(data), collections.defaultdict(list)
+    if not data and task not in DATASETS:
+        raise UserError(f"--task {task} needs --data: a file, or a directory of train.jsonl and test.jsonl")
     if not data:
-        train, test, _ = data_set(task)
-        return test.parent, [train] * bool(train), [test]
+        train, test = ([local_copy(name)] if name else [] for name in DATASETS[task][:2])
+        return test[0].parent, train, test
     if not (on_hub := hub_data(data)):
         sides = [path / "train.jsonl"], [path / "test.jsonl"]
         return (path, *sides) if path.is_dir() else (path.parent, [path], [])
@@ -55,14 +54,6 @@ def problem_files(task: str, data: str) -> tuple[Path, list[Path], list[Path]]:
         fault = f"needs its folder, such as {data}:{folders[0]}" if train else "has no JSONL or parquet files"
         raise UserError(f"--data {data} {fault} ({', '.join(folders) or name})")
     return root, train, next((found[side] for side in SIDES[1:] if side in found), [])
-
-
-def data_set(name: str) -> tuple[Path | None, Path, str]:
-    """The files to train and to evaluate on, and the field of the question. Raises UserError."""
-    if name not in DATASETS:
-        raise UserError(f"--task {name} needs --data: a file, or a directory of train.jsonl and test.jsonl")
-    train, held_out, question = DATASETS[name]
-    return train and local_copy(train), local_copy(held_out), question
 
 
 def local_copy(name: str) -> Path:

@@ -1,6 +1,5 @@
 """Algebra on answers, by the package math-verify where it is installed. It may compute for ever on one. So
-this file, run as a program, is a worker that forks for each question; the system ends the fork after LIMIT
-seconds of processor time."""
+this file, run as a program, is a worker that forks for each question; the system ends a fork that is slow."""
 
 import functools
 import importlib.metadata
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-LIMIT = 0.5  # seconds for one answer; a usual one takes 0.03 to 0.2
+LIMIT = 0.5  # seconds of processor time for one answer; a usual one takes 0.03 to 0.2
 
 
 @functools.cache

@@ -10,9 +10,8 @@ from teamtr_min.tasks.task import Message, Problem
 
 
 class Relay(Generated):
-    """A chain such as `7+8*3-4`, worked out from left to right, modulo 10. With n turns it has n operations.
-    Each message carries out the first one and writes the rest: `5*3-4`, `5-4`, `1`. The return is 1 if the
-    last message is the answer, else 0."""
+    """A chain such as `7+8*3-4`, worked out from left to right, modulo 10; with n turns it has n operations.
+    Each message does the first and writes the rest: `5*3-4`, `5-4`, `1`. The return is 1 for the answer."""
 
     name = split = "relay"
     agent_names = "ABCDEFGH"
@@ -53,8 +52,7 @@ class Convention(Relay):
     `1+1` or `2+1`, and a reader may take either for 1 or for 2. The problem and the last message are plain.
     The return is the share of handovers whose writer and reader use the same code; where all do, the team
     reaches the answer. Every digit is as likely in either code, so a message shows its code only to a reader
-    who also works out the problem. Of the digits handed on, all but the last are odd: an even one would hide
-    the code."""
+    who also works out the problem. Of digits handed on all but the last are odd: even ones hide the code."""
 
     name = "convention"
     least_turns, most_turns = 2, 4  # a writer and a reader at least

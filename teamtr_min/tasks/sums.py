@@ -15,10 +15,9 @@ FEWER = ("{name} gives {count} away.", "{name} loses {count}.", "{name} sells {c
 class Sums(Generated):
     """ "Ana has 7 apples. A friend brings 6 more. Ana sells 4. How many apples does Ana have now?"
 
-    With n turns a problem has n steps. Each message does one of them and nothing else: `7 + 6 = 13`, then
-    `13 - 4 = 9`. The return is 1 if the last message ends with the answer, else 0. With a calculator an agent
-    writes `<<7+6>>`, and the last message may be the calculator's. No training problem has the numbers of a
-    held-out one, in any words."""
+    With n turns a problem has n steps. Each message does one of them alone: `7 + 6 = 13`, then `13 - 4 = 9`.
+    The return is 1 if the last message ends with the answer, else 0. With a calculator an agent writes
+    `<<7+6>>`, and the last message may be its. No training problem has the numbers of a held-out one."""
 
     name = split = "sums"
     version, most_turns = 2, 6
@@ -66,8 +65,6 @@ class Sums(Generated):
         return found and found[1][::-1]
 
 
-class LargeSums(Sums):
-    """Sums with numbers to 99."""
-
+class LargeSums(Sums):  # with numbers to 99
     name = split = "sums-99"
     first, change, largest = (10, 90), (10, 60), 99

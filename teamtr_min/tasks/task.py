@@ -50,8 +50,7 @@ class Task:
     all_problems()                         a list of all Problems that a run can draw, if it is finite
     leave_out(ids, why)                    draw these problems no more, and say so in `notes`
     fields                                 question and answer field of a file for `eval.py --data`
-    grader                                 the name of what decides whether an answer is right
-    """
+    grader                                 the name of what decides whether an answer is right"""
 
     notes: list[str] = []  # sentences about the data that a run prints before it starts
 
