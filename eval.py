@@ -13,6 +13,8 @@ python eval.py kernels sampling training    how fast, beside other libraries and
 python eval.py gpu                      these three on a GPU
 python eval.py occupancy --short        what fresh rollouts and the radius are worth; in full it takes hours
 torchrun --nproc-per-node 8 eval.py gsm8k --team runs/NAME      the same by eight processes, a GPU each
+
+With a run, its own values are the defaults of the flags from --model on.
 """
 
 import gc
@@ -37,6 +39,13 @@ OTHERS = (*speed.BENCHMARKS, "gpu", "occupancy", "report")  # benchmarks that ar
 KNOWN = ", ".join([LISTED, *OTHERS])
 TEAM_FLAGS = """model agents rounds router roles tools fields drop_long show_prompts temperature
     max_new_tokens seed device dtype batch_rows""".split()
+READ_BY = {  # what reads which flags; --json has an effect on all
+    "task": "team mode k seeds problems data shots samples".split() + TEAM_FLAGS,
+    "ask": """team k web port model agents rounds router roles tools temperature max_new_tokens seed device
+        dtype""".split(),
+    "report": ["team", "out", "csv"], "occupancy": ["out", "short", "jobs"],
+    **dict.fromkeys([*speed.BENCHMARKS, "gpu"], ["short", "model", "device", "dtype"]),
+}  # fmt: skip
 Results = Iterator[tuple[dict, str]]  # what --json prints, and the same for people
 
 
@@ -74,6 +83,11 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict]:
     add("--jobs", type=int, default=os.cpu_count(), help="occupancy: runs at once (default: one per CPU)")
     add_flags(parser, TEAM_FLAGS)
     args = parser.parse_intermixed_args(argv)
+    kinds = args.benchmarks[:1] if args.benchmarks[:1] == ["ask"] else args.benchmarks or ["task"]
+    read = {"benchmarks", "json"}.union(*(READ_BY.get(kind, READ_BY["task"]) for kind in kinds))
+    given = (name for name, value in vars(args).items() if value != parser.get_default(name))
+    if idle := sorted({*given} - read):
+        raise UserError(f"--{idle[0].replace('_', '-')} has no effect on {', '.join(kinds)}")
     if min(args.k, args.seeds, args.shots + 1, 1 if args.problems is None else args.problems) < 1:
         raise UserError("--k, --seeds and --problems must be at least 1, --shots at least 0")
     return args, {name: value for name, value in vars(args).items() if name in TEAM_FLAGS}
@@ -83,14 +97,9 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
     """Every result as it comes. Raises UserError for wrong names before anything is loaded."""
     words, teams = args.benchmarks, [team for team in split_names(args.team) if team] or [None]
     if words[:1] == ["ask"]:
-        idle = [name for name in "samples shots data csv out".split() if getattr(args, name)]
-        if idle := idle + ["mode"] * (args.mode != "team") + ["seeds"] * (args.seeds > 1):
-            raise UserError(f"--{idle[0]} has no effect on ask")
         if len(teams) > 1:
             raise UserError("ask takes one run: --team RUN")
         return (yield from ask.run(words[1:], args, flags) if ranks.first else ())
-    if args.web:
-        raise UserError("--web is for ask: python eval.py ask --web")
     if unknown := [name for name in words if name not in (*TASKS, *OTHERS) and not Path(name).is_file()]:
         raise UserError(f"no benchmark {unknown[0]}: give {KNOWN}, ask, or FILE.py with a task")
     if args.mode in ("best_of", "vote") and args.k < 2:

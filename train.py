@@ -2,7 +2,7 @@
 
 Algorithm 1, top to bottom. A stage updates every agent once, each under the team as it now is: an agent
 learns in the contexts that its updated teammates produce. The paper samples these anew before each update
-(`--occupancy fresh`); by default rollouts are reweighted to them while that is exact enough (`--min-ess`).
+(`--occupancy fresh`); by default it reweights old rollouts while enough of them count (`--min-ess`).
 An update climbs Eq. 10 for a few steps, no farther than `--delta` nats of KL per message (Eq. 11).
 
     python train.py                                   three small agents learn relay arithmetic in two minutes
@@ -91,7 +91,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
 
     The forward pass of each step also measures the weights that the step before it left. Where the next
     weights are expected to lie outside, no gradient is computed there. An error leaves the last accepted
-    weights in place. If memory runs out behind an accepted step, the update ends with it.
+    weights in place. If memory runs out after an accepted step, the update ends there.
     """
     if not sum(batches.weight):  # a router may leave an agent out of every rollout that has weight
         return Update(lr=lr, beta=learner.beta)

@@ -77,13 +77,13 @@ class Config:
     # Algorithm 1
     stages: int = knob(None, "stages; each updates every agent once", least=1)
     occupancy: str = knob(None, "rollouts an update trains on. fresh: collected before each update; corrected: reweighted to the team as it now is (see --min-ess); stale: those of the stage's start; joint: the same, for one update of all agents (default corrected)", "fresh", "corrected", "stale", "joint")
-    min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts would fall below this; 1: before every update, the paper's Algorithm 1; 0: once a stage (default 0.5)", least=0, most=1)
+    min_ess: float = knob(None, "collect again when the effective share of the reweighted rollouts is below this; 1: before every update, the paper's Algorithm 1; 0: once a stage (default 0.5)", least=0, most=1)
     order: str = knob("fixed", "update order within a stage; random draws one per stage", "fixed", "reversed", "random")
     inner_steps: int = knob(None, "most optimizer steps in one update", least=1)
     lr: float = knob(None, "peak learning rate of AdamW, with cosine decay over the run (with LoRA the default is 10 times as large)", least=0)
     lr_end: float = knob(None, "fraction of lr at which the decay ends", least=0, most=1)
     # Eq. 9
-    advantage_clip: float = knob(2.0, "bound on the normalised advantage, without weights inert above sqrt(group - 1); inf for none", least=0, most=math.inf)
+    advantage_clip: float = knob(2.0, "bound on the normalised advantage; without weights it has no effect above sqrt(group - 1); inf for none", least=0, most=math.inf)
     no_group_norm: bool = knob(False, "leave advantages in units of the return")
     # Eq. 10
     clip: float = knob(None, "epsilon of the ratio clip", least=0)
@@ -106,13 +106,16 @@ class Config:
     checkpoint_every: int = knob(None, "stages between checkpoints", least=1)
     diagnostics: bool = knob(False, "estimate stale gap, occupancy shift and lower bounds of each update on rollouts of their own")
     tensorboard: bool = knob(False, "also write the numbers of updates, stages and evaluations for TensorBoard, into tensorboard/ of the run (pip install tensorboard)")
-    out: str = knob("", "directory for everything the run writes (default runs/TASK-AGENTSx-TIME)")
+    out: str = knob("", "directory for everything the run writes (default runs/TASK-AGENTSx-TIME-seedSEED)")
     resume: str = knob("", "directory of a run to continue from its newest checkpoint, to the same bits on a CPU")
-    show_prompts: bool = knob(False, "print what each agent sees of the first held-out problem")
+    show_prompts: bool = knob(False, "print each agent's prompt of the first held-out problem, before any message is written")
     accept_changes: bool = knob(False, "with --resume: go on although data, task file, grader or template have changed")
     # fmt: on
 
     def __post_init__(self):
+        given = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+        object.__setattr__(self, "given", given)  # what a resumed run must repeat
+
         def default(name: str, value) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen is for everyone else
@@ -239,7 +242,8 @@ def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
         presets = [f"{p[f.name]:g} {kind}" for kind, p in PRESETS.items() if f.name in p and f.name != "task"]
         shown = ", ".join(presets) or f.default
         text += f" (default {shown})" if shown not in (None, "") else ""
-        parser.add_argument(flag, type=f.type, default=argparse.SUPPRESS, help=text, metavar=f.name.upper())
+        name = f"{{{','.join(f.metadata['choices'])}}}" if f.metadata["choices"] else f.name.upper()
+        parser.add_argument(flag, type=f.type, default=argparse.SUPPRESS, help=text, metavar=name)
 
 
 def parse(argv: list[str] | None, description: str) -> Config:
@@ -253,8 +257,7 @@ def parse(argv: list[str] | None, description: str) -> Config:
 def runnable(config: Config) -> Config:
     """What train() runs: `config`, or the saved one that it resumes. Raises UserError for what cannot be."""
     if config.resume:
-        usual = vars(Config(resume=config.resume))
-        config = resumed({"resume": config.resume} | {k: v for k, v in vars(config).items() if v != usual[k]})
+        config = resumed({**config.given})
     if config.temperature == 0:
         raise UserError("--temperature 0 draws the same rollout each time; a group has nothing to compare")
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):

@@ -22,7 +22,7 @@ GRADIENT_NORM = 1.0
 
 
 class Diverged(Exception):
-    """A loss, gradient or weight is not finite. A step that meets one leaves the weights of before."""
+    """A loss, gradient or weight is not finite. Such a step is undone."""
 
 
 class Measured(NamedTuple):  # Eq. 10 and 11 over all batches, at the weights of one moment

@@ -18,6 +18,7 @@ from teamtr_min import load_model, load_team, save_model
 from teamtr_min.bench import accuracy
 from teamtr_min.bench.accuracy import best_of, pick
 from teamtr_min.config import Config
+from teamtr_min.files import sha256
 from teamtr_min.rollout import Rollouts
 from teamtr_min.run.loading import build_team
 from teamtr_min.tasks import Problem, Relay
@@ -135,8 +136,20 @@ def test_the_heading_names_all_that_a_result_rests_on(capsys):
     Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XYZ"]))
     text = printed(capsys, *"--problems 8 --k 4 --device cpu --roles roles.json".split())
     team = "untrained team", "model relay, agents 3, rounds 1, router round-robin", "prompts roles.json"
-    how = "max_new_tokens 16", "temperature 1.0,", "grader exact", "problems 8, k 4, seed 0", "pass@2"
+    how = "max_new_tokens 16", "temperature 1.0,", "grader exact", "problems 8, left_out 0, k 4", "pass@2"
     assert all(part in " ".join(text.split()) for part in (*team, *how, "avg@4")), text
+
+
+def test_a_team_that_is_asked_with_other_files_than_it_was_trained_with_is_told(capsys):
+    Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "XY"]))
+    toy_teams("a")
+    config = Path("runs/a/config.json")
+    about = {"roles": "roles.json", "fingerprint": {"roles file": sha256(Path("roles.json"))}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | about))
+    flags = "relay", "--team", "runs/a", "--problems", "8", "--device", "cpu"
+    assert evaluation.main(flags) == 0 and not capsys.readouterr().err
+    Path("roles.json").write_text(json.dumps([{"name": name, "system": ""} for name in "YX"]))
+    assert evaluation.main(flags) == 0 and "another roles file than roles.json" in capsys.readouterr().err
 
 
 def test_partial_credit_is_what_is_shown_and_accuracy_beside_it(capsys):
@@ -217,7 +230,8 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(capsys, monkeypatc
         "ask hi --mode solo": "--mode has no effect on ask",
         "ask hi --k 300": "takes up to 256",
         "ask hi --team runs/a,runs/a": "takes one run",
-        "relay --web": "--web is for ask",
+        "relay --web": "--web has no effect on relay",
+        "report --k 2": "--k has no effect on report",
         "training --agents 5": "--agents has no effect on training",
     }.items():
         assert message in refused(capsys, evaluation.main, *flags.split())

@@ -68,7 +68,8 @@ def test_the_last_answer_that_any_message_states_is_the_teams(task):
         assert [task.grade(problem, said(first, last)) for first in ("\\boxed{18}", "hm")] == [1, 0]
     for last in ("no: \\boxed{17}", "The answer is 17.", "#### 17"):
         assert task.grade(problem, said("\\boxed{18}", last)) == 0 and task.answer(said("18", last)) == "17"
-    assert task.answer(said("\\boxed{36/2}", "I agree.")) == "18" and task.answer(said("18")) is None
+    stated = task.answer(said("\\boxed{36/2}", "I agree."))
+    assert (stated, task.same(stated)) == ("36/2", "18") and task.answer(said("18")) is None
 
 
 def test_held_out_problems_among_the_training_ones_are_left_out_with_a_count(tmp_path):

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import math
 import os
+import sys
 import textwrap
 import time
 from argparse import Namespace
@@ -24,7 +25,7 @@ from torch import Tensor
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import Ranks
-from teamtr_min.files import UserError, read_json, to_json
+from teamtr_min.files import UserError, read_json, sha256, to_json
 from teamtr_min.hf.hub import hub_data
 from teamtr_min.hf.weights import pinned
 from teamtr_min.rollout import Rollouts, collect
@@ -38,7 +39,7 @@ from teamtr_min.team import Team
 
 HELD_OUT = 2048  # problems, unless a count is asked for
 HEADING = """model agents rounds router mode max_new_tokens temperature prompts grader
-    problems k seed seeds shots""".split()
+    problems left_out k seed seeds shots""".split()
 MODES = {
     "team": "all rollouts count",
     "solo": "the first agent takes every turn",
@@ -71,6 +72,11 @@ def find_team(team: str | None, flags: dict, task: str | None = None) -> Exam:
     config = Config.load(run / "config.json", **{"batch_rows": 0, **flags})  # 0: as many as fit here
     if not (run / "agents").is_dir():
         raise UserError(f"{run} holds no agents: a run saves them when it ends, or is stopped by Ctrl-C")
+    then = read_json(run / "config.json").get("fingerprint", {})
+    for kind in {"task", "router", "roles"} - flags.keys():
+        file = Path(getattr(config, kind))
+        if file.is_file() and then.get(f"{kind} file", sha256(file)) != sha256(file):
+            print(f"{run} was trained with another {kind} file than {file} is now", file=sys.stderr)
     return Exam(str(run), config, [run / "agents" / str(j) for j in range(config.agents)])
 
 
@@ -100,9 +106,12 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None, s
 
 def run(exams: list[Exam], args: Namespace, ranks: Ranks) -> Iterator[tuple[dict, str]]:
     """Each result, and its text: of a single one with transcripts, of several lines of a table."""
-    file, above = open(args.samples, "w", encoding="utf-8") if args.samples and ranks.first else None, ""
+    writes, above = args.samples and ranks.first and exams, ""
+    file = open(args.samples, "w", encoding="utf-8") if writes else None
     for exam in exams:
         result, rollouts = evaluate(exam, args, ranks, file)
+        if file:
+            file.flush()  # a full disk is an error now, not at the end
         facts = result | {"shots": len(result["shots"])}
         heading = textwrap.fill(", ".join(f"{name} {facts[name]}" for name in HEADING), 88)
         heading = textwrap.indent(heading, "  ")  # what the result rests on
@@ -139,6 +148,7 @@ def evaluate(exam: Exam, args: Namespace, ranks: Ranks, file: IO | None) -> tupl
         **{name: getattr(config, name) for name in names},
         "roles": [agent.role.name for agent in team.agents], "prompts": config.roles or "the task's",
         "shots": [problem.id for problem in getattr(task, "examples", [])],
+        "left_out": len(exam.problems) - len(problems),
         "grader": getattr(task, "grader", "the task's own"),
         "fingerprint": fingerprint(config, team, problems[0]) | {"problems asked": asked.hexdigest()},
         **dict(zip(("device", "dtype"), map(str, placement(config)))), "torch": torch.__version__,
@@ -189,11 +199,12 @@ def scores(collected: list[Rollouts], mode: str, task: Task) -> dict:
 
 def pick(rollouts: Rollouts, mode: str, task: Task) -> Tensor:
     """(P, 1) return of the rollout that `mode` chooses for each problem; no choice looks at returns."""
-    k, chosen = rollouts.group_size, []
+    k, chosen, same = rollouts.group_size, [], getattr(task, "same", str)
     for first in range(0, len(rollouts.messages), k):
         group = rollouts.messages[first : first + k]
         if mode == "vote":  # rollouts without an answer do not vote
             answers = [task.answer(messages) for messages in group]
+            answers = [answer if answer is None else same(answer) for answer in answers]
             votes = collections.Counter(answer for answer in answers if answer is not None)
             chosen.append(answers.index(votes.most_common(1)[0][0]) if votes else 0)
         else:  # the largest mean log-prob of a token, under the agents that wrote it

@@ -9,6 +9,7 @@ deviation / sqrt(runs).
 import base64
 import collections
 import csv
+import dataclasses
 import itertools
 import os
 import re
@@ -73,7 +74,9 @@ def page(record: Record) -> str:
     if not record.updates:
         raise UserError(f"{directory} has no update in its metrics.jsonl yet; there is nothing to report")
     usual = Config(model=config.model, task=config.task, agents=config.agents, lora_rank=config.lora_rank)
-    knobs = [(name, str(value), str(getattr(usual, name))) for name, value in vars(config).items()]
+    knobs = [
+        (name, str(value), str(getattr(usual, name))) for name, value in dataclasses.asdict(config).items()
+    ]
     what = f"{config.task}: {config.agents} agents of {config.model}, {occupancy(config)}"
     data = {
         "title": directory.resolve().name, "subtitle": f"{what}, {region(config)}; {record.state}",
@@ -103,7 +106,9 @@ def grouped(records: list[Record]) -> list[dict]:
     found, groups = collections.defaultdict(list), []
     held_out = all(any("return_held_out" in stage for stage in record.stages) for record in records)
     for record in records:
-        facts = vars(record.config) | {f"hash: {name}": value for name, value in record.fingerprint.items()}
+        facts = dataclasses.asdict(record.config) | {
+            f"hash: {name}": value for name, value in record.fingerprint.items()
+        }
         found[tuple(item for item in facts.items() if item[0] not in IGNORED)].append(row(record, held_out))
     alike = set.intersection(*map(set, found))
     for facts, runs in found.items():

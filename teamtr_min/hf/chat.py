@@ -183,7 +183,9 @@ class ChatFormat:
         tokenizer = self.tokenizer
         unknown = tokenizer.backend.token_to_id(tokenizer.special.get("unk_token", ""))
         if unknown in tokenizer.encode(problem):
-            raise UserError(f"the model in {tokenizer.directory} has no tokens for problem {problem[:60]!r}")
+            other = "give a --model that has, such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            why = f"the model in {tokenizer.directory} has no tokens for problem {problem[:60]!r}"
+            raise UserError(f"{why}; {other}")
         turns = [("system", system)] * bool(system) + [("user", problem)]
         text = self._render(turns, prompt=True).removesuffix(self.header)
         # A checkpoint's own template writes its BOS. ChatML does not, so there the tokenizer adds it.

@@ -5,6 +5,7 @@ docs/metrics.md explains every key. A line holds only what was measured: a key t
 
 import math
 import shlex
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -38,12 +39,16 @@ def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
 
     For values 0 and 1 it is Wilson's own [Wilson 1927]: inside [0, 1], and 0 right of 16 is not [0, 0].
     Other values (partial credit, means over k rollouts of a problem) vary less than 0 and 1 with the same
-    mean do, so they count as more problems: as many as give their standard error. [ours]
+    mean do, so they count as more problems: as many as give their standard error, which is estimated, so the
+    quantile is Student's, by its expansion in 1 / (P - 1). [ours]
     """
-    z, values = 1.96, values.double()
+    z, effective, values = 1.96, len(values), values.double()
     mean, variance = values.mean().item(), values.var(correction=0).item()
     binary = mean * (1 - mean)  # the variance of zeros and ones with this mean
-    effective = len(values) * (binary / variance if variance > 1e-12 else 1)
+    if 1e-12 < variance < binary - 1e-12:
+        v = len(values) - 1  # degrees of freedom
+        effective = v * binary / variance
+        z += (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v * v)
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(binary / effective + (z / (2 * effective)) ** 2)
     return mean, [max(0.0, centre - half), min(1.0, centre + half)]
@@ -115,6 +120,8 @@ def say(text: str) -> None:
 def program(work: Callable[[Ranks], None]) -> int:
     """Do `work` in the processes that torchrun has started, or in this one. If it fails, say why in a
     sentence; an error in code, a user's too, also shows its traceback. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack a sign
     ranks, code = ALONE, 0
     try:
         ranks = join()
@@ -193,7 +200,7 @@ def held_out_score(results: dict, *names: str) -> str:
 
 def stage_text(stage: dict, updates: list[dict], config: Config, names: list[str]) -> str:
     """A stage's line: the team before its first update, and the KL of each agent's update. `B 0.0153*`: the
-    star says that the update exceeded its radius and was taken back a part of the way."""
+    star says that the update exceeded its radius and was shortened."""
     kls = []
     for u in sorted(updates, key=lambda u: u.get("agent", 0)):
         kl = f"{u['kl_after']:.4f}{'*' if u['halvings'] else ' '}" if "kl_after" in u else "no turn"
@@ -238,9 +245,11 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
         cost = f"{summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
         lines.append(f"held-out {result}, {n:,} problems; {cost}")
     if summary["violation_rate_before"] is not None:
-        then = " and were taken back" if config.kl == "hard" else ""
+        then = " and were shortened" if config.kl == "hard" else ""
         lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{then}")
     lines.append(f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned")
     if (directory / "agents").is_dir():
-        lines.append(f"next: python eval.py {config.task} --team {shlex.quote(str(directory))} --k 4")
+        lines.append(
+            f"next: python eval.py {shlex.quote(config.task)} --team {shlex.quote(str(directory))} --k 4"
+        )
     return "\n".join(lines)

@@ -245,7 +245,8 @@ class Needs:
             task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
         elif overlong:
             some = f"({len(overlong):,} of {len(problems):,} problems are too long)"
-            helps = "--drop-long leaves them out, a lower --max-new-tokens makes room"
+            helps = "--drop-long leaves them out, " if hasattr(task, "leave_out") else ""
+            helps += "a lower --max-new-tokens makes room"
             raise UserError(f"{next(iter(overlong.values()))} {some}: {helps}")
         return max(prompts), max(lengths)
 

@@ -90,7 +90,7 @@ class Run:
         line = log.update_line(stage, i, learner, rollouts, update)
         line |= {"delta": self.config.delta, "seconds_training": seconds}
         if measure := getattr(self.task, "measure", None):
-            more |= measure(rollouts.problems, rollouts.messages)
+            more |= measure(rollouts.problems, rollouts.messages) or {}
         try:
             to_json(more)
         except (TypeError, ValueError) as error:  # a tensor, or NaN in a list

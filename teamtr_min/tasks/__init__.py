@@ -1,5 +1,6 @@
 """What a team works on. `--task` names an entry of TASKS, or a user's file with a function `task(config)`."""
 
+import dataclasses
 import reprlib
 
 from numpy.random import Generator
@@ -56,12 +57,18 @@ class UserTask:
 
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         value = self._task.grade(problem, messages)
-        if isinstance(value, str) or not hasattr(value, "__float__") or not 0 <= float(value) <= 1:
+        try:
+            number = -1.0 if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):  # a list, or an array
+            number = -1.0
+        if not 0 <= number <= 1:
             raise self._fault("grade", "a number from 0 to 1", value)
-        return float(value)
+        return number
 
     def _list_of(self, kind: type, least: int, most: int, method: str, value) -> list:
+        texts = [f.name for f in dataclasses.fields(kind) if f.type is str]
         right = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        right = right and all(isinstance(getattr(item, name), str) for item in value for name in texts)
         if not right or not least <= len(value) <= most:
             raise self._fault(method, f"a list of {most} {kind.__name__}s", value)
         return value

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from teamtr_min.tasks.equivalence import equivalent
 
-RULES = 8  # counts up when a verdict may change; part of a run's fingerprint
+RULES = 9  # counts up when a verdict may change; part of a run's fingerprint
 LONGEST = 1000  # characters of an answer that is worked out
 BITS = 14_000  # the largest numerator or denominator: 4,214 digits, and Python writes no more than 4,300
 
@@ -100,7 +100,8 @@ def is_correct(response: str, answer: str) -> bool:
 # What does not change an answer, in this order.
 _REWRITES = [(re.compile(pattern), to) for pattern, to in [
     (r"\s+", " "),
-    ("\N{MINUS SIGN}", "-"), ("²", "^2"), ("³", "^3"), ("×", r"\\times "), ("π", r"\\pi "),
+    ("[\N{MINUS SIGN}\N{EN DASH}\N{NON-BREAKING HYPHEN}]", "-"), (r"\\varnothing|∅", r"\\emptyset "),
+    ("²", "^2"), ("³", "^3"), ("×", r"\\times "), ("π", r"\\pi "),
     (r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r" \1 "),
     (r"\\(?:left|right)(?![a-zA-Z])", ""),
     (r", ?\\! ?|\{,\}", ","),  # 2,\!598 and 2{,}598
@@ -119,29 +120,58 @@ _UNIT = "cm|mm|km|in|ft|yd|mi|kg|mg|lbs?|oz|m[lL]|hrs?|mph|kph|[ap]m"
 _NO_UNIT = (
     "is|are|was|not|but|if|than|to|wrong|incorrect|plus|minus|times|over|divided|squared|cubed|sin|cos|tan|"
     "log|mod|sqrt|theta|factorial|hundreds?|thousands?|[mbtr]+illions?|dozens?|halves|thirds|"
-    "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths"
+    "lakhs?|crores?|below|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|"
+    "million)ths"
 )
 _WORD = rf"(?!(?:{_NO_UNIT})\b)[^\W\d_]++(?:\^[23])?"
 _UNITS = re.compile(
     rf"(?:(?<=[\d)}}%])|(?<=\\pi))(?: ?(?=(?:{_UNIT})\b)| (?=[mgLCF]\b|[^\W\d_]{{3}}))"
     rf"{_WORD}(?:[ /-]+{_WORD})*\.?$"
 )
+_DATED = re.compile(r"\d+(?: ?- ?\d+)+|\d+(?: ?/ ?\d+){2,}")  # a date, range, score: no difference
+_CONDITION = re.compile(r"[<>]|\\[lg](?:eq?|t)(?![a-z])|^[^\d\\=]*$")  # what "and" and "or" join differently
+_ALIASES = dict(pair.split(":") for pair in (
+    "feet:ft foot:ft inche:in inch:in yard:yd mile:mi meter:m metre:m kilometer:km kilometre:km "
+    "centimeter:cm centimetre:cm millimeter:mm millimetre:mm gram:g kilogram:kg pound:lb ounce:oz liter:l "
+    "litre:l hour:h hr:h minute:min mins:min second:s sec:s"
+).split())  # fmt: skip
+
+
+def _unit(text: str) -> str:
+    """One text for a unit's usual spellings: of feet ft, of square inches in^2, of miles per hour mph."""
+    words = [w.removesuffix("s") for w in re.findall(r"[^\W\d_]+(?:\^[23])?|/", text.lower())]
+    words = " ".join(_ALIASES.get(w, w) for w in words).replace(" / ", " per ")
+    words = re.sub(
+        r"\b(square|sq|cubic|cu) (\w+)", lambda m: m[2] + ("^2" if m[1][0] == "s" else "^3"), words
+    )
+    return {"mi per h": "mph", "km per h": "kph"}.get(words, words)
+
+
 _NAMED = re.compile(r"(^|, *)([A-Za-z]) *= *")
 
 
 def _equal(given: str, wanted: str) -> bool:
     if len(given) > LONGEST:
         return False
+    joined = [{*re.findall(r"\b(?:and|or)\b", text)} for text in (given, wanted)]
     given, wanted = map(_plain, (given, wanted))
-    units = {m[0].lower().strip(" .").removesuffix("s") for m in map(_UNITS.search, (given, wanted)) if m}
+    if all(joined) and joined[0].isdisjoint(joined[1]) and any(map(_CONDITION.search, _items(wanted))):
+        return False  # x < 1 and x > 0 is not x < 1 or x > 0; the numbers 1 and 2 are 1 or 2
+    units = {_unit(m[0]) for m in map(_UNITS.search, (given, wanted)) if m}
     if len(units) < 2:  # 4 July is not 4 June
         given, wanted = (_UNITS.sub("", text) for text in (given, wanted))
     sides = [closed_form(side) for side in given.split("=")]
-    if "=" not in wanted and None not in sides and len({*sides}) == 1:  # 9*2=18
+    if "=" not in wanted and None not in sides:  # 9*2=18
+        if len({*sides}) > 1:  # 9*2=19
+            return False
         given = given.rpartition("=")[2]
     if ("=" in given) != ("=" in wanted):  # x = 2, x = 3 is 2, 3, though x = 5 is not y = 5
         given, wanted = (_NAMED.sub(r"\1", text) if len({m[2] for m in _NAMED.finditer(text)}) == 1 else text
                          for text in (given, wanted))  # fmt: skip
+        if any(len({m[2] for m in _NAMED.finditer(text)}) > 1 for text in (given, wanted)):
+            return False  # 3, 2 is not x = 2, y = 3
+    if _DATED.fullmatch(wanted):
+        return "".join(given.split()) == "".join(wanted.split())
     one, other = _canonical(given), _canonical(wanted)
     if one == other:
         return True
@@ -154,7 +184,10 @@ def _equal(given: str, wanted: str) -> bool:
 
 def canonical(answer: str) -> str:
     """One text for all ways to write an answer that can be told without algebra."""
-    return _canonical(_UNITS.sub("", _plain(answer))) if len(answer) <= LONGEST else answer
+    if len(answer) > LONGEST:
+        return answer
+    text = _UNITS.sub("", _plain(answer))
+    return "".join(text.split()) if _DATED.fullmatch(text) else _canonical(text)
 
 
 def _plain(text: str) -> str:
@@ -194,7 +227,7 @@ def _items(text: str) -> list[str]:
 def _is_maths(text: str) -> bool:
     """Whether letters are variables in it: words, 0x10 and 12_3 are not for algebra."""
     bare = re.sub(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+", " ", text)
-    return bool(re.search(r"[\d\\^=<>+-]", text)) and not re.search(r"[^\W\d_]{3}|\d_|\d[^\W\d_]+\d", bare)
+    return bool(re.search(r"[\d\\^=<>+*/-]", text)) and not re.search(r"[^\W\d_]{3}|\d_|\d[^\W\d_]+\d", bare)
 
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:[, ]\d{3})+(?![\d,])")

@@ -45,6 +45,7 @@ class Task:
     sample_problems(count, generator, held_out=False)   `count` Problems, of held-out ones at most `count`
     grade(problem, messages) -> float      the return of a rollout, in [0, 1]
     answer(messages) -> str | None         the team's answer, which `eval.py --mode vote` counts
+    same(answer) -> str                    one text for all ways to write an answer, which it counts
     measure(problems, messages) -> dict    more to log about the rollouts of an update
     demonstrations(count, generator)       a list of `count` Demonstrations, for `--warm-start`
     all_problems()                         a list of all Problems that a run can draw, if it is finite

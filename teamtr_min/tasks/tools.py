@@ -19,7 +19,7 @@ def calculator(problem: Problem, messages: list[Message]) -> str:
     exactly, written with ten digits; `?` stands for no value and for larger ones."""
     latest = "".join(message.text for message in messages[-1:])
     asked = re.findall(r"<<([^<>=\n]{1,100})(?:=[^<>\n]{0,100})?>>", latest)[-3:]
-    values = [closed_form(text.replace("$", "")) for text in asked]
+    values = [None if "%" in text else closed_form(text.replace("$", "")) for text in asked]
     return ", ".join("?" if v is None or abs(v) >= 10**10 else f"{float(v):.10g}" for v in values)
 
 

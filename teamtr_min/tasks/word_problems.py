@@ -85,10 +85,11 @@ class WordProblems(Task):
     def grade(self, problem: Problem, messages: list[Message]) -> float:
         return float(is_correct(last_statement(messages), problem.answer))
 
+    same = staticmethod(canonical)
+
     def answer(self, messages: list[Message]) -> str | None:
-        """The team's answer, such that those are equal texts that are equal without algebra."""
-        stated = extract_answer(last_statement(messages))
-        return stated and canonical(stated)
+        """The answer that the team states last."""
+        return extract_answer(last_statement(messages))
 
     def fingerprint(self) -> dict[str, str]:
         return {"problems": self._hash, "grader": f"{self.grader}, rules {RULES}"}
