@@ -18,7 +18,8 @@ from teamtr_min.engine import model, rng
 from teamtr_min.engine.distributed import ALONE, Ranks, halving
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
-from teamtr_min.hf.weights import RELAY
+from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.hf.weights import RELAY, load_model, save_model
 from teamtr_min.learner import Learner
 from teamtr_min.rollout import AgentBatch, collect
 from teamtr_min.run import memory
@@ -89,7 +90,7 @@ def test_no_transcript_is_longer_than_planned(rounds, router):
     assert 0.7 * plan.longest < max(seen) <= plan.longest
 
 
-def test_the_plan_counts_parameters_by_purpose():
+def test_the_plan_counts_parameters_by_purpose(tmp_path):
     joint = {"occupancy": "joint"}
     kinds = {}, joint, joint | {"inner_steps": 1}, {"dtype": "bf16"}, {"lora_rank": 2}
     one, joint, once, bf16, lora = (planned(**knobs)[2] for knobs in kinds)
@@ -103,6 +104,9 @@ def test_the_plan_counts_parameters_by_purpose():
     problems = task.sample_problems(9, rng.generator(0))
     needs = memory.Needs(config, task, problems, Ranks(0, 4))
     assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizers()[0] == 8 * N // 4
+    save_model(load_model("relay", dtype=torch.bfloat16), tmp_path / "bf16")
+    load_tokenizer("relay").save(tmp_path / "bf16")
+    assert plan_evaluation(config, task, problems, 3, [tmp_path / "bf16"] * 3)[1].weights == 3 * (4 + 2) * N
     config, plan = plan_evaluation(config, task, problems, 3, ["relay"] * 3)
     assert plan.optimizer == plan.update == 0 and plan.weights == 3 * 4 * N and config.batch_rows == plan.rows
 

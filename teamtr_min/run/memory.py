@@ -4,9 +4,8 @@
 
 On CUDA it is both: caches stay for the graphs that know them. Sampling grows with the rollouts at once, an
 update with the tokens of one forward pass. Both get their usual size, or what memory allows. If the longest
-transcript is too much, activations are computed twice. A run that cannot fit is refused. The estimates are
-0.7 to 1.3 of measured peaks (docs/models.md).
-"""
+transcript is too much, activations are computed twice. A run that cannot fit is refused. docs/models.md
+compares with measured peaks."""
 
 import dataclasses
 import os
@@ -41,7 +40,6 @@ FRAGMENTATION = 1.1  # freed blocks that the allocator cannot use again at once
 TOKENS, TOKENS_CUDA = 4096, 16384  # usual size of a training forward; of pretrained models on CUDA
 DRAW_COPIES = 4  # of (rows, V) fp32: logits, scaled, probabilities, their sums
 CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob
-CHECKPOINTS = 3  # two are kept, and one is being written
 LOOKED_AT = 64  # stages whose problems are looked at, and texts: more characters are more tokens
 
 
@@ -82,8 +80,7 @@ class Plan:
     def check(self) -> None:
         """UserError unless it fits, with what would help."""
         if self.total > self.budget:
-            flags = "fewer --agents, a smaller --model, a lower --max-new-tokens or --batch-rows"
-            flags += ", --lora-rank 16 or a lower --batch-tokens" if self.tokens else ""
+            flags = "fewer --agents, a smaller --model, --lora-rank 16, a lower --max-new-tokens, --batch-rows"
             raise UserError(f"this does not fit: {' '.join(str(self).split())}; what helps: {flags}")
 
 
@@ -119,7 +116,7 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
     found.check()
     out = Path(config.resume or config.out or ".").absolute()
-    disk = CHECKPOINTS * 12 * sum(needs.trained)
+    disk = 3 * 12 * sum(needs.trained)  # two checkpoints are kept, and one is being written
     free = shutil.disk_usage(next(filter(Path.is_dir, (out, *out.parents)))).free
     warning = f"\ndisk    checkpoints take {size(disk)}, and {size(free)} are free" if disk > free else ""
     found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, warning=warning)
@@ -148,9 +145,7 @@ def fitting(plan: Plan, asked: int, usual: int, sizes: Callable[[int], dict], le
 class Needs:
     """Bytes that a team takes, by purpose. As in `build_team`, a team from `sources` only speaks."""
 
-    def __init__(
-        self, config: Config, task: Task, problems: list, ranks: Ranks, sources: Sequence | None = None
-    ):
+    def __init__(self, config: Config, task: Task, problems: list[Problem], ranks: Ranks, sources=None):
         self.config, self.ranks, self.roles = config, ranks, roles_of(config, task)
         names = sources or config.model_of_each
         self.sources = {j: find_model(names[j]) for j, role in enumerate(self.roles) if role.tool is None}
@@ -176,10 +171,9 @@ class Needs:
         trained, at_work = sum(self.trained), max(self.trained)
         kept = 2 * trained + at_work if self.config.diagnostics else trained
         if self.ranks.size == 1:
-            sixteen = [m for j, m in self.models.items() if has_16_bits(self.sources[j])]
-            packed = {id(p): p.numel() for m in sixteen for p in m.parameters() if not p.requires_grad}
-            packs = self.cpu and not self.copied
-            return self.width * (frozen + kept) + 2 * sum(packed.values()) * packs
+            packs = [m for j, m in self.models.items() if self.cpu and has_16_bits(self.sources[j])]
+            packed = {id(p): p.numel() for m in packs for p in m.parameters() if not p.requires_grad}
+            return self.width * (frozen + kept) + 2 * sum(packed.values()) * (not self.copied)
         return self.width * (frozen + at_work) + 4 * kept // self.ranks.size
 
     def optimizers(self) -> list[int]:
@@ -245,9 +239,8 @@ class Needs:
             task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
         elif overlong:
             some = f"({len(overlong):,} of {len(problems):,} problems are too long)"
-            helps = "--drop-long leaves them out, " if hasattr(task, "leave_out") else ""
-            helps += "a lower --max-new-tokens makes room"
-            raise UserError(f"{next(iter(overlong.values()))} {some}: {helps}")
+            drop = "--drop-long leaves them out, " * hasattr(task, "leave_out")
+            raise UserError(f"{next(iter(overlong.values()))} {some}: {drop}a lower --max-new-tokens makes room")
         return max(prompts), max(lengths)
 
 
