@@ -80,7 +80,7 @@ class Plan:
     def check(self) -> None:
         """UserError unless it fits, with what would help."""
         if self.total > self.budget:
-            flags = "fewer --agents, a smaller --model, --lora-rank 16, a lower --max-new-tokens, --batch-rows"
+            flags = "fewer --agents, a smaller --model, --lora-rank 16, a lower --max-new-tokens"
             raise UserError(f"this does not fit: {' '.join(str(self).split())}; what helps: {flags}")
 
 
@@ -238,9 +238,9 @@ class Needs:
         if overlong and config.drop_long and hasattr(task, "leave_out"):
             task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
         elif overlong:
-            some = f"({len(overlong):,} of {len(problems):,} problems are too long)"
+            some = f"{next(iter(overlong.values()))} ({len(overlong):,} of {len(problems):,} problems are too long)"
             drop = "--drop-long leaves them out, " * hasattr(task, "leave_out")
-            raise UserError(f"{next(iter(overlong.values()))} {some}: {drop}a lower --max-new-tokens makes room")
+            raise UserError(f"{some}: {drop}a lower --max-new-tokens makes room")
         return max(prompts), max(lengths)
 
 
