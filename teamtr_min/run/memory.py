@@ -238,7 +238,7 @@ class Needs:
         if overlong and config.drop_long and hasattr(task, "leave_out"):
             task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
         elif overlong:
-            some = f"{next(iter(overlong.values()))} ({len(overlong):,} of {len(problems):,} are too long)"
+            some = f"{[*overlong.values()][0]} ({len(overlong):,} of {len(problems):,} problems are too long)"
             drop = "--drop-long leaves them out, " * hasattr(task, "leave_out")
             raise UserError(f"{some}: {drop}a lower --max-new-tokens makes room")
         return max(prompts), max(lengths)
