@@ -60,6 +60,9 @@ def test_a_weight_that_has_changed_is_never_read_as_it_was():
     model.load_state_dict(other.state_dict())
     assert not any(packed(model))  # until the next collection begins
     assert generate(model, prompts, 4) == generate(other, prompts, 4) and any(packed(model))
+    for p in model.parameters():
+        p.data = p.data.double()
+    assert not any(packed(model)) and len(generate(model, prompts, 4)) == 1
 
 
 def test_what_is_not_sampled_has_the_bits_of_an_unpacked_model():
