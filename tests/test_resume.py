@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from campaign import campaign, cut, flip_a_bit
 from conftest import SHARED
+from safetensors import SafetensorError
 from toy_runs import TOY, bits, contents, interrupt_at, refused, results, run
 
 import train
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
+from teamtr_min.hf import weights as weights_module
 from teamtr_min.run import checkpoint
 
 
@@ -36,7 +38,7 @@ def test_ctrl_c_leaves_agents_a_summary_and_a_run_that_resumes_to_the_same_bits(
     assert "resumed after 2 of 3 stages" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", [(2, train, "group_advantages"), (1, checkpoint, "save_file")])
+@pytest.mark.parametrize("place", [(2, train, "group_advantages"), (1, checkpoint, "save_tensors")])
 def test_stopped_before_its_first_checkpoint_a_run_starts_again(finished, tmp_path, monkeypatch, place):
     with monkeypatch.context() as patch:
         interrupt_at(place[0], patch, *place[1:])
@@ -146,15 +148,18 @@ def test_a_run_has_one_writer(finished, copy, tmp_path, capsys, new):
     assert bits(out) == bits(finished)
 
 
-@pytest.mark.parametrize("modules", [["hf.weights"], ["hf.weights", "run.checkpoint"]])
-def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(finished, copy, capsys, monkeypatch, modules):
+@pytest.mark.parametrize("files", ["model", ""])
+def test_a_disk_that_refuses_is_a_sentence_and_the_run_resumes(finished, copy, capsys, monkeypatch, files):
+    save = weights_module.save_file
+
     def refuse(tensors, path, **metadata):
+        if files not in str(path):
+            return save(tensors, path, **metadata)
         Path(path).write_bytes(b"half a file")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise SafetensorError(os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        for module in modules:
-            patch.setattr(f"teamtr_min.{module}.save_file", refuse)
+        patch.setattr(weights_module, "save_file", refuse)
         assert "No space left on device" in refused(capsys, train.main, "--resume", str(copy))
     assert sorted(p.name for p in (copy / "checkpoints").iterdir())[0] in ("000001", "000002")
     assert not list(copy.rglob("*.part"))

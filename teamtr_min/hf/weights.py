@@ -108,7 +108,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, whole or not at all."""
     with replacing(path) as aside:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, aside, metadata={"format": "pt"})
+        try:
+            save_file(tensors, aside, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def open_tensors(path: Path) -> safe_open:

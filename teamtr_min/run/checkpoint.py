@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from teamtr_min.engine.distributed import like, whole
 from teamtr_min.files import UserError, read_json, replacing, sha256, write_json
+from teamtr_min.hf.weights import save_tensors
 from teamtr_min.learner import Diverged, Learner, Snapshot
 
 KEPT = 2
@@ -31,11 +31,8 @@ def save(directory: Path, done: int, learners: list[Learner], state: dict) -> No
         return
     with replacing(directory / "checkpoints" / f"{done:06d}") as aside:
         aside.mkdir(parents=True)
-        try:
-            for j, learner in enumerate(learners):
-                save_file(_tensors(learner), aside / f"learner-{j}.safetensors")
-        except SafetensorError as error:
-            raise OSError(f"no checkpoint: {error}") from None
+        for j, learner in enumerate(learners):
+            save_tensors(_tensors(learner), aside / f"learner-{j}.safetensors")
         write_json(aside / "state.json", {"beta": [learner.beta for learner in learners], "run": state})
         write_json(aside / SUMS, {file.name: sha256(file) for file in sorted(aside.iterdir())})
     for old in _newest_first(directory)[KEPT:]:

@@ -3,6 +3,7 @@
 docs/metrics.md explains every key. A line holds only what was measured: a key that means nothing is absent.
 """
 
+import io
 import math
 import shlex
 import sys
@@ -121,7 +122,8 @@ def program(work: Callable[[Ranks], None]) -> int:
     """Do `work` in the processes that torchrun has started, or in this one. If it fails, say why in a
     sentence; an error in code, a user's too, also shows its traceback. Returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack a sign
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack a sign
     ranks, code = ALONE, 0
     try:
         ranks = join()
