@@ -52,6 +52,7 @@ class Sampler:
         self.check_every = 16 if model.device.type == "cuda" else 1  # steps until the host waits for results
         self.cache: KVCache | None = None
         self.decode: Decode | None = None
+        self.row_at = self.held = torch.empty(0, dtype=torch.long)
 
     def start(self, rows: int) -> None:
         half.prepare(self.model)
