@@ -43,7 +43,7 @@ def test_sampling_by_fp16_weights_has_the_log_probs_of_the_plain_model(family, l
 
 
 def test_weights_that_are_trained_or_that_fp16_would_round_are_read_as_they_are():
-    trained, wide = random_model("qwen2"), random_model("qwen2").requires_grad_(False)
+    trained, wide = of_16_bits("qwen2").requires_grad_(), random_model("qwen2").requires_grad_(False)
     lora = adapted(of_16_bits("qwen2"), rank=2)
     for model in (trained, wide, lora):
         generate(model, [[1, 2]], 2)
@@ -70,4 +70,5 @@ def test_what_is_not_sampled_has_the_bits_of_an_unpacked_model():
     with torch.no_grad():
         before = model(tokens)
         generate(model, [[1, 2]], 2)
+        assert any(packed(model)) and all(half.in_fp16(p) is None for p in model.parameters())
         assert torch.equal(model(tokens), before)
