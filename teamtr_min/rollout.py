@@ -16,6 +16,8 @@ from teamtr_min.engine.packing import Packed, Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
+NOTHING = Tree([0], [0], [1], {})  # one token, of no rollout: a pass without effect
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -110,9 +112,9 @@ class AgentBatch:
 @dataclass(frozen=True)
 class Batches:
     """The batches of one update; `own` are those of this process. Processes with sharded weights make as many
-    passes through each model as one another: where one has fewer batches, the model stands for a pass."""
+    passes through each model as one another: where one has fewer batches, some of NOTHING fill up."""
 
-    own: list[AgentBatch | Transformer]
+    own: list[AgentBatch]
     rollouts: int  # R
     weight: list[float]  # (A,) total weight of each agent's messages, in all processes
     messages: int  # in all processes
@@ -141,9 +143,10 @@ def agent_batches(
             for some in batches_of(trees, batch_tokens, cost, model.device):
                 batches.append(_batch(model, j, rollouts, some, seen, advantages))
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
-        passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
-        own += batches + [model] * (passes - len(batches))
-    pulled = any(ranks.gather(any(batch.pulls for batch in own if isinstance(batch, AgentBatch))))
+        for _ in range(max(ranks.gather(len(batches))) - len(batches) if model.sharded else 0):
+            batches.append(_batch(model, j, rollouts, [NOTHING], seen, advantages))
+        own += batches
+    pulled = any(ranks.gather(any(batch.pulls for batch in own)))
     tokens = [len(message.tokens) for message in rollouts.by(agents)]
     return Batches(own, len(rollouts.messages), weights, len(tokens), sum(tokens), pulled)
 
@@ -165,13 +168,14 @@ def _batch(
             sampled_logp += m.logprobs
             rollout.append(r)
             turns.append(turn)
-    where, targets = zip(*pairs)
+    where, targets = zip(*(pairs or [(0, 0)]))
     advantage = advantages[rollout]
     weight = torch.ones(len(rollout)) if rollouts.weights is None else rollouts.weights[rollout]
-    tensor = functools.partial(torch.as_tensor, device=model.device)
+    ints = functools.partial(torch.tensor, dtype=torch.long, device=model.device)
+    floats = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
-        model, j, rows, tensor(where), tensor(targets), tensor(pair), tensor(message), tensor(sampled_logp),
-        advantage=tensor(advantage), weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
+        model, j, rows, ints(where), ints(targets), ints(pair), ints(message), floats(sampled_logp),
+        advantage=floats(advantage), weight=floats(weight), rollout=ints(rollout), turn=ints(turns),
         pulls=bool((advantage * weight).any()), total_weight=weight.double().sum().item(),
     )  # fmt: skip
 

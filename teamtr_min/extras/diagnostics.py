@@ -24,7 +24,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
-from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
+from teamtr_min.rollout import Rollouts, agent_batches, collect
 from teamtr_min.team import Team
 
 GAMMA = 0.99  # [ours] the paper's is not public
@@ -189,7 +189,7 @@ def message_logps(team: Team, rollouts: Rollouts, j: int, batch_tokens: int) -> 
     none = torch.zeros_like(rollouts.returns)  # no advantage is used here
     batches = agent_batches(team, rollouts, [j], none, batch_tokens).own
     with unsharded(model):
-        for batch in (b for b in batches if isinstance(b, AgentBatch)):
+        for batch in batches:
             logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
             table[batch.rollout.cpu(), batch.turn.cpu()] = batch.per_message(logp[batch.pair]).cpu()
     team.ranks.sum(table)
