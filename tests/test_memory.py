@@ -19,12 +19,13 @@ from teamtr_min.engine.distributed import ALONE, Ranks, halving
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
 from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import RELAY, load_model, save_model
 from teamtr_min.learner import Learner
 from teamtr_min.rollout import AgentBatch, collect
 from teamtr_min.run import memory
 from teamtr_min.run.loading import build_team
-from teamtr_min.run.memory import free_memory, meta_models, plan_evaluation, plan_training, token_bytes
+from teamtr_min.run.memory import free_memory, plan_evaluation, plan_training, token_bytes
 from teamtr_min.tasks import Relay
 
 N = 91264  # parameters of the relay model
@@ -98,7 +99,8 @@ def test_the_plan_counts_parameters_by_purpose(tmp_path):
     assert joint.update - one.update == 2 * N * (4 + 2 * 12)  # gradients, two snapshots
     assert once.update == joint.update - 3 * N * 12
     assert bf16.weights == 3 * 2 * N and bf16.optimizer == 3 * 12 * N
-    adapter = sum(p.numel() for p in meta_models({0: RELAY}, 2)[0].parameters() if p.requires_grad)
+    ((model, _),) = load_models([RELAY], "meta", torch.float32, rank=2)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert lora.weights == 4 * (N + 3 * adapter) and lora.optimizer == 3 * 8 * adapter
     config, task, _ = planned()
     problems = task.sample_problems(9, rng.generator(0))

@@ -76,13 +76,16 @@ def find_base(directory: Path) -> tuple[Path, str]:
 def load_model(
     name_or_dir: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """A checkpoint's model in `dtype` on `device`; memory holds it and at most one tensor more. Raises
-    UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN."""
+    """A checkpoint's model in `dtype` on `device`, on "meta" without looking at weights; memory holds it and
+    at most one tensor more. Raises UserError for what is not supported, for missing, unexpected or misshapen
+    tensors, and for NaN."""
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} is an adapter; PEFT's merge_and_unload makes a model of it")
     with torch.device("meta"):
         model = Transformer(read_config(directory))
+    if torch.device(device).type == "meta":
+        return model
     found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
     files = {name: file for file, names in found.items() for name in names}
     held = {name: shape for names in found.values() for name, shape in names.items()}

@@ -76,8 +76,10 @@ def roles_of(config: Config, task: Task) -> list[Role]:
     return tools.with_tools(roles, config.tools)
 
 
-def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None) -> Team:
-    """Load a model, or adapter, per agent; `sources` replace
+def build_team(
+    config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None, meta: bool = False
+) -> Team:
+    """Load a model, or adapter, per agent; with `meta` their shapes alone. `sources` replace
     `config.model_of_each` for a team that only speaks: its weights are frozen. Raises UserError."""
     if config.shipped and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # with models so small a second thread mostly waits: 1.4 times as long
@@ -87,16 +89,16 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
     names = [(sources or config.model_of_each)[j] for j in speakers]
     directories = [find_model(name) for name in names]
     chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(directories)}
-    first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
+    first = "meta" if meta else "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
     models = load_models(names, first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed)
     for j, name, path, (model, adapter) in zip(speakers, names, directories, models):
         chat, embedded = chats[path], model.config.vocab_size
         if (known := chat.tokenizer.vocab_size) > embedded:
             raise UserError(f"{name}: the tokenizer has {known} tokens, but the model only {embedded}")
-        if ranks.size > 1:
-            shard(model, ranks, device, dtype)
-        elif sources is not None:
+        if sources is not None and ranks.size == 1:
             model.requires_grad_(False)
+        elif ranks.size > 1 and not meta:
+            shard(model, ranks, device, dtype)
         agents[j] = Agent(agents[j].role, model, chat.tokenizer, chat, adapter, Sampler(model))
     rows, router = config.batch_rows or Team.batch_rows, load_router(config.router)
     how = config.rounds, config.temperature, config.max_new_tokens, rows, ranks, len(agents) - config.agents

@@ -21,14 +21,13 @@ from kernels.linear_logprob import CHUNK_BYTES
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.engine.model import ModelConfig, Transformer
+from teamtr_min.engine.model import ModelConfig
 from teamtr_min.engine.packing import LONGEST_TREE
 from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
-from teamtr_min.hf.chat import ChatFormat, load_tokenizer
-from teamtr_min.hf.lora import adapter_in, add_lora
-from teamtr_min.hf.weights import find_base, find_model, has_16_bits, read_config
-from teamtr_min.run.loading import placement, roles_of
+from teamtr_min.hf.weights import has_16_bits
+from teamtr_min.occupancy import update_groups
+from teamtr_min.run.loading import build_team, placement
 from teamtr_min.tasks import Problem, Task, tools
 from teamtr_min.team import Team
 
@@ -146,13 +145,10 @@ class Needs:
     """Bytes that a team takes, by purpose. As in `build_team`, a team from `sources` only speaks."""
 
     def __init__(self, config: Config, task: Task, problems: list[Problem], ranks: Ranks, sources=None):
-        self.config, self.ranks, self.roles = config, ranks, roles_of(config, task)
-        names = sources or config.model_of_each
-        self.sources = {j: find_model(names[j]) for j, role in enumerate(self.roles) if role.tool is None}
-        self.models = meta_models(self.sources, config.lora_rank)
-        for model in self.models.values() if sources is not None and ranks.size == 1 else ():
-            model.requires_grad_(False)
-        self.groups = [[*self.models]] if config.occupancy == "joint" else [[j] for j in self.models]
+        team = build_team(config, task, ranks, sources, meta=True)
+        self.config, self.ranks, self.agents = config, ranks, team.agents
+        self.models = {j: agent.model for j, agent in enumerate(team.agents) if agent.model}
+        self.groups = update_groups(config, team)
         own = {j: [p for p in m.parameters() if p.requires_grad] for j, m in self.models.items()}
         self.trained = [sum(p.numel() for j in group for p in own[j]) for group in self.groups]
         self.prompt, self.longest = self.longest_transcript(task, problems)
@@ -171,7 +167,8 @@ class Needs:
         trained, at_work = sum(self.trained), max(self.trained)
         kept = 2 * trained + at_work if self.config.diagnostics else trained
         if self.ranks.size == 1:
-            packs = [m for j, m in self.models.items() if self.cpu and has_16_bits(self.sources[j])]
+            speakers = [agent for agent in self.agents if agent.model and self.cpu]
+            packs = [agent.model for agent in speakers if has_16_bits(agent.tokenizer.directory)]
             packed = {id(p): p.numel() for m in packs for p in m.parameters() if not p.requires_grad}
             return self.width * (frozen + kept) + 2 * sum(packed.values()) * (not self.copied)
         return self.width * (frozen + at_work) + 4 * kept // self.ranks.size
@@ -217,13 +214,12 @@ class Needs:
         """Tokens of the longest prompt, and of the longest transcript that an agent can see. Problems with
         which one could outgrow a model's positions are left out with --drop-long, else refused."""
         config, prompts, lengths, overlong = self.config, [1], [1], {}
-        chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(self.sources.values())}
-        for j, source in self.sources.items():
-            chat, system, limit = chats[source], self.roles[j].system, self.models[j].config.max_positions
+        for j, model in self.models.items():
+            chat, system, limit = self.agents[j].chat, self.agents[j].role.system, model.config.max_positions
             own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
-            others = [len(chat.teammate_ids(role.name, [])) for role in self.roles]
+            others = [len(chat.teammate_ids(agent.role.name, [])) for agent in self.agents]
             messages = config.turns * (config.max_new_tokens + max(own, *others))
-            messages += config.turns * (len(self.roles) - config.agents) * (tools.LONGEST + max(others))
+            messages += config.turns * (len(self.agents) - config.agents) * (tools.LONGEST + max(others))
             room = limit - messages - len(chat.opening(system, "1"))
             texts = sorted(((task.view(p, j), p.id) for p in problems), key=lambda x: len(x[0]), reverse=True)
             for i, (text, name) in enumerate(texts):
@@ -242,18 +238,6 @@ class Needs:
             drop = "--drop-long leaves them out, " * hasattr(task, "leave_out")
             raise UserError(f"{some}: {drop}a lower --max-new-tokens makes room")
         return max(prompts), max(lengths)
-
-
-def meta_models(sources: dict[int, Path], lora_rank: int) -> dict[int, Transformer]:
-    """The agents' models without numbers, on the meta device; a base is shared by its adapters."""
-    bases, models = {}, {}
-    for j, directory in sources.items():
-        adapter, directory = adapter_in(directory, lora_rank), find_base(directory)[0]
-        with torch.device("meta"):
-            if adapter is None or directory not in bases:
-                bases[directory] = Transformer(read_config(directory))
-            models[j] = add_lora(bases[directory], adapter) if adapter else bases[directory]
-    return models
 
 
 def layer_work(m: ModelConfig) -> int:
