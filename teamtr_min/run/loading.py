@@ -16,20 +16,8 @@ from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
 from teamtr_min.tasks import TASKS, WordProblems, load_task, tools
-from teamtr_min.tasks.answers import canonical, extract_answer
-from teamtr_min.tasks.task import Message, Role, Task
-from teamtr_min.tasks.word_problems import last_statement, solver_roles
+from teamtr_min.tasks.task import Role, Task
 from teamtr_min.team import Agent, Team, load_router
-
-
-class Questions:
-    """The task of a team that only answers questions: roles, and where its answer stands."""
-
-    def __init__(self, roles: list[Role]):
-        self.roles, self.same = lambda agents: roles, canonical  # equal answers are the same text then
-
-    def answer(self, messages: list[Message]) -> str | None:
-        return extract_answer(last_statement(messages))
 
 
 def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **knobs) -> Team:
@@ -42,7 +30,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
     else:
         sources = list(source)
         config = Config(**{"agents": len(sources), "task": "jsonl", "model": str(sources[0])} | knobs)
-        task = Questions(solver_roles(len(sources)))
+        task = WordProblems(config, read=False)
     if roles is not None:
         task.roles = lambda agents: [as_role(j, role) for j, role in enumerate(roles)]
     return build_team(config, task, sources=sources)
@@ -51,7 +39,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
 def task_to_ask(config: Config) -> Task:
     """The task of a team that only answers: where the problems come from a data set, none is loaded."""
     word_problems = TASKS.get(config.task) is WordProblems
-    return Questions(solver_roles(config.agents, config.task)) if word_problems else load_task(config)
+    return WordProblems(config, read=False) if word_problems else load_task(config)
 
 
 def as_role(j: int, given: Role | dict | str) -> Role:

@@ -38,16 +38,19 @@ class WordProblems(Task):
 
     `--data` names a directory with train.jsonl and test.jsonl, or one file, of which every tenth problem, by
     a hash of its text, is held out. Training problems whose text is also a held-out one's are left out. The
-    team's answer is the last that a message states. The return is 1 if it is right (`is_correct`), else 0."""
+    team's answer is the last that a message states. The return is 1 if it is right (`is_correct`), else 0.
+    Without `read` there are no problems: it is the task of a team that only answers questions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, read: bool = True):
         self.fields = question, answer = tuple(config.fields.split(","))
         self.path = Path(config.data or config.task)  # for messages
         self.grader, self.notes, self.name = grader(), [], config.task
+        if not read:
+            return
         root, *sides = problem_files(config.task, config.data)
         question = question if config.data else DATASETS[config.task][2]
-        read = functools.partial(read_problems, question_field=question, answer_field=answer, root=root)
-        self.train, self.held_out = ([p for file in files for p in read(file)] for files in sides)
+        of_file = functools.partial(read_problems, question_field=question, answer_field=answer, root=root)
+        self.train, self.held_out = ([p for file in files for p in of_file(file)] for files in sides)
         if not sides[1]:
             self.held_out = [p for p in self.train if rng.key(0, p.text) % 10 == 0]
             self.train = [p for p in self.train if rng.key(0, p.text) % 10]
