@@ -63,17 +63,3 @@ class Task:
 
     def fingerprint(self) -> dict[str, str]:
         return {}  # everything but the flags that results rest on, by name: a resumed run must find the same
-
-
-class Shown:
-    """A task in which `examples`, solved problems, stand in front of every problem as an agent sees it."""
-
-    def __init__(self, task: Task, examples: list[Problem]):
-        self.task, self.examples = task, examples
-
-    def __getattr__(self, name: str):
-        return getattr(self.task, name)
-
-    def view(self, problem: Problem, agent: int) -> str:
-        shown = [f"{self.task.view(example, agent)}\nAnswer: {example.answer}" for example in self.examples]
-        return "\n\n".join([*shown, self.task.view(problem, agent)])
