@@ -104,8 +104,8 @@ def test_the_plan_counts_parameters_by_purpose(tmp_path):
     assert lora.weights == 4 * (N + 3 * adapter) and lora.optimizer == 3 * 8 * adapter
     config, task, _ = planned()
     problems = task.sample_problems(9, rng.generator(0))
-    needs = memory.Needs(config, task, problems, Ranks(0, 4))
-    assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizers()[0] == 8 * N // 4
+    shared = memory.Plan(config, task, problems, Ranks(0, 4))
+    assert shared.weights == 4 * 3 * N // 4 + 4 * N and shared.optimizers[0] == 8 * N // 4
     save_model(load_model("relay", dtype=torch.bfloat16), tmp_path / "bf16")
     load_tokenizer("relay").save(tmp_path / "bf16")
     assert plan_evaluation(config, task, problems, 3, [tmp_path / "bf16"] * 3)[1].weights == 3 * (4 + 2) * N
@@ -159,7 +159,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
     def tight(*given):
         config, plan = plan_training(*given)
-        return config, dataclasses.replace(plan, checkpointing=True)
+        plan.checkpointing = True
+        return config, plan
 
     calls, again = [], model.checkpoint
     monkeypatch.setattr(model, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
