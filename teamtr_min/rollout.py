@@ -52,23 +52,8 @@ class Rollouts:
         return 1.0 if self.weights is None else 1 / self.weights.double().square().mean().item()
 
     @property
-    def accuracy(self) -> float:
-        """Share of rollouts with the full return of 1."""
-        return (self.returns == 1).float().mean().item()
-
-    @property
-    def zero_variance_groups(self) -> float:
-        """Share of problems whose rollouts all have the same return, and so no advantage."""
-        returns = self.grouped_returns
-        return (returns.amax(1) == returns.amin(1)).float().mean().item()
-
-    @property
     def tokens_sampled(self) -> int:
         return 0 if self.reused else sum(len(m.tokens) for messages in self.messages for m in messages)
-
-    @property
-    def count_sampled(self) -> int:
-        return 0 if self.reused else len(self.messages)
 
     def by(self, agents: list[int]) -> list[Message]:
         return [m for messages in self.messages for m in messages if m.agent in agents]

@@ -118,7 +118,7 @@ class Diagnostics:
         acts = [[[m.agent in self.agents for m in x if m.tokens] + none for x in rows] for rows in both]
         writes, wrote = (torch.tensor([row[: len(none)] for row in rows]) for rows in acts)  # (R, turns)
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
-        cost = {"rollouts": now.count_sampled, "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
+        cost = {"rollouts": len(now.messages), "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
         return self.found[-1] | {f"{name}_diagnostics": value for name, value in cost.items()}
 
     def of_stage(self) -> dict:
