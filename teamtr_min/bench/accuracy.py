@@ -26,8 +26,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import Ranks
 from teamtr_min.files import UserError, read_json, sha256, to_json
-from teamtr_min.hf.hub import hub_data
-from teamtr_min.hf.weights import pinned
+from teamtr_min.hf.weights import hub_data, pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, placement
 from teamtr_min.run.log import mean_interval, prompts_in_use

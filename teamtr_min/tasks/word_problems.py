@@ -16,7 +16,7 @@ from numpy.random import Generator
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError, read_jsonl
-from teamtr_min.hf.hub import DATA_FILES, hub_data
+from teamtr_min.hf.weights import DATA_FILES, hub_data
 from teamtr_min.tasks.answers import RULES, canonical, extract_answer, is_correct
 from teamtr_min.tasks.equivalence import grader
 from teamtr_min.tasks.task import Message, Problem, Role, Task
