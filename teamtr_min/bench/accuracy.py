@@ -32,8 +32,7 @@ from teamtr_min.run.loading import build_team, placement
 from teamtr_min.run.log import mean_interval, prompts_in_use
 from teamtr_min.run.memory import in_use, plan_evaluation
 from teamtr_min.run.run import fingerprint, newest_run
-from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
-from teamtr_min.tasks.task import Task
+from teamtr_min.tasks import TASKS, Problem, Task, load_task, read_problems
 from teamtr_min.team import Team
 
 HELD_OUT = 2048  # problems, unless a count is asked for

@@ -40,8 +40,7 @@ from teamtr_min.run import checkpoint, log
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import provenance, unchanged
-from teamtr_min.tasks import WordProblems, load_task
-from teamtr_min.tasks.task import Demonstration
+from teamtr_min.tasks import Demonstration, WordProblems, load_task
 from teamtr_min.team import Team
 
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]

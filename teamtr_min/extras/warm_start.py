@@ -25,8 +25,7 @@ from teamtr_min.rollout import Batches, Rollouts, agent_batches, collect
 from teamtr_min.run import log
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.memory import plan_evaluation
-from teamtr_min.tasks import tools
-from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
+from teamtr_min.tasks import Demonstration, Message, Problem, Task, tools
 from teamtr_min.team import Team
 
 

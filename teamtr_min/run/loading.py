@@ -15,8 +15,7 @@ from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
-from teamtr_min.tasks import TASKS, WordProblems, load_task, tools
-from teamtr_min.tasks.task import Role, Task
+from teamtr_min.tasks import TASKS, Role, Task, WordProblems, load_task, tools
 from teamtr_min.team import Agent, Team, load_router
 
 

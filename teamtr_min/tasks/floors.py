@@ -8,8 +8,7 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.files import UserError
-from teamtr_min.tasks.generated import NAMES, Generated, habits
-from teamtr_min.tasks.task import Message, Problem, Role
+from teamtr_min.tasks.task import NAMES, Generated, Message, Problem, Role, habits
 
 WHAT = "office studio flat kitchen workshop classroom library desk laboratory shop archive bakery".split()
 STORY = (
