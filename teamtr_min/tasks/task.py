@@ -85,7 +85,7 @@ class Generated(Task):
     version = 1  # counts up when the same seed gives other problems or other returns
     fields: tuple[str, str] | None = "problem", "answer"  # None: the task reads --data itself
     grader = "exact"
-    least_turns, most_turns = 1, 8
+    least_turns, most_turns, most_rounds = 1, 8, 8
     takes_tools = False  # whether its grade reads messages such that those of --tools do no harm
     agent_names: Sequence[str] = [f"Agent {j}" for j in range(1, 9)]
 
@@ -93,6 +93,8 @@ class Generated(Task):
         if not self.least_turns <= config.turns <= self.most_turns:
             limits = f"{self.name} takes {self.least_turns} to {self.most_turns} turns"
             raise UserError(f"{limits}; agents x rounds would give {config.turns}")
+        if config.rounds > self.most_rounds:
+            raise UserError(f"{self.name} takes one turn per agent: leave out --rounds")
         if config.data and self.fields:
             raise UserError(f"{self.name} makes its own problems; --data goes with --task jsonl")
         if config.tools and not self.takes_tools:
