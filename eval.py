@@ -109,25 +109,19 @@ def results(args: Namespace, flags: dict, ranks: Ranks) -> Results:
         exam = accuracy.find_team(team, flags, name)
         exams.append(accuracy.prepare(exam, name, args.problems, args.data, args.shots))
     yield from accuracy.run(exams, args, ranks)
-    for name in words if ranks.first else ():
-        if name in OTHERS:
-            yield from other(name, args, flags)
-
-
-def other(name: str, args: Namespace, flags: dict) -> Results:
-    """A benchmark that is no task."""
-    if name == "report":
-        result = report.run(split_names(args.team), args.out, args.csv)
-        yield result, f"{result['team']}: {result['state']}\n  {result['report']}"
-    elif name == "occupancy":
-        result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
-        yield result, occupancy.table(result)
-    elif name == "gpu" and not torch.cuda.is_available():
-        raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
-    else:
-        for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
-            result = speed.run(benchmark, flags, args.short)
-            yield result, speed.table(result)
+    for name in [name for name in words if name in OTHERS and ranks.first]:
+        if name == "report":
+            result = report.run(split_names(args.team), args.out, args.csv)
+            yield result, f"{result['team']}: {result['state']}\n  {result['report']}"
+        elif name == "occupancy":
+            result = occupancy.run(Path(args.out or "runs/occupancy"), args.short, args.jobs)
+            yield result, occupancy.table(result)
+        elif name == "gpu" and not torch.cuda.is_available():
+            raise UserError("eval.py gpu measures a CUDA device, and torch sees none here")
+        else:
+            for benchmark in speed.BENCHMARKS if name == "gpu" else [name]:
+                result = speed.run(benchmark, flags, args.short)
+                yield result, speed.table(result)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine.distributed import local, unsharded, whole
-from teamtr_min.engine.model import Transformer
 from teamtr_min.engine.rounding import round_into
 from teamtr_min.objective import teamtr_loss
 from teamtr_min.rollout import Batches
@@ -77,17 +77,13 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
-    def measure(self, batches: Batches, config: Config) -> Measured:
-        """Eq. 10 and 11 at the weights as they are, by a forward pass over all batches. The first pass over a
-        batch stores log pi_old in it (`AgentBatch.old_logp`), so every ratio is then exactly 1; it also
-        measures entropy, and how far the sampler's log-probs are from the trainer's. Raises Diverged."""
-        with torch.no_grad(), unsharded(*self.models):
-            return self._forward(batches, config, backward=False)
-
-    def backward(self, batches: Batches, config: Config) -> Measured:
-        """The same; also adds the gradient of the loss, minus Eq. 10, to the masters'."""
-        with unsharded(*self.models):
-            return self._forward(batches, config, backward=True)
+    def measure(self, batches: Batches, config: Config, backward: bool = False) -> Measured:
+        """Eq. 10 and 11 at the weights as they are, by a pass over all batches; with `backward` the gradient
+        of the loss, minus Eq. 10, is added to the masters'. The first pass over a batch stores log pi_old in
+        it (`AgentBatch.old_logp`), so every ratio is then exactly 1; it also measures entropy, and how far
+        the sampler's log-probs are from the trainer's. Raises Diverged."""
+        with torch.set_grad_enabled(backward), unsharded(*self.models):
+            return self._forward(batches, config, backward)
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far. Returns their norm before clipping."""
@@ -146,10 +142,6 @@ class Learner:
         sums, largest = collections.defaultdict(float), collections.defaultdict(list)
         log_ratio = torch.zeros(batches.rollouts, device=self.models[0].device)
         for batch in tqdm(batches.own, desc="training", unit="batch", delay=1, leave=False, disable=None):
-            if isinstance(batch, Transformer):
-                if backward:
-                    keep_company(batch)
-                continue
             first = batch.old_logp is None
             # Without advantages only the penalty has a gradient, which is 0 at pi_old. Where agents step
             # together or weights are sharded, each batch goes back all the same.
@@ -165,7 +157,7 @@ class Learner:
                     mismatch = (batch.sampled_logp - batch.old_logp).abs()
                     sums["entropy"] += entropy[batch.pair].sum() / batches.tokens
                     sums["sampler_mismatch"] += mismatch.sum() / batches.tokens
-                    largest["sampler_mismatch_max"].append(mismatch.max())
+                    largest["sampler_mismatch_max"].append(F.pad(mismatch, (0, 1)).max())  # it may have none
                 place = self.agents.index(batch.agent)
                 objective = kernels.trust_region_loss if kernels.use_triton(hidden) else teamtr_loss
                 loss, stats = objective(
@@ -186,9 +178,9 @@ class Learner:
             largest["ratio_max"].append(stats["ratio_max"].max())
             log_ratio.index_add_(0, batch.rollout, batch.per_message(logp.detach() - batch.old_logp))
         sums |= {name: torch.stack(values).max() for name, values in largest.items()}
-        stats = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}  # one device sync
-        parts = [part for part in self.ranks.gather(stats) if part]  # a process without batches has none
-        stats = {n: (max if n.endswith("_max") else sum)(part[n] for part in parts) for n in parts[0]}
+        stats = dict(zip(sums, torch.stack(list(sums.values())).tolist()))  # one device sync
+        parts = self.ranks.gather(stats)
+        stats = {n: (max if n.endswith("_max") else sum)(part[n] for part in parts) for n in stats}
         log_ratio = log_ratio.cpu()
         self.ranks.sum(log_ratio)
         if wrong := [f"{name} is {value}" for name, value in stats.items() if not math.isfinite(value)]:
@@ -224,9 +216,3 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
     if x.is_cuda and device == "cpu":
         return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
     return x.to(device, non_blocking=True)
-
-
-def keep_company(model: Transformer) -> None:
-    """A backward pass of one token without effect: another process has one more batch, see `unsharded`."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    (0.0 * (model.hidden(token).float().sum() + model.head.float().sum())).backward()

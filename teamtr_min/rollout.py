@@ -16,6 +16,8 @@ from teamtr_min.engine.packing import Packed, Tree, batches_of, pack, trees_of
 from teamtr_min.tasks.task import Message, Problem
 from teamtr_min.team import Team
 
+NOTHING = Tree([0], [0], [1], {})  # one token, of no rollout: a pass without effect
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -50,23 +52,8 @@ class Rollouts:
         return 1.0 if self.weights is None else 1 / self.weights.double().square().mean().item()
 
     @property
-    def accuracy(self) -> float:
-        """Share of rollouts with the full return of 1."""
-        return (self.returns == 1).float().mean().item()
-
-    @property
-    def zero_variance_groups(self) -> float:
-        """Share of problems whose rollouts all have the same return, and so no advantage."""
-        returns = self.grouped_returns
-        return (returns.amax(1) == returns.amin(1)).float().mean().item()
-
-    @property
     def tokens_sampled(self) -> int:
         return 0 if self.reused else sum(len(m.tokens) for messages in self.messages for m in messages)
-
-    @property
-    def count_sampled(self) -> int:
-        return 0 if self.reused else len(self.messages)
 
     def by(self, agents: list[int]) -> list[Message]:
         return [m for messages in self.messages for m in messages if m.agent in agents]
@@ -110,12 +97,11 @@ class AgentBatch:
 @dataclass(frozen=True)
 class Batches:
     """The batches of one update; `own` are those of this process. Processes with sharded weights make as many
-    passes through each model as one another: where one has fewer batches, the model stands for a pass."""
+    passes through each model as one another: where one has fewer batches, some of NOTHING fill up."""
 
-    own: list[AgentBatch | Transformer]
+    own: list[AgentBatch]
     rollouts: int  # R
     weight: list[float]  # (A,) total weight of each agent's messages, in all processes
-    messages: int  # in all processes
     tokens: int  # N, in all processes
     pulls: bool  # whether any advantage is not 0, in any process
 
@@ -141,11 +127,12 @@ def agent_batches(
             for some in batches_of(trees, batch_tokens, cost, model.device):
                 batches.append(_batch(model, j, rollouts, some, seen, advantages))
         weights.append(ranks.total(sum(batch.total_weight for batch in batches)))
-        passes = max(ranks.gather(len(batches))) if model.sharded else len(batches)
-        own += batches + [model] * (passes - len(batches))
-    pulled = any(ranks.gather(any(batch.pulls for batch in own if isinstance(batch, AgentBatch))))
-    tokens = [len(message.tokens) for message in rollouts.by(agents)]
-    return Batches(own, len(rollouts.messages), weights, len(tokens), sum(tokens), pulled)
+        for _ in range(max(ranks.gather(len(batches))) - len(batches) if model.sharded else 0):
+            batches.append(_batch(model, j, rollouts, [NOTHING], seen, advantages))
+        own += batches
+    pulled = any(ranks.gather(any(batch.pulls for batch in own)))
+    tokens = sum(len(message.tokens) for message in rollouts.by(agents))
+    return Batches(own, len(rollouts.messages), weights, tokens, pulled)
 
 
 def _batch(
@@ -165,13 +152,14 @@ def _batch(
             sampled_logp += m.logprobs
             rollout.append(r)
             turns.append(turn)
-    where, targets = zip(*pairs)
+    where, targets = zip(*(pairs or [(0, 0)]))
     advantage = advantages[rollout]
     weight = torch.ones(len(rollout)) if rollouts.weights is None else rollouts.weights[rollout]
-    tensor = functools.partial(torch.as_tensor, device=model.device)
+    ints = functools.partial(torch.tensor, dtype=torch.long, device=model.device)
+    floats = functools.partial(torch.as_tensor, device=model.device)
     return AgentBatch(
-        model, j, rows, tensor(where), tensor(targets), tensor(pair), tensor(message), tensor(sampled_logp),
-        advantage=tensor(advantage), weight=tensor(weight), rollout=tensor(rollout), turn=tensor(turns),
+        model, j, rows, ints(where), ints(targets), ints(pair), ints(message), floats(sampled_logp),
+        advantage=floats(advantage), weight=floats(weight), rollout=ints(rollout), turn=ints(turns),
         pulls=bool((advantage * weight).any()), total_weight=weight.double().sum().item(),
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_the_page_streams_what_the_team_says_and_refuses_the_pages_of_others(mon
     answers = team.solve("7+8*3", 3, seed=5)
     first = "".join(event["piece"][2] for event in events if event["piece"][1] == 0)
     assert first == "".join(message.text for message in answers[0].messages)
-    assert last["votes"] == [list(vote) for vote in ask.votes(team, answers)]
+    assert last["votes"] == [list(vote) for vote in ask.votes(team.task, [a.answer for a in answers])]
 
 
 def test_a_team_can_be_asked_without_its_data_set_but_not_before_it_has_agents(capsys, tmp_path):

@@ -19,12 +19,13 @@ from teamtr_min.engine.distributed import ALONE, Ranks, halving
 from teamtr_min.engine.sampler import Sampler
 from teamtr_min.files import UserError
 from teamtr_min.hf.chat import load_tokenizer
+from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import RELAY, load_model, save_model
 from teamtr_min.learner import Learner
 from teamtr_min.rollout import AgentBatch, collect
 from teamtr_min.run import memory
 from teamtr_min.run.loading import build_team
-from teamtr_min.run.memory import free_memory, meta_models, plan_evaluation, plan_training, token_bytes
+from teamtr_min.run.memory import free_memory, plan_evaluation, plan_training, token_bytes
 from teamtr_min.tasks import Relay
 
 N = 91264  # parameters of the relay model
@@ -98,12 +99,13 @@ def test_the_plan_counts_parameters_by_purpose(tmp_path):
     assert joint.update - one.update == 2 * N * (4 + 2 * 12)  # gradients, two snapshots
     assert once.update == joint.update - 3 * N * 12
     assert bf16.weights == 3 * 2 * N and bf16.optimizer == 3 * 12 * N
-    adapter = sum(p.numel() for p in meta_models({0: RELAY}, 2)[0].parameters() if p.requires_grad)
+    ((model, _),) = load_models([RELAY], "meta", torch.float32, rank=2)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert lora.weights == 4 * (N + 3 * adapter) and lora.optimizer == 3 * 8 * adapter
     config, task, _ = planned()
     problems = task.sample_problems(9, rng.generator(0))
-    needs = memory.Needs(config, task, problems, Ranks(0, 4))
-    assert needs.weights() == 4 * 3 * N // 4 + 4 * N and needs.optimizers()[0] == 8 * N // 4
+    shared = memory.Plan(config, task, problems, Ranks(0, 4))
+    assert shared.weights == 4 * 3 * N // 4 + 4 * N and shared.optimizers[0] == 8 * N // 4
     save_model(load_model("relay", dtype=torch.bfloat16), tmp_path / "bf16")
     load_tokenizer("relay").save(tmp_path / "bf16")
     assert plan_evaluation(config, task, problems, 3, [tmp_path / "bf16"] * 3)[1].weights == 3 * (4 + 2) * N
@@ -157,7 +159,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_or_written(monkeyp
 def test_a_run_in_little_memory_makes_the_same_team(tmp_path, monkeypatch, capsys):
     def tight(*given):
         config, plan = plan_training(*given)
-        return config, dataclasses.replace(plan, checkpointing=True)
+        plan.checkpointing = True
+        return config, plan
 
     calls, again = [], model.checkpoint
     monkeypatch.setattr(model, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
@@ -241,19 +244,19 @@ def test_a_collection_and_an_update_that_fill_memory_come_out_the_same(monkeypat
 def test_where_memory_runs_out_behind_an_accepted_step_the_update_ends_with_it(monkeypatch):
     """A second attempt would measure another pi_old, and so leave the radius unseen."""
     ready = Prepared(lr=3e-4, inner_steps=6)
-    aside, passes, backward = ready.batch(ready.rollouts), [], Learner.backward
+    aside, passes, measure = ready.batch(ready.rollouts), [], Learner.measure
     ready.learner.measure(aside, ready.config)  # stores log pi_old
 
-    def lean(*given):
-        passes.append(given)
-        if len(passes) == 3:
+    def lean(learner, batches, config, backward=False):
+        passes.append(backward)
+        if backward and sum(passes) == 3:
             raise RuntimeError("CUDA error: out of memory")
-        return backward(*given)
+        return measure(learner, batches, config, backward)
 
-    monkeypatch.setattr(Learner, "backward", lean)
+    monkeypatch.setattr(Learner, "measure", lean)
     update, tokens = halving(lambda tokens: ready.update(), 4096)
     kept = ready.learner.measure(aside, ready.config)
-    assert tokens == 4096 and len(passes) == 3 and 0 < update.kept["kl"] <= ready.config.delta
+    assert tokens == 4096 and sum(passes) == 3 and 0 < update.kept["kl"] <= ready.config.delta
     assert update.kept["kl"] == pytest.approx(kept.kl, rel=1e-4)
     torch.testing.assert_close(update.log_ratio, kept.log_ratio, atol=1e-5, rtol=0)
 

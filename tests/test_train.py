@@ -251,7 +251,7 @@ def test_the_commands_of_the_readme_and_the_docs_run(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("7+8*3-4\n"))  # of `eval.py ask` without a question
     published = {True: tmp_path / "FILE", False: tmp_path / "HELD_OUT"}
-    monkeypatch.setattr("teamtr_min.tasks.datasets.local_copy", lambda name: published["train" in name])
+    monkeypatch.setattr("teamtr_min.tasks.word_problems.local_copy", lambda name: published["train" in name])
     monkeypatch.setattr(WordProblems, "roles", lambda self, n: Relay(Config()).roles(n))  # in relay's words
     sums = [f"{i % 10}+{i // 10}" for i in range(60)]
     lines = [json.dumps({"question": text, "problem": text, "answer": "?"}) for text in sums]

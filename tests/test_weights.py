@@ -18,8 +18,7 @@ from tiny import write_tokenizer as write_bytes
 
 from teamtr_min import load_model, load_tokenizer, save_model
 from teamtr_min.config import Config
-from teamtr_min.hf.hub import snapshot
-from teamtr_min.hf.weights import RELAY, config_json, find_model, pinned, read_config
+from teamtr_min.hf.weights import RELAY, config_json, find_model, pinned, read_config, snapshot
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -11,11 +11,10 @@ from tiny import refusal, said
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError
-from teamtr_min.hf.hub import hub_data
-from teamtr_min.hf.weights import pinned
+from teamtr_min.hf.weights import hub_data, pinned
 from teamtr_min.run.memory import plan_training
 from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
-from teamtr_min.tasks.datasets import DATASETS, FILES
+from teamtr_min.tasks.word_problems import DATASETS, FILES
 
 COMMIT = "c" * 40
 

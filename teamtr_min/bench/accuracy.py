@@ -26,15 +26,13 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import Ranks
 from teamtr_min.files import UserError, read_json, sha256, to_json
-from teamtr_min.hf.hub import hub_data
-from teamtr_min.hf.weights import pinned
+from teamtr_min.hf.weights import hub_data, pinned
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run.loading import build_team, placement
 from teamtr_min.run.log import mean_interval, prompts_in_use
 from teamtr_min.run.memory import in_use, plan_evaluation
 from teamtr_min.run.run import fingerprint, newest_run
-from teamtr_min.tasks import TASKS, Problem, load_task, read_problems
-from teamtr_min.tasks.task import Shown, Task
+from teamtr_min.tasks import TASKS, Problem, Task, load_task, read_problems
 from teamtr_min.team import Team
 
 HELD_OUT = 2048  # problems, unless a count is asked for
@@ -97,10 +95,12 @@ def prepare(exam: Exam, name: str | None, count: int | None, data: str | None, s
     else:
         problems = task.sample_problems(count or HELD_OUT, rng.generator(0, "held-out"), held_out=True)
     if shots:
-        examples = task.sample_problems(shots, rng.generator(config.seed, "shots"))
+        examples, view = task.sample_problems(shots, rng.generator(config.seed, "shots")), task.view
         if {p.text for p in examples} & {p.text for p in problems}:
             raise UserError("--shots are training problems; --data DIR tells them from those to evaluate on")
-        task = Shown(task, examples)
+        solved = lambda agent: [f"{view(p, agent)}\nAnswer: {p.answer}" for p in examples]  # noqa: E731
+        task.view = lambda problem, agent: "\n\n".join([*solved(agent), view(problem, agent)])
+        task.examples = examples
     return exam._replace(config=config, task=task, problems=problems)
 
 
@@ -197,16 +197,22 @@ def scores(collected: list[Rollouts], mode: str, task: Task) -> dict:
     return found | {"tokens_sampled": sum(rollouts.tokens_sampled for rollouts in collected)}
 
 
+def votes(task: Task, answers: list[str | None]) -> list[tuple[str | None, list[int]]]:
+    """Each answer and the rollouts that give it, the most frequent first; None, for no answer, last."""
+    same, ways = getattr(task, "same", str), collections.defaultdict(list)
+    for rollout, answer in enumerate(answers):
+        ways[answer if answer is None else same(answer)].append(rollout)
+    found = [(answers[those[0]], those) for those in ways.values()]
+    return sorted(found, key=lambda vote: (vote[0] is None, -len(vote[1])))
+
+
 def pick(rollouts: Rollouts, mode: str, task: Task) -> Tensor:
     """(P, 1) return of the rollout that `mode` chooses for each problem; no choice looks at returns."""
-    k, chosen, same = rollouts.group_size, [], getattr(task, "same", str)
+    k, chosen = rollouts.group_size, []
     for first in range(0, len(rollouts.messages), k):
         group = rollouts.messages[first : first + k]
-        if mode == "vote":  # rollouts without an answer do not vote
-            answers = [task.answer(messages) for messages in group]
-            answers = [answer if answer is None else same(answer) for answer in answers]
-            votes = collections.Counter(answer for answer in answers if answer is not None)
-            chosen.append(answers.index(votes.most_common(1)[0][0]) if votes else 0)
+        if mode == "vote":
+            chosen.append(votes(task, [task.answer(messages) for messages in group])[0][1][0])
         else:  # the largest mean log-prob of a token, under the agents that wrote it
             logprobs = [[value for m in messages for value in m.logprobs] for messages in group]
             means = [sum(values) / max(len(values), 1) for values in logprobs]

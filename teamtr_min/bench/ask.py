@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from teamtr_min.bench.accuracy import find_team
+from teamtr_min.bench.accuracy import find_team, votes
 from teamtr_min.bench.report import filled
 from teamtr_min.files import UserError, to_json
 from teamtr_min.run.loading import build_team, task_to_ask
 from teamtr_min.tasks.task import Message
-from teamtr_min.team import Answer, Listener, Team
+from teamtr_min.team import Listener, Team
 
 MOST_SAMPLES = 256  # of one question, at a prompt or on the page
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")  # a terminal obeys these
@@ -48,15 +48,6 @@ def run(questions: list[str], args: Namespace, flags: dict) -> Iterator[tuple[di
         for messages, answer in team.solve(question, args.k, seed=seed):
             said = [message._asdict() for message in messages]
             yield {"question": question, "messages": said, "answer": answer}, ""
-
-
-def votes(team: Team, answers: list[Answer]) -> list[tuple[str | None, list[int]]]:
-    """Each answer and the rollouts that give it, the most frequent first; None, for no answer, last."""
-    same, ways = getattr(team.task, "same", str), collections.defaultdict(list)
-    for rollout, (_, answer) in enumerate(answers):
-        ways[answer if answer is None else same(answer)].append(rollout)
-    found = [(answers[those[0]].answer, those) for those in ways.values()]
-    return sorted(found, key=lambda vote: (vote[0] is None, -len(vote[1])))
 
 
 def pieces(team: Team, say: Callable[[int, int, str, bool], None]) -> Listener:
@@ -93,9 +84,10 @@ def write(team: Team, question: str, samples: int, seed: int) -> None:
             within = not ends
 
     try:
-        found = votes(team, team.solve(question, samples, None, seed, pieces(team, say)))
+        answers = team.solve(question, samples, None, seed, pieces(team, say))
     finally:
         print(end="\n" * within)  # after Ctrl-C
+    found = votes(team.task, [rollout.answer for rollout in answers])
     for answer, its in found if samples > 1 else ():
         bar = "█" * (24 * len(its) // samples)
         print(f"  {len(its):3d} of {samples}  {bar:24s}  {answer}".translate(CONTROLS))
@@ -178,7 +170,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             with self.busy:
                 answers = self.team.solve(*how, pieces(self.team, lambda *piece: self.tell(piece=piece)))
-            self.tell(votes=votes(self.team, answers))
+            self.tell(votes=votes(self.team.task, [rollout.answer for rollout in answers]))
         except TOLD as error:
             self.tell(error=str(error))
 

@@ -203,7 +203,7 @@ def whole_step(team: Team, learner: Learner, problems: list[Problem], config: Co
 
 
 def step(learner: Learner, batches: Batches, config: Config) -> tuple[Tensor]:
-    learner.backward(batches, config)
+    learner.measure(batches, config, backward=True)
     return (torch.tensor([learner.step(lr=0.0)]),)
 
 

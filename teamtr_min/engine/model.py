@@ -4,7 +4,7 @@
 
 | switch         | Qwen2/2.5      | Qwen3           | Llama 3.x              |
 |----------------|----------------|-----------------|------------------------|
-| `qkv_bias`     | yes            | no              | no                     |
+| bias of qkv    | yes            | no              | no                     |
 | `qk_norm`      | no             | yes, per head   | no                     |
 | `rope_scaling` | none           | none            | "llama3" wave lengths  |
 
@@ -47,10 +47,6 @@ class ModelConfig:
     rope_scaling: tuple[float, float, float, int] | None = None  # factor, low, high, original length
     tied: bool = True  # the output head is the embedding
     max_positions: int = 2048
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
 
     @property
     def qk_norm(self) -> bool:
@@ -119,7 +115,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qkv_proj = Product(config.hidden_size, sum(config.outputs("qkv_proj")), bias=config.qkv_bias)
+        biased, outputs = config.family == "qwen2", sum(config.outputs("qkv_proj"))
+        self.qkv_proj = Product(config.hidden_size, outputs, bias=biased)
         self.o_proj = Product(config.heads * config.head_dim, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -168,19 +165,15 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):  # everything below the output head
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = nn.ModuleDict({  # everything below the output head
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.layers)),
+            "norm": RMSNorm(config.hidden_size, config.norm_eps),
+        })  # fmt: skip
         self.checkpointing = False  # keep each layer's input alone for the way back, compute the rest again
         self.sharded = False  # over processes, by distributed.py; it then computes in `compute_dtype`
         self.compute_dtype: torch.dtype | None = None

@@ -24,7 +24,7 @@ from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
 from teamtr_min.engine.model import Transformer
-from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
+from teamtr_min.rollout import Rollouts, agent_batches, collect
 from teamtr_min.team import Team
 
 GAMMA = 0.99  # [ours] the paper's is not public
@@ -118,7 +118,7 @@ class Diagnostics:
         acts = [[[m.agent in self.agents for m in x if m.tokens] + none for x in rows] for rows in both]
         writes, wrote = (torch.tensor([row[: len(none)] for row in rows]) for rows in acts)  # (R, turns)
         self.found.append(self._estimates(writes, wrote) if writes.any() and wrote.any() else {})
-        cost = {"rollouts": now.count_sampled, "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
+        cost = {"rollouts": len(now.messages), "tokens_sampled": now.tokens_sampled, "seconds": now.seconds}
         return self.found[-1] | {f"{name}_diagnostics": value for name, value in cost.items()}
 
     def of_stage(self) -> dict:
@@ -189,7 +189,7 @@ def message_logps(team: Team, rollouts: Rollouts, j: int, batch_tokens: int) -> 
     none = torch.zeros_like(rollouts.returns)  # no advantage is used here
     batches = agent_batches(team, rollouts, [j], none, batch_tokens).own
     with unsharded(model):
-        for batch in (b for b in batches if isinstance(b, AgentBatch)):
+        for batch in batches:
             logp = kernels.linear_logprob(batch.hidden(model), model.head, batch.targets, team.temperature)
             table[batch.rollout.cpu(), batch.turn.cpu()] = batch.per_message(logp[batch.pair]).cpu()
     team.ranks.sum(table)

@@ -37,11 +37,10 @@ from teamtr_min.learner import Learner
 from teamtr_min.occupancy import update_groups
 from teamtr_min.rollout import AgentBatch, Rollouts, agent_batches, collect
 from teamtr_min.run import checkpoint, log
-from teamtr_min.run.loading import Questions, build_team
+from teamtr_min.run.loading import build_team
 from teamtr_min.run.memory import plan_training
 from teamtr_min.run.run import provenance, unchanged
-from teamtr_min.tasks import load_task
-from teamtr_min.tasks.task import Demonstration
+from teamtr_min.tasks import Demonstration, WordProblems, load_task
 from teamtr_min.team import Team
 
 PROBES = 500  # messages of the incumbent that the newcomer learns from [paper]
@@ -161,7 +160,8 @@ def replace(run: Path, j: int, changed: Config, steps: int) -> dict:
     if stage >= changed.stages:
         raise UserError(f"{run} has done all of its {stage} stages; give --stages of more than {stage}")
     alone = dataclasses.replace(changed, agents=1, model=name, roles="", tools="")
-    (newcomer,) = build_team(alone, Questions([old.agents[j].role])).agents
+    (newcomer,) = build_team(alone, WordProblems(alone, read=False)).agents
+    newcomer.role = old.agents[j].role
     new = dataclasses.replace(old, agents=[*old.agents[:j], newcomer, *old.agents[j + 1 :]])
 
     held_out = task.sample_problems(changed.eval_problems, rng.generator(0, "held-out"), held_out=True)

@@ -19,15 +19,13 @@ import kernels
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import unsharded
-from teamtr_min.engine.model import Transformer
 from teamtr_min.files import UserError, read_jsonl, replacing, to_json
-from teamtr_min.learner import Diverged, Learner, keep_company
+from teamtr_min.learner import Diverged, Learner
 from teamtr_min.rollout import Batches, Rollouts, agent_batches, collect
 from teamtr_min.run import log
 from teamtr_min.run.loading import build_team
 from teamtr_min.run.memory import plan_evaluation
-from teamtr_min.tasks import tools
-from teamtr_min.tasks.task import Demonstration, Message, Problem, Task
+from teamtr_min.tasks import Demonstration, Message, Problem, Task, tools
 from teamtr_min.team import Team
 
 
@@ -57,37 +55,31 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
             begin = time.perf_counter()
             batches = agent_batches(team, rollouts, learner.agents, none, config.batch_tokens)
             line = {"step": step, "agents": learner.agents, "lr": lr, "tokens": batches.tokens}
-            if batches.messages:
+            if batches.tokens:
                 line |= descend(learner, next_token_losses(batches), lr)
             run.log_warm_start(line, time.perf_counter() - begin)
         run.end_warm_step(step)
 
 
-def next_token_losses(batches: Batches) -> Iterator[Tensor | Transformer]:
+def next_token_losses(batches: Batches) -> Iterator[Tensor]:
     """The mean of -log p over all trainable tokens in parts, for `descend`."""
     for batch in batches.own:
-        if isinstance(batch, Transformer):
-            yield batch
-        else:
-            hidden, head = batch.hidden(batch.model), batch.model.head  # (pairs, H), (V, H)
-            yield -kernels.linear_logprob(hidden, head, batch.targets)[batch.pair].sum() / batches.tokens
+        hidden, head = batch.hidden(batch.model), batch.model.head  # (pairs, H), (V, H)
+        yield -kernels.linear_logprob(hidden, head, batch.targets)[batch.pair].sum() / batches.tokens
 
 
-def descend(learner: Learner, parts: Iterable[Tensor | Transformer], lr: float) -> dict[str, float]:
-    """One step on a loss that is the sum of `parts`; a model stands for a pass without a loss, see Batches.
-    Returns `loss` before the step and `grad_norm` before clipping. An error leaves the weights of before."""
+def descend(learner: Learner, parts: Iterable[Tensor], lr: float) -> dict[str, float]:
+    """One step on a loss that is the sum of `parts`. Returns `loss` before the step and `grad_norm` before
+    clipping. An error leaves the weights of before."""
     loss = 0.0
     learner.onload()
     before = learner.snapshot()
     try:
         with unsharded(*learner.models):
             for part in parts:
-                if isinstance(part, Transformer):
-                    keep_company(part)
-                else:
-                    part.backward()
-                    learner.add_gradients()
-                    loss += part.item()
+                part.backward()
+                learner.add_gradients()
+                loss += part.item()
         loss = learner.ranks.total(loss)
         if not math.isfinite(loss):
             raise Diverged(f"the loss of a supervised step is {loss}")

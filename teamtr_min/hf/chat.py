@@ -17,8 +17,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from teamtr_min.files import UserError, read_json, write_json
-from teamtr_min.hf.hub import TOKENIZER_FILES
-from teamtr_min.hf.weights import find_base, find_model
+from teamtr_min.hf.weights import TOKENIZER_FILES, find_base, find_model
 
 # For checkpoints without a template. Where there is no <|im_end|>, a model ends its own messages with its end
 # of text. No other message has that token: to a base model it says that an unrelated text begins.

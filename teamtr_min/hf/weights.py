@@ -1,9 +1,11 @@
-"""Model name -> directory; Hugging Face checkpoints in and out. config.json comes in two dialects:
-`rope_theta`, `rope_scaling` and `torch_dtype` (transformers 4) or `rope_parameters` and `dtype` (transformers
-5). What this code would compute differently from its author is refused by name, never ignored."""
+"""Names of models and data sets -> directories; Hugging Face checkpoints in and out. config.json comes in two
+dialects: `rope_theta`, `rope_scaling` and `torch_dtype` (transformers 4) or `rope_parameters` and `dtype`
+(transformers 5). What this code would compute differently from its author is refused, never ignored."""
 
 import dataclasses
+import functools
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -14,12 +16,20 @@ from torch import Tensor
 from teamtr_min.config import SHIPPED, Config
 from teamtr_min.engine.model import ModelConfig, Transformer, checkpoint_tensors
 from teamtr_min.files import UserError, read_json, replacing, write_json
-from teamtr_min.hf.hub import ALIASES, SINGLE, hub_data, snapshot, weight_files
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RELAY = ASSETS / "relay"
 FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALIASES = {
+    **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B")},
+    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")},
+    **{f"llama3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
+}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DATA_FILES = (".jsonl", ".parquet")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", *TOKENIZER_CONFIGS, "chat_template.jinja", "generation_config.json")
 ADAPTER_CONFIG = "adapter_config.json"  # where there is one, the directory holds no whole model
 _SIZES = {  # config.json's name -> ModelConfig's
     **{name: name for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")},
@@ -47,8 +57,42 @@ def locate(name: str | os.PathLike) -> tuple[Path, str]:
     if os.path.isfile(path) or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         known = ", ".join([*SHIPPED, *ALIASES])
         raise UserError(f"no model {name[:200]!r}: give a directory, a hub id org/name, or one of: {known}")
-    directory = snapshot(repo, revision or "main", accept=read_config)
+    directory = snapshot(repo, revision or "main")
     return directory, f"{repo}@{directory.name}"
+
+
+@functools.cache
+def snapshot(repo: str, revision: str) -> Path:
+    """The directory of `repo` at `revision` (commit, tag or branch), named as the commit's hash. Weights are
+    fetched last: `read_config` may refuse the model."""
+    directory = _fetched(repo, revision, ["config.json", INDEX, *TOKENIZER_FILES])
+    read_config(directory)
+    return _fetched(repo, directory.name, weight_files(directory))
+
+
+@functools.cache
+def hub_data(data: str) -> tuple[Path, str] | None:
+    """Of a data set org/name[@revision][:folder] of the hub: the directory of its JSONL and parquet files,
+    and its name with the commit. None where `data` is a path. Raises UserError."""
+    named = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?", data)
+    if not named or os.path.exists(data) or data.endswith((*DATA_FILES, ".json")):
+        return None
+    repo, revision, folder = named.groups("")
+    wanted = [os.path.join(folder, f"*{kind}") for kind in DATA_FILES]
+    root = _fetched(repo, revision or "main", wanted, repo_type="dataset")
+    return root / folder, f"{repo}@{root.name}" + (folder and f":{folder}")
+
+
+def _fetched(repo: str, revision: str, wanted: list[str], **kind) -> Path:
+    from huggingface_hub import errors, snapshot_download  # late: few runs need it
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, **kind))
+    except (errors.HTTPError, OSError, ValueError) as error:  # which says what is wrong, also offline
+        raise UserError(
+            f"{repo}@{revision} cannot be had from the Hugging Face hub: {error}; a licence to accept needs "
+            f"`hf auth login`; `hf download {repo} --local-dir DIR` makes a directory to give"
+        ) from None
 
 
 def pinned(config: Config) -> Config:
@@ -73,16 +117,29 @@ def find_base(directory: Path) -> tuple[Path, str]:
         raise UserError(f"{directory} adapts {name}, so put that back: {error}") from None
 
 
+def weight_files(directory: Path) -> list[str]:
+    """Names of the files, there or not, that hold a checkpoint's weights: one, or the shards of its index."""
+    if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
+        return [SINGLE]
+    files = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{directory / INDEX} names no files in `weight_map`")
+    return sorted(set(files.values()))
+
+
 def load_model(
     name_or_dir: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """A checkpoint's model in `dtype` on `device`; memory holds it and at most one tensor more. Raises
-    UserError for what is not supported, for missing, unexpected or misshapen tensors, and for NaN."""
+    """A checkpoint's model in `dtype` on `device`, on "meta" without looking at weights; memory holds it and
+    at most one tensor more. Raises UserError for what is not supported, for missing, unexpected or misshapen
+    tensors, and for NaN."""
     directory = find_model(name_or_dir)
     if (directory / ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} is an adapter; PEFT's merge_and_unload makes a model of it")
     with torch.device("meta"):
         model = Transformer(read_config(directory))
+    if torch.device(device).type == "meta":
+        return model
     found = {directory / file: shapes(directory / file) for file in weight_files(directory)}
     files = {name: file for file, names in found.items() for name in names}
     held = {name: shape for names in found.values() for name, shape in names.items()}

@@ -15,21 +15,8 @@ from teamtr_min.files import UserError
 from teamtr_min.hf.chat import ChatFormat, load_tokenizer
 from teamtr_min.hf.lora import load_models
 from teamtr_min.hf.weights import DTYPES, find_model
-from teamtr_min.tasks import TASKS, WordProblems, load_task, tools
-from teamtr_min.tasks.answers import canonical, extract_answer
-from teamtr_min.tasks.task import Message, Role, Task
-from teamtr_min.tasks.word_problems import last_statement, solver_roles
+from teamtr_min.tasks import TASKS, Role, Task, WordProblems, load_task, tools
 from teamtr_min.team import Agent, Team, load_router
-
-
-class Questions:
-    """The task of a team that only answers questions: roles, and where its answer stands."""
-
-    def __init__(self, roles: list[Role]):
-        self.roles, self.same = lambda agents: roles, canonical  # equal answers are the same text then
-
-    def answer(self, messages: list[Message]) -> str | None:
-        return extract_answer(last_statement(messages))
 
 
 def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **knobs) -> Team:
@@ -42,7 +29,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
     else:
         sources = list(source)
         config = Config(**{"agents": len(sources), "task": "jsonl", "model": str(sources[0])} | knobs)
-        task = Questions(solver_roles(len(sources)))
+        task = WordProblems(config, read=False)
     if roles is not None:
         task.roles = lambda agents: [as_role(j, role) for j, role in enumerate(roles)]
     return build_team(config, task, sources=sources)
@@ -51,7 +38,7 @@ def load_team(source: str | Path | Sequence, roles: Sequence | None = None, **kn
 def task_to_ask(config: Config) -> Task:
     """The task of a team that only answers: where the problems come from a data set, none is loaded."""
     word_problems = TASKS.get(config.task) is WordProblems
-    return Questions(solver_roles(config.agents, config.task)) if word_problems else load_task(config)
+    return WordProblems(config, read=False) if word_problems else load_task(config)
 
 
 def as_role(j: int, given: Role | dict | str) -> Role:
@@ -76,8 +63,10 @@ def roles_of(config: Config, task: Task) -> list[Role]:
     return tools.with_tools(roles, config.tools)
 
 
-def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None) -> Team:
-    """Load a model, or adapter, per agent; `sources` replace
+def build_team(
+    config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequence | None = None, meta: bool = False
+) -> Team:
+    """Load a model, or adapter, per agent; with `meta` their shapes alone. `sources` replace
     `config.model_of_each` for a team that only speaks: its weights are frozen. Raises UserError."""
     if config.shipped and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # with models so small a second thread mostly waits: 1.4 times as long
@@ -87,16 +76,16 @@ def build_team(config: Config, task: Task, ranks: Ranks = ALONE, sources: Sequen
     names = [(sources or config.model_of_each)[j] for j in speakers]
     directories = [find_model(name) for name in names]
     chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(directories)}
-    first = "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
+    first = "meta" if meta else "cpu" if ranks.size > 1 else device  # `shard` brings the parts to the device
     models = load_models(names, first, dtype, config.lora_rank, 2.0 * config.lora_rank, config.seed)
     for j, name, path, (model, adapter) in zip(speakers, names, directories, models):
         chat, embedded = chats[path], model.config.vocab_size
         if (known := chat.tokenizer.vocab_size) > embedded:
             raise UserError(f"{name}: the tokenizer has {known} tokens, but the model only {embedded}")
-        if ranks.size > 1:
-            shard(model, ranks, device, dtype)
-        elif sources is not None:
+        if sources is not None and ranks.size == 1:
             model.requires_grad_(False)
+        elif ranks.size > 1 and not meta:
+            shard(model, ranks, device, dtype)
         agents[j] = Agent(agents[j].role, model, chat.tokenizer, chat, adapter, Sampler(model))
     rows, router = config.batch_rows or Team.batch_rows, load_router(config.router)
     how = config.rounds, config.temperature, config.max_new_tokens, rows, ranks, len(agents) - config.agents

@@ -65,21 +65,22 @@ def totals(updates: list[dict]) -> dict:
 
 
 def update_line(stage: int, i: int, learner: Learner, rollouts: Rollouts, update: Update) -> dict:
-    own = rollouts.by(learner.agents)
+    own, returns, grouped = rollouts.by(learner.agents), rollouts.returns, rollouts.grouped_returns
+    no_advantage = grouped.amax(1) == grouped.amin(1)  # (P,) all returns are the same
     stats = update.first | update.kept  # entropy and mismatch were measured at pi_old alone
     kl_after = stats.pop("kl", None)
     return {
         "kind": "update", "stage": stage, "update": i,
         "agent": learner.agents[0] if len(learner.agents) == 1 else None,
-        "accuracy": rollouts.accuracy, "return_mean": rollouts.returns.mean().item(),
-        "zero_variance_groups": rollouts.zero_variance_groups,
+        "accuracy": (returns == 1).float().mean().item(), "return_mean": returns.mean().item(),
+        "zero_variance_groups": no_advantage.float().mean().item(),
         "ess_weights": None if rollouts.weights is None else rollouts.ess,
         "messages": len(own),
         "message_tokens": sum(len(m.tokens) for m in own) / len(own) if own else None,
         "truncated": sum(not m.stopped for m in own) / len(own) if own else None,
         "kl_before": update.attempted.get("kl"), "kl_after": kl_after, **stats,
         **{name: getattr(update, name) for name in ("steps", "halvings", "grad_norm", "lr", "beta")},
-        "rollouts": rollouts.count_sampled, "tokens_sampled": rollouts.tokens_sampled,
+        "rollouts": 0 if rollouts.reused else len(returns), "tokens_sampled": rollouts.tokens_sampled,
         "tokens_trained": update.tokens, "seconds_sampling": rollouts.seconds,
     }  # fmt: skip
 

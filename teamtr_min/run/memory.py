@@ -11,8 +11,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +20,13 @@ from kernels.linear_logprob import CHUNK_BYTES
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.engine.distributed import ALONE, Ranks
-from teamtr_min.engine.model import ModelConfig, Transformer
+from teamtr_min.engine.model import ModelConfig
 from teamtr_min.engine.packing import LONGEST_TREE
 from teamtr_min.engine.sampler import PREFILL_TOKENS, PREFILL_TREE
 from teamtr_min.files import UserError
-from teamtr_min.hf.chat import ChatFormat, load_tokenizer
-from teamtr_min.hf.lora import adapter_in, add_lora
-from teamtr_min.hf.weights import find_base, find_model, has_16_bits, read_config
-from teamtr_min.run.loading import placement, roles_of
+from teamtr_min.hf.weights import has_16_bits
+from teamtr_min.occupancy import update_groups
+from teamtr_min.run.loading import build_team, placement
 from teamtr_min.tasks import Problem, Task, tools
 from teamtr_min.team import Team
 
@@ -43,23 +41,40 @@ CHUNK_COPIES = 4  # of a chunk of logits in linear_logprob
 LOOKED_AT = 64  # stages whose problems are looked at, and texts: more characters are more tokens
 
 
-@dataclass(frozen=True)
 class Plan:
-    """Bytes of this process on the device that computes."""
+    """Bytes of this process on the device that computes, by purpose, and the sizes that fit into its memory.
+    As in `build_team`, a team from `sources` only speaks."""
 
-    device: torch.device
-    budget: int  # that the process may use in all
-    program: int  # without a model
-    weights: int
-    optimizer: int = 0  # Adam's moments, and with bf16 the fp32 masters
-    longest: int = 0  # tokens of the longest transcript
-    rows: int = 0  # rollouts sampled at once
-    sampling: int = 0
-    tokens: int = 0  # of one training forward
-    update: int = 0  # gradients, snapshots and activations
-    checkpointing: bool = False  # activations are computed again in the backward pass
-    offload: bool = False  # optimizers wait in host memory between their updates
-    warning: str = ""  # if the disk is too small for the checkpoints
+    def __init__(self, config: Config, task: Task, problems: list[Problem], ranks: Ranks, sources=None):
+        team = build_team(config, task, ranks, sources, meta=True)
+        self.config, self.ranks, self.groups = config, ranks, update_groups(config, team)
+        self.models = {j: agent.model for j, agent in enumerate(team.agents) if agent.model}
+        own = {j: [p for p in m.parameters() if p.requires_grad] for j, m in self.models.items()}
+        self.trained = [sum(p.numel() for j in group for p in own[j]) for group in self.groups]
+        self.prompt, self.longest = longest_transcript(config, team, problems)
+        self.device, dtype = placement(config)
+        self.cpu, self.width, self.copied = self.device.type == "cpu", dtype.itemsize, dtype != torch.float32
+        used, free = in_use(self.device), int(free_memory(self.device) * (1 - LEFT_FREE))
+        self.program = used + (PROGRAM + BF16_ON_CPU * self.copied if self.cpu else PROGRAM_CUDA)
+        self.budget = memory_limit() or used + free // (ranks.on_this_machine if self.cpu else 1)
+        self.weights = self._weights(team)
+        # Adam's moments, and with bf16 the masters, of each group of agents that step together
+        self.optimizers = [(8 + 4 * self.copied) * trained // ranks.size for trained in self.trained]
+        self.most_rows = self.most_tokens = 0  # that there are in all
+        self.rows = self.tokens = 0  # rollouts sampled at once; tokens of one training forward
+        self.checkpointing = False  # activations are computed again in the backward pass
+        self.offload = False  # optimizers wait in host memory between their updates
+        self.warning = ""  # if the disk is too small for the checkpoints
+
+    def fit(self, usual: int = 0, checkpointing: bool = False, offload: bool = False) -> None:
+        """Choose `tokens`, unless `usual` is 0, then `rows`: as asked for, else halved until all fits."""
+        config, self.rows, self.checkpointing, self.offload = self.config, 0, checkpointing, offload
+        self.tokens = usual and (config.batch_tokens or max(usual, self.longest))
+        while not config.batch_tokens and self.tokens > self.longest and self.total > self.budget:
+            self.tokens = max(self.tokens // 2, self.longest)
+        self.rows = config.batch_rows or Team.batch_rows
+        while not config.batch_rows and self.rows > 1 and self.total > self.budget:
+            self.rows //= 2
 
     @property
     def total(self) -> int:
@@ -83,6 +98,55 @@ class Plan:
             flags = "fewer --agents, a smaller --model, --lora-rank 16, a lower --max-new-tokens"
             raise UserError(f"this does not fit: {' '.join(str(self).split())}; what helps: {flags}")
 
+    def _weights(self, team: Team) -> int:
+        """Frozen bases once, and what engine/half.py packs. Several processes have a part of what is trained,
+        in fp32, and in whole the agents at work. --diagnostics keeps the weights of the stage's start."""
+        parameters = {id(p): p for m in self.models.values() for p in m.parameters()}.values()
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        trained, at_work = sum(self.trained), max(self.trained)
+        kept = 2 * trained + at_work if self.config.diagnostics else trained
+        if self.ranks.size == 1:
+            speakers = [agent for agent in team.agents if agent.model and self.cpu]
+            packs = [agent.model for agent in speakers if has_16_bits(agent.tokenizer.directory)]
+            packed = {id(p): p.numel() for m in packs for p in m.parameters() if not p.requires_grad}
+            return self.width * (frozen + kept) + 2 * sum(packed.values()) * (not self.copied)
+        return self.width * (frozen + at_work) + 4 * kept // self.ranks.size
+
+    @property
+    def optimizer(self) -> int:
+        return (max if self.offload else sum)(self.optimizers) if self.tokens else 0
+
+    @property
+    def sampling(self) -> int:
+        """KV caches, prefill and draw of `rows` rollouts at once."""
+        configs, rows = [m.config for m in self.models.values()], min(self.rows, self.most_rows)
+        grows = 1 if self.cpu or self.config.rounds == 1 else 2  # a cache, from turn to turn; by half or more
+        caches = [grows * rows * self.longest * m.kv_per_token * self.width for m in configs]
+        # An agent that writes once frees its cache for the next; on CUDA recorded graphs keep it.
+        once = self.config.router == "round-robin" and self.config.rounds == 1 and self.cpu
+        prefill, mask = min(PREFILL_TOKENS, rows * self.longest), 5 * max(PREFILL_TREE, self.longest)
+        draw = DRAW_COPIES * rows * 4 * max(m.vocab_size for m in configs)
+        work = draw + prefill * (max(map(layer_work, configs)) * self.width + mask)
+        return int(FRAGMENTATION * (work + (max(caches) if once else sum(caches))))
+
+    @property
+    def update(self) -> int:
+        """Gradients, snapshots and activations of the largest update, with `tokens` in one forward pass."""
+        config, width, work, tokens = self.config, self.width, {}, min(self.tokens, self.most_tokens)
+        for j, m in ((j, model.config) for j, model in self.models.items()):
+            lora = not self.models[j].head.requires_grad
+            head = 2 * width * (not lora)  # its gradient, and the embedding's to add
+            head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies
+            head += 4 * (self.ranks.size > 1)  # in fp32, to be summed
+            chunk = CHUNK_COPIES * min(CHUNK_BYTES, tokens // 2 * m.vocab_size * 4)  # half are its own
+            row = min(tokens, max(self.longest, min(LONGEST_TREE, config.group * self.longest)))  # of a mask
+            token = token_bytes(m, width, self.checkpointing, lora) + row * (width + 3)
+            work[j] = int(FRAGMENTATION * (head * m.vocab_size * m.hidden_size + chunk + tokens * token))
+        snapshots = 2 if config.inner_steps > 1 else 1  # masters and moments of accepted weights
+        kept = [(4 + 12 * snapshots) * n // self.ranks.size + width * n * self.copied for n in self.trained]
+        most = max(held + max(work[j] for j in group) for held, group in zip(kept, self.groups))
+        return most if self.tokens else 0
+
 
 def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Config, Plan]:
     """`config` with `batch_rows` and `batch_tokens` filled in, and the plan. Raises UserError if memory
@@ -93,167 +157,69 @@ def plan_training(config: Config, task: Task, ranks: Ranks = ALONE) -> tuple[Con
     for stage in range(min(config.stages, LOOKED_AT)):  # the first stages stand for problems without end
         drawn += task.sample_problems(config.problems, rng.generator(config.seed, "problems", stage))
     drawn = task.all_problems() if hasattr(task, "all_problems") else drawn
-    needs = Needs(config, task, drawn, ranks)
+    plan = Plan(config, task, drawn, ranks)
     # Rollouts of a problem share its prompt; messages are half as long as they may be; and half the problems
     # have equal returns, so their batches leave nothing for a backward pass.
-    most_tokens = rollouts * (needs.prompt // config.group + (needs.longest - needs.prompt) // 2) // 2
-    optimizers, usual = needs.optimizers(), TOKENS if needs.cpu or config.shipped else TOKENS_CUDA
-
-    def plan(checkpointing: bool, offload: bool) -> Plan:
-        held = max(optimizers) if offload else sum(optimizers)
-        begun = dataclasses.replace(needs.start, optimizer=held, checkpointing=checkpointing, offload=offload)
-        sizes = lambda n: {"tokens": n, "update": needs.update(checkpointing, most_tokens, n)}  # noqa: E731
-        return needs.with_rows(fitting(begun, config.batch_tokens, usual, sizes, needs.longest), most_rows)
-
-    found = plan(checkpointing=False, offload=False)
-    smaller = found.tokens < (config.batch_tokens or usual) or found.total > found.budget
-    pinned = 2 * sum(optimizers)  # at most: a pinned block has a power of two
-    if smaller and not needs.cpu and ranks.size == 1 and pinned < free_memory(torch.device("cpu")):
-        found = plan(checkpointing=False, offload=True)
-    if found.total > found.budget:
-        found = plan(checkpointing=True, offload=found.offload)
+    plan.most_tokens = rollouts * (plan.prompt // config.group + (plan.longest - plan.prompt) // 2) // 2
+    plan.most_rows, usual = most_rows, TOKENS if plan.cpu or config.shipped else TOKENS_CUDA
+    plan.fit(usual)
+    smaller = plan.tokens < (config.batch_tokens or usual) or plan.total > plan.budget
+    pinned = 2 * sum(plan.optimizers)  # at most: a pinned block has a power of two
+    if smaller and not plan.cpu and ranks.size == 1 and pinned < free_memory(torch.device("cpu")):
+        plan.fit(usual, offload=True)
+    if plan.total > plan.budget:
+        plan.fit(usual, checkpointing=True, offload=plan.offload)
     # Each process has looked at its own memory; all go through the same batches.
-    rows, tokens, kept = map(min, zip(*ranks.gather([found.rows, found.tokens, not found.checkpointing])))
-    found.check()
+    rows, tokens, kept = map(min, zip(*ranks.gather([plan.rows, plan.tokens, not plan.checkpointing])))
+    plan.check()
+    plan.rows, plan.tokens, plan.checkpointing = rows, tokens, not kept
     out = Path(config.resume or config.out or ".").absolute()
-    disk = 3 * 12 * sum(needs.trained)  # two checkpoints are kept, and one is being written
+    disk = 3 * 12 * sum(plan.trained)  # two checkpoints are kept, and one is being written
     free = shutil.disk_usage(next(filter(Path.is_dir, (out, *out.parents)))).free
-    warning = f"\ndisk    checkpoints take {size(disk)}, and {size(free)} are free" if disk > free else ""
-    found = dataclasses.replace(found, rows=rows, tokens=tokens, checkpointing=not kept, warning=warning)
-    return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), found
+    if disk > free:
+        plan.warning = f"\ndisk    checkpoints take {size(disk)}, and {size(free)} are free"
+    return dataclasses.replace(config, batch_rows=rows, batch_tokens=tokens), plan
 
 
 def plan_evaluation(
     config: Config, task: Task, problems: list[Problem], k: int, sources: Sequence, ranks=ALONE
 ) -> tuple[Config, Plan]:
     """The same for k rollouts of each problem."""
-    needs = Needs(config, task, problems, ranks, sources)
-    plan = needs.with_rows(needs.start, ranks.largest_share(len(problems)) * k)
+    plan = Plan(config, task, problems, ranks, sources)
+    plan.most_rows = ranks.largest_share(len(problems)) * k
+    plan.fit()
     plan.check()
     return dataclasses.replace(config, batch_rows=min(ranks.gather(plan.rows))), plan
 
 
-def fitting(plan: Plan, asked: int, usual: int, sizes: Callable[[int], dict], least: int = 1) -> Plan:
-    """`plan` with the sizes of `asked` things unless 0; else of `usual`, halved until it fits."""
-    count = asked or max(usual, least)
-    found = dataclasses.replace(plan, **sizes(count))
-    if asked or count == least or found.total <= plan.budget:
-        return found
-    return fitting(plan, 0, count // 2, sizes, least)
-
-
-class Needs:
-    """Bytes that a team takes, by purpose. As in `build_team`, a team from `sources` only speaks."""
-
-    def __init__(self, config: Config, task: Task, problems: list[Problem], ranks: Ranks, sources=None):
-        self.config, self.ranks, self.roles = config, ranks, roles_of(config, task)
-        names = sources or config.model_of_each
-        self.sources = {j: find_model(names[j]) for j, role in enumerate(self.roles) if role.tool is None}
-        self.models = meta_models(self.sources, config.lora_rank)
-        for model in self.models.values() if sources is not None and ranks.size == 1 else ():
-            model.requires_grad_(False)
-        self.groups = [[*self.models]] if config.occupancy == "joint" else [[j] for j in self.models]
-        own = {j: [p for p in m.parameters() if p.requires_grad] for j, m in self.models.items()}
-        self.trained = [sum(p.numel() for j in group for p in own[j]) for group in self.groups]
-        self.prompt, self.longest = self.longest_transcript(task, problems)
-        device, dtype = placement(config)
-        self.width, self.copied, self.cpu = dtype.itemsize, dtype != torch.float32, device.type == "cpu"
-        used, free = in_use(device), int(free_memory(device) * (1 - LEFT_FREE))
-        program = used + (PROGRAM + BF16_ON_CPU * self.copied if self.cpu else PROGRAM_CUDA)
-        budget = memory_limit() or used + free // (ranks.on_this_machine if self.cpu else 1)
-        self.start = Plan(device, budget, program, self.weights(), longest=self.longest)
-
-    def weights(self) -> int:
-        """Frozen bases once, and what engine/half.py packs. Several processes have a part of what is trained,
-        in fp32, and in whole the agents at work. --diagnostics keeps the weights of the stage's start."""
-        parameters = {id(p): p for m in self.models.values() for p in m.parameters()}.values()
-        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-        trained, at_work = sum(self.trained), max(self.trained)
-        kept = 2 * trained + at_work if self.config.diagnostics else trained
-        if self.ranks.size == 1:
-            packs = [m for j, m in self.models.items() if self.cpu and has_16_bits(self.sources[j])]
-            packed = {id(p): p.numel() for m in packs for p in m.parameters() if not p.requires_grad}
-            return self.width * (frozen + kept) + 2 * sum(packed.values()) * (not self.copied)
-        return self.width * (frozen + at_work) + 4 * kept // self.ranks.size
-
-    def optimizers(self) -> list[int]:
-        """Adam's moments, and with bf16 the masters, of each group of agents that step together."""
-        return [(8 + 4 * self.copied) * trained // self.ranks.size for trained in self.trained]
-
-    def with_rows(self, plan: Plan, most: int) -> Plan:
-        """`plan` with as many of at most `most` rollouts at once as fit."""
-        sizes = lambda n: {"rows": n, "sampling": self.sampling(min(n, most))}  # noqa: E731
-        return fitting(plan, self.config.batch_rows, Team.batch_rows, sizes)
-
-    def sampling(self, rows: int) -> int:
-        """KV caches, prefill and draw of `rows` rollouts at once."""
-        configs = [m.config for m in self.models.values()]
-        grows = 1 if self.cpu or self.config.rounds == 1 else 2  # a cache, from turn to turn; by half or more
-        caches = [grows * rows * self.longest * m.kv_per_token * self.width for m in configs]
-        # An agent that writes once frees its cache for the next; on CUDA recorded graphs keep it.
-        once = self.config.router == "round-robin" and self.config.rounds == 1 and self.cpu
-        prefill, mask = min(PREFILL_TOKENS, rows * self.longest), 5 * max(PREFILL_TREE, self.longest)
-        draw = DRAW_COPIES * rows * 4 * max(m.vocab_size for m in configs)
-        work = draw + prefill * (max(map(layer_work, configs)) * self.width + mask)
-        return int(FRAGMENTATION * (work + (max(caches) if once else sum(caches))))
-
-    def update(self, checkpointing: bool, most: int, tokens: int) -> int:
-        """The largest update, with `tokens` padded tokens in one forward pass, of `most` in all."""
-        config, width, work, tokens = self.config, self.width, {}, min(tokens, most)
-        for j, m in ((j, model.config) for j, model in self.models.items()):
-            lora = not self.models[j].head.requires_grad
-            head = 2 * width * (not lora)  # its gradient, and the embedding's to add
-            head += 4 * self.copied * self.cpu  # bf16 logits are products of fp32 copies
-            head += 4 * (self.ranks.size > 1)  # in fp32, to be summed
-            chunk = CHUNK_COPIES * min(CHUNK_BYTES, tokens // 2 * m.vocab_size * 4)  # half are its own
-            row = min(tokens, max(self.longest, min(LONGEST_TREE, config.group * self.longest)))  # of a mask
-            token = token_bytes(m, width, checkpointing, lora) + row * (width + 3)
-            work[j] = int(FRAGMENTATION * (head * m.vocab_size * m.hidden_size + chunk + tokens * token))
-        snapshots = 2 if config.inner_steps > 1 else 1  # masters and moments of accepted weights
-        kept = [(4 + 12 * snapshots) * n // self.ranks.size + width * n * self.copied for n in self.trained]
-        return max(held + max(work[j] for j in group) for held, group in zip(kept, self.groups))
-
-    def longest_transcript(self, task: Task, problems: list[Problem]) -> tuple[int, int]:
-        """Tokens of the longest prompt, and of the longest transcript that an agent can see. Problems with
-        which one could outgrow a model's positions are left out with --drop-long, else refused."""
-        config, prompts, lengths, overlong = self.config, [1], [1], {}
-        chats = {path: ChatFormat(load_tokenizer(path), config.date) for path in set(self.sources.values())}
-        for j, source in self.sources.items():
-            chat, system, limit = chats[source], self.roles[j].system, self.models[j].config.max_positions
-            own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
-            others = [len(chat.teammate_ids(role.name, [])) for role in self.roles]
-            messages = config.turns * (config.max_new_tokens + max(own, *others))
-            messages += config.turns * (len(self.roles) - config.agents) * (tools.LONGEST + max(others))
-            room = limit - messages - len(chat.opening(system, "1"))
-            texts = sorted(((task.view(p, j), p.id) for p in problems), key=lambda x: len(x[0]), reverse=True)
-            for i, (text, name) in enumerate(texts):
-                if i >= LOOKED_AT and 2 * len(text.encode()) < room:  # hardly any has more tokens than bytes
-                    break
-                prompt = len(chat.opening(system, text))
-                prompts.append(min(prompt, limit - messages))
-                lengths.append(min(prompt + messages, limit))
-                if prompt + messages > limit:
-                    made = f"a prompt of {prompt:,} tokens and messages of up to {messages:,}"
-                    overlong[name] = f"problem {name} makes {made}, but the model has {limit:,} positions"
-        if overlong and config.drop_long and hasattr(task, "leave_out"):
-            task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
-        elif overlong:
-            some = f"{[*overlong.values()][0]} ({len(overlong):,} of {len(problems):,} problems are too long)"
-            drop = "--drop-long leaves them out, " * hasattr(task, "leave_out")
-            raise UserError(f"{some}: {drop}a lower --max-new-tokens makes room")
-        return max(prompts), max(lengths)
-
-
-def meta_models(sources: dict[int, Path], lora_rank: int) -> dict[int, Transformer]:
-    """The agents' models without numbers, on the meta device; a base is shared by its adapters."""
-    bases, models = {}, {}
-    for j, directory in sources.items():
-        adapter, directory = adapter_in(directory, lora_rank), find_base(directory)[0]
-        with torch.device("meta"):
-            if adapter is None or directory not in bases:
-                bases[directory] = Transformer(read_config(directory))
-            models[j] = add_lora(bases[directory], adapter) if adapter else bases[directory]
-    return models
+def longest_transcript(config: Config, team: Team, problems: list[Problem]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest transcript that an agent can see. Problems with
+    which one could outgrow a model's positions are left out with --drop-long, else refused."""
+    task, prompts, lengths, overlong = team.task, [1], [1], {}
+    for j, agent in ((j, agent) for j, agent in enumerate(team.agents) if agent.model):
+        chat, system, limit = agent.chat, agent.role.system, agent.model.config.max_positions
+        own = len(chat.assistant_header) + 1 + len(chat.assistant_footer)
+        others = [len(chat.teammate_ids(other.role.name, [])) for other in team.agents]
+        messages = config.turns * (config.max_new_tokens + max(own, *others))
+        messages += config.turns * team.tools * (tools.LONGEST + max(others))
+        room = limit - messages - len(chat.opening(system, "1"))
+        texts = sorted(((task.view(p, j), p.id) for p in problems), key=lambda x: len(x[0]), reverse=True)
+        for i, (text, name) in enumerate(texts):
+            if i >= LOOKED_AT and 2 * len(text.encode()) < room:  # hardly any has more tokens than bytes
+                break
+            prompt = len(chat.opening(system, text))
+            prompts.append(min(prompt, limit - messages))
+            lengths.append(min(prompt + messages, limit))
+            if prompt + messages > limit:
+                made = f"a prompt of {prompt:,} tokens and messages of up to {messages:,}"
+                overlong[name] = f"problem {name} makes {made}, but the model has {limit:,} positions"
+    if overlong and config.drop_long and hasattr(task, "leave_out"):
+        task.leave_out({*overlong}, "with the messages of a team they are too long for the model")
+    elif overlong:
+        some = f"{[*overlong.values()][0]} ({len(overlong):,} of {len(problems):,} problems are too long)"
+        drop = "--drop-long leaves them out, " * hasattr(task, "leave_out")
+        raise UserError(f"{some}: {drop}a lower --max-new-tokens makes room")
+    return max(prompts), max(lengths)
 
 
 def layer_work(m: ModelConfig) -> int:

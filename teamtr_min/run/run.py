@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from teamtr_min.config import Config
 from teamtr_min.engine import rng
 from teamtr_min.files import UserError, read_json, sha256, to_json, users_line, write_json
-from teamtr_min.hf.hub import weight_files
+from teamtr_min.hf.weights import weight_files
 from teamtr_min.learner import Diverged, Learner, Update
 from teamtr_min.rollout import Rollouts, collect
 from teamtr_min.run import checkpoint, figures, log

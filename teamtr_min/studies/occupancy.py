@@ -9,6 +9,7 @@ are compared at the fewest rollouts that one of their runs took, and at the fewe
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,8 @@ STUDENT = {2: 12.706, 3: 4.303}  # seeds: 97.5% quantile
 ROLLOUTS, SECONDS, RETURN = 0, 1, 2  # places in a point of a curve
 
 
-def arms(root: Path, short: bool) -> list[dict]:
+def arms(root: Path, short: bool) -> Iterator[dict]:
     """The rows of the table, before anything is run; `runs` are directories, one per seed."""
-    found = []
     for setting in SHOWN if short else SETTINGS:
         flags, stages = SETTINGS[setting]
         for name, rollouts in ARMS.items():
@@ -55,19 +55,22 @@ def arms(root: Path, short: bool) -> list[dict]:
             sizes = {"stages": count, "eval_every": max(1, count // 10), "device": "cpu"}
             sizes |= {"problems": 4, "eval_problems": 64} if short else {"eval_problems": 1024}
             runs = [str(root / setting / name / f"seed {seed}") for seed in range(2 if short else 3)]
-            found.append({"setting": setting, "name": name, "flags": flags | rollouts | sizes, "runs": runs})
-    return found
+            yield {"setting": setting, "name": name, "flags": flags | rollouts | sizes, "runs": runs}
 
 
 def run(root: Path, short: bool, jobs: int) -> dict:
     """Make the missing runs, `jobs` at once; draw the figure; returns the content of occupancy.json."""
     figures.require_matplotlib()
     root = root / "short" if short else root
-    wanted = arms(root, short)
-    todo = [(arm["flags"] | {"seed": i}, Path(path)) for arm in wanted for i, path in enumerate(arm["runs"])]
-    todo = [job for job in todo if summary(job[1]) is None]
+    rows, figure = [*arms(root, short)], root / "occupancy.png"
+    todo = [(row["flags"] | {"seed": i}, Path(path)) for row in rows for i, path in enumerate(row["runs"])]
+    todo = [job for job in todo if not ended(job[1])]
     thread_map(lambda job: train(*job), todo, max_workers=max(1, jobs), unit="run", disable=None)
-    rows, figure = at_equal_cost([row(arm) for arm in wanted]), root / "occupancy.png"
+    keys = [key for key, _ in COLUMNS.values()] + ["return_final", "curve"]
+    for row in rows:  # what its runs came to: lists over seeds
+        runs = [of_run(Path(path), row["flags"]["agents"] - 1) for path in row["runs"]]
+        row |= {key: [run.get(key) for run in runs] for key in keys}
+    rows = at_equal_cost(rows)
     figure.write_bytes(figures.render(rows, draw))
     found = {"benchmark": "occupancy", "rows": rows, "figure": str(figure)}
     write_json(root / "occupancy.json", found)
@@ -84,22 +87,14 @@ def train(flags: dict, path: Path) -> None:
     command = [sys.executable, str(TRAIN), *words(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if summary(path) is None:  # a run that diverged has ended too
+    if not ended(path):
         raise UserError(f"{' '.join(command)} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
 
 
-def summary(path: Path) -> dict | None:
-    """The run's summary if it has ended: all stages are done, or it has diverged."""
-    file = path / "summary.json"
-    found = read_json(file) if file.is_file() else {"return_final": None, "reason": "not begun"}
-    return found if found["return_final"] is not None or found["reason"] == "diverged" else None
-
-
-def row(arm: dict) -> dict:
-    """The arm with what its runs came to: lists over seeds."""
-    runs = [of_run(Path(path), arm["flags"]["agents"] - 1) for path in arm["runs"]]
-    keys = [key for key, _ in COLUMNS.values()] + ["return_final", "curve"]
-    return arm | {key: [run.get(key) for run in runs] for key in keys}
+def ended(path: Path) -> bool:
+    """Whether all stages of a run are done, or it has diverged."""
+    found = read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
+    return found.get("return_final") is not None or found.get("reason") == "diverged"
 
 
 def of_run(path: Path, last: int) -> dict:

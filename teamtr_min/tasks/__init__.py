@@ -8,12 +8,11 @@ from numpy.random import Generator
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, function_from_file
 from teamtr_min.tasks.answers import extract_answer, is_correct
-from teamtr_min.tasks.datasets import DATASETS
 from teamtr_min.tasks.floors import Floors
 from teamtr_min.tasks.relay import Convention, Relay
 from teamtr_min.tasks.sums import LargeSums, Sums
 from teamtr_min.tasks.task import Demonstration, Message, Problem, Role, Task
-from teamtr_min.tasks.word_problems import WordProblems, read_problems
+from teamtr_min.tasks.word_problems import DATASETS, WordProblems, read_problems
 from teamtr_min.tasks.zebra import SIZES, Zebra
 
 __all__ = [

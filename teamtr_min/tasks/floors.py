@@ -6,10 +6,7 @@ import re
 import numpy as np
 from numpy.random import Generator
 
-from teamtr_min.config import Config
-from teamtr_min.files import UserError
-from teamtr_min.tasks.generated import NAMES, Generated, habits
-from teamtr_min.tasks.task import Message, Problem, Role
+from teamtr_min.tasks.task import NAMES, Generated, Message, Problem, Role, habits
 
 WHAT = "office studio flat kitchen workshop classroom library desk laboratory shop archive bakery".split()
 STORY = (
@@ -30,14 +27,9 @@ class Floors(Generated):
     opposite habits. n is uniform, also given the other words of a problem and whether it is held out."""
 
     name = split = "floors"
-    least_turns = 2
+    least_turns, most_rounds = 2, 1
     fewest, most = 2, 8  # flights: floors 2 to 9, of which only the two ends give a code away
     number = re.compile(r"\d+")
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        if config.rounds > 1:
-            raise UserError("floors takes one turn per agent: leave out --rounds")
 
     def roles(self, agents: int) -> list[Role]:
         first = "You know how many flights of stairs lead to a place. Write its floor, such as: floor 5"

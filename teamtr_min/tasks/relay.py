@@ -5,8 +5,7 @@ import re
 
 from numpy.random import Generator
 
-from teamtr_min.tasks.generated import Generated, habits
-from teamtr_min.tasks.task import Message, Problem
+from teamtr_min.tasks.task import Generated, Message, Problem, habits
 
 
 class Relay(Generated):

@@ -4,8 +4,7 @@ import re
 
 from numpy.random import Generator
 
-from teamtr_min.tasks.generated import NAMES, Generated
-from teamtr_min.tasks.task import Message, Problem
+from teamtr_min.tasks.task import NAMES, Generated, Message, Problem
 
 THINGS = "apples books cards coins eggs keys lemons marbles pens roses shells stamps".split()
 MORE = ("{name} buys {count} more.", "{name} finds {count} more.", "A friend brings {count} more.")

@@ -9,8 +9,7 @@ from numpy.random import Generator
 
 from teamtr_min.config import Config
 from teamtr_min.files import UserError, read_jsonl, sha256
-from teamtr_min.tasks.generated import NAMES, Generated
-from teamtr_min.tasks.task import Message, Problem
+from teamtr_min.tasks.task import NAMES, Generated, Message, Problem
 
 SIZES = [f"{houses}x{attributes}" for houses in range(2, 7) for attributes in range(2, 7)]
 ATTRIBUTES = {  # how a clue names the person; what there is to draw from
