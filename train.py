@@ -101,7 +101,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
     learner.onload()
     accepted = learner.snapshot()
     try:
-        first = kept = here = learner.measure(batches, config, backward=most > 0)  # at pi_old
+        first = kept = here = (learner.backward if most else learner.measure)(batches, config)  # at pi_old
         while steps < most and here.kl <= config.radius:
             if steps:  # the step before this one stayed inside
                 spare, accepted = accepted, learner.snapshot(into=spare)
@@ -109,9 +109,9 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
             leaves = steps and here.kl * (1 + 1 / steps) ** 2 > config.radius  # KL grows as the steps' square
             grad_norm = learner.step(lr)
             steps += 1
-            here = learner.measure(batches, config, backward=steps < most and not leaves)
+            here = (learner.measure if leaves or steps == most else learner.backward)(batches, config)
             if leaves and steps < most and here.kl <= config.radius:  # the gradient is wanted after all
-                here = learner.measure(batches, config, backward=True)
+                here = learner.backward(batches, config)
         attempted, outside = here, learner.clone_masters() if here.kl > config.radius else None
         while here.kl > config.radius and halvings < HALVINGS:  # backtracking line search
             halvings += 1

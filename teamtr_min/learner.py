@@ -77,13 +77,17 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         self.offload()
 
-    def measure(self, batches: Batches, config: Config, backward: bool = False) -> Measured:
-        """Eq. 10 and 11 at the weights as they are, by a pass over all batches; with `backward` the gradient
-        of the loss, minus Eq. 10, is added to the masters'. The first pass over a batch stores log pi_old in
-        it (`AgentBatch.old_logp`), so every ratio is then exactly 1; it also measures entropy, and how far
-        the sampler's log-probs are from the trainer's. Raises Diverged."""
-        with torch.set_grad_enabled(backward), unsharded(*self.models):
-            return self._forward(batches, config, backward)
+    def measure(self, batches: Batches, config: Config) -> Measured:
+        """Eq. 10 and 11 at the weights as they are, by a forward pass over all batches. The first pass over a
+        batch stores log pi_old in it (`AgentBatch.old_logp`), so every ratio is then exactly 1; it also
+        measures entropy, and how far the sampler's log-probs are from the trainer's. Raises Diverged."""
+        with torch.no_grad(), unsharded(*self.models):
+            return self._forward(batches, config, backward=False)
+
+    def backward(self, batches: Batches, config: Config) -> Measured:
+        """The same; also adds the gradient of the loss, minus Eq. 10, to the masters'."""
+        with unsharded(*self.models):
+            return self._forward(batches, config, backward=True)
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradients added up so far. Returns their norm before clipping."""

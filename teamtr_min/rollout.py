@@ -102,6 +102,7 @@ class Batches:
     own: list[AgentBatch]
     rollouts: int  # R
     weight: list[float]  # (A,) total weight of each agent's messages, in all processes
+    messages: int  # in all processes
     tokens: int  # N, in all processes
     pulls: bool  # whether any advantage is not 0, in any process
 
@@ -131,8 +132,8 @@ def agent_batches(
             batches.append(_batch(model, j, rollouts, [NOTHING], seen, advantages))
         own += batches
     pulled = any(ranks.gather(any(batch.pulls for batch in own)))
-    tokens = sum(len(message.tokens) for message in rollouts.by(agents))
-    return Batches(own, len(rollouts.messages), weights, tokens, pulled)
+    tokens = [len(message.tokens) for message in rollouts.by(agents)]
+    return Batches(own, len(rollouts.messages), weights, len(tokens), sum(tokens), pulled)
 
 
 def _batch(

@@ -83,7 +83,7 @@ def test_loss_gradients_and_monitor_are_those_of_one_plain_row_per_rollout(agent
     batches = ready.batch(ready.rollouts)
     assert len({batch.pulls for batch in batches.own}) == 2
     for _ in range(2):
-        found = ready.learner.measure(batches, ready.config, backward=True).stats
+        found = ready.learner.backward(batches, ready.config).stats
         losses, stats, masses = zip(*(plainly(ready, j, o) for j, o in zip(agents, old)))
         share = torch.stack(masses) / sum(masses)
         loss = torch.stack(losses) @ share

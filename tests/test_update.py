@@ -114,7 +114,7 @@ def test_in_bf16_the_monitor_sees_what_the_sampler_will_use():
     gradients = []
     for tokens in (150, 4096):  # the masters' gradient is the sum over many batches, or a few
         ready = Prepared(dtype="bf16", batch_tokens=tokens)
-        ready.learner.measure(ready.batches, ready.config, backward=True)
+        ready.learner.backward(ready.batches, ready.config)
         gradients.append(torch.cat([p.grad.flatten() for p in ready.learner.masters]))
     assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
 
@@ -189,11 +189,11 @@ def test_a_joint_update_has_one_radius_for_the_mean_over_all_messages_and_report
 def test_a_step_that_stays_inside_against_expectation_is_followed_by_one_with_its_gradient():
     """The third step's start, just within the radius, was expected outside: its gradient is computed late."""
     free = Prepared(lr=1e-3, inner_steps=3, delta=math.inf, beta=0.0)
-    course, steps = [free.learner.measure(free.batches, free.config, backward=True).kl], []
+    course, steps = [free.learner.backward(free.batches, free.config).kl], []
     for _ in range(3):
         free.learner.step(1e-3)
         steps.append(free.learner.clone_masters())
-        course.append(free.learner.measure(free.batches, free.config, backward=True).kl)
+        course.append(free.learner.backward(free.batches, free.config).kl)
     radius = course[2] * 1.01
     assert 4 * course[1] > radius and course[3] > radius, "the case under test"
     ready = Prepared(lr=1e-3, inner_steps=3, delta=radius, beta=0.0)

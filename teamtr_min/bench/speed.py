@@ -203,7 +203,7 @@ def whole_step(team: Team, learner: Learner, problems: list[Problem], config: Co
 
 
 def step(learner: Learner, batches: Batches, config: Config) -> tuple[Tensor]:
-    learner.measure(batches, config, backward=True)
+    learner.backward(batches, config)
     return (torch.tensor([learner.step(lr=0.0)]),)
 
 

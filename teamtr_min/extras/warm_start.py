@@ -55,7 +55,7 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
             begin = time.perf_counter()
             batches = agent_batches(team, rollouts, learner.agents, none, config.batch_tokens)
             line = {"step": step, "agents": learner.agents, "lr": lr, "tokens": batches.tokens}
-            if batches.tokens:
+            if batches.messages:
                 line |= descend(learner, next_token_losses(batches), lr)
             run.log_warm_start(line, time.perf_counter() - begin)
         run.end_warm_step(step)
