@@ -126,6 +126,7 @@ def update(learner: Learner, batches: Batches, config: Config, lr: float) -> Upd
             raise
         print("memory is full: an update ends with its accepted steps", file=sys.stderr)
         here = attempted = kept  # a new attempt would be from another pi_old
+        steps, halvings = steps - 1, 0
     finally:
         learner.offload()
     measured = first.stats, attempted.stats, here.stats, here.log_ratio

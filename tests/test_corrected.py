@@ -19,7 +19,7 @@ from teamtr_min.objective import group_advantages
 from teamtr_min.occupancy import RolloutSource
 from teamtr_min.rollout import Rollouts
 from teamtr_min.studies import exact
-from teamtr_min.studies.estimators import coverage, diagnoses, share, small_game
+from teamtr_min.studies.estimators import after_a_fit, coverage, diagnoses, share, small_game
 from teamtr_min.studies.estimators import stage as climbed
 from teamtr_min.studies.exact import Team, log_ratio
 from teamtr_min.tasks import Problem
@@ -52,6 +52,16 @@ def test_law_surrogate_kl_and_eq_9_of_weighted_rollouts_are_the_intermediate_tea
             centred = returns - law @ returns
             wanted = centred / (law @ centred.square() + 1e-6).sqrt() * (returns.max() > returns.min())
             assert_equal(group_advantages(returns[None], weight=weight[None, :count])[0], wanted)
+
+
+def test_rollouts_that_an_update_was_fitted_to_overstate_its_gain_and_others_do_not():
+    """The identity above is about teams that do not depend on the rollouts."""
+    first = Team(small_game(), small_game().theta(torch.Generator().manual_seed(0)))
+    found = [after_a_fit(first, 6, 0.02, seed) for seed in range(12)]
+    errors = torch.tensor([[fit[by] - fit["gain"] for by in ("reweighted", "others")] for fit in found])
+    sd, mean = torch.std_mean(errors, 0)
+    own, others = mean / sd * len(found) ** 0.5  # in standard errors
+    assert own > 4 and abs(others) < 3
 
 
 @pytest.mark.parametrize("floor, collections", [(0.0, 1), (0.6, 2), (0.999, 4), (1.0, 4)])

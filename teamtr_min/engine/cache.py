@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PRODUCTS_FROM_ROWS = 32  # measured on a CPU: from here on two batched products beat torch's kernel
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 UNIT = {"cuda": 64}  # rows and caches are a multiple of this long: each new shape costs plans of kernels
 
@@ -125,12 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else contextlib.nullcontext():  # cuDNN plans for every new shape
         if T == 1:  # the queries of a group stand where tokens do, so that K and V need no repetition
             q = q.reshape(B, K, Q // K, D)
-            if q.is_cuda or B < PRODUCTS_FROM_ROWS:
-                return F.scaled_dot_product_attention(q, k, v, mask).view(B, Q, 1, D)
-            scores = (q.flatten(0, 1) / math.sqrt(D)) @ k.flatten(0, 1).transpose(1, 2)  # (B * K, Q/K, S)
-            if mask is not None:
-                scores = scores.view(B, Q, -1).add_(mask[:, 0]).view(scores.shape)
-            return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, Q, 1, D)
+            return F.scaled_dot_product_attention(q, k, v, mask).view(B, Q, 1, D)
         if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # their only kernel takes no groups
             k, v = (x.repeat_interleave(Q // K, dim=1) for x in (k, v))  # (B, Q, S, D)
         grouped = k.shape[1] != Q

@@ -132,8 +132,10 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
     else:  # the texts are demonstrations
         rows = zip(rollouts.problems, rollouts.messages)
         shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row if m.agent < config.agents]))
-                 for problem, row in rows]  # fmt: skip
-        none = torch.zeros_like(rollouts.returns)
+                 for problem, row in rows if all(m.stopped for m in row)]  # fmt: skip
+        if not shown:
+            raise UserError("a message of each rollout was cut off: give the run a larger --max-new-tokens")
+        none = torch.zeros(len(shown))
         batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
     model, steps, losses = learner.models[0], steps if outside else 0, []
     for left in range(steps, -1, -1):  # the last, at a rate of 0, changes nothing

@@ -92,7 +92,7 @@ def transcripts(rollouts: Rollouts, stage: int, split: str, count: int = 4) -> l
     some = [every[i * len(every) // count] for i in range(count)]
     return [
         {"id": p.id, "text": p.text, "answer": p.answer, "return": value, "stage": stage, "split": split,
-         "messages": [{"agent": m.agent, "text": m.text} for m in messages]}
+         "messages": [{"agent": m.agent, "text": m.text, "stopped": m.stopped} for m in messages]}
         for p, messages, value in some
     ]  # fmt: skip
 
