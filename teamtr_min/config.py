@@ -65,7 +65,7 @@ class Config:
     data: str = knob("", "JSONL file of problems, directory with train.jsonl and test.jsonl, or data set of the hub, org/name[@revision][:folder]")
     fields: str = knob("question,answer", "names of the two fields of the JSONL that hold problem and answer")
     drop_long: bool = knob(False, "leave out problems that are too long for the model, and say how many")
-    problems: int = knob(None, "problems per batch", least=1)
+    problems: int = knob(None, "problems per stage", least=1)
     group: int = knob(None, "rollouts per problem, which Eq. 9 compares", least=2)
     temperature: float = knob(None, "of sampling, and of every log-prob", least=0)
     max_new_tokens: int = knob(None, "longest message, in tokens", least=1)

@@ -131,11 +131,11 @@ def align(rollouts: Rollouts, old: Team, new: Team, j: int, config: Config, step
         outside = torch.cat([lesson.weight for lesson in taught]).gt(0).float().mean().item()
     else:  # the texts are demonstrations
         rows = zip(rollouts.problems, rollouts.messages)
-        shown = [Demonstration(problem, *zip(*[(m.text, m.agent) for m in row if m.agent < config.agents]))
-                 for problem, row in rows if all(m.stopped for m in row)]  # fmt: skip
-        if not shown:
-            raise UserError("a message of each rollout was cut off: give the run a larger --max-new-tokens")
-        none = torch.zeros(len(shown))
+        shown = [
+            Demonstration(p, *zip(*[(m.text, m.agent, m.stopped) for m in row if m.agent < config.agents]))
+            for p, row in rows
+        ]
+        none = torch.zeros_like(rollouts.returns)
         batches = agent_batches(new, as_rollouts(new, shown), [j], none, config.batch_tokens)
     model, steps, losses = learner.models[0], steps if outside else 0, []
     for left in range(steps, -1, -1):  # the last, at a rate of 0, changes nothing

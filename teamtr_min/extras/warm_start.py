@@ -58,8 +58,8 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
             if batches.messages:
                 line |= descend(learner, next_token_losses(batches), lr)
             run.log_warm_start(line, time.perf_counter() - begin)
-            if step + 1 == config.warm_start:
-                learner.optimizer.state.clear()  # else the first updates would follow the demonstrations
+            for state in learner.optimizer.state.values() if step + 1 == config.warm_start else ():
+                state["exp_avg"].zero_()  # else the first updates would follow the demonstrations
         run.end_warm_step(step)
 
 
@@ -94,10 +94,9 @@ def descend(learner: Learner, parts: Iterable[Tensor], lr: float) -> dict[str, f
 
 
 def demonstrate(run, config: Config, task: Task) -> str:
-    """The path of the run's demonstrations, which a resumed run finds there: rollouts with a return of 1 and
-    no message that was cut off, and of equal ones one, on as many training problems as the warm start draws.
-    All processes must call this. Raises UserError if memory cannot hold both teams, or if no rollout is
-    right."""
+    """The path of the run's demonstrations, which a resumed run finds there: rollouts with a return of 1, and
+    of equal ones one, on as many training problems as the warm start draws. All processes must call this.
+    Raises UserError if memory cannot hold both teams, or if no rollout is right."""
     ranks, path = run.team.ranks, run.directory / "demonstrations.jsonl"
     name, found = ranks.gather([str(path), path.is_file()])[0]
     if found:
@@ -107,10 +106,9 @@ def demonstrate(run, config: Config, task: Task) -> str:
     rollouts = play(run.team, config, task, [*{p.text: p for p in drawn}.values()])
     run.costs.update(rollouts_demonstrations=len(rollouts.messages), seconds_demonstrations=rollouts.seconds)
     lines = log.transcripts(rollouts, 0, "demonstration", count=len(rollouts.messages))
-    right = [line for line in lines if line["return"] == 1 and whole(line["messages"])]
-    kept = [*dict.fromkeys(to_json(line) + "\n" for line in right)]
+    kept = [*dict.fromkeys(to_json(line) + "\n" for line in lines if line["return"] == 1)]
     if not kept:
-        fault = f"--demonstrate {config.demonstrate}: none of {len(lines):,} rollouts is right and whole"
+        fault = f"--demonstrate {config.demonstrate}: none of {len(lines):,} rollouts has a return of 1"
         helps = "a larger model, --roles that say how an answer ends, or --demonstrations of your own"
         raise UserError(f"{fault}; what helps: {helps} (docs/your-data.md)")
     if ranks.first:
@@ -121,11 +119,6 @@ def demonstrate(run, config: Config, task: Task) -> str:
     run.removable = False
     run.checkpoint()
     return name
-
-
-def whole(messages: list[dict]) -> bool:
-    """Whether none of these was cut off at the length limit; it would be shown with an end token."""
-    return all(message.get("stopped", True) for message in messages)
 
 
 def play(team: Team, config: Config, task: Task, problems: list[Problem]) -> Rollouts:
@@ -147,8 +140,8 @@ def play(team: Team, config: Config, task: Task, problems: list[Problem]) -> Rol
 
 
 def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
-    """The lines of --demonstrations, as in transcripts.jsonl, without those of held-out problems or with a
-    message that was cut off; none if the task makes demonstrations itself. Raises UserError."""
+    """The lines of --demonstrations, as in transcripts.jsonl, without those of held-out problems; none if the
+    task makes demonstrations itself. Raises UserError."""
     path, found = config.demonstrations, []
     if not path and not hasattr(task, "demonstrations"):
         raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
@@ -162,25 +155,27 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
         except (ValueError, KeyError, TypeError):
             form = f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
             raise UserError(f"{path}, line {number}: not a transcript, which is {form}") from None
-        found.append((Demonstration(problem, list(texts), list(agents)), whole(said)))
-    kept = [shown for shown, ends in found if ends and not task.is_held_out(shown.problem.text)]
-    if gone := len(found) - len(kept):
-        print(f"{path}: {gone} transcripts of held-out problems, or cut off, are left out", flush=True)
+        stopped = [bool(m.get("stopped", True)) for m in said]
+        found.append(Demonstration(problem, list(texts), list(agents), stopped))
+    kept = [shown for shown in found if not task.is_held_out(shown.problem.text)]
+    if len(kept) < len(found):
+        print(f"{path}: {len(found) - len(kept)} transcripts of held-out problems are left out", flush=True)
     if path and not kept:
         raise UserError(f"{path} holds no transcripts of training problems")
     return kept
 
 
 def as_rollouts(team: Team, demonstrations: list[Demonstration]) -> Rollouts:
-    """Demonstrations as if the team had written them: each message closed by its writer's end token."""
+    """Demonstrations as if the team had written them: a message that was not cut off has its end token."""
     transcripts, n = [], len(team.agents) - team.tools
     for shown in demonstrations:
         writers = shown.agents or [turn % n for turn in range(len(shown.messages))]
         messages = []
-        for j, text in zip(writers, shown.messages, strict=True):
+        ends = shown.stopped or [True] * len(writers)
+        for j, text, stopped in zip(writers, shown.messages, ends, strict=True):
             chat = team.agents[j].chat  # None: a tool, whose messages nobody is trained on
-            tokens = [*chat.encode(text), chat.end_of_message] if chat else []
-            messages.append(Message(j, tokens, text, [0.0] * len(tokens), stopped=True))
+            tokens = [*chat.encode(text), *[chat.end_of_message] * stopped] if chat else []
+            messages.append(Message(j, tokens, text, [0.0] * len(tokens), stopped))
             for tool in range(n, len(team.agents)):
                 messages += tools.spoken(tool, team.agents[tool].role, shown.problem, messages)
         transcripts.append(messages)

@@ -45,6 +45,7 @@ class Demonstration:
     problem: Problem
     messages: list[str]
     agents: list[int] | None = None  # who writes each message; None: the agents in turn
+    stopped: list[bool] | None = None  # whether each ends, or was cut off; None: all end
 
 
 class Task:
