@@ -58,8 +58,9 @@ def warm_start(run, config: Config, task: Task, team: Team, learners: list[Learn
             if batches.messages:
                 line |= descend(learner, next_token_losses(batches), lr)
             run.log_warm_start(line, time.perf_counter() - begin)
-            for state in learner.optimizer.state.values() if step + 1 == config.warm_start else ():
-                state["exp_avg"].zero_()  # else the first updates would follow the demonstrations
+            if step + 1 == config.warm_start:  # else the first updates would follow the demonstrations
+                for state in filter(None, learner.optimizer.state.values()):
+                    state["exp_avg"].zero_()
         run.end_warm_step(step)
 
 

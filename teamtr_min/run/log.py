@@ -248,8 +248,8 @@ def closing(config: Config, directory: Path, summary: dict, stages: list[dict]) 
         cost = f"{summary['seconds']:.0f} s, {summary['rollouts']:,} rollouts"
         lines.append(f"held-out {result}, {n:,} problems; {cost}")
     if summary["violation_rate_before"] is not None:
-        then = " and were shortened" if config.kl == "hard" else ""
-        lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded the radius{then}")
+        what = "the radius and were shortened" if config.kl == "hard" else f"{config.delta:g} nats of KL"
+        lines.append(f"{summary['violation_rate_before']:.0%} of updates exceeded {what}")
     lines.append(f"memory peak {size(summary['memory_peak'])} of {size(summary['memory_planned'])} planned")
     if (directory / "agents").is_dir():
         lines.append(

@@ -71,7 +71,7 @@ class WordProblems(Task):
         """`count` different problems: training ones at random, or the first held-out ones."""
         if count > len(self.train) and not held_out or not self.held_out:
             has = f"{self.path} has only {len(self.train)} to train on and {len(self.held_out)} held out"
-            raise UserError("; ".join([f"--problems or --shots {count}, but {has}", *self.notes]))
+            raise UserError("; ".join([f"{count} problems were asked for, but {has}", *self.notes]))
         if held_out:
             return self.held_out[:count]
         return [self.train[i] for i in generator.choice(len(self.train), count, replace=False)]
