@@ -19,6 +19,7 @@ from teamtr_min.team import Team
 
 BETA_LEAST, BETA_MOST = 1e-4, 1.0
 GRADIENT_NORM = 1.0
+ROUNDING = 1e-6  # a smaller gradient is what rounding has left; Adam would make a full step of it
 
 
 class Diverged(Exception):
@@ -97,7 +98,8 @@ class Learner:
         if not math.isfinite(norm := norm.item()):
             raise Diverged("the gradient is not finite")
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
+        if norm > ROUNDING:
+            self.optimizer.step()
         self._clear_gradients()
         self._round()
         return norm

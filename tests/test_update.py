@@ -57,6 +57,17 @@ def test_backtracking_restores_the_optimizer_with_the_weights():
         assert p.grad is None
 
 
+def test_where_the_terms_of_the_gradient_cancel_the_agent_stays():
+    """All rollouts of a problem are the same, their advantages are not. Adam would step on the rounding."""
+    ready = Prepared()
+    same = [ready.rollouts.messages[r - r % ready.config.group] for r in range(len(ready.rollouts.messages))]
+    advantages = torch.tensor([1.0, -0.7, -0.3] * (len(same) // 3))
+    ready.batches = ready.batch(dataclasses.replace(ready.rollouts, messages=same), advantages)
+    before, update = ready.learner.clone_masters(), ready.update()
+    assert ready.batches.pulls and 0 <= update.grad_norm < 1e-6 and update.kept["kl"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, ready.learner.masters))
+
+
 FAULTS = {"gradient": "gradient is not finite", "advantage": "loss is nan", "weight": "kl_k1|loss is nan"}
 PLACES = ["after a step", "in the line search", "early in a snapshot", "late in a snapshot"]  # of a Ctrl-C
 
