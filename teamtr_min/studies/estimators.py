@@ -1,6 +1,6 @@
 """How far sampled estimates can be trusted: their bias, and the coverage of their intervals.
 
-    python -m teamtr_min.studies.estimators        about ten minutes on one core
+    python -m teamtr_min.studies.estimators        about twelve minutes on one core
 
 Teams small enough to enumerate (exact.py) are sampled again and again. Three agents write two messages each,
 two tokens long. In the first table an update goes up the exact policy gradient, to the exact KL per message
