@@ -251,7 +251,7 @@ def parse(argv: list[str] | None, description: str) -> Config:
     parser = Parser(description)
     add_flags(parser, [f.name for f in dataclasses.fields(Config)])
     given = vars(parser.parse_args(argv))
-    return resumed(given) if given.get("resume") else Config(**given)
+    return resumed(given) if "resume" in given else Config(**given)
 
 
 def runnable(config: Config) -> Config:

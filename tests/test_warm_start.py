@@ -121,14 +121,15 @@ def read(path: str):
     return read_demonstrations(config, load_task(config))
 
 
-def test_transcripts_of_a_run_are_demonstrations_but_for_held_out_problems(finished, tmp_path, capsys):
-    path = finished / "transcripts.jsonl"
+def test_right_transcripts_of_a_run_are_demonstrations_but_for_held_out_problems(finished, tmp_path, capsys):
+    path, written = tmp_path / "transcripts.jsonl", (finished / "transcripts.jsonl").read_text().splitlines()
+    records = [json.loads(line) | {"return": i % 2} for i, line in enumerate(written)]
+    path.write_text("\n".join(map(json.dumps, records)))
     found = read(str(path))
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    training = [r for r in records if r["split"] == "train"]
+    training = [r for r in records if r["split"] == "train" and r["return"] == 1]
     assert [d.messages for d in found] == [[m["text"] for m in r["messages"]] for r in training]
-    left_out = f"{len(records) - len(training)} transcripts of held-out problems are left out"
-    assert len(records) > len(training) and left_out in capsys.readouterr().out
+    left_out = f"{len(records) - len(training)} transcripts that are not right, or of held-out problems,"
+    assert len(training) > 1 and left_out in capsys.readouterr().out
     summary, _, _ = run(tmp_path / "second", *FLAGS, "--demonstrations", str(path))
     assert summary["tokens_warm_start"] > 0
 

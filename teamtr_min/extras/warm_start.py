@@ -141,8 +141,8 @@ def play(team: Team, config: Config, task: Task, problems: list[Problem]) -> Rol
 
 
 def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
-    """The lines of --demonstrations, as in transcripts.jsonl, without those of held-out problems; none if the
-    task makes demonstrations itself. Raises UserError."""
+    """The lines of --demonstrations, as in transcripts.jsonl, without those of held-out problems or with a
+    `return` below 1; none if the task makes demonstrations itself. Raises UserError."""
     path, found = config.demonstrations, []
     if not path and not hasattr(task, "demonstrations"):
         raise UserError(f"--warm-start: {config.task} makes no demonstrations; give --demonstrations FILE")
@@ -157,12 +157,12 @@ def read_demonstrations(config: Config, task: Task) -> list[Demonstration]:
             form = f'{{"text": ..., "messages": [{{"agent": 0 to {config.agents - 1}, "text": ...}}, ...]}}'
             raise UserError(f"{path}, line {number}: not a transcript, which is {form}") from None
         stopped = [bool(m.get("stopped", True)) for m in said]
-        found.append(Demonstration(problem, list(texts), list(agents), stopped))
-    kept = [shown for shown in found if not task.is_held_out(shown.problem.text)]
-    if len(kept) < len(found):
-        print(f"{path}: {len(found) - len(kept)} transcripts of held-out problems are left out", flush=True)
+        found.append((Demonstration(problem, [*texts], [*agents], stopped), record.get("return", 1) == 1))
+    kept = [shown for shown, right in found if right and not task.is_held_out(shown.problem.text)]
+    if gone := len(found) - len(kept):
+        print(f"{path}: {gone} transcripts that are not right, or of held-out problems, are left out")
     if path and not kept:
-        raise UserError(f"{path} holds no transcripts of training problems")
+        raise UserError(f"{path} holds no transcripts of training problems that are right")
     return kept
 
 
