@@ -53,7 +53,7 @@ def read_jsonl(path: str | Path, whole: bool = False) -> Iterator[tuple[int, dic
             try:
                 record = json.loads(line)  # with or without a byte order mark
                 json.dumps(record, ensure_ascii=False).encode()  # no half of a character
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: must be a JSON object, but is {str(record)[:100]}")

@@ -122,9 +122,9 @@ def say(text: str) -> None:
 def program(work: Callable[[Ranks], None]) -> int:
     """Do `work` in the processes that torchrun has started, or in this one. If it fails, say why in a
     sentence; an error in code, a user's too, also shows its traceback. Returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may lack a sign
+            stream.reconfigure(errors="replace")  # a terminal may lack a sign, a pipe hold another code
     ranks, code = ALONE, 0
     try:
         ranks = join()

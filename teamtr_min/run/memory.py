@@ -258,7 +258,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
 def memory_limit() -> int | None:
     """TEAMTR_MEMORY, such as 8GiB: what a process may use in all, whatever is free."""
     given = os.environ.get("TEAMTR_MEMORY", "")
-    found = re.fullmatch(r"([\d.]+) *([KMG])i?B", given, re.IGNORECASE)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG])i?B", given, re.IGNORECASE)
     if given and not found:
         raise UserError(f"TEAMTR_MEMORY is {given!r}; it is a size such as 8GiB or 500MiB")
     return int(float(found[1]) * 1024 ** (" KMG".index(found[2].upper()))) if found else None
