@@ -5,8 +5,8 @@
 It knows one device and one agent per turn, and nothing else. Everything that train.py has more is
 here left out, and this is what it buys:
 
-    KV cache, equal prompts fed once           a collection 80 times as fast
-    prefix trees, log-probs without logits     an update 15 times as fast, and long messages fit
+    KV cache, equal prompts fed once           256 rollouts of relay 14 times as fast
+    prefix trees, log-probs without logits     an update 30 times as fast, and long messages fit
     bf16 with fp32 masters, LoRA, FSDP         models that do not fit otherwise
     reweighted rollouts (--min-ess)            one collection a stage instead of one an update
     checkpoints, logs, evaluation, refusals    a run that can be stopped, read and trusted
